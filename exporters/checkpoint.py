@@ -1,0 +1,88 @@
+"""safetensors: the checkpoint itself, in stock transformers form."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from gradmap_hub.errors import BrokenCheckpointError
+
+SHARD_LIMIT = "5GB"
+
+
+def save_checkpoint(model: Any, folder: Path, dtype: torch.dtype) -> None:
+    """Write config.json and safetensors (sharded above 5 GB, tied weights once) into `folder`.
+
+    The model is cast to `dtype` in place. No generation_config is written: the original's own file is copied.
+    """
+    from transformers import GenerationConfig
+
+    cast_parameters(model, dtype)
+    model.config.dtype = dtype
+    model.config._name_or_path = ""
+    # save_pretrained refuses generation settings that it finds inconsistent; the copied file stands as published.
+    model.generation_config = GenerationConfig()
+    model.save_pretrained(folder, max_shard_size=SHARD_LIMIT, safe_serialization=True)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    for path in folder.glob("*.safetensors"):
+        path.chmod(0o644)  # safetensors creates them 0600
+    _drop_name(folder / "config.json")
+
+
+def copy_companions(source: Path, folder: Path, names: Sequence[str]) -> None:
+    """Copy tokenizer, chat template, generation config and legal texts byte for byte."""
+    for name in names:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+
+
+def load_float32(folder: Path) -> tuple[Any, dict[str, Any]]:
+    """A checkpoint as a float32 causal LM in evaluation mode, with transformers' loading report.
+
+    Raises:
+        BrokenCheckpointError: transformers cannot read it, or keys are missing, unexpected or mismatched.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise BrokenCheckpointError(f"The checkpoint in {folder} cannot be loaded: {first}") from error
+    for kind in ("missing_keys", "mismatched_keys"):
+        if report[kind]:
+            raise BrokenCheckpointError(
+                f"The checkpoint in {folder} has {kind.replace('_', ' ')}, such as {sorted(map(str, report[kind]))[0]}."
+            )
+    return model.eval(), report
+
+
+def checkpoint_bytes(folder: Path) -> int:
+    """Bytes of the safetensors files directly in `folder`."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def _drop_name(path: Path) -> None:
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for key in ("_name_or_path", "_model_name_or_path"):  # a path of the machine that built it, at worst
+        config.pop(key, None)
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast in place, parameters only: rotary frequencies are buffers and lose precision below float32."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)

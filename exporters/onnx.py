@@ -1,0 +1,160 @@
+"""ONNX with KV cache through Optimum, and its parity with PyTorch.
+
+The export runs in a process of its own: its memory is given back, its prints stay out of ours, and Ctrl-C reaches it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gradmap_hub.errors import MissingExtra, VerificationError
+from gradmap_hub.record import Parity
+
+MODEL = "model.onnx"
+MODEL_DATA = "model.onnx_data"
+# What ONNX Runtime's own loaders want beside the graph; tokenizer files stay at the top of the repository.
+_KEPT = (MODEL, MODEL_DATA, "config.json", "generation_config.json")
+PARITY_LIMIT = 1e-3
+PROMPTS = (
+    "The capital of France is",
+    "Water boils at a lower temperature on a mountain because",
+    "def fibonacci(n):\n",
+)
+GREEDY_TOKENS = 16
+
+
+def require() -> None:
+    """Raise before anything expensive if the export cannot run.
+
+    Raises:
+        MissingExtra: the extra `onnx`, or a runtime, is not installed.
+    """
+    for module in ("optimum.exporters.onnx", "optimum.onnxruntime", "onnx"):
+        if not _importable(module):
+            raise MissingExtra("The ONNX export", "onnx")
+    if not _importable("onnxruntime"):
+        raise MissingExtra("ONNX Runtime", "cpu")
+
+
+def _importable(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def export_onnx(source: Path, destination: Path) -> list[Path]:
+    """Export the checkpoint in `source` (float32, text generation with past) into `destination`.
+
+    The destination appears only when the export is whole.
+
+    Raises:
+        VerificationError: Optimum failed; its last words are in the message.
+    """
+    partial = destination.with_name(destination.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    worker = [sys.executable, "-m", "gradmap_hub.exporters.onnx_worker", str(source), str(partial)]
+    done = subprocess.run(worker, capture_output=True, text=True)
+    if done.returncode != 0 or not (partial / MODEL).is_file():
+        shutil.rmtree(partial, ignore_errors=True)
+        last = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
+        raise VerificationError(
+            f"The ONNX export failed: {last}",
+            hint="The pruned checkpoint is whole; go on without ONNX with --no-onnx.",
+        )
+    for path in partial.iterdir():
+        if path.name in _KEPT:
+            path.chmod(0o644)
+        else:
+            path.unlink()
+    _drop_local_path(partial / "config.json")
+    shutil.rmtree(destination, ignore_errors=True)
+    partial.rename(destination)
+    return sorted(destination / name for name in (MODEL, MODEL_DATA) if (destination / name).is_file())
+
+
+def check_parity(checkpoint: Path, onnx_folder: Path) -> Parity:
+    """Compare the ONNX graph with PyTorch float32 on three prompts: logits without and with past, greedy tokens.
+
+    Raises:
+        VerificationError: the largest logit difference exceeds 1e-3 or greedy tokens differ.
+    """
+    import torch
+    from optimum.onnxruntime import ORTModelForCausalLM
+    from transformers import AutoTokenizer
+
+    from gradmap_hub.exporters.checkpoint import load_float32
+
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
+    reference, _ = load_float32(checkpoint)
+    exported = ORTModelForCausalLM.from_pretrained(
+        onnx_folder, file_name=MODEL, provider="CPUExecutionProvider", local_files_only=True
+    )
+    plain = with_past = 0.0
+    equal = True
+    with torch.no_grad():
+        for prompt in PROMPTS:
+            ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
+            mask = torch.ones_like(ids)
+            plain = max(plain, _difference(exported(ids, attention_mask=mask), reference(ids, attention_mask=mask)))
+            with_past = max(with_past, _with_past(exported, reference, ids))
+            equal = equal and torch.equal(_greedy(exported, ids, mask), _greedy(reference, ids, mask))
+    parity = Parity(plain, with_past, equal, GREEDY_TOKENS * len(PROMPTS))
+    if max(plain, with_past) > PARITY_LIMIT or not equal:
+        raise VerificationError(
+            f"The ONNX file differs from PyTorch: logits by {plain:.2g} (with past {with_past:.2g}), greedy tokens "
+            f"{'equal' if equal else 'differ'}.",
+            hint="It is not published. Report the model; --no-onnx goes on without it.",
+        )
+    return parity
+
+
+def _difference(left: Any, right: Any) -> float:
+    return float((left.logits.float() - right.logits.float()).abs().max())
+
+
+def _with_past(exported: Any, reference: Any, ids: Any) -> float:
+    """Prefill all but the last token, then one step on the cache, in both."""
+    import torch
+
+    head, tail, mask = ids[:, :-1], ids[:, -1:], torch.ones_like(ids)
+    results = []
+    for model in (exported, reference):
+        prefill = model(head, attention_mask=mask[:, :-1], use_cache=True)
+        results.append(model(tail, attention_mask=mask, past_key_values=prefill.past_key_values, use_cache=True))
+    return _difference(*results)
+
+
+def _greedy(model: Any, ids: Any, mask: Any) -> Any:
+    return model.generate(
+        ids,
+        attention_mask=mask,
+        max_new_tokens=GREEDY_TOKENS,
+        min_new_tokens=GREEDY_TOKENS,
+        do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        pad_token_id=0,
+    )
+
+
+def _drop_local_path(path: Path) -> None:
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for key in ("_name_or_path", "_model_name_or_path"):
+        config.pop(key, None)
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def file_names(folder: Path) -> Sequence[Path]:
+    """What an export leaves in `folder`, for the stage that made it."""
+    return [folder / name for name in _KEPT if (folder / name).exists()] or [folder / MODEL]

@@ -1,0 +1,182 @@
+"""Text -> rows of tokens, split so that nothing is measured on what was fitted.
+
+Every text is tokenised whole and cut into non-overlapping rows. The last rows of a calibration text are held out for
+evaluation before anything is drawn; from the rest a seeded draw takes the fitting rows (the first of them also score
+the layers) and then the selection rows, which decide between candidates.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradmap_hub.errors import CalibrationError
+
+# Enough for thousands of rows; a larger file is read to here, cut at a line.
+MAX_CHARACTERS = 24_000_000
+
+
+@dataclass(frozen=True)
+class Text:
+    """A named text, read."""
+
+    name: str
+    content: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of one text: ids (n, seq_len) int64."""
+
+    name: str
+    sha256: str
+    ids: Tensor
+
+
+@dataclass(frozen=True)
+class CalibrationRows:
+    """`fit` (n, seq_len) for scoring and compensation, `selection` (m, seq_len) for decisions, and per calibration
+    text the rows `held_out` for evaluation. The three never overlap."""
+
+    fit: Tensor
+    selection: Tensor
+    held_out: list[Rows]
+    sources: list[Rows]
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the token ids that were fitted, in order."""
+        return hashlib.sha256(self.fit.numpy().tobytes()).hexdigest()
+
+
+def read_text(path: Path, name: str | None = None) -> Text:
+    """Read a .jsonl (key `text`), .parquet (column `text`) or plain UTF-8 text file.
+
+    Raises:
+        CalibrationError: missing, empty, not text, or without the expected key.
+    """
+    try:
+        if path.suffix == ".parquet":
+            content = _read_parquet(path)
+        elif path.suffix in (".jsonl", ".json"):
+            content = _read_jsonl(path)
+        else:
+            content = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise CalibrationError(
+            f"No such text file: {path}", hint="Give a .txt or .jsonl file, or a Hub dataset as owner/name."
+        ) from None
+    except (UnicodeDecodeError, IsADirectoryError) as error:
+        raise CalibrationError(f"{path} is not a UTF-8 text file: {error}") from error
+    content = content[:MAX_CHARACTERS]
+    if not content.strip():
+        raise CalibrationError(f"{path} holds no text.")
+    return Text(name or path.name, content, hashlib.sha256(content.encode()).hexdigest())
+
+
+def _read_jsonl(path: Path) -> str:
+    texts: list[str] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            texts.append(str(json.loads(line)["text"]))
+        except (ValueError, KeyError, TypeError):
+            raise CalibrationError(f"{path} line {number} is not a JSON object with the key `text`.") from None
+    return "\n\n".join(texts)
+
+
+def _read_parquet(path: Path) -> str:
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    try:
+        column = parquet.read_table(path, columns=["text"]).column("text")
+    except (KeyError, ValueError, pyarrow.ArrowException) as error:
+        raise CalibrationError(f"{path.name} has no readable column `text`: {error}") from error
+    return "".join(str(value) if str(value).endswith("\n") else f"{value}\n" for value in column.to_pylist() if value)
+
+
+def tokenize(text: Text, tokenizer: Any, seq_len: int) -> Rows:
+    """Cut a text into rows of `seq_len` tokens without special tokens; an incomplete last row is dropped."""
+    ids = tokenizer(text.content, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    count = len(ids) // seq_len
+    return Rows(text.name, text.sha256, torch.tensor(ids[: count * seq_len], dtype=torch.long).view(count, seq_len))
+
+
+def split_rows(
+    texts: Sequence[Text],
+    tokenizer: Any,
+    *,
+    seq_len: int,
+    samples: int,
+    selection: int,
+    held_out: int,
+    seed: int,
+) -> CalibrationRows:
+    """Draw the rows of a run, an equal share from each text.
+
+    Raises:
+        CalibrationError: a text is too short, saying how many tokens it has and needs.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    fit: list[Tensor] = []
+    select: list[Tensor] = []
+    held: list[Rows] = []
+    sources: list[Rows] = []
+    for position, text in enumerate(texts):
+        rows = tokenize(text, tokenizer, seq_len)
+        fit_share = _share(samples, len(texts), position)
+        selection_share = _share(selection, len(texts), position)
+        held_share = _share(held_out, len(texts), position)
+        needed = fit_share + selection_share + held_share
+        if len(rows.ids) < needed:
+            raise CalibrationError(
+                f"The calibration text {text.name} is too short: {len(rows.ids) * seq_len:,} tokens in rows of "
+                f"{seq_len}, {needed * seq_len:,} needed.",
+                hint="Give a longer text, or fewer or shorter rows with --samples, --eval-rows, --seq-len.",
+            )
+        usable = len(rows.ids) - held_share
+        order = torch.randperm(usable, generator=generator)
+        fit.append(rows.ids[order[:fit_share]])
+        select.append(rows.ids[order[fit_share : fit_share + selection_share]])
+        held.append(Rows(text.name, text.sha256, rows.ids[usable:]))
+        sources.append(Rows(text.name, text.sha256, fit[-1]))
+    # Interleaved, so that the first rows (which score the layers) hold every text.
+    return CalibrationRows(_interleave(fit), _interleave(select), held, sources)
+
+
+def evaluation_rows(text: Text, tokenizer: Any, *, seq_len: int, rows: int) -> Rows:
+    """`rows` rows spread evenly over a text.
+
+    Raises:
+        CalibrationError: the text is too short.
+    """
+    cut = tokenize(text, tokenizer, seq_len)
+    if len(cut.ids) < rows:
+        raise CalibrationError(
+            f"The evaluation text {text.name} is too short: {len(cut.ids) * seq_len:,} tokens, "
+            f"{rows * seq_len:,} needed.",
+            hint="Give a longer text, or fewer or shorter rows with --eval-rows, --seq-len.",
+        )
+    step = len(cut.ids) // rows
+    return Rows(cut.name, cut.sha256, cut.ids[::step][:rows])
+
+
+def _share(total: int, parts: int, index: int) -> int:
+    """`total` split over `parts` as evenly as whole numbers allow; never zero."""
+    return max(1, total // parts + (1 if index < total % parts else 0))
+
+
+def _interleave(groups: Sequence[Tensor]) -> Tensor:
+    longest = max(len(group) for group in groups)
+    picked = [group[row] for row in range(longest) for group in groups if row < len(group)]
+    return torch.stack(picked)

@@ -1,0 +1,172 @@
+"""What a run is asked to do: frozen, validated when built, with the help text of each option beside it.
+
+The command line reads the help texts from here (`help_of`), so that they are written once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from gradmap_hub.errors import UsageError
+
+Metric = Literal["auto", "gradient", "taylor", "block-influence", "gradient-window", "cosine-window"]
+Schedule = Literal["oneshot", "iterative"]
+Compensation = Literal["auto", "projection", "weight", "none"]
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+Site = Literal["auto", "largest-shift"]
+
+METRICS: tuple[str, ...] = (
+    "auto",
+    "gradient",
+    "taylor",
+    "block-influence",
+    "gradient-window",
+    "cosine-window",
+)
+SCHEDULES: tuple[str, ...] = ("oneshot", "iterative")
+COMPENSATIONS: tuple[str, ...] = ("auto", "projection", "weight", "none")
+DTYPES: tuple[str, ...] = ("auto", "float32", "bfloat16", "float16")
+PRESETS: tuple[str, ...] = ("default", "paper")
+
+# WikiText as the Hub serves it: the default when no text is given.
+DEFAULT_CALIBRATION = "Salesforce/wikitext:wikitext-2-raw-v1/train"
+
+
+def _option(default: Any, help_text: str) -> Any:
+    return field(default=default, metadata={"help": help_text})
+
+
+def help_of(config_class: type, name: str) -> str:
+    """The help text of a configuration field."""
+    for entry in dataclasses.fields(config_class):
+        if entry.name == name:
+            return entry.metadata["help"]
+    raise KeyError(name)
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """How to prune. Exactly one of `ratio`, `layers`, `drop` says how much.
+
+    Raises:
+        UsageError: a value outside its range, or several ways to say how much.
+    """
+
+    ratio: float | None = _option(None, "Share of the decoder layers to remove, between 0 and 1 (0.25 = a quarter).")
+    layers: int | None = _option(None, "Number of decoder layers to remove.")
+    drop: tuple[int, ...] | None = _option(None, "Indices of the decoder layers to remove, such as 12,13,14.")
+    metric: Metric = _option(
+        "auto",
+        "How layers are ranked. auto: several rankings from one scoring pass, decided by loss on held-out rows. "
+        "gradient: GradMAP's gradient L1. Others: taylor, block-influence, gradient-window, cosine-window.",
+    )
+    schedule: Schedule = _option(
+        "oneshot", "oneshot: one backward pass, then all removals. iterative: one backward pass per removal."
+    )
+    compensation: Compensation = _option(
+        "auto",
+        "What is fitted and folded at the site. projection: P on the MLP output (the paper). weight: the down "
+        "projection itself. auto: whichever has the lower held-out loss. none: nothing.",
+    )
+    site: Site = _option(
+        "auto",
+        "Where the correction goes. largest-shift: the layer whose mean hidden state moved most (the paper). "
+        "auto: also the first layer behind each gap, decided by held-out loss.",
+    )
+    calibration: tuple[str, ...] = _option(
+        (DEFAULT_CALIBRATION,),
+        "Calibration text; repeat to mix sources. A .txt or .jsonl file (key `text`), or a Hub dataset as "
+        "owner/name[:config[/split]].",
+    )
+    eval_text: tuple[str, ...] = _option(
+        (), "Further text to measure perplexity on, never used for calibration; repeatable. Same forms."
+    )
+    samples: int = _option(
+        32, "Calibration rows for the compensation; a quarter of them, at least 4, score the layers."
+    )
+    seq_len: int = _option(512, "Tokens per row.")
+    eval_rows: int = _option(12, "Held-out rows per evaluation text.")
+    dtype: DType = _option("auto", "Number format of the written weights. auto: that of the original.")
+    seed: int = _option(0, "Seed of the choice of rows.")
+
+    def __post_init__(self) -> None:
+        asked = [value for value in (self.ratio, self.layers, self.drop) if value is not None]
+        if len(asked) != 1:
+            raise UsageError("Say how much to remove with exactly one of --ratio, --layers and --drop.")
+        if self.ratio is not None and (not math.isfinite(self.ratio) or not 0 < self.ratio < 1):
+            raise UsageError(f"--ratio must lie between 0 and 1, both excluded; got {self.ratio:g}.")
+        if self.layers is not None and self.layers < 1:
+            raise UsageError(f"--layers must be at least 1; got {self.layers}.")
+        if self.drop is not None and (not self.drop or min(self.drop) < 0 or len(set(self.drop)) < len(self.drop)):
+            raise UsageError("--drop takes distinct layer indices, counted from 0.")
+        for name, allowed in (
+            ("metric", METRICS),
+            ("schedule", SCHEDULES),
+            ("compensation", COMPENSATIONS),
+            ("dtype", DTYPES),
+            ("site", ("auto", "largest-shift")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise UsageError(f"--{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}.")
+        for name, least in (("samples", 4), ("seq_len", 16), ("eval_rows", 2), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise UsageError(f"--{name.replace('_', '-')} must be at least {least}; got {getattr(self, name)}.")
+        if not self.calibration:
+            raise UsageError("--calibration needs at least one text.")
+
+    @property
+    def scoring_rows(self) -> int:
+        """Rows of the backward pass: it costs three forwards a row and its ranking settles early."""
+        return max(4, self.samples // 4) if self.samples >= 4 else self.samples
+
+    @property
+    def selection_rows(self) -> int:
+        """Held-out rows that decide between candidates and between ridge strengths."""
+        return max(4, self.samples // 4)
+
+    def removals(self, layer_count: int) -> int:
+        """How many of `layer_count` layers go: round half up, at least one, at most all but one.
+
+        Raises:
+            UsageError: more layers asked for than can go.
+        """
+        if self.ratio is not None:
+            return min(max(math.floor(self.ratio * layer_count + 0.5), 1), layer_count - 1)
+        if self.drop is not None:
+            if max(self.drop) >= layer_count:
+                raise UsageError(
+                    f"--drop names layer {max(self.drop)}, but the model has {layer_count} layers (0 to {layer_count - 1})."
+                )
+            wanted = len(self.drop)
+        else:
+            assert self.layers is not None  # __post_init__ saw to it
+            wanted = self.layers
+        if wanted >= layer_count:
+            raise UsageError(f"Cannot remove {wanted} of {layer_count} layers: at least one must stay.")
+        return wanted
+
+
+def paper_preset(config: PruneConfig) -> PruneConfig:
+    """The paper's own setting: gradient ranking, one projection at the layer of the largest mean shift."""
+    return dataclasses.replace(config, metric="gradient", compensation="projection", site="largest-shift")
+
+
+@dataclass(frozen=True)
+class PushConfig:
+    """Where a pruned model goes."""
+
+    model: str = _option("", "A Hub id (org/model), a local folder, or a .gguf file.")
+    prune: PruneConfig = field(default_factory=lambda: PruneConfig(ratio=0.25))
+    revision: str | None = _option(None, "Branch, tag or commit of the original.")
+    output: Path | None = _option(None, "Folder for the result; default: NAME-gradmap-PERCENT here.")
+    to: str | None = _option(None, "Target repository OWNER/NAME; default: your account, name of the output folder.")
+    public: bool = _option(False, "Make both repositories public, after everything is verified.")
+    onnx: bool = _option(True, "Export to ONNX with KV cache.")
+    space: bool = _option(True, "Build and publish the comparison Space.")
+    license: str | None = _option(None, "Licence id for the card, when the original states none.")
+    resume: bool = _option(False, "Go on with an unfinished run in the output folder.")
+    trust_remote_code: bool = _option(False, "Not available yet: models that need their own code are refused.")

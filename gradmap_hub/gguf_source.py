@@ -1,0 +1,149 @@
+"""A .gguf file as a model source: dequantise it once into an ordinary Hugging Face folder.
+
+transformers reads the weights right but guesses parts of the tokenizer (for llama-architecture files with a
+byte-level BPE it sets eos = bos, adds a BOS the model never saw and loses the digit split). The file's own
+metadata says better, so it decides here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from gradmap_hub.errors import BrokenCheckpointError, SourceError
+
+# llama.cpp names the pre-tokenizer in `tokenizer.ggml.pre`; these are byte-level BPE variants whose
+# splitting rule is known exactly. Others keep what transformers derived.
+_DIGITS_THEN_BYTES = {"smollm", "codeshell", "refact", "starcoder", "command-r"}
+_BYTES_ONLY = {"gpt-2", "default"}
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """Return the scalar key/value metadata of a GGUF file (no tensors are read).
+
+    Raises:
+        SourceError: the file does not exist.
+        BrokenCheckpointError: it is not a readable GGUF file, or is cut short.
+    """
+    from gguf import GGUFReader
+
+    if not path.is_file():
+        raise SourceError(f"No such file: {path}", hint="Give a Hub id, a folder or a .gguf file.")
+    try:
+        reader = GGUFReader(str(path))
+        fields = {
+            name: field.contents()
+            for name, field in reader.fields.items()
+            if not name.startswith("tokenizer.ggml.") or len(field.data) <= 1
+        }
+    except (ValueError, OSError, KeyError, IndexError) as error:
+        raise BrokenCheckpointError(f"{path.name} is not a readable GGUF file: {error}") from error
+    return fields
+
+
+def gguf_config(path: Path) -> dict[str, Any]:
+    """The transformers config.json of a GGUF file, without reading its tensors."""
+    from transformers import AutoConfig
+
+    with _quiet():
+        config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
+    return config.to_dict()
+
+
+def convert_gguf(path: Path, folder: Path) -> None:
+    """Write the model in `path` as float32 safetensors, config and tokenizer into `folder`.
+
+    Raises:
+        BrokenCheckpointError: tensors or tokenizer cannot be read.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    metadata = read_metadata(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with _quiet():
+            model = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+    except (ValueError, KeyError, OSError, RuntimeError) as error:
+        raise BrokenCheckpointError(f"{path.name} cannot be read as a model: {error}") from error
+    model.config._name_or_path = ""
+    model.save_pretrained(folder)
+    _mend_tokenizer(tokenizer, metadata)
+    tokenizer.save_pretrained(folder)
+    _mend_tokenizer_config(folder / "tokenizer_config.json")
+
+
+def _mend_tokenizer(tokenizer: Any, metadata: dict[str, Any]) -> None:
+    from tokenizers import Regex, decoders, pre_tokenizers, processors
+
+    backend = tokenizer.backend_tokenizer
+    if metadata.get("tokenizer.ggml.model") == "gpt2":
+        pre = str(metadata.get("tokenizer.ggml.pre", "default"))
+        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+        if pre in _DIGITS_THEN_BYTES:
+            backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
+        elif pre in _BYTES_ONLY:
+            backend.pre_tokenizer = byte_level
+        elif pre == "qwen2":
+            pattern = (
+                r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+                r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+            )
+            backend.pre_tokenizer = pre_tokenizers.Sequence(
+                [
+                    pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
+                    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+                ]
+            )
+        backend.decoder = decoders.ByteLevel()
+    if metadata.get("tokenizer.ggml.add_bos_token") is False:
+        backend.post_processor = processors.ByteLevel(trim_offsets=False)
+    for name, key in (
+        ("bos_token", "bos_token_id"),
+        ("eos_token", "eos_token_id"),
+        ("pad_token", "padding_token_id"),
+        ("unk_token", "unknown_token_id"),
+    ):
+        token_id = metadata.get(f"tokenizer.ggml.{key}")
+        if token_id is not None:
+            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(int(token_id)))
+
+
+def _mend_tokenizer_config(path: Path) -> None:
+    """Make AutoTokenizer take tokenizer.json as it stands, instead of rebuilding it as a Llama tokenizer."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for stale in (
+        "add_bos_token",
+        "add_eos_token",
+        "add_prefix_space",
+        "legacy",
+        "model_type",
+        "use_default_system_prompt",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "unk_token_id",
+    ):
+        config.pop(stale, None)
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    config["clean_up_tokenization_spaces"] = False
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers draws its own GGUF progress bar and legacy-tokenizer warning; neither helps a reader."""
+    from transformers.utils import logging as transformers_logging
+
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)

@@ -1,0 +1,88 @@
+"""The hub as an ASGI application: routes, error answers, and the checks that come before both."""
+
+from urllib.parse import unquote
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from .context import Hub, refusal
+from .errors import HubError, RepoNotFound
+from .names import PLURALS
+from .requestlog import LogMiddleware, RequestLog
+from .routes import accounts, files, pages, repos, spaces, uploads
+
+#: What follows the id of a repository in API addresses that have a revision.
+_VERBS = frozenset({"revision", "tree", "paths-info", "commits", "commit", "preupload", "branch", "tag"})
+
+_LOOPBACK_NAMES = ("127.0.0.1", "localhost", "[::1]", "::1")
+
+
+def build_app(hub: Hub, log: RequestLog, host: str | None) -> Starlette:
+    """The application.
+
+    Args:
+        hub: what the routes work on.
+        log: where every request is recorded.
+        host: the loopback address it listens on; requests under other names are refused, so that a web page
+            cannot reach the hub by pointing a host name of its own at this machine. None allows any name.
+    """
+    modules = (accounts, repos, uploads, spaces, files, pages)
+    routes = [route for module in modules for route in module.routes(hub)]
+    # An id without an owner, as "gpt2" has on the Hub, is a repository that is not here.
+    missing = ["/api/{kind}/{name}", "/api/{kind}/{name}/{rest:path}", "/{name}/resolve/{file:path}"]
+    routes += [Route(address, _no_such_repo) for address in missing]
+    return Starlette(
+        routes=routes,
+        middleware=[
+            Middleware(LogMiddleware, log=log),
+            Middleware(TrustedHostMiddleware, allowed_hosts=[*_LOOPBACK_NAMES, host] if host else ["*"]),
+            Middleware(SegmentedPath),
+        ],
+        exception_handlers={HubError: _refused, HTTPException: _http_error},
+    )
+
+
+class SegmentedPath:
+    """Unquotes the address segment by segment, so that a revision may contain a slash.
+
+    The client sends ``refs%2Fpr%2F1`` for a revision; unquoting the address as a whole would make three
+    segments of it. The slash stays quoted until :meth:`Call.param` reads the segment.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            segments = scope["raw_path"].decode("ascii", "replace").split("/")
+            # A quoted percent sign could pretend to be a quoted slash; no valid name contains "%2F".
+            path = "/".join(unquote(segment).replace("/", "%2F") for segment in segments)
+            scope = {**scope, "path": path}
+        await self.app(scope, receive, send)
+
+
+async def _refused(request: HttpRequest, error: Exception) -> Response:
+    assert isinstance(error, HubError)
+    return refusal(error)
+
+
+async def _http_error(request: HttpRequest, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    message = (
+        "Sorry, we can't find the page you are looking for." if error.status_code == 404 else error.detail
+    )
+    headers = {"X-Error-Message": message, **(error.headers or {})}
+    return JSONResponse({"error": message}, status_code=error.status_code, headers=headers)
+
+
+async def _no_such_repo(request: HttpRequest) -> Response:
+    verb = request.path_params.get("rest", "").partition("/")[0]
+    if request.path_params.get("kind", "models") in PLURALS.values() and verb in _VERBS | {""}:
+        raise RepoNotFound
+    raise HTTPException(404)

@@ -1,0 +1,77 @@
+"""Answering with the content of a file: whole, in part, or (HEAD) not at all."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response, StreamingResponse
+
+from .errors import HubError
+from .gitids import Entry
+from .objects import read_chunks
+
+_RANGE = re.compile(r"bytes=(\d*)-(\d*)")
+
+
+@dataclass(frozen=True)
+class Span:
+    """The bytes to send, ``end`` excluded."""
+
+    start: int
+    end: int
+
+
+def requested_span(header: str | None, size: int) -> Span | None:
+    """The one range that was asked for; None where the whole file is to be sent.
+
+    Raises:
+        HubError: 416, it lies outside the file.
+    """
+    found = _RANGE.fullmatch(header.strip()) if header else None
+    if found is None or not (found[1] or found[2]):
+        return None  # several ranges, or another unit: HTTP lets a server ignore them
+    if found[1]:
+        start = int(found[1])
+        end = min(int(found[2]) + 1, size) if found[2] else size
+    else:
+        start, end = max(size - int(found[2]), 0), size
+    if start >= end:
+        raise HubError(
+            416, "The requested range is not satisfiable", headers={"Content-Range": f"bytes */{size}"}
+        )
+    return Span(start, end)
+
+
+def file_response(
+    http: HttpRequest, path: str, entry: Entry, file: Path, commit: str, attachment: bool = True
+) -> Response:
+    """The content of a file with the headers that huggingface_hub downloads by."""
+    name = path.rpartition("/")[2]
+    headers = {
+        "ETag": f'"{entry.etag}"',
+        "X-Repo-Commit": commit,
+        "Accept-Ranges": "bytes",
+        "Content-Type": "application/octet-stream" if entry.sha256 else "text/plain; charset=utf-8",
+        # Whatever is in a repository must never run as a page of this address.
+        "Content-Security-Policy": "default-src 'none'; sandbox",
+        "X-Content-Type-Options": "nosniff",
+    }
+    if attachment or entry.sha256:
+        headers["Content-Disposition"] = f"attachment; filename*=UTF-8''{quote(name)}"
+    if entry.sha256:
+        headers["X-Linked-Etag"] = f'"{entry.sha256}"'
+        headers["X-Linked-Size"] = str(entry.size)
+    if http.method == "HEAD":
+        # The client compares the length of the whole file with what it has, so no range here.
+        return Response(headers={**headers, "Content-Length": str(entry.size)})
+    span = requested_span(http.headers.get("range"), entry.size)
+    status = 200
+    if span is None:
+        span = Span(0, entry.size)
+    else:
+        status = 206
+        headers["Content-Range"] = f"bytes {span.start}-{span.end - 1}/{entry.size}"
+    headers["Content-Length"] = str(span.end - span.start)
+    return StreamingResponse(read_chunks(file, span.start, span.end - span.start), status, headers)

@@ -1,0 +1,202 @@
+"""What every route works with: the hub, the request, and the questions of who may do what."""
+
+import json
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response
+
+from .auth import Accounts, Identity, UploadSigner, can_open, can_see
+from .errors import Forbidden, Gated, HubError, InvalidName, RepoNotFound, Unauthorized
+from .names import RepoKey, RepoType, check_path, requested_key
+from .store import RepoState, Store
+
+_BODY_LIMIT = 64 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Hub:
+    """The parts of a running hub."""
+
+    store: Store
+    accounts: Accounts
+    signer: UploadSigner
+    paid_plan: bool
+    browse_private: bool
+    page_size: int = 1000
+
+
+@dataclass(frozen=True)
+class Call:
+    """One request: who asks, for which kind of repository, with what body."""
+
+    hub: Hub
+    http: HttpRequest
+    identity: Identity | None
+    repo_type: RepoType
+    body: bytes = b""
+
+    @property
+    def base_url(self) -> str:
+        """The address under which the client reached the hub, without a trailing slash."""
+        return str(self.http.base_url).rstrip("/")
+
+    def param(self, name: str) -> str:
+        """A part of the address, fully unquoted (a revision may contain slashes)."""
+        return self.http.path_params[name].replace("%2F", "/")
+
+    def path(self) -> str:
+        """The file or folder that the address names.
+
+        Raises:
+            InvalidName
+        """
+        path = self.http.path_params["path"]
+        if "%2F" in path:
+            raise InvalidName(f"Invalid path {path!r}")
+        return check_path(path)
+
+    def json(self) -> dict[str, Any]:
+        """The body as a JSON object.
+
+        Raises:
+            HubError: 400, it is not one.
+        """
+        try:
+            value = json.loads(self.body)
+        except ValueError:
+            raise HubError(400, "The body is not valid JSON") from None
+        if not isinstance(value, dict):
+            raise HubError(400, "The body must be a JSON object")
+        return value
+
+    def user(self) -> Identity:
+        """Raises Unauthorized for anonymous requests."""
+        if self.identity is None:
+            raise Unauthorized
+        return self.identity
+
+    def key(self) -> RepoKey:
+        name = (
+            self.param("name").removesuffix(".git")
+            if "/info/lfs/" in self.http.url.path
+            else self.param("name")
+        )
+        return requested_key(self.param("namespace"), name, self.repo_type)
+
+    def visible(self, key: RepoKey) -> RepoState:
+        """The state of a repository this caller may see.
+
+        Raises:
+            RepoNotFound: there is none, or it is private to others.
+        """
+        state = self.hub.store.state(key)
+        if not can_see(self.identity, key, state):
+            raise RepoNotFound
+        return state
+
+    def readable(self, key: RepoKey, path: str) -> RepoState:
+        """As :meth:`visible`, for the content of one file.
+
+        Raises:
+            Gated: the repository is gated and this caller has no access.
+        """
+        state = self.visible(key)
+        if not can_open(self.identity, key, state, path):
+            raise Gated(key.type, key.id, self.identity is not None)
+        return state
+
+    def writable(self, key: RepoKey) -> Identity:
+        """The user, who may change this repository.
+
+        Raises:
+            RepoNotFound, Unauthorized, Forbidden
+        """
+        self.visible(key)
+        user = self.user()
+        if not user.can_write(key.namespace):
+            raise Forbidden
+        return user
+
+    def contributor(self, key: RepoKey) -> Identity:
+        """The user, who may at least propose changes: a write token and sight of the repository."""
+        self.visible(key)
+        user = self.user()
+        if user.token_role != "write":
+            raise Forbidden
+        return user
+
+
+Handler = Callable[[Call], Response]
+AsyncHandler = Callable[[Call], Awaitable[Response]]
+Endpoint = Callable[[HttpRequest], Awaitable[Response]]
+
+
+def endpoint(hub: Hub, handler: Handler, repo_type: RepoType = "model") -> Endpoint:
+    """A handler that gets the whole body and runs in a worker thread, where it may touch the disk."""
+
+    async def with_body(call: Call) -> Response:
+        body = bytearray()
+        async for chunk in call.http.stream():
+            body += chunk
+            if len(body) > _BODY_LIMIT:
+                raise HubError(413, "The request is too large")
+        return await run_in_threadpool(handler, replace(call, body=bytes(body)))
+
+    return streaming_endpoint(hub, with_body, repo_type)
+
+
+def streaming_endpoint(hub: Hub, handler: AsyncHandler, repo_type: RepoType = "model") -> Endpoint:
+    """A handler that reads the body itself, piece by piece."""
+
+    async def run(http: HttpRequest) -> Response:
+        try:
+            try:
+                identity = await run_in_threadpool(_identify, hub, http)
+                return await handler(Call(hub, http, identity, repo_type))
+            except HubError:
+                # A refusal in the middle of an upload would reach the client as a broken connection.
+                with suppress(RuntimeError):  # there is nothing left to read
+                    async for _ in http.stream():
+                        pass
+                raise
+        except ClientDisconnect:
+            # Nobody is left to read an answer; what was received is dropped by the handler.
+            return Response(status_code=499)
+
+    return run
+
+
+def answer(value: object, headers: dict[str, str] | None = None) -> JSONResponse:
+    return JSONResponse(value, headers=headers)
+
+
+def refusal(error: HubError) -> JSONResponse:
+    """An error as the client expects it: in the headers for its exceptions, in the body for people."""
+    # Header values are one line of latin-1.
+    message = error.message.encode("ascii", "backslashreplace").decode().replace("\r", " ").replace("\n", " ")
+    headers = {"X-Error-Message": message, **error.headers}
+    if error.code:
+        headers["X-Error-Code"] = error.code
+    return JSONResponse({"error": error.message, **error.body}, status_code=error.status, headers=headers)
+
+
+def _identify(hub: Hub, http: HttpRequest) -> Identity | None:
+    header = http.headers.get("authorization")
+    if header is None:
+        return None
+    scheme, _, token = header.partition(" ")
+    identity = hub.accounts.identify(token.strip()) if scheme.lower() == "bearer" else None
+    if identity is None:
+        # The client keeps this wording apart from "no such repository".
+        whoami = http.url.path == "/api/whoami-v2"
+        raise Unauthorized(
+            "Invalid username or password." if whoami else "Invalid credentials in Authorization header"
+        )
+    http.state.user = identity.name
+    return identity

@@ -1,0 +1,131 @@
+"""What clients may call things. Every name that reaches the disk or a ref passes through here."""
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from .errors import InvalidName, RepoNotFound
+
+RepoType = Literal["model", "dataset", "space"]
+
+#: Repository type -> its plural in API addresses.
+PLURALS: dict[RepoType, str] = {"model": "models", "dataset": "datasets", "space": "spaces"}
+#: Repository type -> what stands before the id in file and page addresses.
+PREFIXES: dict[RepoType, str] = {"model": "", "dataset": "datasets/", "space": "spaces/"}
+
+_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?")
+_RESERVED_NAMESPACES = frozenset({"api", "datasets", "spaces", "models", "lfs", "collections", "docs"})
+_REF_COMPONENT = re.compile(r"[^\x00-\x20\x7f~^:?*\[\\]+")
+_SHA = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True)
+class RepoKey:
+    """Which repository: its type, owner and name, all validated."""
+
+    type: RepoType
+    namespace: str
+    name: str
+
+    @property
+    def id(self) -> str:
+        return f"{self.namespace}/{self.name}"
+
+    @property
+    def address(self) -> str:
+        """The path of the repository's page, without a leading slash."""
+        return PREFIXES[self.type] + self.id
+
+    @property
+    def api_address(self) -> str:
+        return f"api/{PLURALS[self.type]}/{self.id}"
+
+
+def parse_repo_id(repo_id: str, repo_type: str = "model") -> RepoKey:
+    """Validate ``owner/name``.
+
+    Raises:
+        InvalidName: not two valid parts, or an unknown repository type.
+    """
+    namespace, slash, name = repo_id.partition("/")
+    if not slash:
+        raise InvalidName(f"A repository id is owner/name, got {repo_id!r}")
+    return repo_key(namespace, name, repo_type)
+
+
+def repo_key(namespace: str, name: str, repo_type: str = "model") -> RepoKey:
+    """Validate the parts of a repository id."""
+    checked: RepoType
+    if repo_type == "model":
+        checked = "model"
+    elif repo_type == "dataset":
+        checked = "dataset"
+    elif repo_type == "space":
+        checked = "space"
+    else:
+        raise InvalidName(f"Unknown repository type {repo_type!r}")
+    return RepoKey(checked, check_owner(namespace), check_repo_name(name))
+
+
+def requested_key(namespace: str, name: str, repo_type: RepoType) -> RepoKey:
+    """As :func:`repo_key` for names in addresses, where an impossible name is a missing repository."""
+    try:
+        return repo_key(namespace, name, repo_type)
+    except InvalidName:
+        raise RepoNotFound from None
+
+
+def check_repo_name(name: str) -> str:
+    if len(name) > 96 or not _NAME.fullmatch(name) or "--" in name or ".." in name or name.endswith(".git"):
+        raise InvalidName(f"Invalid repository name {name!r}")
+    return name
+
+
+def check_owner(name: str) -> str:
+    """Validate a user or organisation name."""
+    if name in _RESERVED_NAMESPACES:
+        raise InvalidName(f"The name {name!r} is reserved")
+    return check_repo_name(name)
+
+
+def check_path(path: str) -> str:
+    """Validate the path of a file or folder inside a repository; returns it unchanged.
+
+    Raises:
+        InvalidName: absolute, climbing, inside ``.git``, with control characters or backslashes.
+    """
+    # Backslashes and drive letters are harmless here but not on the machine that downloads.
+    if (
+        not path
+        or len(path) > 4096
+        or "\\" in path
+        or any(ord(char) < 32 or ord(char) == 127 for char in path)
+    ):
+        raise InvalidName(f"Invalid path {path!r}")
+    for part in path.split("/"):
+        if part in ("", ".", "..") or part.casefold() == ".git" or len(part.encode()) > 255:
+            raise InvalidName(f"Invalid path {path!r}")
+    if re.match(r"[A-Za-z]:", path):
+        raise InvalidName(f"Invalid path {path!r}")
+    return path
+
+
+def check_ref_name(name: str) -> str:
+    """Validate the name of a new branch or tag, following ``git check-ref-format``."""
+    parts = name.split("/")
+    if (
+        len(name) > 200
+        or not all(_REF_COMPONENT.fullmatch(part) for part in parts)
+        or any(part.startswith((".", "-")) or part.endswith((".lock", ".")) for part in parts)
+        or ".." in name
+        or "@{" in name
+        or name == "@"
+        or parts[0] == "refs"
+        or is_sha(name)
+    ):
+        raise InvalidName(f"Invalid reference name {name!r}")
+    return name
+
+
+def is_sha(text: str) -> bool:
+    return _SHA.fullmatch(text) is not None

@@ -1,0 +1,224 @@
+"""Who am I; creating, deleting and setting up repositories."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
+
+from ..cards import SPACE_SDKS, validate_card
+from ..context import Call, Hub, answer, endpoint
+from ..errors import Forbidden, HubError, InvalidName, RepoExists
+from ..names import PLURALS, RepoKey, RepoType, repo_key
+from ..store import RepoState, SpaceSettings, Variable, now
+
+#: What a free account may host: static Spaces, and this many on ZeroGPU.
+_FREE_ZERO_GPU_SPACES = 2
+_ZERO_GPU = "zero-a10g"
+
+
+def routes(hub: Hub) -> list[Route]:
+    found = [
+        Route("/api/whoami-v2", endpoint(hub, whoami)),
+        Route("/api/repos/create", endpoint(hub, create_repo), methods=["POST"]),
+        Route("/api/repos/delete", endpoint(hub, delete_repo), methods=["DELETE"]),
+        Route("/api/validate-yaml", endpoint(hub, validate_yaml), methods=["POST"]),
+    ]
+    for repo_type, plural in PLURALS.items():
+        address = f"/api/{plural}/{{namespace}}/{{name}}"
+        found += [
+            Route(f"{address}/settings", endpoint(hub, update_settings, repo_type), methods=["PUT"]),
+            Route(f"{address}/auth-check", endpoint(hub, auth_check, repo_type)),
+        ]
+    return found
+
+
+def whoami(call: Call) -> Response:
+    user = call.user()
+    return answer(
+        {
+            "type": "user",
+            "id": user.internal_id,
+            "name": user.name,
+            "fullname": user.name,
+            "email": f"{user.name}@users.noreply.localhost",
+            "emailVerified": True,
+            "canPay": call.hub.paid_plan,
+            "isPro": call.hub.paid_plan,
+            "avatarUrl": "",
+            "orgs": [
+                {
+                    "type": "org",
+                    "id": call.hub.accounts.org_id(org),
+                    "name": org,
+                    "fullname": org,
+                    "isEnterprise": False,
+                    "canPay": False,
+                    "avatarUrl": "",
+                    "roleInOrg": "write",
+                }
+                for org in user.orgs
+            ],
+            "auth": {
+                "type": "access_token",
+                "accessToken": {
+                    "displayName": "local",
+                    "role": user.token_role,
+                    "createdAt": user.token_created_at,
+                },
+            },
+        }
+    )
+
+
+def create_repo(call: Call) -> Response:
+    user = call.user()
+    payload = call.json()
+    key = _named_repo(call, payload)
+    if not user.can_write(key.namespace):
+        raise Forbidden
+    url = f"{call.base_url}/{key.address}"
+    store = call.hub.store
+    # Asked before the plan: a Space that exists is not refused for lack of money.
+    if store.exists(key):
+        raise _exists(key, url)
+    space = _space_settings(payload) if key.type == "space" else None
+    if space is not None and not call.hub.paid_plan:
+        _check_free_plan(call, key, space)
+    try:
+        state = store.create(key, user.name, _is_private(payload), space)
+    except RepoExists:
+        raise _exists(key, url) from None
+    variables = _variables(payload.get("variables"))
+    # The values of secrets are not kept: nothing here could use them.
+    secrets = {name: replace(item, value="") for name, item in _variables(payload.get("secrets")).items()}
+    if variables or secrets:
+        state = store.update(key, lambda old: replace(old, variables=variables, secrets=secrets))
+    return answer({"url": url, "name": key.id, "id": state.internal_id})
+
+
+def delete_repo(call: Call) -> Response:
+    call.user()
+    key = _named_repo(call, call.json())
+    call.writable(key)
+    call.hub.store.delete(key)
+    return PlainTextResponse("OK")
+
+
+def update_settings(call: Call) -> Response:
+    key = call.key()
+    call.writable(key)
+    payload = call.json()
+    changes: dict[str, Any] = {}
+    if "gated" in payload:
+        # 0 equals False, and would be stored as a mode of its own.
+        if payload["gated"] is not False and payload["gated"] not in ("auto", "manual"):
+            raise HubError(400, "gated must be 'auto', 'manual' or false")
+        changes["gated"] = payload["gated"]
+    if "private" in payload or "visibility" in payload:
+        changes["private"] = _is_private(payload)
+
+    def change(state: RepoState) -> RepoState:
+        return replace(state, **changes)
+
+    state = call.hub.store.update(key, change)
+    return answer({"private": state.private, "gated": state.gated})
+
+
+def auth_check(call: Call) -> Response:
+    key = call.key()
+    # Any file that is not open to everybody stands for the repository as a whole.
+    call.readable(key, "")
+    return PlainTextResponse("OK")
+
+
+def validate_yaml(call: Call) -> Response:
+    payload = call.json()
+    content = payload.get("content")
+    if not isinstance(content, str):
+        raise HubError(400, "content must be a string")
+    found = validate_card(content, _repo_type(payload.get("repoType")))
+    body = {
+        "errors": [{"message": text} for text in found.errors],
+        "warnings": [{"message": text} for text in found.warnings],
+    }
+    if found.errors:
+        raise HubError(400, "Invalid metadata in README.md", body=body)
+    return answer(body)
+
+
+def _named_repo(call: Call, payload: Mapping[str, Any]) -> RepoKey:
+    name, owner = payload.get("name"), payload.get("organization") or call.user().name
+    if not isinstance(name, str) or not isinstance(owner, str):
+        raise HubError(400, "name and organization must be strings")
+    return repo_key(owner, name, _repo_type(payload.get("type")))
+
+
+def _repo_type(value: object) -> RepoType:
+    # Clients leave the type out, or send null, for models.
+    if value in (None, "model"):
+        return "model"
+    if value == "dataset":
+        return "dataset"
+    if value == "space":
+        return "space"
+    raise InvalidName(f"Unknown repository type {value!r}")
+
+
+def _is_private(payload: Mapping[str, Any]) -> bool:
+    if "visibility" in payload:  # huggingface_hub 1.x
+        return payload["visibility"] != "public"
+    private: object = payload.get("private")
+    if private is not None and not isinstance(private, bool):
+        raise HubError(400, "private must be true or false")
+    return bool(private)
+
+
+def _space_settings(payload: Mapping[str, Any]) -> SpaceSettings:
+    if payload.get("sdk") not in SPACE_SDKS:
+        raise HubError(400, f"sdk must be one of {', '.join(SPACE_SDKS)}")
+    return SpaceSettings(
+        sdk=payload["sdk"],
+        hardware=payload.get("hardware"),
+        storage=payload.get("storageTier"),
+        sleep_time=payload.get("sleepTimeSeconds"),
+    )
+
+
+def _check_free_plan(call: Call, key: RepoKey, space: SpaceSettings) -> None:
+    """Raises HubError 402 where the Hub asks for a paid plan."""
+    if space.sdk == "static":
+        return
+    if space.sdk == "gradio" and space.hardware == _ZERO_GPU:
+        states = [
+            call.hub.store.state(other)
+            for other in call.hub.store.keys("space")
+            if other.namespace == key.namespace
+        ]
+        hosted = sum(state.space is not None and state.space.hardware == _ZERO_GPU for state in states)
+        if hosted < _FREE_ZERO_GPU_SPACES:
+            return
+    raise HubError(
+        402,
+        "Payment required: hosting a Gradio or Docker Space needs a paid plan (PRO, Team or Enterprise)."
+        f" A free account may host {_FREE_ZERO_GPU_SPACES} Gradio Spaces on {_ZERO_GPU}.",
+    )
+
+
+def _variables(rows: object) -> dict[str, Variable]:
+    found: dict[str, Variable] = {}
+    for row in rows if isinstance(rows, list) else ():
+        if (
+            not isinstance(row, dict)
+            or not isinstance(row.get("key"), str)
+            or not isinstance(row.get("value"), str)
+        ):
+            raise HubError(400, "variables and secrets must be objects with a key and a value")
+        found[row["key"]] = Variable(row["value"], row.get("description"), now())
+    return found
+
+
+def _exists(key: RepoKey, url: str) -> HubError:
+    # With exist_ok the client reads the address from the refusal.
+    return HubError(409, f"You already created this {key.type} repo: {key.id}", body={"url": url})

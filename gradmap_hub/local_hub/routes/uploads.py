@@ -1,0 +1,278 @@
+"""Uploading: preupload, LFS batch, LFS objects, commit."""
+
+import base64
+import binascii
+import json
+import re
+from collections.abc import AsyncIterator
+from typing import Any
+
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from ..auth import Identity
+from ..context import Call, Hub, answer, endpoint, streaming_endpoint
+from ..errors import Forbidden, HubError
+from ..gitids import lfs_entry
+from ..names import PLURALS, PREFIXES, RepoKey, check_path
+from ..objects import CHUNK
+from ..patterns import REGULAR_LIMIT, default_attributes, is_ignored, upload_mode
+from ..store import AddFile, Change, DeleteFile, DeleteFolder, NewCommit
+
+_LFS_JSON = "application/vnd.git-lfs+json"
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_PARENT = re.compile(r"[0-9a-fA-F]{5,40}")
+#: One line of a commit carries one regular file in base64.
+_LINE_LIMIT = REGULAR_LIMIT * 4 // 3 + 64 * 1024
+
+
+def routes(hub: Hub) -> list[Route]:
+    found: list[Route] = []
+    for repo_type, prefix in sorted(PREFIXES.items(), key=lambda item: item[1], reverse=True):
+        lfs = f"/{prefix}{{namespace}}/{{name}}/info/lfs/objects"
+        plural = PLURALS[repo_type]
+        api = f"/api/{plural}/{{namespace}}/{{name}}"
+        found += [
+            Route(f"{lfs}/batch", endpoint(hub, lfs_batch, repo_type), methods=["POST"]),
+            Route(f"{lfs}/verify", endpoint(hub, lfs_verify, repo_type), methods=["POST"]),
+            Route(
+                f"/lfs/{plural}/{{namespace}}/{{name}}/{{oid}}",
+                streaming_endpoint(hub, lfs_put, repo_type),
+                methods=["PUT"],
+            ),
+            Route(f"{api}/preupload/{{revision}}", endpoint(hub, preupload, repo_type), methods=["POST"]),
+            Route(f"{api}/commit/{{revision}}", streaming_endpoint(hub, commit, repo_type), methods=["POST"]),
+        ]
+    return found
+
+
+def preupload(call: Call) -> Response:
+    key = call.key()
+    _proposer(call, key)
+    store = call.hub.store
+    oid = store.resolve(key, call.param("revision"))
+    files = store.files(key, oid)
+    objects = store.objects(key)
+
+    def text(path: str, default: str) -> str:
+        return objects.read(files[path]).decode("utf-8", "replace") if path in files else default
+
+    payload = call.json()
+    attributes = text(".gitattributes", default_attributes(key.type))
+    ignore = payload.get("gitIgnore")
+    if not isinstance(ignore, str):
+        ignore = text(".gitignore", "")
+    rows: list[dict[str, Any]] = []
+    for asked in _objects(payload.get("files"), "files"):
+        path, size = asked.get("path"), asked.get("size")
+        if not isinstance(path, str) or not isinstance(size, int):
+            raise HubError(400, "files need a path and a size")
+        sample = _decoded(asked.get("sample", ""))
+        row: dict[str, Any] = {
+            "path": check_path(path),
+            "uploadMode": upload_mode(attributes, path, size, sample),
+            "shouldIgnore": is_ignored(ignore, path),
+        }
+        if path in files:
+            # The client compares this with the hash of its file: SHA-256 for LFS, git's otherwise.
+            row["oid"] = files[path].etag
+        rows.append(row)
+    return answer({"files": rows, "commitOid": oid})
+
+
+def lfs_batch(call: Call) -> Response:
+    key = call.key()
+    # Whoever may open a pull request may upload for it; nothing is visible before a commit.
+    call.contributor(key)
+    payload = call.json()
+    if payload.get("operation") != "upload":
+        raise HubError(400, "Only uploads are offered; files are downloaded from /resolve/")
+    objects = call.hub.store.objects(key)
+    rows: list[dict[str, Any]] = []
+    for asked in _objects(payload.get("objects"), "objects"):
+        oid, size = asked.get("oid"), asked.get("size")
+        if not isinstance(oid, str) or not isinstance(size, int):
+            raise HubError(422, "objects need an oid and a size")
+        row: dict[str, Any] = {"oid": oid, "size": size}
+        stored = objects.lfs_size(oid) if _SHA256.fullmatch(oid) else None
+        if not _SHA256.fullmatch(oid) or size < 0 or stored not in (None, size):
+            row["error"] = {"code": 422, "message": "The oid is not a SHA-256, or the size does not fit it"}
+        elif stored is None:
+            plural = PLURALS[key.type]
+            upload = f"{call.base_url}/lfs/{plural}/{key.id}/{oid}?{call.hub.signer.sign(key, oid, size)}"
+            verify = f"{call.base_url}/{key.address}.git/info/lfs/objects/verify"
+            row["actions"] = {"upload": {"href": upload}, "verify": {"href": verify}}
+        rows.append(row)
+    return JSONResponse({"transfer": "basic", "objects": rows, "hash_algo": "sha256"}, media_type=_LFS_JSON)
+
+
+async def lfs_put(call: Call) -> Response:
+    key = call.key()
+    oid, query = call.param("oid"), call.http.query_params
+    if not _SHA256.fullmatch(oid) or not call.hub.signer.allows(key, oid, query):
+        raise HubError(403, "The upload address is not valid, or no longer")
+    await run_in_threadpool(call.hub.store.state, key)
+    writer = call.hub.store.objects(key).lfs_writer(oid, int(query["size"]))
+    with writer:
+        # Hashing and writing go to a worker thread in pieces large enough to be worth the trip.
+        pending = bytearray()
+        async for chunk in call.http.stream():
+            pending += chunk
+            if len(pending) >= CHUNK:
+                await run_in_threadpool(writer.write, bytes(pending))
+                pending.clear()
+        await run_in_threadpool(writer.write, bytes(pending))
+        await run_in_threadpool(writer.commit)
+    return Response(headers={"ETag": f'"{oid}"'})
+
+
+def lfs_verify(call: Call) -> Response:
+    key = call.key()
+    call.contributor(key)
+    payload = call.json()
+    oid = payload.get("oid")
+    size = (
+        call.hub.store.objects(key).lfs_size(oid) if isinstance(oid, str) and _SHA256.fullmatch(oid) else None
+    )
+    if size is None or size != payload.get("size"):
+        raise HubError(404, "No object with this oid and size was uploaded")
+    return answer({"message": "OK"})
+
+
+async def commit(call: Call) -> Response:
+    key = call.key()
+    user = await run_in_threadpool(_committer, call, key)
+    header: dict[str, Any] | None = None
+    changes: list[Change] = []
+    async for line in _lines(call.http.stream()):
+        row = _parsed(line)
+        if row["key"] == "header":
+            header = row["value"]
+        else:
+            changes.append(await run_in_threadpool(_change, call, key, row["key"], row["value"]))
+    if header is None or not isinstance(header.get("summary"), str) or not header["summary"].strip():
+        raise HubError(400, "A commit needs a header with a summary")
+    parent = header.get("parentCommit")
+    if parent is not None and not (isinstance(parent, str) and _PARENT.fullmatch(parent)):
+        raise HubError(400, "parentCommit must be a commit id")
+    new = NewCommit(
+        title=header["summary"].replace("\x00", ""),
+        description=str(header.get("description") or "").replace("\x00", ""),
+        author=user.name,
+        changes=tuple(changes),
+        parent=parent,
+        create_pr=_creates_pr(call),
+    )
+    made = await run_in_threadpool(call.hub.store.commit, key, call.param("revision"), new)
+    page = f"{call.base_url}/{key.address}"
+    body = {
+        "success": True,
+        "commitOid": made.oid,
+        "commitUrl": f"{page}/commit/{made.oid}",
+        "hookOutput": "",
+    }
+    if made.pull_request is not None:
+        body["pullRequestUrl"] = f"{page}/discussions/{made.pull_request}"
+    return answer(body)
+
+
+def _creates_pr(call: Call) -> bool:
+    return call.http.query_params.get("create_pr", "").lower() in ("1", "true")
+
+
+def _proposer(call: Call, key: RepoKey) -> Identity:
+    return call.contributor(key) if _creates_pr(call) else _committer(call, key)
+
+
+def _committer(call: Call, key: RepoKey) -> Identity:
+    """The user, who may commit to the revision of this call, or open a pull request with it.
+
+    Raises:
+        RepoNotFound, Unauthorized, Forbidden
+    """
+    user = call.contributor(key)
+    if user.can_write(key.namespace) or _creates_pr(call):
+        return user
+    pulls = call.hub.store.state(key).pulls
+    if any(call.param("revision") == f"refs/pr/{pull.number}" and pull.author == user.name for pull in pulls):
+        return user
+    raise Forbidden
+
+
+async def _lines(stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """The non-empty lines of a body, one in memory at a time."""
+    pending = bytearray()
+    async for chunk in stream:
+        searched = len(pending)
+        pending += chunk
+        while (end := pending.find(b"\n", searched)) >= 0:
+            line = bytes(pending[:end])
+            del pending[: end + 1]
+            searched = 0
+            if line.strip():
+                yield line
+        if len(pending) > _LINE_LIMIT:
+            raise HubError(413, "A file above 10 MB must be uploaded with LFS")
+    if pending.strip():
+        yield bytes(pending)
+
+
+def _parsed(line: bytes) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        raise HubError(400, "A line of the commit is not valid JSON") from None
+    if (
+        not isinstance(row, dict)
+        or not isinstance(row.get("key"), str)
+        or not isinstance(row.get("value"), dict)
+    ):
+        raise HubError(400, "A line of the commit must have a key and a value")
+    return row
+
+
+def _change(call: Call, key: RepoKey, kind: str, value: dict[str, Any]) -> Change:
+    path = value.get("path")
+    if not isinstance(path, str):
+        raise HubError(400, f"{kind} needs a path")
+    objects = call.hub.store.objects(key)
+    match kind:
+        case "file":
+            return AddFile(check_path(path), objects.put_blob(_decoded(value.get("content", ""), value)))
+        case "lfsFile":
+            oid = value.get("oid")
+            size = objects.lfs_size(oid) if isinstance(oid, str) and _SHA256.fullmatch(oid) else None
+            if not isinstance(oid, str) or size is None:
+                raise HubError(
+                    400,
+                    "Your push was rejected because an LFS pointer pointed to a file that does not exist:"
+                    f" {path}",
+                )
+            # Copies of files that are on the Hub already come without a size.
+            if value.get("size", size) != size:
+                raise HubError(400, f"{path} is {size} bytes long, not {value['size']}")
+            return AddFile(check_path(path), lfs_entry(oid, size))
+        case "deletedFile":
+            return DeleteFile(check_path(path))
+        case "deletedFolder":
+            return DeleteFolder(check_path(path.rstrip("/")))
+        case _:
+            raise HubError(400, f"Unknown operation {kind!r}")
+
+
+def _decoded(content: object, value: dict[str, Any] | None = None) -> bytes:
+    if not isinstance(content, str):
+        raise HubError(400, "The content of a file must be a string")
+    if value is not None and value.get("encoding", "utf-8") != "base64":
+        return content.encode()
+    try:
+        return base64.b64decode(content, validate=True)
+    except (binascii.Error, ValueError):
+        raise HubError(400, "The content of a file is not valid base64") from None
+
+
+def _objects(value: object, name: str) -> list[dict[str, Any]]:
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        raise HubError(400, f"{name} must be an array of objects")
+    return value

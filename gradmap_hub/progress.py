@@ -1,0 +1,53 @@
+"""How long work reports itself. The library only calls these; the command line draws them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+
+class Reporter(Protocol):
+    """Receives the stages of a run and the steps within them."""
+
+    def start(self, title: str) -> None:
+        """A stage begins."""
+        ...
+
+    def total(self, steps: int) -> None:
+        """The running stage has this many steps."""
+        ...
+
+    def advance(self, steps: int = 1) -> None:
+        """So many steps of the running stage are done."""
+        ...
+
+    def finish(self, note: str = "", *, reused: bool = False) -> None:
+        """The running stage is done; `reused` if its result was already on disk."""
+        ...
+
+    def note(self, text: str) -> None:
+        """One line worth reading that is not a stage."""
+        ...
+
+
+class SilentReporter:
+    """The default for library use."""
+
+    def start(self, title: str) -> None: ...
+
+    def total(self, steps: int) -> None: ...
+
+    def advance(self, steps: int = 1) -> None: ...
+
+    def finish(self, note: str = "", *, reused: bool = False) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+
+@contextmanager
+def stage(reporter: Reporter, title: str) -> Iterator[Reporter]:
+    """Report `title` as one stage; it is only reported finished if the body did not raise."""
+    reporter.start(title)
+    yield reporter
+    reporter.finish()

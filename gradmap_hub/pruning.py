@@ -1,0 +1,44 @@
+"""Remove decoder layers from a loaded model, with every index and every per-layer config field right."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from gradmap_hub.architectures import Architecture, sliced_config
+
+
+def remove_layers(model: nn.Module, architecture: Architecture, removed: Sequence[int]) -> list[int]:
+    """Delete the decoder layers `removed` (original indices) in place and return the indices kept, ascending.
+
+    `layer_idx` is renumbered on every submodule that has one (the KV cache is addressed by it), lists in the config
+    are sliced. The configuration object is replaced, also where submodules hold a reference to it.
+    """
+    layers = model.get_submodule(architecture.layers)
+    assert isinstance(layers, nn.ModuleList)
+    gone = set(removed)
+    kept = [index for index in range(len(layers)) if index not in gone]
+    old_config = model.config
+    new_config = sliced_config(old_config, kept)
+    parent_path, _, name = architecture.layers.rpartition(".")
+    setattr(model.get_submodule(parent_path), name, nn.ModuleList(layers[index] for index in kept))
+    for position, index in enumerate(kept):
+        for module in layers[index].modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = position  # pyright: ignore
+    for module in model.modules():
+        if getattr(module, "config", None) is old_config:
+            module.config = new_config  # pyright: ignore
+    return kept
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Number of parameters; tied weights count once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def storage_dtype(name: str, original: str) -> torch.dtype:
+    """The torch dtype to write weights in: `auto` keeps that of the original."""
+    return getattr(torch, original if name == "auto" else name)

@@ -1,0 +1,256 @@
+"""The RunRecord: everything a run decided and measured, one JSON file (gradmap.json) per model folder.
+
+The command line, the card and the Space read nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from gradmap_hub.errors import SourceError
+
+T = TypeVar("T")
+
+SCHEMA_VERSION = 1
+FILE_NAME = "gradmap.json"
+
+
+@dataclass(frozen=True)
+class Base:
+    """The original model. `commit` is None for a local folder or file."""
+
+    name: str
+    repo_id: str | None = None
+    revision: str | None = None
+    commit: str | None = None
+    license: str | None = None
+    license_name: str | None = None
+    license_link: str | None = None
+    gated: bool = False
+    private: bool = False
+    language: list[str] = field(default_factory=list)
+    model_type: str = ""
+    dtype: str = ""
+    has_onnx: bool = False
+
+
+@dataclass(frozen=True)
+class LayerDecision:
+    """One decoder layer: `score` as the winning ranking saw it (lower goes first), and why it stays or goes."""
+
+    index: int
+    score: float
+    kept: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One set of layers that was tried on held-out rows. `loss` in nats per token, without compensation."""
+
+    name: str
+    removed: list[int]
+    loss: float
+
+
+@dataclass(frozen=True)
+class BeforeAfter:
+    before: int
+    after: int
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """A text that was used. `rows` of `sequence_length` tokens; sha256 of the whole text read."""
+
+    name: str
+    sha256: str
+    rows: int
+
+
+@dataclass(frozen=True)
+class CalibrationRecord:
+    source: str
+    samples: int
+    tokens: int
+    sequence_length: int
+    sha256: str
+    scoring_rows: int = 0
+    selection_rows: int = 0
+    texts: list[TextSource] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One correction that was tried. `strength` is lambda over the mean Gram diagonal; `loss` on held-out rows."""
+
+    site: int
+    kind: str
+    strength: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class CompensationRecord:
+    """Stage 2. `shift` and `relative_shift` are indexed like `shift_layers` (original indices of kept layers)."""
+
+    applied: bool
+    kind: str | None = None
+    site: int | None = None
+    strength: float | None = None
+    ridge: float | None = None
+    loss_before: float | None = None
+    loss_after: float | None = None
+    reason: str = ""
+    shift_layers: list[int] = field(default_factory=list)
+    shift: list[float] = field(default_factory=list)
+    relative_shift: list[float] = field(default_factory=list)
+    trials: list[Trial] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class VerificationRecord:
+    """The saved folder, read back by plain transformers in a fresh object."""
+
+    keys_match: bool
+    max_logit_difference: float
+    tokens: int
+    generation_matches: bool
+
+
+@dataclass(frozen=True)
+class TextPerplexity:
+    """Token perplexity on one text: exp(mean NLL) over non-overlapping rows; `interval` is the 95% bootstrap
+    interval (over rows) of compensated / original."""
+
+    name: str
+    kind: str
+    rows: int
+    tokens: int
+    sequence_length: int
+    sha256: str
+    original: float
+    pruned: float
+    compensated: float
+    interval: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class EvaluationRecord:
+    metric: str
+    before: float
+    after: float
+    uncompensated: float
+    data: str
+    texts: list[TextPerplexity] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Parity:
+    """An export against PyTorch: largest absolute logit differences and whether greedy tokens agree."""
+
+    max_logit_difference: float
+    max_logit_difference_with_past: float
+    greedy_tokens_equal: bool
+    greedy_tokens: int
+
+
+@dataclass(frozen=True)
+class Artifact:
+    path: str
+    bytes: int
+    sha256: str
+    format: str
+    parity: Parity | None = None
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """See DESIGN: this is the contract between stages and with whoever reads the published repository."""
+
+    schema_version: int
+    gradmap_hub: str
+    command: str
+    name: str
+    base: Base
+    layers: list[LayerDecision]
+    removed: list[int]
+    ratio: float
+    parameters: BeforeAfter
+    bytes: BeforeAfter
+    metric: str
+    schedule: str
+    calibration: CalibrationRecord
+    compensation: CompensationRecord
+    seed: int
+    candidates: list[Candidate] = field(default_factory=list)
+    verification: VerificationRecord | None = None
+    evaluation: EvaluationRecord | None = None
+    artifacts: list[Artifact] = field(default_factory=list)
+    target: str | None = None
+    space: str | None = None
+    dtype: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+    timings: dict[str, float] = field(default_factory=dict)
+    hardware: str = ""
+
+    @property
+    def layers_before(self) -> int:
+        return len(self.layers)
+
+    @property
+    def layers_after(self) -> int:
+        return len(self.layers) - len(self.removed)
+
+    def write(self, folder: Path) -> None:
+        path = folder / FILE_NAME
+        path.write_text(to_json(self) + "\n", encoding="utf-8")
+
+    @staticmethod
+    def read(folder: Path) -> RunRecord:
+        """Read `folder`/gradmap.json.
+
+        Raises:
+            SourceError: there is none, or it is not one.
+        """
+        path = folder / FILE_NAME
+        try:
+            return from_json(RunRecord, json.loads(path.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            raise SourceError(
+                f"{folder} has no {FILE_NAME}: it was not made by gradmap-hub.",
+                hint="Make it with `gradmap-hub prune MODEL OUTPUT` or `gradmap-hub push MODEL`.",
+            ) from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise SourceError(f"{path} cannot be read: {error}") from error
+
+
+def to_json(value: Any) -> str:
+    """A dataclass as indented JSON; NaN and infinity are refused rather than written."""
+    return json.dumps(dataclasses.asdict(value), indent=2, ensure_ascii=False, allow_nan=False)
+
+
+def from_json(kind: type[T], data: Any) -> T:
+    """Rebuild a (nested) dataclass from decoded JSON; keys a newer version added are ignored."""
+    hints = typing.get_type_hints(kind)
+    known = {entry.name for entry in dataclasses.fields(kind)}  # pyright: ignore[reportArgumentType]
+    return kind(**{name: _decode(hints[name], value) for name, value in data.items() if name in known})
+
+
+def _decode(hint: Any, value: Any) -> Any:
+    if value is None:
+        return None
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        return _decode(next(arg for arg in typing.get_args(hint) if arg is not type(None)), value)
+    if origin is list:
+        return [_decode(typing.get_args(hint)[0], item) for item in value]
+    if dataclasses.is_dataclass(hint):
+        return from_json(hint, value)  # pyright: ignore[reportArgumentType]
+    return value

@@ -1,0 +1,58 @@
+"""Scores -> which layers go. Pure: numbers in, decisions out.
+
+A single ranking is fragile (it depends on the text and on the number of tokens), so by default a handful of candidate
+sets is formed from one scoring pass and the held-out loss decides; see `candidates`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from gradmap_hub.record import Candidate, LayerDecision
+from gradmap_hub.scoring import LayerScores
+
+
+def lowest(scores: Sequence[float], count: int) -> list[int]:
+    """Positions of the `count` lowest scores, ascending; of equal scores the earlier goes first."""
+    return sorted(sorted(range(len(scores)), key=lambda position: (scores[position], position))[:count])
+
+
+def lowest_window(scores: Sequence[float], count: int) -> list[int]:
+    """The `count` consecutive positions with the lowest summed score."""
+    starts = range(len(scores) - count + 1)
+    best = min(starts, key=lambda start: sum(scores[start : start + count]))
+    return list(range(best, best + count))
+
+
+def candidates(scores: LayerScores, count: int, metric: str) -> dict[str, list[int]]:
+    """Named candidate sets of `count` layers for a metric; `auto` gives them all, duplicates dropped."""
+    best_window = min(range(len(scores.windows)), key=lambda start: scores.windows[start])
+    named = {
+        "gradient": lowest(scores.gradient, count),
+        "taylor": lowest(scores.taylor, count),
+        "block-influence": lowest(scores.influence, count),
+        "gradient-window": lowest_window(scores.gradient, count),
+        "cosine-window": list(range(best_window, best_window + count)),
+    }
+    if metric != "auto":
+        return {metric: named[metric]}
+    named["taylor-window"] = lowest_window(scores.taylor, count)
+    distinct: dict[str, list[int]] = {}
+    for name, removed in named.items():
+        if removed not in distinct.values():
+            distinct[name] = removed
+    return distinct
+
+
+def decide(scores: LayerScores, winner: Candidate | None, removed: Sequence[int], why: str) -> list[LayerDecision]:
+    """One decision per layer, with the gradient score and the reason in words."""
+    gone = set(removed)
+    ranking = winner.name if winner else "your choice"
+    decisions = []
+    for index, score in zip(scores.layers, scores.gradient, strict=True):
+        if index in gone:
+            reason = f"removed: {why} ({ranking})"
+        else:
+            reason = "kept"
+        decisions.append(LayerDecision(index=index, score=score, kept=index not in gone, reason=reason))
+    return decisions

@@ -1,0 +1,147 @@
+"""What a model source holds, and whether it can be used, judged from names, sizes and headers alone."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gradmap_hub.errors import BrokenCheckpointError, SourceError
+
+WEIGHTS = "model.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"
+# Copied byte for byte from the original to the result; re-saving a tokenizer changes it.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+COMPANION_FILES = (*TOKENIZER_FILES, "generation_config.json")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+@dataclass(frozen=True)
+class Files:
+    """The files of a source worth fetching: `weights` (with the index, if sharded) and `companions`."""
+
+    weights: tuple[str, ...]
+    companions: tuple[str, ...]
+    weight_bytes: int
+
+
+def choose_files(sizes: Mapping[str, int]) -> Files:
+    """Pick safetensors weights and companion files out of a listing {path: bytes}.
+
+    Raises:
+        SourceError: there is no model.
+        BrokenCheckpointError: only pickled weights.
+    """
+    top = {name: size for name, size in sizes.items() if "/" not in name}
+    companions = tuple(name for name in top if name in COMPANION_FILES or _is_legal_text(name))
+    if WEIGHTS in top:
+        return Files((WEIGHTS,), companions, top[WEIGHTS])
+    if WEIGHTS_INDEX in top:
+        shards = tuple(sorted(name for name in top if name.endswith(".safetensors") and "-of-" in name))
+        if shards:
+            return Files((WEIGHTS_INDEX, *shards), companions, sum(top[name] for name in shards))
+    if any(name.endswith(_PICKLES) for name in top):
+        raise BrokenCheckpointError(
+            "The weights are pickle files, which can run code when loaded; they are never opened.",
+            hint="Use a revision with model.safetensors, or convert the checkpoint to safetensors first.",
+        )
+    raise SourceError(
+        "There are no safetensors weights (model.safetensors) in it.",
+        hint="Give a causal language model in safetensors format, or a .gguf file.",
+    )
+
+
+def legal_texts(names: Iterable[str]) -> list[str]:
+    """LICENSE and NOTICE files among `names`."""
+    return [name for name in names if _is_legal_text(name)]
+
+
+def _is_legal_text(name: str) -> bool:
+    return "/" not in name and name.upper().startswith(("LICENSE", "LICENCE", "NOTICE", "USE_POLICY"))
+
+
+def folder_sizes(folder: Path) -> dict[str, int]:
+    """{relative path: bytes} of every file below `folder`."""
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A config.json.
+
+    Raises:
+        SourceError: missing or not JSON.
+    """
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SourceError(
+            f"{path.parent} has no config.json: it is not a transformers model.",
+            hint="Give a Hub id (org/model), a folder with config.json and model.safetensors, or a .gguf file.",
+        ) from None
+    except (ValueError, UnicodeDecodeError) as error:
+        raise SourceError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise SourceError(f"{path} is not a JSON object.")
+    return config
+
+
+def check_weights(folder: Path, files: Files) -> None:
+    """Read the header of every safetensors file and compare it with the file's size and the index.
+
+    Raises:
+        BrokenCheckpointError: cut short, overlong, unreadable, or a shard or tensor is missing.
+    """
+    present: set[str] = set()
+    for name in files.weights:
+        if name.endswith(".safetensors"):
+            present.update(read_safetensors_header(folder / name))
+    if WEIGHTS_INDEX in files.weights:
+        index = read_config(folder / WEIGHTS_INDEX).get("weight_map", {})
+        missing = [shard for shard in set(index.values()) if not (folder / shard).is_file()]
+        if missing:
+            raise BrokenCheckpointError(f"The shard {sorted(missing)[0]} named in {WEIGHTS_INDEX} is missing.")
+        lost = sorted(set(index) - present)
+        if lost:
+            raise BrokenCheckpointError(f"{WEIGHTS_INDEX} names the tensor {lost[0]}, which no shard holds.")
+
+
+def read_safetensors_header(path: Path) -> dict[str, Any]:
+    """The tensor table of a safetensors file: {name: {dtype, shape, data_offsets}}.
+
+    Raises:
+        BrokenCheckpointError: the file is not whole.
+    """
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > size - 8:
+                raise ValueError("the header is longer than the file")
+            header = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        data_end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BrokenCheckpointError(
+            f"{path.name} is not a readable safetensors file: {error}", hint="Fetch it again."
+        ) from error
+    if 8 + length + data_end != size:
+        raise BrokenCheckpointError(
+            f"{path.name} is damaged: {size:,} bytes, but its header describes {8 + length + data_end:,}.",
+            hint="Fetch it again.",
+        )
+    return header

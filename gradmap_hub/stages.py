@@ -1,0 +1,87 @@
+"""Resumable work: the result of each stage on disk, reused while its inputs are the same.
+
+Results are small JSON files in a folder beside the output (`OUTPUT.work/`). A stage's key hashes its own inputs and
+the keys of the stages before it, so that a change upstream recomputes everything downstream and nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from gradmap_hub.progress import Reporter
+from gradmap_hub.record import from_json, to_json
+
+T = TypeVar("T")
+
+
+class Stages:
+    """The stages of one run, in order. `timings` holds the seconds each took when it was computed."""
+
+    def __init__(self, folder: Path, reporter: Reporter, identity: Mapping[str, Any]) -> None:
+        self.folder = folder
+        self.reporter = reporter
+        self.timings: dict[str, float] = {}
+        self._key = _digest(identity)
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def run(
+        self,
+        name: str,
+        title: str,
+        kind: type[T],
+        compute: Callable[[], T],
+        *,
+        inputs: Mapping[str, Any] | None = None,
+        files: Callable[[], Sequence[Path]] = lambda: (),
+        describe: Callable[[T], str] = lambda _: "",
+    ) -> T:
+        """Return the stored result of stage `name`, or compute and store it.
+
+        `files` are what the stage writes; it is computed again when one of them is gone or has changed size.
+        """
+        self._key = _digest({"before": self._key, "stage": name, "inputs": dict(inputs or {})})
+        self.reporter.start(title)
+        stored = self._read(name)
+        if stored is not None and stored["files"] == _sizes(files()):
+            result = from_json(kind, stored["result"])
+            self.timings[name] = stored["seconds"]
+            self.reporter.finish(describe(result), reused=True)
+            return result
+        started = time.monotonic()
+        result = compute()
+        seconds = round(time.monotonic() - started, 2)
+        self.timings[name] = seconds
+        text = json.dumps(
+            {
+                "key": self._key,
+                "seconds": seconds,
+                "files": _sizes(files()),
+                "result": json.loads(to_json(result)),
+            }
+        )
+        partial = self.folder / f"{name}.json.partial"
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, self.folder / f"{name}.json")  # a stage is done or not, never half
+        self.reporter.finish(describe(result))
+        return result
+
+    def _read(self, name: str) -> dict[str, Any] | None:
+        try:
+            stored = json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return None
+        return stored if stored.get("key") == self._key else None
+
+
+def _sizes(paths: Sequence[Path]) -> dict[str, int]:
+    return {path.name: path.stat().st_size if path.is_file() else -1 for path in paths}
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

@@ -1,0 +1,69 @@
+"""The saved folder must compute what the model in memory computed: read it back with plain transformers and compare."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradmap_hub.errors import VerificationError
+from gradmap_hub.record import VerificationRecord
+
+LOGIT_LIMIT = 1e-4
+# One token at a time sums in another order than a whole row does.
+CACHE_LIMIT = 1e-3
+_LONGEST = 2048
+_GENERATED = 12
+
+
+def probe_ids(config: Any) -> Tensor:
+    """A fixed row of token ids (1, n), longer than the sliding window where that is affordable: a wrong attention
+    type of a layer only shows beyond its window."""
+    window = getattr(config, "sliding_window", None) or 0
+    length = min(max(64, window + 16), _LONGEST, getattr(config, "max_position_embeddings", _LONGEST) - _GENERATED)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(min(1000, config.vocab_size - 1), (1, length), generator=generator)
+
+
+def logits_of(model: Any, ids: Tensor) -> Tensor:
+    """(tokens, vocabulary) float32."""
+    with torch.no_grad():
+        return model(input_ids=ids, use_cache=False).logits[0].float()
+
+
+def verify(reloaded: Any, report: dict[str, Any], folder: Path, expected: Tensor) -> VerificationRecord:
+    """Check keys, logits on the probe row against `expected`, and that generation with KV cache equals without.
+
+    Raises:
+        VerificationError: any of the three does not hold.
+    """
+    keys_match = not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    ids = probe_ids(reloaded.config)
+    difference = float((logits_of(reloaded, ids) - expected).abs().max())
+    generation = _generation_matches(reloaded, ids[:, :16])
+    record = VerificationRecord(keys_match, difference, ids.shape[1], generation)
+    if not keys_match or not difference <= LOGIT_LIMIT or not generation:
+        raise VerificationError(
+            f"The checkpoint written to {folder} does not compute what it should: keys "
+            f"{'match' if keys_match else 'differ'}, logits differ by {difference:.2g}, generation with cache "
+            f"{'matches' if generation else 'differs'}.",
+            hint="Nothing is published. This is a defect: please report the model and the command.",
+        )
+    return record
+
+
+def _generation_matches(model: Any, ids: Tensor) -> bool:
+    """Greedy tokens through the KV cache; each step's logits must be those of a pass over the whole row."""
+    steps: list[Tensor] = []
+    row = ids
+    past = None
+    with torch.no_grad():
+        for _ in range(_GENERATED):
+            step = model(input_ids=row if past is None else row[:, -1:], past_key_values=past, use_cache=True)
+            past = step.past_key_values
+            steps.append(step.logits[0, -1].float())
+            row = torch.cat([row, step.logits[:, -1:].argmax(-1)], dim=1)
+        whole = model(input_ids=row[:, :-1], use_cache=False).logits[0, -_GENERATED:].float()
+    return float((torch.stack(steps) - whole).abs().max()) <= CACHE_LIMIT

@@ -1,0 +1,472 @@
+"""The comparison Space: one prompt, an original model and its pruned version, side by side."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+from uuid import uuid4
+
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+
+import gradio as gr
+import render
+from compare import Comparison, Facts, FactsError, read_facts, run, start_comparison
+from generation import Generation, Settings
+from gradio.events import api
+from gradio.themes import Base
+from jobs import Job, Jobs
+from loading import Loader, Status
+from prompting import ModelError
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+
+FOLDER = Path(__file__).resolve().parent
+LONGEST_PROMPT = 4000
+MOST_TOKENS = 256
+# The API waits this long for models that are still loading.
+LOADING_LIMIT = 300
+# Each update of the page costs processor time that the next step would miss.
+SECONDS_BETWEEN_UPDATES = 0.15
+# Everything that runs the models goes through one lane, one at a time.
+LANE = "models"
+
+FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif"]
+THEME = Base(
+    primary_hue="teal", neutral_hue="slate", font=FONTS, font_mono=["ui-monospace", "Consolas", "monospace"]
+).set(
+    body_background_fill="#fafbfc",
+    body_background_fill_dark="#0d1319",
+    body_text_color="#1c2733",
+    body_text_color_dark="#e8edf2",
+    body_text_color_subdued="#52606f",
+    body_text_color_subdued_dark="#a6b2be",
+    block_background_fill="#ffffff",
+    block_background_fill_dark="#182028",
+    block_border_color="#dbe1e7",
+    block_border_color_dark="#333f4b",
+    block_border_width="1px",
+    block_radius="12px",
+    block_label_text_color="#52606f",
+    block_label_text_color_dark="#a6b2be",
+    block_info_text_color="#52606f",
+    block_info_text_color_dark="#a6b2be",
+    button_large_radius="9px",
+    # White on teal 700 and near-black on teal 300: both well above a contrast of 4.5.
+    button_primary_background_fill="#0f766e",
+    button_primary_background_fill_hover="#0b5c56",
+    button_primary_background_fill_dark="#4fd1c0",
+    button_primary_background_fill_hover_dark="#7fe0d3",
+    button_primary_text_color="#ffffff",
+    button_primary_text_color_dark="#06201d",
+    input_placeholder_color="#66727f",
+    input_placeholder_color_dark="#98a4b0",
+)
+
+Side = Literal["original", "pruned"]
+SIDES: tuple[Side, Side] = ("original", "pruned")
+
+
+def problem_with(prompt: str) -> str:
+    """Why a prompt cannot be sent; empty if it can."""
+    if not prompt.strip():
+        return "Type a prompt first."
+    if len(prompt) > LONGEST_PROMPT:
+        return f"The prompt has {len(prompt):,} characters; at most {LONGEST_PROMPT:,} are read."
+    return ""
+
+
+class Page:
+    """The page's events and the API. `facts` is None when compare.json cannot be read."""
+
+    def __init__(self, facts: Facts | None, loader: Loader, jobs: Jobs) -> None:
+        self.facts = facts
+        self.loader = loader
+        self.jobs = jobs
+
+    # What the cards show
+
+    def _card(self, side: Side, state: render.CardState, generation: Generation | None = None) -> str:
+        source = getattr(self.facts, side) if self.facts else None
+        name = render.short_name(source.name) if source else side.capitalize()
+        return render.card(name, side.capitalize() if source else "", state, generation)
+
+    def _cards(self, comparison: Comparison, order: tuple[Side, Side], blind: bool) -> tuple[str, str]:
+        def one(position: int) -> str:
+            generation: Generation = getattr(comparison, order[position])
+            state = render.state_of(generation)
+            if blind:
+                return render.card(f"Model {'AB'[position]}", "", state, generation, numbers=False)
+            return self._card(order[position], state, generation)
+
+        return one(0), one(1)
+
+    def _empty_cards(self, state: render.CardState, blind: bool = False) -> tuple[str, str]:
+        if blind:
+            return render.card("Model A", "", state), render.card("Model B", "", state)
+        return self._card("original", state), self._card("pruned", state)
+
+    def empty_cards(self) -> tuple[str, str]:
+        return self._empty_cards("error" if self.loader.status.state == "error" else "ready")
+
+    # Events
+
+    def tick(self) -> tuple[Any, ...]:
+        """The state of loading, once a second until it has ended: banner, button, timer."""
+        status = self.loader.status
+        banner = {"loading": render.loading, "error": render.notice}.get(status.state)
+        ready = status.state == "ready"
+        label = "Loading" if status.state == "loading" else "Compare"
+        return (
+            banner(status.message) if banner else "",
+            gr.update(interactive=ready, value=label),
+            gr.Timer(active=status.state == "loading"),
+        )
+
+    def submit(
+        self,
+        prompt: str,
+        length: float,
+        temperature: float,
+        top_p: float,
+        seed: float | None,
+        blind: bool,
+        request: gr.Request,
+    ) -> dict[str, Any]:
+        """Compare was pressed: say what is wrong, or note the job for `write` and show Stop."""
+        problem = problem_with(prompt)
+        if not problem and self.loader.status.state != "ready":
+            problem = "The models are not loaded yet. " + self.loader.status.message
+            if self.loader.status.state == "error":
+                problem = self.loader.status.message
+        if problem:
+            return {"notice": render.notice(problem)}
+        settings = Settings(
+            max_new_tokens=min(MOST_TOKENS, max(1, int(length))),
+            temperature=max(0.0, float(temperature)),
+            top_p=min(1.0, max(0.01, float(top_p))),
+            seed=abs(int(seed or 0)),
+        )
+        if not self.jobs.add(str(request.session_hash), Job(prompt, settings, blind)):
+            return {}
+        left, right = self._empty_cards("waiting", blind)
+        return {
+            "notice": "",
+            "stop": gr.update(interactive=True, value="Stop"),
+            "left": left,
+            "right": right,
+            "verdict": "",
+            "spoken": render.spoken("Waiting for the models.", running=True),
+            "round": None,
+        }
+
+    def write(self, request: gr.Request) -> Iterator[dict[str, Any]]:
+        """Stream both answers of the job noted by `submit`."""
+        session = str(request.session_hash)
+        job = self.jobs.take(session)
+        if job is None:
+            yield {}
+            return
+        order: tuple[Side, Side] = ("original", "pruned")
+        if job.blind and random.random() < 0.5:
+            order = ("pruned", "original")
+        try:
+            comparison = start_comparison(self.loader.wait(0), job.prompt, job.settings)
+            yield {"spoken": render.spoken("Both models are writing.", running=True)}
+            shown = time.monotonic()
+            for _ in run(comparison, job.stop.is_set):
+                if time.monotonic() - shown >= SECONDS_BETWEEN_UPDATES:
+                    left, right = self._cards(comparison, order, job.blind)
+                    yield {"left": left, "right": right}
+                    shown = time.monotonic()
+            # A stopped answer was not read to its end, so there is nothing to vote on: it is shown openly.
+            vote = job.blind and not job.stop.is_set()
+            left, right = self._cards(comparison, order, vote)
+            spoken = "Stopped." if job.stop.is_set() else "Both answers are finished."
+            yield {
+                "left": left,
+                "right": right,
+                "verdict": render.question() if vote else render.verdict(comparison),
+                "round": (comparison, order) if vote else None,
+                "spoken": render.spoken(spoken + (" Vote for A or B." if vote else "")),
+            }
+        except ModelError as error:
+            yield self._failed(str(error), job.blind)
+        except Exception as error:  # a failed run must not leave the page waiting
+            print(f"The run failed: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            yield self._failed(f"The models could not answer: {type(error).__name__}: {error}", job.blind)
+        finally:
+            self.jobs.remove(session, job)
+
+    def _failed(self, message: str, blind: bool) -> dict[str, Any]:
+        left, right = self._empty_cards("error", blind)
+        return {
+            "left": left,
+            "right": right,
+            "notice": render.notice(message),
+            "spoken": render.spoken("The run failed."),
+        }
+
+    def halt(self, request: gr.Request) -> Any:
+        self.jobs.stop(str(request.session_hash))
+        return gr.update(value="Stopping", interactive=False)
+
+    def vote(self, choice: str, round_: tuple[Comparison, tuple[Side, Side]] | None) -> dict[str, Any]:
+        """Reveal which model wrote what, once a vote is given."""
+        if round_ is None:
+            return {}
+        comparison, order = round_
+        preferred = "tie" if choice == "Tie" else order["AB".index(choice)]
+        left, right = self._cards(comparison, order, blind=False)
+        return {
+            "left": left,
+            "right": right,
+            "verdict": render.vote_result(preferred) + render.verdict(comparison),
+            "spoken": render.spoken(f"A was the {order[0]}, B the {order[1]}."),
+            "round": None,
+        }
+
+    def leave(self, request: gr.Request) -> None:
+        self.jobs.leave(str(request.session_hash))
+
+    # The API
+
+    def api_status(self) -> dict[str, str]:
+        """Whether the models are loaded: state (loading, ready or error) and a message."""
+        status: Status = self.loader.status
+        return {"state": status.state, "message": status.message}
+
+    def api_compare(
+        self, prompt: str, max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0
+    ) -> dict[str, Any]:
+        """Answer one prompt with both models; waits until they are loaded."""
+        problem = problem_with(prompt)
+        if not 1 <= max_new_tokens <= MOST_TOKENS:
+            problem = problem or f"max_new_tokens must be from 1 to {MOST_TOKENS}."
+        if temperature < 0 or seed < 0:
+            problem = problem or "temperature and seed must not be negative."
+        if problem:
+            raise gr.Error(problem, print_exception=False)
+        job = Job(prompt, Settings(int(max_new_tokens), float(temperature), seed=int(seed)))
+        job.started = True
+        key = f"api-{uuid4()}"
+        self.jobs.add(key, job)
+        try:
+            models = self.loader.wait(LOADING_LIMIT)
+            comparison = start_comparison(models, prompt, job.settings)
+            for _ in run(comparison, job.stop.is_set):
+                pass
+        except ModelError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+        finally:
+            self.jobs.remove(key, job)
+
+        def answer(generation: Generation) -> dict[str, Any]:
+            return {
+                "text": generation.text,
+                "tokens": len(generation.token_ids),
+                "seconds_per_token": generation.seconds_per_token,
+                "first_token_seconds": generation.first_token_seconds,
+                "finish_reason": generation.finish_reason,
+            }
+
+        return {side: answer(getattr(comparison, side)) for side in SIDES} | {
+            "speed_ratio": comparison.speed_ratio
+        }
+
+
+def live(role: str, label: str) -> str:
+    """Make an element announce its changes. It must stay in the page, so its wrapper gets the role."""
+    urgency = "assertive" if role == "alert" else "polite"
+    attributes = {"role": role, "aria-live": urgency, "aria-label": label}
+    return "".join(
+        f"element.setAttribute({json.dumps(name)}, {json.dumps(value)});"
+        for name, value in attributes.items()
+    )
+
+
+def move_focus(target: str) -> str:
+    """Give the focus of a button that has just been hidden to the one shown in its place."""
+    return (
+        "() => { if (document.activeElement === document.body) "
+        f"document.getElementById({json.dumps(target)})?.focus({{preventScroll: true}}); }}"
+    )
+
+
+def build(facts: Facts | None, page: Page) -> gr.Blocks:
+    title = facts.title if facts else "Original and pruned"
+    with gr.Blocks(title=title, analytics_enabled=False) as demo:
+        if facts:
+            gr.HTML(render.header(facts), js_on_load=None)
+            gr.HTML(render.tiles(facts), js_on_load=None)
+        else:
+            gr.HTML(f"<header class='top'><h1>{title}</h1></header>", js_on_load=None)
+        banner = gr.HTML("", elem_id="banner", js_on_load=live("status", "Loading"))
+        with gr.Column(elem_classes="composer"):
+            prompt = gr.Textbox(
+                label="Prompt",
+                lines=3,
+                max_lines=10,
+                placeholder="Ask both models something",
+                elem_id="prompt",
+            )
+            with gr.Row(elem_classes="actions"):
+                with gr.Column(elem_classes="hint-column", min_width=0):
+                    gr.HTML("<p class='hint'>Shift + Enter compares, too.</p>", js_on_load=None)
+                go = gr.Button(
+                    "Loading", variant="primary", interactive=False, elem_id="go", elem_classes="main-button"
+                )
+                # Shown and hidden by style.css: Gradio's own `visible` can lose the second of two quick
+                # changes, and a short answer would leave the wrong button.
+                stop = gr.Button("Stop", elem_id="stop", elem_classes="main-button")
+        notice = gr.HTML("", elem_id="notice", js_on_load=live("alert", "Problem"))
+        if facts and facts.examples:
+            with gr.Row(elem_classes="chips"):
+                for example in facts.examples[:3]:
+                    chip = gr.Button(example, size="sm")
+                    # In the browser alone: no queue, so it works while the models load.
+                    chip.click(
+                        None, None, prompt, js=f"() => {json.dumps(example)}", api_visibility="private"
+                    )
+        left_card, right_card = page.empty_cards()
+        with gr.Row(elem_classes="cards"):
+            # A column each: bare HTML in a row would not stack on a phone.
+            with gr.Column(min_width=320):
+                left = gr.HTML(left_card, elem_id="left", js_on_load=None)
+            with gr.Column(min_width=320):
+                right = gr.HTML(right_card, elem_id="right", js_on_load=None)
+        verdict = gr.HTML("", elem_id="verdict", js_on_load=None)
+        with gr.Row(elem_classes="votes", elem_id="votes"):
+            vote_buttons = {name: gr.Button(name) for name in ("A is better", "Tie", "B is better")}
+        spoken = gr.HTML("", elem_id="spoken", elem_classes="sr", js_on_load=live("status", "Progress"))
+        with gr.Accordion("Settings", open=False):
+            with gr.Row():
+                length = gr.Slider(1, MOST_TOKENS, value=96, step=1, label="Most tokens per answer")
+                temperature = gr.Slider(
+                    0, 2, value=0, step=0.05, label="Temperature", info="0 takes the likeliest token."
+                )
+            with gr.Row():
+                top_p = gr.Slider(
+                    0.05, 1, value=0.95, step=0.05, label="Top-p", info="Only used with a temperature."
+                )
+                seed = gr.Number(
+                    value=0, precision=0, minimum=0, label="Seed", info="Same seed, same answer."
+                )
+            blind = gr.Checkbox(
+                label="Blind vote", info="Shuffles the two and hides their names until you vote.", value=False
+            )
+        if facts:
+            with gr.Accordion("How this is measured", open=False):
+                gr.HTML(render.method(facts), js_on_load=None)
+        round_ = gr.State(None)
+        timer = gr.Timer(1.0)
+
+        named = {
+            "notice": notice,
+            "stop": stop,
+            "left": left,
+            "right": right,
+            "verdict": verdict,
+            "spoken": spoken,
+            "round": round_,
+        }
+
+        def to_components(changes: dict[str, Any]) -> dict[Any, Any]:
+            # gr.skip() for all would be needed for an empty dict, which Gradio takes for no answer.
+            return {named[key]: value for key, value in changes.items()} or {spoken: gr.skip()}
+
+        def submit(
+            prompt: str, length: float, temperature: float, top_p: float, seed: float, blind: bool,
+            request: gr.Request,
+        ) -> dict[Any, Any]:  # fmt: skip
+            return to_components(page.submit(prompt, length, temperature, top_p, seed, blind, request))
+
+        def write(request: gr.Request) -> Iterator[dict[Any, Any]]:
+            for changes in page.write(request):
+                yield to_components(changes)
+
+        everything = list(named.values())
+        quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+        submitted = gr.on(
+            [go.click, prompt.submit],
+            submit,
+            [prompt, length, temperature, top_p, seed, blind],
+            everything,
+            queue=False,
+            **quiet,
+        )
+        submitted.then(None, js=move_focus("stop"), api_visibility="private")
+        submitted.then(write, None, everything, concurrency_limit=1, concurrency_id=LANE, **quiet).then(
+            None, js=move_focus("go"), api_visibility="private"
+        )
+        stop.click(page.halt, None, stop, queue=False, **quiet)
+        for name, button in vote_buttons.items():
+            choice = name.split()[0]
+
+            def vote(round_: Any, choice: str = choice) -> dict[Any, Any]:
+                return to_components(page.vote(choice, round_))
+
+            button.click(vote, round_, everything, queue=False, **quiet)
+        gr.on([demo.load, timer.tick], page.tick, None, [banner, go, timer], queue=False, **quiet)
+        demo.unload(page.leave)
+        api(page.api_compare, api_name="compare", concurrency_limit=1, concurrency_id=LANE)
+        api(page.api_status, api_name="status", queue=False)
+    return demo
+
+
+def health_route(loader: Loader) -> Route:
+    def health(request: Request) -> JSONResponse:
+        """200 while the program lives; whether the models are loaded is in the state."""
+        return JSONResponse({"status": "ok", "state": loader.status.state, "message": loader.status.message})
+
+    return Route("/health", health, methods=["GET"])
+
+
+def server_name() -> str:
+    """Open to other machines only on Spaces, or where asked for."""
+    on_spaces = os.environ.get("SYSTEM") == "spaces"
+    return os.environ.get("GRADIO_SERVER_NAME") or ("0.0.0.0" if on_spaces else "127.0.0.1")
+
+
+def main() -> None:
+    facts: Facts | None = None
+    problem: str | None = None
+    try:
+        facts = read_facts(FOLDER / "compare.json")
+    except FactsError as error:
+        problem = str(error)
+    loader = Loader(facts, FOLDER, problem)
+    jobs = Jobs()
+    demo = build(facts, Page(facts, loader, jobs))
+    demo.queue(default_concurrency_limit=1, max_size=20)
+
+    # Spaces stop a program with SIGTERM; end as with Ctrl-C, so that the threads below are waited for.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    loader.start()
+    try:
+        demo.launch(
+            server_name=server_name(),
+            theme=THEME,
+            css_paths=[FOLDER / "style.css"],
+            footer_links=["api", "settings"],
+            app_kwargs={"routes": [health_route(loader)]},
+            ssr_mode=False,
+        )
+    except KeyboardInterrupt:
+        pass
+    finally:
+        jobs.stop_all()
+        if not loader.close(20) or jobs.busy(10):
+            # Still downloading or in a long step: leave without Python's clean-up, which would abort.
+            os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

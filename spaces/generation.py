@@ -1,0 +1,122 @@
+"""One answer, written one token at a time: what both engines share, and what they have to offer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import numpy as np
+from prompting import ModelError, TextCodec
+
+FinishReason = Literal["stop", "length", "stopped"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to write. A temperature of 0 always takes the likeliest token."""
+
+    max_new_tokens: int = 96
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+class Decoder(Protocol):
+    """A model with the cache of one conversation."""
+
+    def step(self, token_ids: Sequence[int]) -> np.ndarray:
+        """Append the tokens and return the logits of the token to come, as one float32 vector."""
+        ...
+
+
+class Model(Protocol):
+    """A loaded model."""
+
+    text: TextCodec
+    context_length: int | None
+
+    def start(self) -> Decoder: ...
+
+
+def choose(logits: np.ndarray, settings: Settings, random: np.random.Generator) -> int:
+    """The next token: the likeliest, or one drawn from the smallest set that holds top_p of the weight."""
+    if settings.temperature <= 0:
+        return int(logits.argmax())
+    scaled = logits.astype(np.float64) / settings.temperature
+    weights = np.exp(scaled - scaled.max())
+    weights /= weights.sum()
+    order = np.argsort(-weights, kind="stable")
+    running = np.cumsum(weights[order])
+    # The token that crosses top_p belongs to the set, so at least one always does.
+    kept = order[: int(np.searchsorted(running, settings.top_p)) + 1]
+    return int(random.choice(kept, p=weights[kept] / weights[kept].sum()))
+
+
+@dataclass
+class Generation:
+    """An answer in the making. Every `advance` writes at most one token and notes how long it took."""
+
+    model: Model
+    prompt_ids: list[int]
+    settings: Settings
+    token_ids: list[int] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    text: str = ""
+    finish_reason: FinishReason | None = None
+
+    def __post_init__(self) -> None:
+        self._decoder = self.model.start()
+        self._random = np.random.default_rng(self.settings.seed)
+        self._next_piece = self.model.text.stream()
+        self._limit = self.settings.max_new_tokens
+        if self.model.context_length is not None:
+            room = self.model.context_length - len(self.prompt_ids)
+            if room < 1:
+                raise ModelError(
+                    f"The prompt is {len(self.prompt_ids)} tokens long; "
+                    f"the model reads at most {self.model.context_length}."
+                )
+            self._limit = min(self._limit, room)
+
+    def advance(self) -> None:
+        if self.finish_reason is not None:
+            return
+        began = time.perf_counter()
+        logits = self._decoder.step(self.token_ids[-1:] or self.prompt_ids)
+        token = choose(logits, self.settings, self._random)
+        if token in self.model.text.ends:
+            self.finish_reason = "stop"
+        else:
+            self.token_ids.append(token)
+            self.text += self._next_piece(token)
+            if len(self.token_ids) >= self._limit:
+                self.finish_reason = "length"
+        # The step that finds the end was work too, so it is timed like the others.
+        self.seconds.append(time.perf_counter() - began)
+
+    def stop(self) -> None:
+        if self.finish_reason is None:
+            self.finish_reason = "stopped"
+
+    @property
+    def first_token_seconds(self) -> float | None:
+        """The first step reads the whole prompt; it is told apart from the others."""
+        return self.seconds[0] if self.seconds else None
+
+    @property
+    def seconds_per_token(self) -> float | None:
+        later = self.seconds[1:]
+        return sum(later) / len(later) if later else None
+
+
+def begin(model: Model, prompt: str, settings: Settings) -> Generation:
+    return Generation(model, model.text.encode(prompt), settings)
+
+
+def warm_up(model: Model) -> None:
+    """Two steps nobody sees: the first run of a session also allocates, and would look slow."""
+    generation = begin(model, "Hello", Settings(max_new_tokens=2))
+    while generation.finish_reason is None:
+        generation.advance()

@@ -1,0 +1,272 @@
+"""The parts of the page that are plain HTML: pure functions from facts to text.
+
+Everything that comes from outside (names, prompts, answers) goes through `escape`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from typing import Literal
+
+from compare import Comparison, Facts, Pair, Source
+from generation import Generation
+
+ARROW = "\N{RIGHTWARDS ARROW}"
+MINUS = "\N{MINUS SIGN}"
+TIMES = "\N{MULTIPLICATION SIGN}"
+NONE_YET = "\N{EN DASH}"
+
+CardState = Literal["ready", "waiting", "writing", "done", "length", "stopped", "error"]
+STATE_WORDS: dict[CardState, str] = {
+    "ready": "Ready",
+    "waiting": "Waiting",
+    "writing": "Writing",
+    "done": "Done",
+    "length": "Stopped at the length limit",
+    "stopped": "Stopped",
+    "error": "Error",
+}
+
+
+def count(value: int) -> str:
+    """135M, 1.24B: three digits are enough to compare."""
+    for unit, size in (("B", 10**9), ("M", 10**6), ("K", 10**3)):
+        if value >= size:
+            return f"{value / size:.3g}{unit}"
+    return str(value)
+
+
+def size(value: int) -> str:
+    for unit, bytes_ in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if value >= bytes_:
+            return f"{value / bytes_:.3g} {unit}"
+    return f"{value} B"
+
+
+def without_unit(before: str, after: str) -> tuple[str, str]:
+    """539 MB, 497 MB as "539", "497 MB": said once, a unit is enough."""
+    number, _, unit = before.partition(" ")
+    return (number if after.endswith(f" {unit}") else before), after
+
+
+def change(original: float, pruned: float) -> str:
+    """The difference in percent, with its sign."""
+    if original == 0:
+        return ""
+    percent = (pruned / original - 1) * 100
+    if round(percent) == 0 and percent != 0:
+        return f"{percent:+.1f}%".replace("-", MINUS)
+    return f"{percent:+.0f}%".replace("-", MINUS)
+
+
+def short_name(name: str) -> str:
+    return name.rsplit("/", 1)[-1]
+
+
+def _model(source: Source) -> str:
+    """The full name; a link where there is a repository to see."""
+    if not source.repo_id or source.repo_id.count("/") != 1:
+        return f"<b>{escape(source.name)}</b>"
+    address = f"https://huggingface.co/{source.repo_id}"
+    if source.revision:
+        address += f"/tree/{source.revision}"
+    return f'<a href="{escape(address)}" target="_blank" rel="noopener">{escape(source.name)}</a>'
+
+
+def header(facts: Facts) -> str:
+    return (
+        f"<header class='top'><h1>{escape(facts.title)}</h1>"
+        "<p>Type one prompt. Both models answer it on the same machine, with the same settings.</p>"
+        f"<p class='models'>{_model(facts.original)} <span aria-hidden='true'>{ARROW}</span>"
+        f"<span class='sr'> pruned to </span> {_model(facts.pruned)}</p></header>"
+    )
+
+
+def _tile(label: str, before: str, after: str, difference: str, tone: str, below: str) -> str:
+    return (
+        f"<div class='tile'><dt>{escape(label)} <span class='change {tone}'>{escape(difference)}</span></dt>"
+        f"<dd><span class='pair'><span>{escape(before)}</span> "
+        f"<span class='arrow' aria-hidden='true'>{ARROW}</span><span class='sr'>to</span> "
+        f"<b>{escape(after)}</b></span></dd><dd>{below}</dd></div>"
+    )
+
+
+def tiles(facts: Facts) -> str:
+    def pair_tile(label: str, pair: Pair, text: tuple[str, str]) -> str:
+        share = min(100.0, 100 * pair.pruned / pair.original) if pair.original else 100.0
+        bar = f"<div class='bar' aria-hidden='true'><span style='width:{share:.1f}%'></span></div>"
+        return _tile(label, *text, change(pair.original, pair.pruned), "less", bar)
+
+    parameters, weights, layers = facts.parameters, facts.bytes, facts.layers
+    parts = [
+        pair_tile("Parameters", parameters, (count(parameters.original), count(parameters.pruned))),
+        pair_tile("Weights", weights, without_unit(size(weights.original), size(weights.pruned))),
+        pair_tile("Layers", layers, (str(layers.original), str(layers.pruned))),
+    ]
+    measured = next((row for row in facts.perplexity if row.original and row.pruned), None)
+    if measured is not None and measured.original and measured.pruned:
+        worse = measured.pruned > measured.original
+        parts.append(
+            _tile(
+                "Perplexity",
+                f"{measured.original:.1f}",
+                f"{measured.pruned:.1f}",
+                change(measured.original, measured.pruned),
+                "worse" if worse else "less",
+                f"<span class='note'>{escape(measured.text)}; lower is better</span>",
+            )
+        )
+    return f"<dl class='tiles'>{''.join(parts)}</dl>{_layers(facts)}"
+
+
+def ranges(indices: Sequence[int]) -> str:
+    """14, 15, 16, 20 as "14-16, 20"."""
+    groups: list[list[int]] = []
+    for index in sorted(set(indices)):
+        if groups and index == groups[-1][-1] + 1:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return ", ".join(
+        str(group[0]) if len(group) == 1 else f"{group[0]}\N{EN DASH}{group[-1]}" for group in groups
+    )
+
+
+def _layers(facts: Facts) -> str:
+    """Which layers went, in one sentence and as a strip with gaps."""
+    removed = set(facts.removed)
+    number = len(removed) or facts.layers.original - facts.layers.pruned
+    correction = ", one weight matrix corrected" if facts.compensated else ""
+    where = f" <span class='which'>Removed: {ranges(facts.removed)}.</span>" if removed else ""
+    strip = "".join(
+        f"<i class='{'gone' if index in removed else 'kept'}'></i>" for index in range(facts.layers.original)
+    )
+    return (
+        f"<div class='layers'><p>{number} of {facts.layers.original} layers removed{correction}, "
+        f"no retraining.{where}</p><div class='strip' aria-hidden='true'>{strip}</div></div>"
+    )
+
+
+def notice(message: str, kind: Literal["error", "info"] = "error") -> str:
+    return f"<p class='notice {kind}'>{escape(message)}</p>" if message else ""
+
+
+def loading(message: str) -> str:
+    return f"<p class='notice info loading'><span class='dot' aria-hidden='true'></span>{escape(message)}</p>"
+
+
+def state_of(generation: Generation) -> CardState:
+    reasons: dict[str, CardState] = {"stop": "done", "length": "length", "stopped": "stopped"}
+    if generation.finish_reason is None:
+        return "writing" if generation.seconds else "waiting"
+    return reasons[generation.finish_reason]
+
+
+def _speed(generation: Generation) -> str:
+    seconds = generation.seconds_per_token
+    return f"{1 / seconds:.1f} tok/s" if seconds else NONE_YET
+
+
+def _first(generation: Generation) -> str:
+    seconds = generation.first_token_seconds
+    if seconds is None:
+        return NONE_YET
+    return f"{seconds * 1000:.0f} ms" if seconds < 10 else f"{seconds:.1f} s"
+
+
+def card(
+    title: str, tag: str, state: CardState, generation: Generation | None = None, numbers: bool = True
+) -> str:
+    """One answer. `numbers` is off while a blind vote is open: the speed would give the model away."""
+    if generation is not None and generation.text.strip():
+        caret = "<span class='caret' aria-hidden='true'></span>" if state == "writing" else ""
+        answer = f"<div class='answer'>{escape(generation.text.strip())}{caret}</div>"
+    else:
+        words = "The answer appears here."
+        if state in ("waiting", "writing"):
+            words = "Reading the prompt\N{HORIZONTAL ELLIPSIS}"
+        elif state in ("done", "length"):
+            words = "The model wrote nothing that can be shown."
+        elif state in ("stopped", "error"):
+            words = "No answer."
+        answer = f"<div class='answer none'>{words}</div>"
+    values = (NONE_YET,) * 3
+    if generation is not None and numbers:
+        values = (_speed(generation), _first(generation), str(len(generation.token_ids)))
+    figures = "".join(
+        f"<div><dt>{name}</dt><dd>{value}</dd></div>"
+        for name, value in zip(("Speed", "First token", "Tokens"), values, strict=True)
+    )
+    pill = f"<span class='tag {tag.lower()}'>{tag}</span>" if tag else ""
+    return (
+        f"<section class='card {state}' aria-label='Answer: {escape(title)}'>"
+        f"<header><h2>{escape(title)}</h2>{pill}<span class='state'>{STATE_WORDS[state]}</span></header>"
+        f"{answer}<dl class='figures'>{figures}</dl></section>"
+    )
+
+
+def verdict(comparison: Comparison) -> str:
+    ratio = comparison.speed_ratio
+    if ratio is None:
+        return (
+            "<p class='verdict'><span class='label'>This run</span> "
+            "The answers were too short to compare the speed.</p>"
+        )
+    return (
+        "<p class='verdict'><span class='label'>This run</span> The pruned model wrote "
+        f"<b>{ratio:.2f}{TIMES}</b> as many tokens per second as the original "
+        f"<span class='basis'>(over the {comparison.shared_steps} steps both took)</span>.</p>"
+    )
+
+
+def spoken(message: str, running: bool = False) -> str:
+    """What a screen reader says of the run. style.css shows Stop instead of Compare while it runs."""
+    return f"<p class='{'running' if running else 'resting'}'>{escape(message)}</p>"
+
+
+def question() -> str:
+    """The open vote; style.css shows the vote buttons while it is there."""
+    return "<p class='voting'>Which answer is better?</p>"
+
+
+def vote_result(choice: Literal["original", "pruned", "tie"]) -> str:
+    words = {
+        "original": "You preferred the <b>original</b>.",
+        "pruned": "You preferred the <b>pruned</b> model.",
+        "tie": "You found them <b>equal</b>.",
+    }
+    return f"<p class='verdict vote'><span class='label'>Your vote</span> {words[choice]}</p>"
+
+
+def method(facts: Facts) -> str:
+    def figure(value: float | None) -> str:
+        return NONE_YET if value is None else f"{value:.2f}"
+
+    rows = "".join(
+        f"<tr><th scope='row'>{escape(row.text)}</th><td>{row.tokens:,}</td><td>{figure(row.original)}</td>"
+        f"<td>{figure(row.pruned)}</td>"
+        f"<td>{change(row.original, row.pruned) if row.original and row.pruned else NONE_YET}</td></tr>"
+        for row in facts.perplexity
+    )
+    table = (
+        "<div class='scroll' tabindex='0' role='region' aria-label='Perplexity per text'><table>"
+        "<thead><tr><th scope='col'>Perplexity on</th><th scope='col'>Tokens</th>"
+        "<th scope='col'>Original</th><th scope='col'>Pruned</th><th scope='col'>Change</th></tr></thead>"
+        f"<tbody>{rows}</tbody></table></div>"
+        if rows
+        else "<p>No perplexity was measured when this page was made.</p>"
+    )
+    runtime = "ONNX Runtime on the CPU" if facts.runtime == "onnx" else "transformers"
+    licence = f"<p>Licence of the original: {escape(facts.license)}.</p>" if facts.license else ""
+    return (
+        f"<div class='method'>{table}"
+        "<p>Perplexity, parameters and weights were measured when this page was made. Lower perplexity is "
+        "better; it says how well a model predicts a text, not how useful its answers are.</p>"
+        f"<p>The answers run here, in {runtime}, in {escape(facts.precision)}, for both models. They write "
+        "in turn, one token each, and each step is timed on its own, so neither slows the other down. "
+        "The ratio counts only the steps both took, without the first, which reads the prompt. "
+        "One prompt on a shared machine is a glimpse, not a benchmark.</p>"
+        "<p>With temperature 0 each model takes its likeliest token. No repetition penalty is applied. "
+        f"Each model is prompted with its own chat template, if it has one.</p>{licence}</div>"
+    )

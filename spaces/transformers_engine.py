@@ -1,0 +1,89 @@
+"""A causal language model in transformers, on the GPU if there is one.
+
+Used where the original may not be exported and passed on (gated, or a licence that forbids it): then
+both models run from their own repositories' safetensors. It offers the same as onnx_engine.py.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from prompting import ModelError, TextCodec
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def files_to_download(path: str) -> list[str]:
+    """Patterns for a model repository: safetensors and text only. Pickles and Python code stay there."""
+    return [
+        "config.json",
+        "generation_config.json",
+        "model*.safetensors",
+        "model.safetensors.index.json",
+        "tokenizer*",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.json",
+        "merges.txt",
+        "chat_template.jinja",
+    ]
+
+
+class TransformersModel:
+    """One model: the weights and its tokenizer."""
+
+    def __init__(self, folder: Path, precision: str = "float32") -> None:
+        if precision not in _DTYPES:
+            raise ModelError(f"compare.json asks for the precision {precision!r}, which is not known.")
+        local = {"local_files_only": True, "trust_remote_code": False}
+        try:
+            # Not every repository has tokenizer.json; transformers also converts the older formats.
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), use_fast=True, **local)
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                str(folder), dtype=_DTYPES[precision], use_safetensors=True, **local
+            )
+        except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+            raise ModelError(f"transformers could not load it: {error}") from error
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise ModelError("it has no fast tokenizer.")
+        self.text = TextCodec.with_tokenizer(folder, backend)
+        # Logits of the last position are enough; not every architecture can be told so.
+        known = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self.options: dict[str, Any] = {"logits_to_keep": 1} if known else {}
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model = model.to(self.device).eval()
+        context = getattr(model.config, "max_position_embeddings", None)
+        self.context_length: int | None = context if isinstance(context, int) else None
+
+    def start(self) -> TransformersDecoder:
+        return TransformersDecoder(self)
+
+
+class TransformersDecoder:
+    """The decode loop of one answer, with the model's own cache."""
+
+    def __init__(self, model: TransformersModel) -> None:
+        self._model = model
+        self._cache: Any = None
+
+    @torch.inference_mode()
+    def step(self, token_ids: Sequence[int]) -> np.ndarray:
+        ids = torch.tensor([list(token_ids)], device=self._model.device)
+        output = self._model.model(
+            input_ids=ids, past_key_values=self._cache, use_cache=True, **self._model.options
+        )
+        self._cache = output.past_key_values
+        # Reading the logits back waits for the GPU, so the step's time is the whole step's.
+        return output.logits[0, -1].float().cpu().numpy()
+
+
+def load(folder: Path, path: str = "", precision: str = "float32") -> TransformersModel:
+    """Load the model of a folder; `path` names the ONNX graph and does not matter here."""
+    return TransformersModel(folder, precision)

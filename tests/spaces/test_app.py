@@ -1,0 +1,208 @@
+"""The app as a program: started in a deployed folder, asked over HTTP."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+PROMPT = "What is the capital of France?"
+JINJA_TEMPLATE = Path(__file__).resolve().parents[2] / "spaces" / "README.md.jinja"
+
+
+@pytest.fixture(scope="module")
+def client(running: Any) -> Any:
+    from gradio_client import Client
+
+    return Client(running.url, verbose=False)
+
+
+def test_health_answers(running: Any) -> None:
+    health = running.health()
+    assert (health["status"], health["state"]) == ("ok", "ready")
+
+
+def test_only_the_two_api_names_are_public(client: Any) -> None:
+    endpoints = client.view_api(return_format="dict", print_info=False)
+    assert set(endpoints["named_endpoints"]) == {"/compare", "/status"}
+    assert endpoints["unnamed_endpoints"] == {}
+    assert client.predict(api_name="/status") == {"state": "ready", "message": "Both models are loaded."}
+
+
+def test_compare_returns_both_answers(client: Any) -> None:
+    answer = client.predict(PROMPT, max_new_tokens=12, api_name="/compare")
+    assert set(answer) == {"original", "pruned", "speed_ratio"}
+    for side in ("original", "pruned"):
+        assert set(answer[side]) == {
+            "text", "tokens", "seconds_per_token", "first_token_seconds", "finish_reason",
+        }  # fmt: skip
+        assert answer[side]["finish_reason"] in ("stop", "length")
+        assert 0 <= answer[side]["tokens"] <= 12
+    again = client.predict(PROMPT, max_new_tokens=12, api_name="/compare")
+    assert [again[side]["text"] for side in ("original", "pruned")] == [
+        answer[side]["text"] for side in ("original", "pruned")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"prompt": "  "}, "Type a prompt first"),
+        ({"prompt": "x" * 4001}, "4,001 characters"),
+        ({"prompt": PROMPT, "max_new_tokens": 1000}, "max_new_tokens must be from 1 to 256"),
+    ],
+)
+def test_what_cannot_be_answered_is_said_in_words(client: Any, arguments: dict[str, Any], words: str) -> None:
+    with pytest.raises(Exception, match=words):
+        client.predict(**arguments, api_name="/compare")
+
+
+def test_the_page_asks_no_other_host(running: Any) -> None:
+    import urllib.request
+
+    with urllib.request.urlopen(running.url, timeout=10) as answer:
+        page = answer.read().decode()
+    assert "fonts.googleapis" not in page
+    assert not re.findall(r"<(?:script|link)[^>]+(?:src|href)=\"https?://(?!127\.0\.0\.1)[^\"]+fonts", page)
+
+
+def test_missing_models_are_an_error_state_and_it_still_ends_cleanly(
+    kit: SimpleNamespace, tiny: Any, tmp_path: Path
+) -> None:
+    from gradio_client import Client
+
+    app = kit.start_app(kit.deploy(tmp_path / "app", tiny))
+    try:
+        health = app.wait_until(lambda health: health["state"] != "loading")
+        assert health["state"] == "error"
+        assert "PRUNED_MODEL" in health["message"]
+        client = Client(app.url, verbose=False)
+        assert client.predict(api_name="/status")["state"] == "error"
+        with pytest.raises(Exception, match="pruned model could not be loaded"):
+            client.predict(PROMPT, api_name="/compare")
+    finally:
+        assert kit.stop_app(app) == 0
+
+
+def test_it_can_be_stopped_while_it_loads(kit: SimpleNamespace, tiny: Any, tmp_path: Path) -> None:
+    app = kit.start_app(kit.deploy(tmp_path / "app", tiny), PRUNED_MODEL=str(tiny.pruned_onnx))
+    app.wait_until(lambda health: True)
+    assert kit.stop_app(app) == 0
+    assert "terminate called" not in app.log.read_text(encoding="utf-8")
+
+
+# The following ask the loader directly, which is quicker than a program each.
+
+
+def loader(kit: SimpleNamespace, folder: Path, **changes: Any) -> Any:
+    loading = kit.load_module("loading")
+    read_facts = kit.load_module("compare").read_facts
+    (folder / "compare.json").write_text(json.dumps(kit.facts(**changes)), encoding="utf-8")
+    return loading.Loader(read_facts(folder / "compare.json"), folder)
+
+
+def hub_answers(kit: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, folder: Path, error: Exception) -> str:
+    """What the page says when the download of the original ends with this error."""
+
+    def refuse(*_: Any, **__: Any) -> str:
+        raise error
+
+    monkeypatch.setattr(kit.load_module("loading"), "snapshot_download", refuse)
+    monkeypatch.setenv("ORIGINAL_MODEL", "someone/closed")
+    # The engine is imported by name, as in a Space; in the tests it is there by its path.
+    kit.load_module("onnx_engine")
+    subject = loader(kit, folder)
+    subject.start()
+    assert subject.close(20)
+    assert subject.status.state == "error"
+    return subject.status.message
+
+
+@pytest.mark.parametrize(
+    ("kind", "code", "words"),
+    [
+        ("GatedRepoError", 403, "gated.*HF_TOKEN"),
+        ("RepositoryNotFoundError", 401, "private.*HF_TOKEN"),
+        ("HfHubHTTPError", 403, "refused.*HF_TOKEN"),
+        ("HfHubHTTPError", 500, "answered 500"),
+    ],
+)
+def test_refusals_of_the_hub_name_the_token(
+    kit: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str, code: int, words: str
+) -> None:
+    from huggingface_hub import errors
+
+    response: Any = SimpleNamespace(status_code=code, headers={}, request=None)
+    error = getattr(errors, kind)("no", response=response)
+    assert re.search(words, hub_answers(kit, monkeypatch, tmp_path, error))
+
+
+def test_no_connection_is_said(kit: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    assert "cannot be reached" in hub_answers(kit, monkeypatch, tmp_path, LocalEntryNotFoundError("no"))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"schema_version": 2}, "schema version 2"),
+        ({"runtime": "pickle"}, "runtime"),
+        ({"layers": {}}, "lacks the key"),
+        ({"bytes": {"original": "many", "pruned": 1}}, "cannot be read"),
+    ],
+)
+def test_an_unusable_compare_json_is_said(
+    kit: SimpleNamespace, tmp_path: Path, change: dict[str, Any], words: str
+) -> None:
+    compare = kit.load_module("compare")
+    with pytest.raises(compare.FactsError, match=words):
+        loader(kit, tmp_path, **change)
+
+
+def test_answers_and_names_are_escaped(kit: SimpleNamespace, tmp_path: Path) -> None:
+    render = kit.load_module("render")
+    facts = loader(kit, tmp_path, title="<script>alert(1)</script>")._facts
+    generation = SimpleNamespace(
+        text="<b>bold</b>", seconds=[0.1], token_ids=[1], seconds_per_token=None, first_token_seconds=0.1
+    )
+    assert "<script>" not in render.header(facts)
+    card = render.card("<i>name</i>", "Original", "done", generation)
+    assert "<b>bold</b>" not in card
+    assert "<i>name" not in card
+
+
+def test_figures_read_well(kit: SimpleNamespace, tmp_path: Path) -> None:
+    render = kit.load_module("render")
+    assert (render.count(134_515_008), render.count(1_235_000_000)) == ("135M", "1.24B")
+    assert (render.size(538_000_000), render.size(2_470_000_000)) == ("538 MB", "2.47 GB")
+    assert render.change(100, 82) == "\N{MINUS SIGN}18%"
+    assert render.ranges([14, 15, 16, 20]) == "14\N{EN DASH}16, 20"
+    tiles = render.tiles(loader(kit, tmp_path)._facts)
+    assert "1 of 3 layers removed, one weight matrix corrected, no retraining." in tiles
+    plain = render.tiles(loader(kit, tmp_path, compensation={"applied": False}, perplexity=[])._facts)
+    assert "1 of 3 layers removed, no retraining." in plain
+
+
+@pytest.mark.parametrize("runtime", ["onnx", "transformers"])
+def test_the_card_has_the_front_matter_that_spaces_need(runtime: str) -> None:
+    import jinja2
+    import yaml
+
+    text = jinja2.Template(JINJA_TEMPLATE.read_text(encoding="utf-8")).render(
+        title='Tiny: "lighter"', short_description="Original and pruned, side by side",
+        license=None if runtime == "transformers" else "apache-2.0", models=["a/b", "c/d"],
+        sdk_version="6.17.3", python_version="3.11", name_original="a/b", name_pruned="c/d",
+        layers_before=3, layers_after=2, runtime=runtime,
+    )  # fmt: skip
+    front = yaml.safe_load(text.split("---")[1])
+    assert front["title"] == 'Tiny: "lighter"'
+    assert (front["sdk"], front["sdk_version"], front["app_file"]) == ("gradio", "6.17.3", "app.py")
+    assert front["models"] == ["a/b", "c/d"]
+    assert front["emoji"]
+    assert ("license" in front) == (runtime == "onnx")
+    assert ("HF_TOKEN" in text) == (runtime == "transformers")
