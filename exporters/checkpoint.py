@@ -51,7 +51,7 @@ def load_float32(folder: Path) -> tuple[Any, dict[str, Any]]:
     from transformers import AutoModelForCausalLM
 
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=torch.float32,
             use_safetensors=True,
@@ -59,6 +59,7 @@ def load_float32(folder: Path) -> tuple[Any, dict[str, Any]]:
             local_files_only=True,
             output_loading_info=True,
         )
+        model, report = loaded
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BrokenCheckpointError(f"The checkpoint in {folder} cannot be loaded: {first}") from error

@@ -139,7 +139,7 @@ class PruneConfig:
         if self.drop is not None:
             if max(self.drop) >= layer_count:
                 raise UsageError(
-                    f"--drop names layer {max(self.drop)}, but the model has {layer_count} layers (0 to {layer_count - 1})."
+                    f"--drop names layer {max(self.drop)}; the model has {layer_count} layers, 0 to {layer_count - 1}."
                 )
             wanted = len(self.drop)
         else:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -71,8 +72,10 @@ def convert_gguf(path: Path, folder: Path) -> None:
             tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
     except (ValueError, KeyError, OSError, RuntimeError) as error:
         raise BrokenCheckpointError(f"{path.name} cannot be read as a model: {error}") from error
-    model.config._name_or_path = ""
     model.save_pretrained(folder)
+    _drop_names(folder / "config.json")
+    for path in folder.glob("*.safetensors"):
+        path.chmod(0o644)  # safetensors creates them 0600
     _mend_tokenizer(tokenizer, metadata)
     tokenizer.save_pretrained(folder)
     _mend_tokenizer_config(folder / "tokenizer_config.json")
@@ -114,6 +117,13 @@ def _mend_tokenizer(tokenizer: Any, metadata: dict[str, Any]) -> None:
             setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(int(token_id)))
 
 
+def _drop_names(path: Path) -> None:
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for key in ("_name_or_path", "_model_name_or_path"):
+        config.pop(key, None)
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
 def _mend_tokenizer_config(path: Path) -> None:
     """Make AutoTokenizer take tokenizer.json as it stands, instead of rebuilding it as a Llama tokenizer."""
     config = json.loads(path.read_text(encoding="utf-8"))
@@ -147,3 +157,7 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         transformers_logging.set_verbosity(verbosity)
+
+
+if __name__ == "__main__":
+    convert_gguf(Path(sys.argv[1]), Path(sys.argv[2]))

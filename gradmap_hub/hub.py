@@ -27,7 +27,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import disable_progress_bars
+from huggingface_hub.utils.tqdm import disable_progress_bars
 from requests import RequestException
 
 from gradmap_hub.errors import (
@@ -44,6 +44,7 @@ from gradmap_hub.errors import (
     VerificationError,
 )
 from gradmap_hub.errors import UsageError as Usage
+from gradmap_hub.source import sha256_of
 
 # Files the Hub itself puts into a new repository, and edits on its own.
 _HUB_OWN_FILES = {".gitattributes"}
@@ -368,11 +369,6 @@ class Hub:
             raise _unreachable(self.endpoint, error) from error
         except (RequestException, OSError) as error:
             raise _unreachable(self.endpoint, error) from error
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _git_blob_id(path: Path) -> str:

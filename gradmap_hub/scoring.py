@@ -9,7 +9,7 @@ Accumulating gradients over rows first lets them cancel: the mean gradient of a 
 calibration text makes that ranking worse. The same pass yields, at no extra forward or backward:
 
     taylor[l]    = sum_s sum_W || W * dL_s / dW ||_1     (as in LLM-Pruner and Shortened LLaMA, per row)
-    influence[l] = 1 - mean cos(x_l, x_{l+1})            block influence, ShortGPT (arXiv 2403.03853), x_l = input of layer l
+    influence[l] = 1 - mean cos(x_l, x_{l+1})            block influence, ShortGPT (arXiv 2403.03853), x_l: layer input
     windows[i]   = 1 - mean cos(x_i, x_{i+k})            k consecutive layers as one block (arXiv 2403.17887)
 """
 

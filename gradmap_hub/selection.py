@@ -50,9 +50,6 @@ def decide(scores: LayerScores, winner: Candidate | None, removed: Sequence[int]
     ranking = winner.name if winner else "your choice"
     decisions = []
     for index, score in zip(scores.layers, scores.gradient, strict=True):
-        if index in gone:
-            reason = f"removed: {why} ({ranking})"
-        else:
-            reason = "kept"
+        reason = f"removed: {why} ({ranking})" if index in gone else "kept"
         decisions.append(LayerDecision(index=index, score=score, kept=index not in gone, reason=reason))
     return decisions

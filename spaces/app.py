@@ -277,9 +277,7 @@ class Page:
                 "finish_reason": generation.finish_reason,
             }
 
-        return {side: answer(getattr(comparison, side)) for side in SIDES} | {
-            "speed_ratio": comparison.speed_ratio
-        }
+        return {side: answer(getattr(comparison, side)) for side in SIDES} | {"speed_ratio": comparison.speed_ratio}
 
 
 def live(role: str, label: str) -> str:
@@ -287,8 +285,7 @@ def live(role: str, label: str) -> str:
     urgency = "assertive" if role == "alert" else "polite"
     attributes = {"role": role, "aria-live": urgency, "aria-label": label}
     return "".join(
-        f"element.setAttribute({json.dumps(name)}, {json.dumps(value)});"
-        for name, value in attributes.items()
+        f"element.setAttribute({json.dumps(name)}, {json.dumps(value)});" for name, value in attributes.items()
     )
 
 
@@ -332,9 +329,7 @@ def build(facts: Facts | None, page: Page) -> gr.Blocks:
                 for example in facts.examples[:3]:
                     chip = gr.Button(example, size="sm")
                     # In the browser alone: no queue, so it works while the models load.
-                    chip.click(
-                        None, None, prompt, js=f"() => {json.dumps(example)}", api_visibility="private"
-                    )
+                    chip.click(None, None, prompt, js=f"() => {json.dumps(example)}", api_visibility="private")
         left_card, right_card = page.empty_cards()
         with gr.Row(elem_classes="cards"):
             # A column each: bare HTML in a row would not stack on a phone.
@@ -353,12 +348,8 @@ def build(facts: Facts | None, page: Page) -> gr.Blocks:
                     0, 2, value=0, step=0.05, label="Temperature", info="0 takes the likeliest token."
                 )
             with gr.Row():
-                top_p = gr.Slider(
-                    0.05, 1, value=0.95, step=0.05, label="Top-p", info="Only used with a temperature."
-                )
-                seed = gr.Number(
-                    value=0, precision=0, minimum=0, label="Seed", info="Same seed, same answer."
-                )
+                top_p = gr.Slider(0.05, 1, value=0.95, step=0.05, label="Top-p", info="Only used with a temperature.")
+                seed = gr.Number(value=0, precision=0, minimum=0, label="Seed", info="Same seed, same answer.")
             blind = gr.Checkbox(
                 label="Blind vote", info="Shuffles the two and hides their names until you vote.", value=False
             )

@@ -86,9 +86,7 @@ def read_facts(file: Path) -> Facts:
         content = json.loads(file.read_text(encoding="utf-8"))
         version = content["schema_version"]
         if version != SCHEMA_VERSION:
-            raise FactsError(
-                f"compare.json has schema version {version}; this page reads version {SCHEMA_VERSION}."
-            )
+            raise FactsError(f"compare.json has schema version {version}; this page reads version {SCHEMA_VERSION}.")
         if content["runtime"] not in ("onnx", "transformers"):
             raise FactsError(f"compare.json names a runtime that is not known: {content['runtime']!r}.")
         pairs = {

@@ -53,9 +53,7 @@ def locate(source: Source, role: str, app_folder: Path, engine: ModuleType) -> t
     if source.stored == "space":
         return app_folder / source.path, ""
     if not source.repo_id:
-        raise ModelError(
-            f"no repository is known for it. Set {role}_MODEL to a repository or to a local folder."
-        )
+        raise ModelError(f"no repository is known for it. Set {role}_MODEL to a repository or to a local folder.")
     if Path(source.repo_id).is_dir():
         return Path(source.repo_id), source.path
     if source.repo_id.count("/") > 1 or source.repo_id.startswith((".", "/", "~")):

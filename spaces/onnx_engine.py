@@ -65,9 +65,7 @@ class OnnxModel:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 3
         try:
-            self.session = ort.InferenceSession(
-                str(graph), sess_options=options, providers=["CPUExecutionProvider"]
-            )
+            self.session = ort.InferenceSession(str(graph), sess_options=options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's own exceptions have no common base class
             raise ModelError(f"{graph.name} could not be loaded: {error}") from error
         self._check_inputs()
@@ -117,9 +115,7 @@ class OnnxDecoder:
         values = self._model.session.run_with_ort_values(self._model.output_names, {**feeds, **self._cache})
         outputs = dict(zip(self._model.output_names, values, strict=True))
         # present.3.key of this step is past_key_values.3.key of the next.
-        self._cache = {
-            name: outputs["present" + name.removeprefix("past_key_values")] for name in self._cache
-        }
+        self._cache = {name: outputs["present" + name.removeprefix("past_key_values")] for name in self._cache}
         self._length = end
         return outputs["logits"].numpy()[0, -1].astype(np.float32)
 

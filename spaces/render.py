@@ -128,9 +128,7 @@ def ranges(indices: Sequence[int]) -> str:
             groups[-1].append(index)
         else:
             groups.append([index])
-    return ", ".join(
-        str(group[0]) if len(group) == 1 else f"{group[0]}\N{EN DASH}{group[-1]}" for group in groups
-    )
+    return ", ".join(str(group[0]) if len(group) == 1 else f"{group[0]}\N{EN DASH}{group[-1]}" for group in groups)
 
 
 def _layers(facts: Facts) -> str:
@@ -175,9 +173,7 @@ def _first(generation: Generation) -> str:
     return f"{seconds * 1000:.0f} ms" if seconds < 10 else f"{seconds:.1f} s"
 
 
-def card(
-    title: str, tag: str, state: CardState, generation: Generation | None = None, numbers: bool = True
-) -> str:
+def card(title: str, tag: str, state: CardState, generation: Generation | None = None, numbers: bool = True) -> str:
     """One answer. `numbers` is off while a blind vote is open: the speed would give the model away."""
     if generation is not None and generation.text.strip():
         caret = "<span class='caret' aria-hidden='true'></span>" if state == "writing" else ""

@@ -76,9 +76,7 @@ class TransformersDecoder:
     @torch.inference_mode()
     def step(self, token_ids: Sequence[int]) -> np.ndarray:
         ids = torch.tensor([list(token_ids)], device=self._model.device)
-        output = self._model.model(
-            input_ids=ids, past_key_values=self._cache, use_cache=True, **self._model.options
-        )
+        output = self._model.model(input_ids=ids, past_key_values=self._cache, use_cache=True, **self._model.options)
         self._cache = output.past_key_values
         # Reading the logits back waits for the GPU, so the step's time is the whole step's.
         return output.logits[0, -1].float().cpu().numpy()

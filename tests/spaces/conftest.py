@@ -229,6 +229,4 @@ def running(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ap
 @pytest.fixture(scope="session")
 def kit() -> SimpleNamespace:
     """The helpers above; a conftest.py cannot be imported from under --import-mode=importlib."""
-    return SimpleNamespace(
-        load_module=load_module, facts=facts, deploy=deploy, start_app=start_app, stop_app=stop_app
-    )
+    return SimpleNamespace(load_module=load_module, facts=facts, deploy=deploy, start_app=start_app, stop_app=stop_app)

@@ -55,9 +55,7 @@ def test_greedy_tokens_are_those_of_transformers(generation: Any, model: Any, ti
     assert len(answer.seconds) >= len(answer.token_ids)
 
 
-def test_the_transformers_engine_writes_the_same(
-    kit: SimpleNamespace, generation: Any, model: Any, tiny: Any
-) -> None:
+def test_the_transformers_engine_writes_the_same(kit: SimpleNamespace, generation: Any, model: Any, tiny: Any) -> None:
     other = kit.load_module("transformers_engine").load(tiny.original)
     expected = written(generation, model, max_new_tokens=24)
     answer = written(generation, other, max_new_tokens=24)
@@ -78,9 +76,7 @@ def test_finish_reasons(generation: Any, model: Any) -> None:
 
     # The third token of the greedy answer made the end: the answer stops before its first occurrence.
     end = limited.token_ids[2]
-    codec = type(model.text)(
-        model.text.tokenizer, model.text.chat_template, model.text.tokens, frozenset({end})
-    )
+    codec = type(model.text)(model.text.tokenizer, model.text.chat_template, model.text.tokens, frozenset({end}))
     ending = SimpleNamespace(text=codec, context_length=None, start=model.start)
     ended = written(generation, ending, max_new_tokens=5)
     assert ended.finish_reason == "stop"
@@ -184,9 +180,7 @@ def test_the_models_take_turns_and_the_ratio_counts_shared_steps(
 ) -> None:
     compare = kit.load_module("compare")
     pruned = kit.load_module("onnx_engine").load(tiny.pruned_onnx)
-    comparison = compare.start_comparison(
-        compare.Models(model, pruned), PROMPT, generation.Settings(max_new_tokens=8)
-    )
+    comparison = compare.start_comparison(compare.Models(model, pruned), PROMPT, generation.Settings(max_new_tokens=8))
     for _ in compare.run(comparison, lambda: False):
         difference = len(comparison.original.seconds) - len(comparison.pruned.seconds)
         ended = comparison.original.finish_reason or comparison.pruned.finish_reason

@@ -1,0 +1,492 @@
+"""RunRecord -> the model card: README.md with its YAML front matter, and the plots it shows.
+
+Everything comes from the record, nothing from the clock, the network or the weights, so that the same record gives the
+same bytes. Strings a user chose (model, licence and text names, the command) are escaped by default: the template can
+only print a string that was escaped, or that a filter here marked as `Safe`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, urlsplit
+
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from gradmap_hub.record import Artifact, Candidate, LayerDecision, RunRecord, TextPerplexity
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+TEMPLATE = "card.md.jinja"
+CARD = "README.md"
+LAYERS_PLOT = "assets/layers.png"
+SHIFT_PLOT = "assets/shift.png"
+CALIBRATION_KIND = "calibration (held out)"
+HUB = "https://huggingface.co"
+
+# Okabe-Ito colours: distinct under the common colour-vision deficiencies; removed layers are hatched as well.
+_KEPT, _REMOVED, _INK, _MUTED, _GRID = "#0072B2", "#D55E00", "#24292f", "#57606a", "#d8dee4"
+_PLOT_STYLE: dict[Any, Any] = {
+    "font.family": ["DejaVu Sans"],
+    "font.size": 14,
+    "text.color": _INK,
+    "axes.labelcolor": _INK,
+    "axes.edgecolor": _MUTED,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.titlesize": 18,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 30,
+    "xtick.color": _MUTED,
+    "ytick.color": _MUTED,
+    "xtick.labelsize": 13,
+    "ytick.labelsize": 13,
+    "hatch.linewidth": 1.5,
+    "legend.fontsize": 13,
+    "legend.frameon": False,
+}
+# Beyond this ratio of highest to lowest score, a linear axis hides the differences between the low ones.
+_LOG_RANGE = 15.0
+
+
+def write_card(record: RunRecord, folder: Path) -> list[Path]:
+    """Write README.md and its plots into `folder` and return the files written."""
+    plots = {LAYERS_PLOT: layers_plot}
+    if record.compensation.shift_layers:
+        plots[SHIFT_PLOT] = shift_plot
+    written = [folder / CARD]
+    folder.mkdir(parents=True, exist_ok=True)
+    written[0].write_text(card_text(record), encoding="utf-8", newline="\n")
+    for name, draw in plots.items():
+        path = folder / name
+        path.parent.mkdir(exist_ok=True)
+        _save_plot(record, draw, path)
+        written.append(path)
+    return written
+
+
+def card_text(record: RunRecord) -> str:
+    """The whole README.md."""
+    body = _environment().get_template(TEMPLATE).render(_context(record))
+    lines = "\n".join(line.rstrip() for line in body.splitlines())
+    return f"---\n{_front_matter_yaml(record)}---\n\n" + re.sub(r"\n{3,}", "\n\n", lines).strip() + "\n"
+
+
+# --- front matter -------------------------------------------------------------------------------------------------
+
+
+def front_matter(record: RunRecord) -> dict[str, Any]:
+    """The metadata the Hub reads, as plain data. A key without a known value is left out."""
+    base = record.base
+    data: dict[str, Any] = {}
+    if base.repo_id:
+        # The Hub knows adapter, merge, quantized and finetune; none of them means pruned. The text says so.
+        data |= {"base_model": one_line(base.repo_id), "base_model_relation": "finetune"}
+    if base.license:
+        data["license"] = one_line(base.license)
+        if base.license == "other":
+            named = {"license_name": base.license_name, "license_link": base.license_link}
+            data |= {key: one_line(value) for key, value in named.items() if value}
+    if base.language:
+        data["language"] = [one_line(language) for language in base.language]
+    data |= {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": _tags(record)}
+    results = [_result(text) for text in _texts(record) if math.isfinite(text.compensated)]
+    if results:
+        data["model-index"] = [{"name": one_line(record.name), "results": results}]
+    return data
+
+
+def _front_matter_yaml(record: RunRecord) -> str:
+    return yaml.safe_dump(front_matter(record), sort_keys=False, allow_unicode=True, width=10_000)
+
+
+def _tags(record: RunRecord) -> list[str]:
+    tags = ["gradmap", "pruned", "layer-pruning"]
+    if _onnx_graphs(record):
+        tags.append("onnx")
+    if record.base.model_type:
+        tags.append(one_line(record.base.model_type))
+    return tags
+
+
+def _result(text: TextPerplexity) -> dict[str, Any]:
+    """One entry of the model index: the published model on one text."""
+    return {
+        "task": {"type": "text-generation", "name": "Text Generation"},
+        "dataset": _dataset(one_line(text.name)),
+        "metrics": [{"type": "perplexity", "name": "Token perplexity", "value": round(text.compensated, 4)}],
+    }
+
+
+def _dataset(name: str) -> dict[str, str]:
+    """{name, type}: the type is a Hub dataset id where the name is one (owner/name[:config[/split]]), else a slug."""
+    hub = re.fullmatch(r"([\w.-]+/[\w.-]+)(?::([\w.-]+)(?:/([\w.-]+))?)?", name)
+    if hub and PurePosixPath(name).suffix not in (".txt", ".json", ".jsonl", ".parquet"):
+        optional = {"config": hub[2], "split": hub[3]}
+        return {"name": name, "type": hub[1]} | {key: value for key, value in optional.items() if value}
+    return {"name": name, "type": re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "text"}
+
+
+# --- what the template sees ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One line of the table of layers. `position` is the index in the pruned model, `-` for a removed layer."""
+
+    layer: LayerDecision
+    position: str
+
+
+def _context(record: RunRecord) -> dict[str, Any]:
+    graphs = _onnx_graphs(record)
+    return {
+        "record": record,
+        "base": record.base,
+        "calibration": record.calibration,
+        "compensation": record.compensation,
+        "texts": _texts(record),
+        "quality": _quality(_texts(record)),
+        "rows": _layer_rows(record),
+        "positions": {row.layer.index: row.position for row in _layer_rows(record)},
+        "chosen": _chosen(record),
+        "lowest_loss": min((candidate.loss for candidate in record.candidates), default=math.inf),
+        "graphs": graphs,
+        "main_graph": _main_graph(graphs),
+        "onnx_files": _onnx_files(record),
+        "calibration_kind": CALIBRATION_KIND,
+        "target": record.target or f"path/to/{record.name}",
+        "layers_plot": Safe(LAYERS_PLOT),
+        "shift_plot": Safe(SHIFT_PLOT),
+        "hub": Safe(HUB),
+    }
+
+
+def _texts(record: RunRecord) -> list[TextPerplexity]:
+    return record.evaluation.texts if record.evaluation else []
+
+
+def _onnx_files(record: RunRecord) -> list[Artifact]:
+    """The graphs and the weight files beside them (model.onnx_data)."""
+    return [artifact for artifact in record.artifacts if ".onnx" in PurePosixPath(artifact.path).suffix]
+
+
+def _onnx_graphs(record: RunRecord) -> list[Artifact]:
+    return [artifact for artifact in record.artifacts if artifact.path.endswith(".onnx")]
+
+
+def _main_graph(graphs: Sequence[Artifact]) -> PurePosixPath | None:
+    """The full-precision graph that the snippet loads: model.onnx if there is one."""
+    paths = sorted((PurePosixPath(graph.path) for graph in graphs), key=lambda path: path.name != "model.onnx")
+    return paths[0] if paths else None
+
+
+def _chosen(record: RunRecord) -> Candidate | None:
+    """The candidate set that was removed; None if the set was given by the user and never ranked."""
+    wanted = sorted(record.removed)
+    return next((candidate for candidate in record.candidates if sorted(candidate.removed) == wanted), None)
+
+
+def _layer_rows(record: RunRecord) -> list[LayerRow]:
+    rows: list[LayerRow] = []
+    position = 0
+    for layer in record.layers:
+        rows.append(LayerRow(layer, str(position) if layer.kept else "-"))
+        position += layer.kept
+    return rows
+
+
+def _quality(texts: Sequence[TextPerplexity]) -> str | None:
+    """How the published model's perplexity compares, such as "38% to 95% higher"; None if nothing was measured."""
+    ratios = [text.compensated / text.original for text in texts]
+    finite = sorted(ratio for ratio in ratios if math.isfinite(ratio))
+    if not finite:
+        return None
+    low, high = finite[0] - 1, finite[-1] - 1
+    ends = [_change_size(low), _change_size(high)]
+    if low >= 0 or high < 0:
+        word = "higher" if low >= 0 else "lower"
+        ends = ends if low >= 0 else ends[::-1]
+        return f"{ends[0]} {word}" if ends[0] == ends[1] else f"{ends[0]} to {ends[1]} {word}"
+    return f"between {ends[0]} lower and {ends[1]} higher"
+
+
+def _change_size(change: float) -> str:
+    return f"{abs(change):.1%}" if abs(change) < 0.1 else f"{abs(change):,.0%}"
+
+
+# --- formatting: each filter is total, and none prints `None` or `nan` --------------------------------------------
+
+
+class Safe(str):
+    """Markdown that may go into the page as it stands."""
+
+    __slots__ = ()
+
+
+def one_line(text: str) -> str:
+    """Whitespace collapsed and control characters dropped: a table row or a heading stays one line."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def escape(text: str) -> Safe:
+    """Text that Markdown shows literally, in a paragraph, a heading and a table cell."""
+    line = one_line(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    line = re.sub(r"([\\`*\[\]|~#$!{}])", r"\\\1", line)
+    return Safe(re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\_", line))  # a_b is no emphasis
+
+
+def code(text: str) -> Safe:
+    """Inline code. Backticks cannot hold every text in a table cell (a pipe ends it), so odd ones become HTML."""
+    line = one_line(text)
+    if re.fullmatch(r"[\w./:@=+,()<>\- ]+", line) and line.isascii():
+        return Safe(f"`{line}`")
+    return Safe(f"<code>{escape(line)}</code>")
+
+
+def fenced(text: str, language: str = "") -> Safe:
+    """A code block whose fence is longer than any run of backticks in `text`."""
+    line = one_line(text)
+    longest = max((len(run) for run in re.findall(r"`+", line)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return Safe(f"{fence}{language}\n{line}\n{fence}")
+
+
+def literal(text: str) -> Safe:
+    """A Python string literal; on one line whatever the text holds."""
+    return Safe(json.dumps(one_line(text), ensure_ascii=False))
+
+
+def link(text: str, url: str) -> Safe:
+    """A Markdown link; only the text where the address is not an http(s) one."""
+    if urlsplit(url).scheme not in ("http", "https"):
+        return escape(text)
+    return Safe(f"[{escape(text)}]({quote(one_line(url), safe=':/?#@&=+,;%~')})")
+
+
+def number(value: float) -> str:
+    """Four significant digits, thousands separated; for scores and perplexities."""
+    if not math.isfinite(value):
+        return "not finite"
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.2f}" if abs(value) >= 1 else f"{value:.3g}"
+
+
+def loss(value: float) -> str:
+    """Nats per token."""
+    return f"{value:.4f}" if math.isfinite(value) else "not finite"
+
+
+def small(value: float) -> str:
+    """A difference that should be near zero, such as 3.1e-05."""
+    return "0" if value == 0 else f"{value:.1e}" if math.isfinite(value) else "not finite"
+
+
+def strength(value: float) -> str:
+    return f"{value:g}" if math.isfinite(value) else "not finite"
+
+
+def change(after: float, before: float) -> str:
+    """Relative change with its sign, such as -21.1%."""
+    ratio = after / before - 1 if before else math.nan
+    return f"{ratio:+,.1%}" if math.isfinite(ratio) else "not finite"
+
+
+def less_than(after: int, before: int) -> str:
+    """A decrease in words, such as `21.1% fewer`."""
+    return (
+        f"{abs(1 - after / before):.1%} {'fewer' if after <= before else 'more'}" if before else "an unknown number of"
+    )
+
+
+def percent(share: float) -> str:
+    return f"{share:.1%}"
+
+
+def size(count: int) -> str:
+    """Bytes in decimal units."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:,.2f} {unit}" if unit == "GB" else f"{count / scale:,.1f} {unit}"
+    return f"{count} bytes"
+
+
+def duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def ranges(indices: Sequence[int]) -> str:
+    """Layer indices with runs of three or more joined: 3, 12 to 15, 17."""
+    runs: list[list[int]] = []
+    for index in sorted(indices):
+        if runs and index == runs[-1][-1] + 1:
+            runs[-1].append(index)
+        else:
+            runs.append([index])
+    return ", ".join(
+        f"{run[0]} to {run[-1]}" if len(run) > 2 else ", ".join(str(index) for index in run) for run in runs
+    )
+
+
+def plural(count: int, word: str) -> str:
+    return f"{count:,} {word}" if count == 1 else f"{count:,} {word}s"
+
+
+def _finalize(value: Any) -> str:
+    """Runs on everything the template prints: strings are escaped, and what has no words of its own is refused."""
+    if isinstance(value, Safe):
+        return value
+    if isinstance(value, str):
+        return escape(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    raise TypeError(f"The card template prints a {type(value).__name__}; it needs a filter.")
+
+
+def _environment() -> Environment:
+    installed = Path(__file__).parent / "model_cards"
+    folder = installed if installed.is_dir() else Path(__file__).parent.parent / "model_cards"
+    environment = Environment(
+        loader=FileSystemLoader(folder),
+        undefined=StrictUndefined,
+        finalize=_finalize,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        autoescape=False,  # the output is Markdown; `_finalize` escapes
+    )
+    filters = (
+        change,
+        code,
+        duration,
+        fenced,
+        less_than,
+        link,
+        literal,
+        loss,
+        number,
+        percent,
+        plural,
+        ranges,
+        size,
+        small,
+    )
+    environment.filters |= {function.__name__: function for function in (*filters, strength)}
+    environment.filters["count"] = lambda value: f"{value:,}"
+    return environment
+
+
+# --- plots --------------------------------------------------------------------------------------------------------
+
+
+def layers_plot(record: RunRecord, figure: Figure) -> None:
+    """One bar per decoder layer: its gradient score, and whether it went."""
+    axes = figure.add_subplot()
+    scores = [layer.score for layer in record.layers]
+    indices = [layer.index for layer in record.layers]
+    colours = [_KEPT if layer.kept else _REMOVED for layer in record.layers]
+    bars = axes.bar(indices, scores, width=0.78, color=colours)
+    for bar, layer in zip(bars, record.layers, strict=True):
+        if not layer.kept:
+            bar.set(hatch="///", edgecolor="white", linewidth=0)
+    positive = min(scores) > 0
+    if positive and max(scores) / min(scores) > _LOG_RANGE:
+        axes.set_yscale("log")
+        axes.set_ylim(min(scores) / 2, max(scores) * 2)
+        scale = ", log scale"
+    else:
+        axes.margins(y=0.16)
+        scale = ""
+    removed = len(record.removed)
+    share = removed / len(record.layers)
+    axes.set_title(f"{removed} of {len(record.layers)} decoder layers removed ({share:.1%})")
+    axes.set_ylabel(f"gradient score (L1 norm{scale})")
+    _finish_layer_axis(axes, record)
+    _legend(axes, [("kept", _KEPT, ""), ("removed", _REMOVED, "///")])
+    heights = dict(zip(indices, scores, strict=True))
+    _mark_site(axes, record, heights)
+
+
+def shift_plot(record: RunRecord, figure: Figure) -> None:
+    """Relative mean shift after each kept layer, before any correction; removed layers as shaded gaps."""
+    compensation = record.compensation
+    axes = figure.add_subplot()
+    percents = [100 * value for value in compensation.relative_shift]
+    for index in record.removed:
+        axes.axvspan(index - 0.5, index + 0.5, facecolor=_REMOVED, alpha=0.13, linewidth=0)
+    axes.bar(compensation.shift_layers, percents, width=0.78, color=_KEPT)
+    top = max(percents)
+    axes.set_ylim(0, top * 1.3 if top > 0 else 1)
+    worst = compensation.shift_layers[percents.index(top)]
+    axes.set_title(f"Without them, the mean hidden state shifts by up to {top:.0f}% (after layer {worst})")
+    axes.set_ylabel("relative mean shift (%)")
+    _finish_layer_axis(axes, record)
+    _legend(axes, [("kept layer, before correction", _KEPT, ""), ("removed layer", "#fae7dc", "")])
+    _mark_site(axes, record, dict(zip(compensation.shift_layers, percents, strict=True)))
+
+
+def _finish_layer_axis(axes: Axes, record: RunRecord) -> None:
+    count = len(record.layers)
+    step = next(step for step in (1, 2, 5, 10, 20, 50, 10**9) if count / step <= 34)
+    axes.set_xticks(range(0, count, step))
+    axes.set_xlim(-0.7, count - 0.3)
+    axes.tick_params(axis="x", length=0)
+    axes.set_xlabel("decoder layer (index in the original model)")
+    axes.grid(axis="y", color=_GRID, linewidth=0.8)
+
+
+def _legend(axes: Axes, entries: Sequence[tuple[str, str, str]]) -> None:
+    from matplotlib.patches import Patch
+
+    handles = [
+        Patch(facecolor=colour, hatch=hatch, edgecolor="white", linewidth=0, label=label)
+        for label, colour, hatch in entries
+    ]
+    axes.legend(
+        handles=handles, loc="lower left", bbox_to_anchor=(-0.008, 1.0), ncols=len(entries), columnspacing=1.6,
+        handlelength=1.6, borderaxespad=0.1,
+    )  # fmt: skip
+
+
+def _mark_site(axes: Axes, record: RunRecord, heights: dict[int, float]) -> None:
+    """An arrow to the layer whose weight carries the correction, if one was applied."""
+    site = record.compensation.site
+    if not record.compensation.applied or site is None or site not in heights:
+        return
+    left_half = site < len(record.layers) / 2
+    axes.annotate(
+        f"correction in layer {site}",
+        xy=(site, heights[site]),
+        xytext=(0, 34),
+        textcoords="offset points",
+        ha="left" if left_half else "right",
+        arrowprops={"arrowstyle": "-|>", "color": _INK, "linewidth": 1.4, "shrinkB": 2},
+        bbox={"boxstyle": "round,pad=0.3", "facecolor": "white", "edgecolor": _MUTED, "linewidth": 0.8},
+    )
+
+
+def _save_plot(record: RunRecord, draw: Callable[[RunRecord, Figure], None], path: Path) -> None:
+    # Imported here: it takes most of a second, and no other command draws.
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(_PLOT_STYLE):
+        figure = Figure(figsize=(12, 5.2), dpi=100, facecolor="white", layout="constrained")
+        FigureCanvasAgg(figure)
+        draw(record, figure)
+        # Without the version of matplotlib in the file, the bytes depend on the pixels alone.
+        figure.savefig(path, format="png", metadata={"Software": None})

@@ -1,0 +1,606 @@
+"""The command line. Thin: it parses, calls the pipeline and prints; results on stdout, progress on stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from gradmap_hub import __version__
+from gradmap_hub.config import (
+    DEFAULT_CALIBRATION,
+    PRESETS,
+    Compensation,
+    DType,
+    Metric,
+    PruneConfig,
+    PushConfig,
+    Schedule,
+    help_of,
+    paper_preset,
+)
+from gradmap_hub.errors import GradmapError, UsageError
+from gradmap_hub.record import RunRecord
+from gradmap_hub.terminal import TerminalReporter
+
+if TYPE_CHECKING:
+    from gradmap_hub.demo import DemoResult
+    from gradmap_hub.pipeline import PushResult
+    from gradmap_hub.plan import PushPlan
+
+app = typer.Typer(
+    name="gradmap-hub",
+    help="Prune a causal language model by depth, verify and measure it, and publish it with the numbers to show.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Start with `gradmap-hub demo`: the whole push on this machine, without an account.",
+)
+stdout = Console(soft_wrap=True)
+stderr = Console(stderr=True, soft_wrap=True)
+# Typer's own base class of usage errors; it moved from click into typer, so it is found by inheritance.
+_ClickException = cast("type[Exception]", typer.BadParameter.__mro__[2])
+
+
+def main() -> NoReturn:
+    """Entry point: run a command and turn every expected failure into one line and an exit status."""
+    # SIGTERM cleans up as Ctrl-C does: child processes end, half-written files go.
+    signal.signal(signal.SIGTERM, _interrupt)
+    debug = "--debug" in sys.argv or bool(os.environ.get("GRADMAP_DEBUG"))
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    try:
+        code = app(args=arguments, standalone_mode=False)
+        status = code if isinstance(code, int) else 0
+    except GradmapError as error:
+        if debug:
+            raise
+        status = _report(error.message, error.hint, 2 if isinstance(error, UsageError) else 1)
+    except (KeyboardInterrupt, typer.Abort):
+        status = _report("Interrupted.", "Run the same command again with --resume to go on where it stopped.", 130)
+    except _ClickException as error:
+        if debug:
+            raise
+        status = _report(error.format_message(), None, 2)  # pyright: ignore[reportAttributeAccessIssue]
+    except BrokenPipeError:
+        status = 1
+    except MemoryError:
+        status = _report("Not enough memory for this model.", "Use a machine with more, or a smaller model.", 1)
+    sys.stdout.flush()
+    sys.exit(status)
+
+
+def _interrupt(_signal: int, _frame: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _report(message: str, hint: str | None, status: int) -> int:
+    stderr.print(f"[red]error[/] {escape(message)}", highlight=False)
+    if hint:
+        stderr.print(f"      {escape(hint)}", highlight=False)
+    return status
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+# Options that several commands share, with the help text of the configuration they fill.
+def _prune_option(name: str, *flags: str) -> Any:
+    return typer.Option(*flags, help=help_of(PruneConfig, name), show_default=True)
+
+
+Ratio = Annotated[float | None, _prune_option("ratio", "--ratio", "-r")]
+Layers = Annotated[int | None, _prune_option("layers", "--layers")]
+Drop = Annotated[str | None, _prune_option("drop", "--drop")]
+MetricOption = Annotated[str, _prune_option("metric", "--metric")]
+ScheduleOption = Annotated[str, _prune_option("schedule", "--schedule")]
+CompensationOption = Annotated[str, _prune_option("compensation", "--compensation")]
+Calibration = Annotated[list[str] | None, _prune_option("calibration", "--calibration", "-c")]
+EvalText = Annotated[list[str] | None, _prune_option("eval_text", "--eval-text")]
+Samples = Annotated[int, _prune_option("samples", "--samples")]
+SeqLen = Annotated[int, _prune_option("seq_len", "--seq-len")]
+EvalRows = Annotated[int, _prune_option("eval_rows", "--eval-rows")]
+DTypeOption = Annotated[str, _prune_option("dtype", "--dtype")]
+Seed = Annotated[int, _prune_option("seed", "--seed")]
+Preset = Annotated[str, typer.Option("--preset", help="default, or paper: the paper's own setting, by name.")]
+Revision = Annotated[str | None, typer.Option("--revision", help=help_of(PushConfig, "revision"))]
+Resume = Annotated[bool, typer.Option("--resume", help=help_of(PushConfig, "resume"))]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help=help_of(PushConfig, "model"))]
+Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder made by prune or push.")]
+Host = Annotated[str, typer.Option("--host", help="Address to bind to.")]
+Port = Annotated[int, typer.Option("--port", help="Port; 0 takes any free one.", min=0, max=65535)]
+
+
+def _prune_config(
+    ratio: float | None,
+    layers: int | None,
+    drop: str | None,
+    metric: str,
+    schedule: str,
+    compensation: str,
+    calibration: list[str] | None,
+    eval_text: list[str] | None,
+    samples: int,
+    seq_len: int,
+    eval_rows: int,
+    dtype: str,
+    seed: int,
+    preset: str,
+) -> PruneConfig:
+    if preset not in PRESETS:
+        raise UsageError(f"--preset must be one of {', '.join(PRESETS)}; got {preset!r}.")
+    config = PruneConfig(
+        ratio=ratio,
+        layers=layers,
+        drop=_indices(drop) if drop is not None else None,
+        metric=cast("Metric", metric),
+        schedule=cast("Schedule", schedule),
+        compensation=cast("Compensation", compensation),
+        calibration=tuple(calibration or (DEFAULT_CALIBRATION,)),
+        eval_text=tuple(eval_text or ()),
+        samples=samples,
+        seq_len=seq_len,
+        eval_rows=eval_rows,
+        dtype=cast("DType", dtype),
+        seed=seed,
+    )
+    return paper_preset(config) if preset == "paper" else config
+
+
+def _indices(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"--drop takes layer indices such as 12,13,14; got {text!r}.") from None
+
+
+def _command_line() -> str:
+    """The command as it can be run again, with paths reduced to their last part: the record is published."""
+    words = ["gradmap-hub"]
+    for word in sys.argv[1:]:
+        words.append(Path(word).name if os.path.isabs(word) or word.startswith(("./", "../", "~")) else word)
+    return shlex.join(words)
+
+
+@app.command(
+    epilog="Example: gradmap-hub push HuggingFaceTB/SmolLM2-135M-Instruct --ratio 0.25 --dry-run",
+)
+def push(
+    model: Model,
+    ratio: Ratio = None,
+    layers: Layers = None,
+    drop: Drop = None,
+    to: Annotated[str | None, typer.Option("--to", help=help_of(PushConfig, "to"))] = None,
+    revision: Revision = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help=help_of(PushConfig, "output"))] = None,
+    public: Annotated[bool, typer.Option("--public", help=help_of(PushConfig, "public"))] = False,
+    onnx: Annotated[bool, typer.Option("--onnx/--no-onnx", help=help_of(PushConfig, "onnx"))] = True,
+    space: Annotated[bool, typer.Option("--space/--no-space", help=help_of(PushConfig, "space"))] = True,
+    license: Annotated[str | None, typer.Option("--license", help=help_of(PushConfig, "license"))] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything and print the plan; no weights.")
+    ] = False,
+    resume: Resume = False,
+    metric: MetricOption = "auto",
+    schedule: ScheduleOption = "oneshot",
+    compensation: CompensationOption = "auto",
+    preset: Preset = "default",
+    calibration: Calibration = None,
+    eval_text: EvalText = None,
+    samples: Samples = 32,
+    seq_len: SeqLen = 512,
+    eval_rows: EvalRows = 12,
+    dtype: DTypeOption = "auto",
+    seed: Seed = 0,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help=help_of(PushConfig, "trust_remote_code"))
+    ] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Prune, verify, measure, export, write the card and the Space, publish, and verify what was published."""
+    prune_config = _prune_config(
+        ratio, layers, drop, metric, schedule, compensation, calibration, eval_text, samples, seq_len, eval_rows,
+        dtype, seed, preset,
+    )  # fmt: skip
+    config = PushConfig(
+        model=model,
+        prune=prune_config,
+        revision=revision,
+        output=output,
+        to=to,
+        public=public,
+        onnx=onnx,
+        space=space,
+        license=license,
+        resume=resume,
+        trust_remote_code=trust_remote_code,
+    )
+    from gradmap_hub.hub import Hub
+    from gradmap_hub.pipeline import make_plan
+    from gradmap_hub.pipeline import push as run_push
+
+    hub = Hub()
+    if dry_run:
+        _print_plan(make_plan(config, hub), as_json)
+        return
+    reporter = TerminalReporter(stderr, quiet=quiet)
+    try:
+        result = run_push(config, command=_command_line(), reporter=reporter, hub=hub)
+    finally:
+        reporter.close()
+    if as_json:
+        _print_json(push_json(result))
+    else:
+        _print_record(result.record)
+        _print_published(result)
+
+
+@app.command(epilog="Example: gradmap-hub prune HuggingFaceTB/SmolLM2-135M-Instruct small --layers 8")
+def prune(
+    model: Model,
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder for the result; new or empty.")],
+    ratio: Ratio = None,
+    layers: Layers = None,
+    drop: Drop = None,
+    revision: Revision = None,
+    resume: Resume = False,
+    metric: MetricOption = "auto",
+    schedule: ScheduleOption = "oneshot",
+    compensation: CompensationOption = "auto",
+    preset: Preset = "default",
+    calibration: Calibration = None,
+    eval_text: EvalText = None,
+    samples: Samples = 32,
+    seq_len: SeqLen = 512,
+    eval_rows: EvalRows = 12,
+    dtype: DTypeOption = "auto",
+    seed: Seed = 0,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Prune MODEL into the folder OUTPUT: checkpoint, tokenizer, card and gradmap.json. Publishes nothing."""
+    config = _prune_config(
+        ratio, layers, drop, metric, schedule, compensation, calibration, eval_text, samples, seq_len, eval_rows,
+        dtype, seed, preset,
+    )  # fmt: skip
+    from gradmap_hub.pipeline import prune as run_prune
+
+    reporter = TerminalReporter(stderr, quiet=quiet)
+    try:
+        record = run_prune(
+            model, output, config, revision=revision, resume=resume, command=_command_line(), reporter=reporter
+        )
+    finally:
+        reporter.close()
+    if as_json:
+        _print_json(record_json(record, output))
+    else:
+        _print_record(record)
+        stdout.print(f"\nWritten to {escape(str(output))}. Publish it with: gradmap-hub publish {escape(str(output))}")
+
+
+@app.command(epilog="Example: gradmap-hub inspect HuggingFaceTB/SmolLM2-135M-Instruct -c text.txt")
+def inspect(
+    model: Model,
+    calibration: Calibration = None,
+    samples: Samples = 32,
+    seq_len: SeqLen = 512,
+    seed: Seed = 0,
+    revision: Revision = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Score the layers of MODEL and show them; nothing is removed or written."""
+    config = PruneConfig(
+        layers=1, calibration=tuple(calibration or (DEFAULT_CALIBRATION,)), samples=samples, seq_len=seq_len, seed=seed
+    )
+    from gradmap_hub.pipeline import inspect as run_inspect
+
+    reporter = TerminalReporter(stderr, quiet=quiet)
+    try:
+        scores = run_inspect(model, config, revision=revision, reporter=reporter)
+    finally:
+        reporter.close()
+    if as_json:
+        _print_json(asdict(scores))
+        return
+    table = Table("layer", "gradient L1", "|W dL/dW|", "block influence", title=model, title_justify="left")
+    for row in zip(scores.layers, scores.gradient, scores.taylor, scores.influence, strict=True):
+        table.add_row(str(row[0]), f"{row[1]:.4g}", f"{row[2]:.4g}", f"{row[3]:.4f}")
+    stdout.print(table)
+
+
+@app.command(epilog="Example: gradmap-hub publish small --to me/small-gradmap")
+def publish(
+    folder: Folder,
+    to: Annotated[str | None, typer.Option("--to", help=help_of(PushConfig, "to"))] = None,
+    space: Annotated[bool, typer.Option("--space/--no-space", help="Also publish the Space folder beside it.")] = True,
+    public: Annotated[bool, typer.Option("--public", help=help_of(PushConfig, "public"))] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Upload what is already built and verify it. Nothing is computed again; running it twice does nothing new."""
+    from gradmap_hub.hub import Hub
+    from gradmap_hub.pipeline import publish_folder
+
+    reporter = TerminalReporter(stderr, quiet=quiet)
+    try:
+        result = publish_folder(folder, to=to, space=space, public=public, hub=Hub(), reporter=reporter)
+    finally:
+        reporter.close()
+    if as_json:
+        _print_json(push_json(result))
+    else:
+        _print_published(result)
+
+
+@app.command(epilog="Example: gradmap-hub export small --to onnx")
+def export(
+    folder: Folder,
+    to: Annotated[str, typer.Option("--to", help="Formats, comma-separated: onnx.")] = "onnx",
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Export a pruned folder to ONNX with KV cache and compare the file with PyTorch."""
+    from gradmap_hub.pipeline import export_folder
+
+    reporter = TerminalReporter(stderr, quiet=quiet)
+    try:
+        record = export_folder(folder, to.split(","), reporter=reporter)
+    finally:
+        reporter.close()
+    exported = [asdict(artifact) for artifact in record.artifacts if artifact.format != "safetensors"]
+    if as_json:
+        _print_json({"folder": str(folder), "artifacts": exported})
+    else:
+        for artifact in exported:
+            stdout.print(f"{artifact['path']}  {artifact['bytes']:,} bytes  sha256 {artifact['sha256']}")
+
+
+@app.command(epilog="Example: gradmap-hub space small --against HuggingFaceTB/SmolLM2-135M-Instruct")
+def space(
+    folder: Folder,
+    against: Annotated[str | None, typer.Option("--against", help="The original; default: as recorded.")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write the comparison Space for FOLDER beside it (FOLDER-space)."""
+    from gradmap_hub.pipeline import build_space
+
+    reporter = TerminalReporter(stderr, quiet=quiet)
+    try:
+        built = build_space(folder, against, reporter=reporter)
+    finally:
+        reporter.close()
+    if as_json:
+        _print_json({"folder": str(folder), "space_folder": str(built)})
+    else:
+        stdout.print(f"Written to {escape(str(built))}. Run it with: gradmap-hub compare {escape(str(folder))}")
+
+
+@app.command(epilog="Example: gradmap-hub compare small --open")
+def compare(
+    folder: Folder,
+    against: Annotated[str | None, typer.Option("--against", help="The original; default: as recorded.")] = None,
+    host: Host = "127.0.0.1",
+    port: Port = 0,
+    open_browser: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run the comparison app for FOLDER on this machine: the same files as the published Space."""
+    from gradmap_hub.pipeline import build_space
+    from gradmap_hub.spacerunner import run_space
+
+    reporter = TerminalReporter(stderr, quiet=quiet)
+    try:
+        built = build_space(folder, against, reporter=reporter)
+    finally:
+        reporter.close()
+    run_space(built, {"PRUNED_MODEL": str(folder.resolve())}, host=host, port=port, open_browser=open_browser)
+
+
+@app.command(epilog="Example: gradmap-hub hub --root ./my-hub --port 8900")
+def hub(
+    root: Annotated[Path, typer.Option("--root", help="Folder that holds the repositories.")] = Path(
+        "gradmap-hub-data"
+    ),
+    host: Host = "127.0.0.1",
+    port: Port = 0,
+    user: Annotated[
+        str, typer.Option("--user", help="User to create if there is none; its token is printed.")
+    ] = "local",
+) -> None:
+    """Run the embedded Hub alone, for rehearsal and air-gapped use. It stops on Ctrl-C."""
+    from gradmap_hub.local_hub import LocalHub
+
+    try:
+        server = LocalHub(root, host=host, port=port)
+    except (OSError, ValueError) as error:
+        raise GradmapError(f"The Hub cannot be started: {error}") from error
+    server.start()
+    print(server.url, flush=True)
+    stderr.print(f"Use it with: export HF_ENDPOINT={server.url} HF_TOKEN={server.add_user(user)}", highlight=False)
+    server.serve_forever()
+
+
+@app.command(epilog="Example: gradmap-hub demo --output try --open")
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for everything; new or empty.")] = Path(
+        "gradmap-demo"
+    ),
+    ratio: Annotated[float, typer.Option("--ratio", "-r", help=help_of(PruneConfig, "ratio"))] = 0.25,
+    space: Annotated[bool, typer.Option("--space/--no-space", help=help_of(PushConfig, "space"))] = True,
+    onnx: Annotated[bool, typer.Option("--onnx/--no-onnx", help=help_of(PushConfig, "onnx"))] = True,
+    open_browser: Annotated[bool, typer.Option("--open", help="Run the published Space and open it.")] = False,
+    resume: Resume = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """The whole push on this machine, no account needed: a real 135M model, a real Hub client, an embedded Hub."""
+    from gradmap_hub.demo import run_demo
+
+    PruneConfig(ratio=ratio)  # refuse a bad ratio before anything is downloaded
+    reporter = TerminalReporter(stderr, quiet=quiet)
+    try:
+        result = run_demo(
+            output, ratio=ratio, onnx=onnx, space=space, resume=resume, quiet=quiet, reporter=reporter,
+            open_browser=open_browser and not as_json,
+            finished=lambda done: _print_json(done.json()) if as_json else _print_demo(done),
+        )  # fmt: skip
+    finally:
+        reporter.close()
+    del result
+
+
+# -- printing ------------------------------------------------------------------------------------------------------
+
+
+def record_json(record: RunRecord, folder: Path) -> dict[str, Any]:
+    """The part of the JSON answer that prune, push and demo share."""
+    evaluation = record.evaluation
+    return {
+        "folder": str(folder),
+        "removed": record.removed,
+        "layers": {"before": record.layers_before, "after": record.layers_after},
+        "parameters": asdict(record.parameters),
+        "bytes": asdict(record.bytes),
+        "perplexity": {
+            "original": evaluation.before,
+            "pruned": evaluation.uncompensated,
+            "compensated": evaluation.after,
+        }
+        if evaluation
+        else None,
+        "texts": [asdict(text) for text in evaluation.texts] if evaluation else [],
+    }
+
+
+def push_json(result: PushResult) -> dict[str, Any]:
+    """The JSON answer of push and publish."""
+    space: dict[str, Any] = {"reason": result.space_reason}
+    if result.space is not None:
+        space = {"repo_id": result.space.repo_id, "commit": result.space.commit, "url": result.space.url}
+    return {
+        "model": {"repo_id": result.model.repo_id, "commit": result.model.commit, "url": result.model.url},
+        "space": space,
+        "space_folder": str(result.space_folder) if result.space_folder else None,
+        **record_json(result.record, result.folder),
+    }
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False), flush=True)
+
+
+def _print_plan(plan: PushPlan, as_json: bool) -> None:
+    source = plan.source
+    facts: dict[str, Any] = {
+        "model": source.base.name,
+        "commit": source.base.commit,
+        "model_type": source.base.model_type,
+        "layers": {"before": source.layer_count, "after": source.layer_count - plan.removals},
+        "weight_bytes": source.weight_bytes,
+        "disk_bytes": plan.disk_bytes,
+        "license": plan.license,
+        "gated": source.base.gated,
+        "output": str(plan.output),
+        "target": plan.target,
+        "space": plan.space_target if plan.space else None,
+        "space_original": plan.space.reason if plan.space else None,
+        "visibility": "public" if plan.public else "private",
+    }
+    if as_json:
+        _print_json(facts)
+        return
+    table = Table(show_header=False, box=None, pad_edge=False)
+    layers = facts["layers"]
+    for name, value in (
+        ("model", f"{source.base.name} at {source.base.commit}" if source.base.commit else source.base.name),
+        ("type", source.base.model_type),
+        ("layers", f"{layers['before']} -> {layers['after']}"),
+        ("weights", f"{source.weight_bytes / 1e6:,.1f} MB to fetch"),
+        ("disk", f"about {plan.disk_bytes / 1e9:.1f} GB"),
+        ("licence", f"{plan.license}{', gated' if source.base.gated else ''}"),
+        ("folder", str(plan.output)),
+        ("target", f"{plan.target} ({facts['visibility']})"),
+        ("space", f"{plan.space_target}: {plan.space.reason}" if plan.space else "none"),
+    ):
+        table.add_row(f"[dim]{name}[/]", escape(str(value)))
+    stdout.print(table)
+    stdout.print("\nNothing was fetched, written or published.")
+
+
+def _print_record(record: RunRecord) -> None:
+    table = Table("", "original", "pruned", "pruned + corrected", title_justify="left", title=record.base.name)
+    table.add_row("layers", str(record.layers_before), str(record.layers_after), str(record.layers_after))
+    share = 1 - record.parameters.after / record.parameters.before
+    after = f"{record.parameters.after / 1e6:.1f}M (-{share:.1%})"
+    table.add_row("parameters", f"{record.parameters.before / 1e6:.1f}M", after, after)
+    size = f"{record.bytes.after / 1e6:.1f} MB"
+    table.add_row("weights", f"{record.bytes.before / 1e6:.1f} MB", size, size)
+    for text in record.evaluation.texts if record.evaluation else []:
+        label = f"perplexity, {text.name}\n  {text.kind}, {text.tokens:,} tokens"
+        values = [f"{value:.2f}" for value in (text.original, text.pruned, text.compensated)]
+        table.add_row(escape(label), *values)
+    stdout.print(table)
+    correction = record.compensation
+    removed = ", ".join(map(str, record.removed))
+    stdout.print(f"Removed layers {removed} ({record.metric}).", highlight=False)
+    if correction.applied:
+        stdout.print(
+            f"Corrected by one {correction.kind} fit at layer {correction.site}, folded into its down projection.",
+            highlight=False,
+        )
+    else:
+        stdout.print(f"No correction applied: {correction.reason}.", highlight=False)
+
+
+def _print_published(result: PushResult) -> None:
+    stdout.print(f"\nmodel  {result.model.url}  commit {result.model.commit}", highlight=False)
+    if result.space is not None:
+        stdout.print(f"space  {result.space.url}  commit {result.space.commit}", highlight=False)
+    else:
+        stdout.print(f"space  none: {escape(result.space_reason)}", highlight=False)
+    stdout.print(f"folder {escape(str(result.folder))}", highlight=False)
+
+
+def _print_demo(result: DemoResult) -> None:
+    _print_record(result.record)
+    pushed = result.pushed
+    stdout.print(f"\nmodel  {pushed['model']['url']}  commit {pushed['model']['commit']}", highlight=False)
+    if "url" in pushed["space"]:
+        stdout.print(f"space  {pushed['space']['url']}  commit {pushed['space']['commit']}", highlight=False)
+    else:
+        stdout.print(f"space  none: {escape(pushed['space']['reason'])}", highlight=False)
+    if result.answers:
+        stdout.print(f"\nThe published Space answered {escape(json.dumps(result.answers['prompt']))}:")
+        for name in ("original", "pruned"):
+            answer = " ".join(result.answers[name]["text"].split())
+            stdout.print(f"  [bold]{name:9}[/] {escape(answer)}", highlight=False)
+    stdout.print(
+        f"\nfolder   {escape(str(result.folder))}\nhub data {escape(str(result.hub_root))}\n"
+        f"Browse both repositories again with: gradmap-hub hub --root {escape(str(result.hub_root))}\n",
+        highlight=False,
+    )
+    for difference in result.differences:
+        stdout.print(f"[dim]- {escape(difference)}[/]", highlight=False)

@@ -1,0 +1,587 @@
+"""The stages of pruning, each resumable: calibrate, pull, score, select, measure, compensate, write, verify, measure.
+
+`prune_stages` calls them in order; the numerics are in the modules named after them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import os
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gradmap_hub import __version__
+from gradmap_hub.config import PruneConfig
+from gradmap_hub.errors import CalibrationError, SourceError
+from gradmap_hub.plan import Source, work_folder
+from gradmap_hub.progress import Reporter
+from gradmap_hub.record import (
+    SCHEMA_VERSION,
+    Artifact,
+    BeforeAfter,
+    CalibrationRecord,
+    Candidate,
+    CompensationRecord,
+    EvaluationRecord,
+    Parity,
+    RunRecord,
+    TextPerplexity,
+    TextSource,
+    Trial,
+    VerificationRecord,
+)
+from gradmap_hub.source import COMPANION_FILES, check_weights, legal_texts, sha256_of
+from gradmap_hub.stages import Stages
+
+if TYPE_CHECKING:  # torch is only imported once there is something to compute
+    from gradmap_hub.calibration import CalibrationRows, Rows
+    from gradmap_hub.decoder import Decoder
+    from gradmap_hub.hub import Hub
+    from gradmap_hub.scoring import LayerScores
+
+_VERSIONED = ("torch", "transformers", "huggingface_hub", "optimum", "optimum-onnx", "onnx", "onnxruntime", "numpy")
+
+
+class Run:
+    """One run: its source, its settings, its stages, and what has been loaded so far."""
+
+    def __init__(
+        self,
+        source: Source,
+        config: PruneConfig,
+        removals: int,
+        output: Path,
+        command: str,
+        reporter: Reporter,
+        hub: Hub,
+        *,
+        stages: str = "prune",
+    ) -> None:
+        self.source = source
+        self.config = config
+        self.removals = removals
+        self.output = output
+        self.work = work_folder(output)
+        self.command = command
+        self.reporter = reporter
+        self.hub = hub
+        self._decoder: Decoder | None = None
+        self.stages = Stages(self.work, reporter, {"version": __version__, "what": stages, "base": identity(source)})
+
+    def companions(self) -> Path:
+        """A local folder with tokenizer, generation config and legal texts."""
+        if self.source.gguf is not None:
+            return self.checkpoint()
+        if self.source.folder is not None:
+            return self.source.folder
+        return self._fetch(["config.json", *self.source.files.companions])
+
+    def checkpoint(self) -> Path:
+        """A local folder with config, safetensors weights and companions, checked to be whole."""
+        if self.source.folder is not None:
+            return self.source.folder
+        if self.source.gguf is not None:
+            converted = self.work / "original"
+            if not (converted / "tokenizer_config.json").is_file():
+                from gradmap_hub.gguf_source import convert_gguf
+
+                convert_gguf(self.source.gguf, converted)
+            return converted
+        folder = self._fetch(["config.json", *self.source.files.weights, *self.source.files.companions])
+        check_weights(folder, self.source.files)
+        return folder
+
+    def decoder(self) -> Decoder:
+        """The original model in float32, loaded when first needed."""
+        if self._decoder is None:
+            from gradmap_hub.decoder import Decoder
+            from gradmap_hub.exporters.checkpoint import load_float32
+
+            model, _ = load_float32(self.checkpoint())
+            self._decoder = Decoder(model, self.source.architecture, self.config.seq_len)
+        return self._decoder
+
+    def release(self) -> None:
+        """Forget the original; what comes next needs the memory."""
+        self._decoder = None
+        gc.collect()
+
+    def step(self) -> None:
+        self.reporter.advance()
+
+    def _fetch(self, names: Sequence[str]) -> Path:
+        assert self.source.base.repo_id and self.source.base.commit
+        return self.hub.fetch(self.source.base.repo_id, self.source.base.commit, names)
+
+
+@dataclass(frozen=True)
+class _Fetched:
+    bytes: int
+
+
+@dataclass(frozen=True)
+class _Selected:
+    removed: list[int]
+    winner: Candidate | None
+    candidates: list[Candidate]
+
+
+@dataclass(frozen=True)
+class _Losses:
+    """Per evaluation text, the mean NLL of each row."""
+
+    original: list[list[float]]
+    pruned: list[list[float]]
+
+
+@dataclass(frozen=True)
+class _Written:
+    verification: VerificationRecord
+    parameters: BeforeAfter
+    bytes: BeforeAfter
+    dtype: str
+
+
+@dataclass(frozen=True)
+class _CompensatedLosses:
+    rows: list[list[float]]
+
+
+def prune_stages(run: Run, *, target: str | None = None, license: str | None = None) -> RunRecord:
+    from gradmap_hub.selection import decide
+
+    run.output.mkdir(parents=True, exist_ok=True)
+    rows, extra = _calibrate(run)
+    run.stages.run(
+        "pull",
+        f"Fetching {run.source.base.name}",
+        _Fetched,
+        lambda: _pull(run),
+        describe=lambda f: size(f.bytes),
+    )
+    scores = _score(run, rows)
+    selected = _select(run, rows, scores)
+    texts = [(row, "calibration (held out)") for row in rows.held_out] + [(row, "another source") for row in extra]
+    losses = _evaluate_original(run, selected, [row for row, _ in texts])
+    compensation = _compensate(run, rows, selected)
+    written = _write(run, selected, compensation)
+    compensated = _evaluate_written(run, [row for row, _ in texts])
+    winner = selected.winner
+    why = "lowest held-out loss of the candidates" if len(selected.candidates) > 1 else "lowest score"
+    base = run.source.base
+    record = RunRecord(
+        schema_version=SCHEMA_VERSION,
+        gradmap_hub=__version__,
+        command=run.command,
+        name=run.output.resolve().name,
+        base=dataclasses.replace(base, license=base.license or license),
+        layers=decide(scores, winner, selected.removed, why),
+        removed=selected.removed,
+        ratio=run.config.ratio if run.config.ratio is not None else run.removals / run.source.layer_count,
+        parameters=written.parameters,
+        bytes=written.bytes,
+        metric=winner.name if winner else "chosen by hand",
+        schedule=run.config.schedule,
+        calibration=_calibration_record(run, rows),
+        compensation=compensation,
+        seed=run.config.seed,
+        candidates=selected.candidates,
+        verification=written.verification,
+        evaluation=_evaluation_record(run, texts, losses, compensated),
+        artifacts=weight_artifacts(run.output),
+        target=target,
+        dtype=written.dtype,
+        versions=_versions(),
+        timings=dict(run.stages.timings),
+        hardware=f"{platform.machine()}, {len(os.sched_getaffinity(0))} CPU cores",
+    )
+    return record
+
+
+def _calibrate(run: Run) -> tuple[CalibrationRows, list[Rows]]:
+    """Tokenise and split the texts. Cheap, so it is done on every run, and before any weight is fetched."""
+    from transformers import AutoTokenizer
+
+    from gradmap_hub.calibration import evaluation_rows, read_text, split_rows
+
+    config = run.config
+    run.reporter.start("Reading calibration text")
+    texts = [text for source in config.calibration for text in _texts(run, source, read_text)]
+    extra_texts = [text for source in config.eval_text for text in _texts(run, source, read_text)]
+    clash = {text.sha256 for text in texts} & {text.sha256 for text in extra_texts}
+    if clash:
+        name = next(text.name for text in extra_texts if text.sha256 in clash)
+        raise CalibrationError(
+            f"{name} is given both as calibration and as evaluation text.",
+            hint="Rows of the calibration text are held out for evaluation anyway; leave out that --eval-text.",
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(run.companions(), local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise SourceError(f"The tokenizer of {run.source.base.name} cannot be loaded: {first}") from error
+    rows = split_rows(
+        texts,
+        tokenizer,
+        seq_len=config.seq_len,
+        samples=config.samples,
+        selection=config.selection_rows,
+        held_out=config.eval_rows,
+        seed=config.seed,
+    )
+    extra = [evaluation_rows(text, tokenizer, seq_len=config.seq_len, rows=config.eval_rows) for text in extra_texts]
+    run.reporter.finish(f"{rows.fit.numel():,} tokens from {', '.join(text.name for text in texts)}")
+    return rows, extra
+
+
+def _texts(run: Run, source: str, read_text: Callable[..., Any]) -> list[Any]:
+    path = Path(source).expanduser()
+    if path.exists() or source.startswith((".", "/", "~")) or path.suffix in (".txt", ".jsonl", ".utf8", ".raw", ".md"):
+        return [read_text(path)]
+    paths, name = run.hub.fetch_dataset_text(source)
+    # One text per data set: its first file is far more than calibration needs.
+    return [read_text(paths[0], name)]
+
+
+def score_stage(run: Run) -> LayerScores:
+    """Only what `inspect` needs: texts, weights, scores."""
+    rows, _ = _calibrate(run)
+    return _score(run, rows)
+
+
+def _pull(run: Run) -> _Fetched:
+    folder = run.checkpoint()
+    return _Fetched(sum(path.stat().st_size for path in folder.glob("*.safetensors")))
+
+
+def _score(run: Run, rows: CalibrationRows) -> LayerScores:
+    from gradmap_hub.scoring import LayerScores, score_layers
+
+    scoring = rows.fit[: run.config.scoring_rows]
+
+    def compute() -> LayerScores:
+        decoder = run.decoder()
+        run.reporter.total(len(scoring))
+        return score_layers(decoder, scoring, window=run.removals, row_done=run.step)
+
+    return run.stages.run(
+        "score",
+        "Scoring layers",
+        LayerScores,
+        compute,
+        inputs={"rows": rows.sha256, "count": len(scoring), "window": run.removals},
+        describe=lambda scores: f"{len(scores.layers)} layers, one backward pass over {scoring.numel():,} tokens",
+    )
+
+
+def _select(run: Run, rows: CalibrationRows, scores: LayerScores) -> _Selected:
+    """Form candidate sets from the scores and let the loss on held-out rows decide."""
+    from gradmap_hub.evaluation import row_losses
+    from gradmap_hub.scoring import iterative_removals
+    from gradmap_hub.selection import candidates
+
+    config = run.config
+
+    def compute() -> _Selected:
+        decoder = run.decoder()
+        if config.drop is not None:
+            sets: dict[str, list[int]] = {"chosen by hand": sorted(config.drop)}
+        elif config.schedule == "iterative":
+            scoring = rows.fit[: config.scoring_rows]
+            run.reporter.total(len(scoring) * run.removals)
+            sets = {"gradient, iterative": iterative_removals(decoder, scoring, run.removals, row_done=run.step)}
+        else:
+            sets = candidates(scores, run.removals, config.metric)
+        run.reporter.total(len(sets) * len(rows.selection))
+        tried = []
+        for name, removed in sets.items():
+            kept = [layer for layer in range(decoder.count) if layer not in set(removed)]
+            losses = row_losses(decoder, rows.selection, kept, run.step)
+            tried.append(Candidate(name, removed, sum(losses) / len(losses)))
+        best = min(tried, key=lambda candidate: candidate.loss)
+        return _Selected(best.removed, None if config.drop is not None else best, tried)
+
+    return run.stages.run(
+        "select",
+        "Choosing layers on held-out rows",
+        _Selected,
+        compute,
+        inputs={"drop": config.drop, "metric": config.metric, "schedule": config.schedule},
+        describe=lambda chosen: "remove " + _ranges(chosen.removed),
+    )
+
+
+def _evaluate_original(run: Run, selected: _Selected, texts: Sequence[Rows]) -> _Losses:
+    from gradmap_hub.evaluation import row_losses
+
+    def compute() -> _Losses:
+        decoder = run.decoder()
+        kept = [layer for layer in range(decoder.count) if layer not in set(selected.removed)]
+        run.reporter.total(2 * sum(len(text.ids) for text in texts))
+        return _Losses(
+            [row_losses(decoder, text.ids, None, run.step) for text in texts],
+            [row_losses(decoder, text.ids, kept, run.step) for text in texts],
+        )
+
+    return run.stages.run(
+        "evaluate-original",
+        "Measuring the original and the pruned model",
+        _Losses,
+        compute,
+        inputs={"texts": [(text.sha256, len(text.ids)) for text in texts], "seq_len": run.config.seq_len},
+    )
+
+
+def _compensate(run: Run, rows: CalibrationRows, selected: _Selected) -> CompensationRecord:
+    """Fit corrections at a few sites, keep the one with the lowest held-out loss, if it lowers it."""
+    correction_file = run.work / "correction.safetensors"
+
+    def compute() -> CompensationRecord:
+        from safetensors.torch import save_file
+
+        correction_file.unlink(missing_ok=True)
+        decoder = run.decoder()
+        kept = [layer for layer in range(decoder.count) if layer not in set(selected.removed)]
+        record, weights = fit_correction(decoder, rows, kept, selected.removed, run.config, run.reporter)
+        save_file(weights, correction_file)
+        return record
+
+    return run.stages.run(
+        "compensate",
+        "Correcting the drift",
+        CompensationRecord,
+        compute,
+        inputs={"kind": run.config.compensation, "site": run.config.site, "samples": run.config.samples},
+        files=lambda: [correction_file],
+        describe=lambda record: (
+            f"{record.kind} at layer {record.site}, held-out loss {record.loss_before:.3f} -> {record.loss_after:.3f}"
+            if record.applied
+            else record.reason
+        ),
+    )
+
+
+def fit_correction(
+    decoder: Decoder,
+    rows: CalibrationRows,
+    kept: Sequence[int],
+    removed: Sequence[int],
+    config: PruneConfig,
+    reporter: Reporter,
+) -> tuple[CompensationRecord, dict[str, Any]]:
+    """The record of stage 2 and the corrected parameters of the site's down projection (empty if not applied)."""
+    from gradmap_hub import compensation as stage2
+    from gradmap_hub.evaluation import row_losses
+
+    shift_rows = rows.fit[: max(2, config.scoring_rows // 2)]
+    reporter.total(len(shift_rows))
+    shift = stage2.mean_shift(decoder, shift_rows, kept, reporter.advance)
+    shifts = {"shift_layers": shift.layers, "shift": shift.absolute, "relative_shift": shift.relative}
+    if config.compensation == "none":
+        return CompensationRecord(applied=False, reason="not asked for", **shifts), {}
+    sites = stage2.candidate_sites(shift, removed, config.site)
+    kinds = ("weight", "projection") if config.compensation == "auto" else (config.compensation,)
+    grid = [(kind, strength) for kind in kinds for strength in stage2.STRENGTHS[kind]]
+    reporter.total(len(rows.fit) + len(rows.selection) * (1 + len(sites) * len(grid)))
+    grams = stage2.accumulate_grams(decoder, rows.fit, kept, sites, reporter.advance)
+    losses = row_losses(decoder, rows.selection, kept, reporter.advance)
+    baseline = sum(losses) / len(losses)
+    trials: list[Trial] = []
+    best: tuple[float, stage2.Correction] | None = None
+    for site in sites:
+        suffix = stage2.Suffix(decoder, rows.selection, kept, site)
+        for kind, strength in grid:
+            linear = decoder.mlp_output(site)
+            correction = stage2.solve(grams[site], linear.weight, site=site, kind=kind, strength=strength)
+            loss = suffix.loss(correction, reporter.advance)
+            trials.append(Trial(site, kind, strength, loss))
+            if best is None or loss < best[0]:
+                best = (loss, correction)
+        del grams[site]
+    if best is None or best[0] >= baseline:
+        reason = "no correction lowered the held-out loss"
+        return CompensationRecord(
+            applied=False, reason=reason, loss_before=baseline, loss_after=baseline, trials=trials, **shifts
+        ), {}
+    loss, correction = best
+    linear = decoder.mlp_output(correction.site)
+    weights = stage2.corrected_parameters(linear, correction)
+    record = CompensationRecord(
+        applied=True,
+        kind=correction.kind,
+        site=correction.site,
+        strength=correction.strength,
+        ridge=correction.ridge,
+        loss_before=baseline,
+        loss_after=loss,
+        reason="lowest held-out loss",
+        trials=trials,
+        **shifts,
+    )
+    return record, weights
+
+
+def _write(run: Run, selected: _Selected, compensation: CompensationRecord) -> _Written:
+    """Remove the layers, put the corrected weight in, save, read back, compare."""
+
+    def compute() -> _Written:
+        from safetensors.torch import load_file
+
+        from gradmap_hub.exporters import checkpoint
+        from gradmap_hub.pruning import parameter_count, remove_layers, storage_dtype
+        from gradmap_hub.verification import logits_of, probe_ids, verify
+
+        decoder = run.decoder()
+        model = decoder.model
+        before = parameter_count(model)
+        if compensation.applied:
+            assert compensation.site is not None
+            for name, value in load_file(run.work / "correction.safetensors").items():
+                parameter = decoder.mlp_output(compensation.site).get_parameter(name)
+                parameter.data = value.to(parameter.dtype)
+        remove_layers(model, run.source.architecture, selected.removed)
+        after = parameter_count(model)
+        source = run.checkpoint()
+        names = legal_texts(path.name for path in source.iterdir())
+        dtype = storage_dtype(run.config.dtype, run.source.base.dtype)
+        checkpoint.save_checkpoint(model, run.output, dtype)
+        checkpoint.copy_companions(source, run.output, [*COMPANION_FILES, *names])
+        checkpoint.cast_parameters(model, _float32())
+        expected = logits_of(model, probe_ids(model.config))
+        run.release()
+        del decoder, model
+        gc.collect()
+        reloaded, report = checkpoint.load_float32(run.output)
+        verification = verify(reloaded, report, run.output, expected)
+        return _Written(
+            verification,
+            BeforeAfter(before, after),
+            BeforeAfter(run.source.weight_bytes or checkpoint.checkpoint_bytes(source),
+                        checkpoint.checkpoint_bytes(run.output)),
+            str(dtype).removeprefix("torch."),
+        )  # fmt: skip
+
+    return run.stages.run(
+        "write",
+        "Writing and verifying the checkpoint",
+        _Written,
+        compute,
+        inputs={"dtype": run.config.dtype},
+        files=lambda: [run.output / "config.json", *sorted(run.output.glob("*.safetensors"))],
+        describe=lambda written: f"{size(written.bytes.before)} -> {size(written.bytes.after)}, logits read back equal",
+    )
+
+
+def _evaluate_written(run: Run, texts: Sequence[Rows]) -> _CompensatedLosses:
+    """Perplexity of what was written, loaded afresh."""
+
+    def compute() -> _CompensatedLosses:
+        from gradmap_hub.decoder import Decoder
+        from gradmap_hub.evaluation import row_losses
+        from gradmap_hub.exporters.checkpoint import load_float32
+
+        model, _ = load_float32(run.output)
+        decoder = Decoder(model, run.source.architecture, run.config.seq_len)
+        run.reporter.total(sum(len(text.ids) for text in texts))
+        return _CompensatedLosses([row_losses(decoder, text.ids, None, run.step) for text in texts])
+
+    run.release()
+    return run.stages.run("evaluate-written", "Measuring the result", _CompensatedLosses, compute)
+
+
+def _evaluation_record(
+    run: Run, texts: Sequence[tuple[Rows, str]], losses: _Losses, compensated: _CompensatedLosses
+) -> EvaluationRecord:
+    from gradmap_hub.evaluation import perplexity, ratio_interval
+
+    measured = [
+        TextPerplexity(
+            name=rows.name,
+            kind=kind,
+            rows=len(rows.ids),
+            tokens=rows.ids.numel(),
+            sequence_length=run.config.seq_len,
+            sha256=rows.sha256,
+            original=perplexity(losses.original[index]),
+            pruned=perplexity(losses.pruned[index]),
+            compensated=perplexity(compensated.rows[index]),
+            interval=ratio_interval(losses.original[index], compensated.rows[index]),
+        )
+        for index, (rows, kind) in enumerate(texts)
+    ]
+    first = measured[0]
+    return EvaluationRecord("perplexity", first.original, first.compensated, first.pruned, first.name, measured)
+
+
+def _calibration_record(run: Run, rows: CalibrationRows) -> CalibrationRecord:
+    return CalibrationRecord(
+        source=", ".join(source.name for source in rows.sources),
+        samples=len(rows.fit),
+        tokens=rows.fit.numel(),
+        sequence_length=run.config.seq_len,
+        sha256=rows.sha256,
+        scoring_rows=run.config.scoring_rows,
+        selection_rows=len(rows.selection),
+        texts=[TextSource(source.name, source.sha256, len(source.ids)) for source in rows.sources],
+    )
+
+
+def identity(source: Source) -> dict[str, Any]:
+    """What makes two sources the same for a resumed run."""
+    if source.base.commit:
+        return {"repo": source.base.repo_id, "commit": source.base.commit}
+    paths = (
+        [source.gguf]
+        if source.gguf
+        else [source.folder / name for name in source.files.weights]
+        if source.folder
+        else []
+    )
+    return {path.name: (path.stat().st_size, path.stat().st_mtime_ns) for path in paths}
+
+
+def weight_artifacts(folder: Path) -> list[Artifact]:
+    return [artifact(path, folder, "safetensors") for path in sorted(folder.glob("*.safetensors"))]
+
+
+def artifact(path: Path, root: Path, kind: str, parity: Parity | None = None) -> Artifact:
+    return Artifact(path.relative_to(root).as_posix(), path.stat().st_size, sha256_of(path), kind, parity)
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in _VERSIONED:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _float32() -> Any:
+    import torch
+
+    return torch.float32
+
+
+def size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def _ranges(indices: Sequence[int]) -> str:
+    """[3, 12, 13, 14] -> '3, 12-14'."""
+    parts: list[str] = []
+    start = previous = indices[0]
+    for index in [*indices[1:], None]:
+        if index is not None and index == previous + 1:
+            previous = index
+            continue
+        parts.append(f"{start}" if start == previous else f"{start}-{previous}")
+        if index is not None:
+            start = previous = index
+    return ", ".join(parts)

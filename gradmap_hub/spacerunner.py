@@ -1,0 +1,92 @@
+"""Run a Space folder on this machine, as Hugging Face would: `python app.py` with its variables in the environment."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+import webbrowser
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from gradmap_hub.errors import GradmapError, MissingExtra
+
+START_SECONDS = 120
+
+
+@contextmanager
+def running_space(
+    folder: Path, variables: Mapping[str, str], *, host: str = "127.0.0.1", port: int = 0
+) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """Start the app and wait until it answers; yields its address and process, which is ended on leaving.
+
+    Raises:
+        MissingExtra: gradio is not installed.
+        GradmapError: the app ended or did not answer within two minutes; its last words are in the message.
+    """
+    if importlib.util.find_spec("gradio") is None:
+        raise MissingExtra("The comparison app", "space")
+    port = port or free_port(host)
+    url = f"http://{host}:{port}"
+    environment = {
+        **os.environ,
+        **variables,
+        "GRADIO_SERVER_NAME": host,
+        "GRADIO_SERVER_PORT": str(port),
+        "GRADIO_ANALYTICS_ENABLED": "False",
+    }
+    log = folder.parent / f"{folder.name}.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "app.py"], cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT
+        )
+        try:
+            _wait_until_up(url, process, log)
+            yield url, process
+        finally:
+            process.terminate()
+            try:
+                process.wait(timeout=15)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+    log.unlink(missing_ok=True)
+
+
+def run_space(folder: Path, variables: Mapping[str, str], *, host: str, port: int, open_browser: bool) -> None:
+    """Run the app until it ends or Ctrl-C; the first line on stdout is its address."""
+    with running_space(folder, variables, host=host, port=port) as (url, process):
+        print(url, flush=True)
+        if open_browser:
+            webbrowser.open(url)
+        try:
+            process.wait()
+        except KeyboardInterrupt:
+            return
+
+
+def free_port(host: str) -> int:
+    """A port nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+def _wait_until_up(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:] or ["no output"]
+            raise GradmapError(f"The comparison app ended at once: {last[0]}", hint=f"Its output is in {log}.")
+        try:
+            with urllib.request.urlopen(f"{url}/health", timeout=2):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.3)
+    raise GradmapError(f"The comparison app did not answer at {url}.", hint=f"Its output is in {log}.")

@@ -1,0 +1,69 @@
+"""What the command line draws on stderr: one line per finished stage, a live bar while one runs on a terminal."""
+
+from __future__ import annotations
+
+import time
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import TimeElapsedColumn as Elapsed
+
+
+class TerminalReporter:
+    """Stages on stderr. `quiet` keeps to silence (errors are still shown by the caller)."""
+
+    def __init__(self, console: Console, *, quiet: bool = False) -> None:
+        self._console = console
+        self._quiet = quiet
+        self._live: Progress | None = None
+        self._task = None
+        self._title = ""
+        self._started = 0.0
+
+    def start(self, title: str) -> None:
+        self.close()
+        self._title = title
+        self._started = time.monotonic()
+        if self._quiet or not self._console.is_terminal:
+            return
+        self._live = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            Elapsed(),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=True,
+        )
+        self._task = self._live.add_task(escape(title), total=None)
+        self._live.start()
+
+    def total(self, steps: int) -> None:
+        if self._live is not None and self._task is not None:
+            self._live.reset(self._task, total=steps)
+
+    def advance(self, steps: int = 1) -> None:
+        if self._live is not None and self._task is not None:
+            self._live.advance(self._task, steps)
+
+    def finish(self, note: str = "", *, reused: bool = False) -> None:
+        self.close()
+        if self._quiet:
+            return
+        seconds = "on disk" if reused else f"{time.monotonic() - self._started:.1f} s"
+        middle = f"  {escape(note)}" if note else ""
+        self._console.print(f"[green]done[/]  {escape(self._title)}[dim]{middle}  ({seconds})[/]", highlight=False)
+
+    def note(self, text: str) -> None:
+        self.close()
+        if not self._quiet:
+            self._console.print(f"[yellow]note[/]  {escape(text)}", highlight=False)
+
+    def close(self) -> None:
+        """Take the live bar off the screen, if there is one."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+            self._task = None
