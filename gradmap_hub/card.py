@@ -46,7 +46,7 @@ _PLOT_STYLE: dict[Any, Any] = {
     "axes.titlesize": 18,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
-    "axes.titlepad": 30,
+    "axes.titlepad": 32,
     "xtick.color": _MUTED,
     "ytick.color": _MUTED,
     "xtick.labelsize": 13,
@@ -57,6 +57,8 @@ _PLOT_STYLE: dict[Any, Any] = {
 }
 # Beyond this ratio of highest to lowest score, a linear axis hides the differences between the low ones.
 _LOG_RANGE = 15.0
+# Half the width of the label on the corrected layer, as a share of the axis.
+_LABEL_REACH = 0.11
 
 
 def write_card(record: RunRecord, folder: Path) -> list[Path]:
@@ -207,12 +209,12 @@ def _layer_rows(record: RunRecord) -> list[LayerRow]:
 
 
 def _quality(texts: Sequence[TextPerplexity]) -> str | None:
-    """How the published model's perplexity compares, such as "38% to 95% higher"; None if nothing was measured."""
+    """How the published model's perplexity compares, such as "38% to 95% higher"; None if nothing
+    was measured, or something that has no finite value."""
     ratios = [text.compensated / text.original for text in texts]
-    finite = sorted(ratio for ratio in ratios if math.isfinite(ratio))
-    if not finite:
+    if not ratios or not all(math.isfinite(ratio) for ratio in ratios):
         return None
-    low, high = finite[0] - 1, finite[-1] - 1
+    low, high = min(ratios) - 1, max(ratios) - 1
     ends = [_change_size(low), _change_size(high)]
     if low >= 0 or high < 0:
         word = "higher" if low >= 0 else "lower"
@@ -290,7 +292,7 @@ def loss(value: float) -> str:
 
 def small(value: float) -> str:
     """A difference that should be near zero, such as 3.1e-05."""
-    return "0" if value == 0 else f"{value:.1e}" if math.isfinite(value) else "not finite"
+    return "0" if value == 0 else f"{value:.2g}" if math.isfinite(value) else "not finite"
 
 
 def strength(value: float) -> str:
@@ -305,13 +307,8 @@ def change(after: float, before: float) -> str:
 
 def less_than(after: int, before: int) -> str:
     """A decrease in words, such as `21.1% fewer`."""
-    return (
-        f"{abs(1 - after / before):.1%} {'fewer' if after <= before else 'more'}" if before else "an unknown number of"
-    )
-
-
-def percent(share: float) -> str:
-    return f"{share:.1%}"
+    share = abs(1 - after / before) if before else 0.0
+    return f"{share:.1%} {'fewer' if after <= before else 'more'}"
 
 
 def size(count: int) -> str:
@@ -368,23 +365,9 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         autoescape=False,  # the output is Markdown; `_finalize` escapes
     )
-    filters = (
-        change,
-        code,
-        duration,
-        fenced,
-        less_than,
-        link,
-        literal,
-        loss,
-        number,
-        percent,
-        plural,
-        ranges,
-        size,
-        small,
-    )
-    environment.filters |= {function.__name__: function for function in (*filters, strength)}
+    escaping = (code, fenced, link, literal)
+    wording = (change, duration, less_than, loss, number, plural, ranges, size, small, strength)
+    environment.filters |= {function.__name__: function for function in (*escaping, *wording)}
     environment.filters["count"] = lambda value: f"{value:,}"
     return environment
 
@@ -402,13 +385,15 @@ def layers_plot(record: RunRecord, figure: Figure) -> None:
     for bar, layer in zip(bars, record.layers, strict=True):
         if not layer.kept:
             bar.set(hatch="///", edgecolor="white", linewidth=0)
-    positive = min(scores) > 0
-    if positive and max(scores) / min(scores) > _LOG_RANGE:
+    low, high = min(scores), max(scores)
+    if low > 0 and high / low > _LOG_RANGE:
         axes.set_yscale("log")
-        axes.set_ylim(min(scores) / 2, max(scores) * 2)
+        span = high / low
+        axes.set_ylim(low / span**0.12, high * span**0.25)
         scale = ", log scale"
     else:
-        axes.margins(y=0.16)
+        axes.set_ylim(min(0.0, low * 1.1), max(0.0, high * 1.22) or 1.0)
+        axes.yaxis.set_major_formatter("{x:,.6g}")
         scale = ""
     removed = len(record.removed)
     share = removed / len(record.layers)
@@ -429,9 +414,9 @@ def shift_plot(record: RunRecord, figure: Figure) -> None:
         axes.axvspan(index - 0.5, index + 0.5, facecolor=_REMOVED, alpha=0.13, linewidth=0)
     axes.bar(compensation.shift_layers, percents, width=0.78, color=_KEPT)
     top = max(percents)
-    axes.set_ylim(0, top * 1.3 if top > 0 else 1)
-    worst = compensation.shift_layers[percents.index(top)]
-    axes.set_title(f"Without them, the mean hidden state shifts by up to {top:.0f}% (after layer {worst})")
+    axes.set_ylim(0, top * 1.22 or 1)
+    gone = plural(len(record.removed), "layer")
+    axes.set_title(f"With {gone} gone, the mean hidden state shifts by up to {top:.0f}%")
     axes.set_ylabel("relative mean shift (%)")
     _finish_layer_axis(axes, record)
     _legend(axes, [("kept layer, before correction", _KEPT, ""), ("removed layer", "#fae7dc", "")])
@@ -466,14 +451,19 @@ def _mark_site(axes: Axes, record: RunRecord, heights: dict[int, float]) -> None
     site = record.compensation.site
     if not record.compensation.applied or site is None or site not in heights:
         return
-    left_half = site < len(record.layers) / 2
+    low, high = axes.get_ylim()
+    reach = _LABEL_REACH * len(record.layers)
+    # The label stands clear of the bars below it and inside the axes.
+    tallest = max(height for index, height in heights.items() if abs(index - site) <= reach)
+    log = axes.get_yscale() == "log"
+    label_height = tallest * (high / low) ** 0.09 if log else tallest + 0.09 * (high - low)
     axes.annotate(
         f"correction in layer {site}",
         xy=(site, heights[site]),
-        xytext=(0, 34),
-        textcoords="offset points",
-        ha="left" if left_half else "right",
-        arrowprops={"arrowstyle": "-|>", "color": _INK, "linewidth": 1.4, "shrinkB": 2},
+        xytext=(min(max(site, reach - 0.5), len(record.layers) - 0.5 - reach), label_height),
+        ha="center",
+        va="bottom",
+        arrowprops={"arrowstyle": "-|>", "color": _INK, "linewidth": 1.4, "shrinkB": 1},
         bbox={"boxstyle": "round,pad=0.3", "facecolor": "white", "edgecolor": _MUTED, "linewidth": 0.8},
     )
 
@@ -483,9 +473,11 @@ def _save_plot(record: RunRecord, draw: Callable[[RunRecord, Figure], None], pat
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     with matplotlib.rc_context(_PLOT_STYLE):
-        figure = Figure(figsize=(12, 5.2), dpi=100, facecolor="white", layout="constrained")
+        figure = Figure(figsize=(12, 5.2), dpi=100, facecolor="white")
+        figure.set_layout_engine(ConstrainedLayoutEngine(w_pad=0.16, h_pad=0.16))
         FigureCanvasAgg(figure)
         draw(record, figure)
         # Without the version of matplotlib in the file, the bytes depend on the pixels alone.
