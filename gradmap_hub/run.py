@@ -179,7 +179,7 @@ def prune_stages(run: Run, *, target: str | None = None, license: str | None = N
         gradmap_hub=__version__,
         command=run.command,
         name=run.output.resolve().name,
-        base=dataclasses.replace(base, license=base.license or license),
+        base=base if base.license else dataclasses.replace(base, license=license, license_source="publisher"),
         layers=decide(scores, winner, selected.removed, why),
         removed=selected.removed,
         ratio=run.config.ratio if run.config.ratio is not None else run.removals / run.source.layer_count,
@@ -304,7 +304,9 @@ def _select(run: Run, rows: CalibrationRows, scores: LayerScores) -> _Selected:
             losses = row_losses(decoder, rows.selection, kept, run.step)
             tried.append(Candidate(name, removed, sum(losses) / len(losses)))
         best = min(tried, key=lambda candidate: candidate.loss)
-        return _Selected(best.removed, None if config.drop is not None else best, tried)
+        if config.drop is not None:
+            return _Selected(best.removed, None, [])  # nothing was compared
+        return _Selected(best.removed, best, tried)
 
     return run.stages.run(
         "select",
@@ -461,7 +463,7 @@ def _write(run: Run, selected: _Selected, compensation: CompensationRecord) -> _
         return _Written(
             verification,
             BeforeAfter(before, after),
-            BeforeAfter(run.source.weight_bytes or checkpoint.checkpoint_bytes(source),
+            BeforeAfter(checkpoint.checkpoint_bytes(source),
                         checkpoint.checkpoint_bytes(run.output)),
             str(dtype).removeprefix("torch."),
         )  # fmt: skip

@@ -1,0 +1,1 @@
+"""Rankings side by side on the same rows: see `python -m benchmarks --help`."""
