@@ -18,12 +18,12 @@ from rich.table import Table
 
 from gradmap_hub.architectures import ARCHITECTURES
 from gradmap_hub.calibration import evaluation_rows, read_text, split_rows
+from gradmap_hub.compensation import fit_correction
 from gradmap_hub.config import PruneConfig
 from gradmap_hub.decoder import Decoder, parameters_replaced
 from gradmap_hub.demo import CALIBRATION, ELSEWHERE, fetch_original
 from gradmap_hub.evaluation import perplexity, row_losses
 from gradmap_hub.progress import SilentReporter
-from gradmap_hub.run import fit_correction
 from gradmap_hub.scoring import score_layers
 from gradmap_hub.selection import candidates
 

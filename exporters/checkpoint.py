@@ -28,6 +28,9 @@ def save_checkpoint(model: Any, folder: Path, dtype: torch.dtype) -> None:
     model.config._name_or_path = ""
     # save_pretrained refuses generation settings that it finds inconsistent; the copied file stands as published.
     model.generation_config = GenerationConfig()
+    # What an earlier save left (one file, or other shards) would be read instead of, or counted with, the new weights.
+    for path in (*folder.glob("*.safetensors"), folder / "model.safetensors.index.json"):
+        path.unlink(missing_ok=True)
     model.save_pretrained(folder, max_shard_size=SHARD_LIMIT, safe_serialization=True)
     (folder / "generation_config.json").unlink(missing_ok=True)
     for path in folder.glob("*.safetensors"):
@@ -48,6 +51,7 @@ def load_float32(folder: Path) -> tuple[Any, dict[str, Any]]:
     Raises:
         BrokenCheckpointError: transformers cannot read it, or keys are missing, unexpected or mismatched.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     try:
@@ -60,7 +64,7 @@ def load_float32(folder: Path) -> tuple[Any, dict[str, Any]]:
             output_loading_info=True,
         )
         model, report = loaded
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BrokenCheckpointError(f"The checkpoint in {folder} cannot be loaded: {first}") from error
     for kind in ("missing_keys", "mismatched_keys"):

@@ -40,6 +40,9 @@ _ROWS = (
 ARCHITECTURES: dict[str, Architecture] = {row.model_type: row for row in _ROWS}
 SUPPORTED = tuple(sorted(ARCHITECTURES))
 
+# Config fields with one entry per layer. Named, because other lists can have the same length (eos_token_id).
+_PER_LAYER = ("layer_types",)
+
 _NORM_AFTER_MLP = {"gemma2", "gemma3", "gemma3_text", "olmo2", "olmo3", "glm4", "exaone4", "flex_olmo"}
 _ENCODERS = {
     "bert",
@@ -91,7 +94,13 @@ def architecture_of(config: dict[str, Any]) -> Architecture:
             "its config was saved by transformers 5 (rope_parameters), which 4.57 reads wrongly",
             SUPPORTED,
         )
-    if int(config.get("num_hidden_layers", 0)) < 2:
+    quantization = config.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method", "method unknown") if isinstance(quantization, dict) else quantization
+        raise UnsupportedArchitecture(
+            model_type, f"the checkpoint is quantised ({method}); its full-precision original can be", SUPPORTED
+        )
+    if int(config.get("num_hidden_layers") or 0) < 2:
         raise UnsupportedArchitecture(model_type, "it has fewer than two layers", SUPPORTED)
     return row
 
@@ -105,8 +114,9 @@ def sliced_config(config: Any, kept: Sequence[int]) -> Any:
     """
     layer_count = config.num_hidden_layers
     result = copy.deepcopy(config)
-    for name, value in vars(config).items():
-        if isinstance(value, list) and len(value) == layer_count and not name.startswith("_"):
+    for name in _PER_LAYER:
+        value = getattr(config, name, None)
+        if isinstance(value, list) and len(value) == layer_count:
             setattr(result, name, [value[index] for index in kept])
     result.num_hidden_layers = len(kept)
     return result

@@ -84,13 +84,15 @@ def read_text(path: Path, name: str | None = None) -> Text:
 
 def _read_jsonl(path: Path) -> str:
     texts: list[str] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    # Not splitlines(): JSON strings may hold U+2028 and other characters that it takes for line ends.
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
         if not line.strip():
             continue
         try:
-            texts.append(str(json.loads(line)["text"]))
+            text = str(json.loads(line)["text"])
         except (ValueError, KeyError, TypeError):
             raise CalibrationError(f"{path} line {number} is not a JSON object with the key `text`.") from None
+        texts.append(text.encode("utf-8", "replace").decode("utf-8"))  # a lone surrogate (\\ud800) is no text
     return "\n\n".join(texts)
 
 
@@ -125,8 +127,13 @@ def split_rows(
     """Draw the rows of a run, an equal share from each text.
 
     Raises:
-        CalibrationError: a text is too short, saying how many tokens it has and needs.
+        CalibrationError: a text is too short, saying how many tokens it has and needs, or is given twice.
     """
+    if len({text.sha256 for text in texts}) < len(texts):
+        raise CalibrationError(
+            "The same calibration text is given twice; its rows would be fitted and held out at once.",
+            hint="Give each text once; every text gets an equal share of the rows.",
+        )
     generator = torch.Generator().manual_seed(seed)
     fit: list[Tensor] = []
     select: list[Tensor] = []

@@ -7,6 +7,7 @@ import os
 import shlex
 import signal
 import sys
+import traceback
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
@@ -44,6 +45,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
+    pretty_exceptions_enable=False,  # plain tracebacks; older versions of Typer print local variables, tokens too
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Start with `gradmap-hub demo`: the whole push on this machine, without an account.",
 )
@@ -62,26 +64,39 @@ def main() -> NoReturn:
     try:
         code = app(args=arguments, standalone_mode=False)
         status = code if isinstance(code, int) else 0
+        sys.stdout.flush()
     except GradmapError as error:
-        if debug:
-            raise
+        _trace(debug)
         status = _report(error.message, error.hint, 2 if isinstance(error, UsageError) else 1)
     except (KeyboardInterrupt, typer.Abort):
-        status = _report("Interrupted.", "Run the same command again with --resume to go on where it stopped.", 130)
+        resumable = bool({"push", "prune", "demo"} & set(arguments[:1]))
+        hint = "Run the same command again with --resume to go on where it stopped." if resumable else None
+        status = _report("Interrupted.", hint, 130)
     except _ClickException as error:
-        if debug:
-            raise
-        status = _report(error.format_message(), None, 2)  # pyright: ignore[reportAttributeAccessIssue]
+        _trace(debug)
+        message = error.format_message()  # pyright: ignore[reportAttributeAccessIssue]
+        # Without any argument the help has been shown, and there is nothing to add.
+        status = _report(message, None, 2) if message else 2
     except BrokenPipeError:
+        # Whoever read our answer has enough; what is still buffered must not fail again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
     except MemoryError:
         status = _report("Not enough memory for this model.", "Use a machine with more, or a smaller model.", 1)
-    sys.stdout.flush()
+    except OSError as error:  # a full disk, a folder that may not be written
+        _trace(debug)
+        reason = str(error.strerror or error).strip() or type(error).__name__
+        status = _report(reason.splitlines()[0] + (f": {error.filename}" if error.filename else ""), None, 1)
     sys.exit(status)
 
 
 def _interrupt(_signal: int, _frame: object) -> NoReturn:
     raise KeyboardInterrupt
+
+
+def _trace(debug: bool) -> None:
+    if debug:
+        traceback.print_exc()
 
 
 def _report(message: str, hint: str | None, status: int) -> int:
@@ -91,14 +106,20 @@ def _report(message: str, hint: str | None, status: int) -> int:
     return status
 
 
-@app.callback()
-def _root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
-) -> None:
-    if version:
+def _print_version(wanted: bool) -> None:
+    if wanted:
         print(__version__)
         raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    del version, debug  # --version acts when it is parsed, --debug before anything is (see `main`)
 
 
 # Options that several commands share, with the help text of the configuration they fill.
@@ -174,11 +195,28 @@ def _indices(text: str) -> tuple[int, ...]:
 
 
 def _command_line() -> str:
-    """The command as it can be run again, with paths reduced to their last part: the record is published."""
-    words = ["gradmap-hub"]
-    for word in sys.argv[1:]:
-        words.append(Path(word).name if os.path.isabs(word) or word.startswith(("./", "../", "~")) else word)
-    return shlex.join(words)
+    """The command as it can be run again, with paths reduced to their last part: the record is published.
+
+    What says nothing about the result is left out: going on with a run must not change what it publishes.
+    """
+    words = [word for word in sys.argv[1:] if word not in _NOT_RECORDED]
+    return shlex.join(["gradmap-hub", *map(_without_folders, words)])
+
+
+_NOT_RECORDED = {"--resume", "--public", "--json", "--quiet", "-q", "--debug"}
+
+
+def _without_folders(word: str) -> str:
+    """/home/me/a.txt -> a.txt, also behind `--option=` and glued to a short option (-c/home/me/a.txt)."""
+    head, path = "", word
+    if word.startswith("--"):
+        head, sign, path = word.partition("=")
+        head += sign
+    elif word.startswith("-"):
+        head, path = word[:2], word[2:]
+    if os.path.isabs(path) or path.startswith(("./", "../", "~")) or "/../" in path:
+        path = Path(path).name
+    return head + path
 
 
 @app.command(
@@ -413,7 +451,7 @@ def compare(
 
     reporter = TerminalReporter(stderr, quiet=quiet)
     try:
-        built = build_space(folder, against, reporter=reporter)
+        built = build_space(folder, against, local=True, reporter=reporter)
     finally:
         reporter.close()
     run_space(built, {"PRUNED_MODEL": str(folder.resolve())}, host=host, port=port, open_browser=open_browser)
@@ -435,11 +473,12 @@ def hub(
 
     try:
         server = LocalHub(root, host=host, port=port)
-    except (OSError, ValueError) as error:
+        token = server.add_user(user)
+        server.start()
+    except (OSError, RuntimeError, ValueError) as error:
         raise GradmapError(f"The Hub cannot be started: {error}") from error
-    server.start()
     print(server.url, flush=True)
-    stderr.print(f"Use it with: export HF_ENDPOINT={server.url} HF_TOKEN={server.add_user(user)}", highlight=False)
+    stderr.print(f"Use it with: export HF_ENDPOINT={server.url} HF_TOKEN={token}", highlight=False)
     server.serve_forever()
 
 

@@ -13,6 +13,7 @@ Since the residual stream is r + m, replacing m by m P^T, or W by W + D, changes
 
 Both are ridge regressions with closed forms in the two Gram matrices G = z^T z and C = z^T E alone:
     D^T = (G + lambda I)^-1 C;    (P - I)^T = (W G W^T + lambda I)^-1 W C
+With a bias, m = z W^T + b; m^T m and m^T E then also need the sums of z and E over tokens.
 They are accumulated row by row in float64; no matrix of all tokens is ever kept. The fold is exact and adds nothing to
 the graph: W <- P W (bias <- P bias) or W <- W + D. lambda = strength x mean diagonal of the Gram matrix.
 """
@@ -25,9 +26,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from gradmap_hub.calibration import CalibrationRows
+from gradmap_hub.config import PruneConfig
 from gradmap_hub.decoder import Decoder, parameters_replaced
+from gradmap_hub.progress import Reporter
+from gradmap_hub.record import CompensationRecord, Trial
 
-STRENGTHS: dict[str, tuple[float, ...]] = {"weight": (0.01, 0.03, 0.1, 0.3), "projection": (0.003, 0.03)}
+# lambda over the mean Gram diagonal. The first is tried at every site, the others at the best site only: the best
+# site does not depend on the strength, and every trial costs a pass over the held-out rows.
+STRENGTHS: dict[str, tuple[float, ...]] = {"weight": (0.03, 0.01, 0.1, 0.3), "projection": (0.03, 0.003, 0.3)}
 
 
 @dataclass(frozen=True)
@@ -41,11 +48,15 @@ class Shift:
 
 @dataclass(frozen=True)
 class Gram:
-    """Sums over calibration tokens for one site, float64: zz (f, f), ze (f, d); tokens = n."""
+    """Sums over calibration tokens for one site, float64: zz (f, f), ze (f, d); tokens = n. `z` (f), `e` (d) are the
+    sums of z and E, kept with the `bias` (d) of the down projection where it has one."""
 
     zz: Tensor
     ze: Tensor
     tokens: int
+    bias: Tensor | None = None
+    z: Tensor | None = None
+    e: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,6 +130,8 @@ def accumulate_grams(
     pruned_rest = [layer for layer in kept if layer >= len(shared) and layer <= last]
     zz: dict[int, Tensor] = {}
     ze: dict[int, Tensor] = {}
+    z_sum: dict[int, Tensor] = {}
+    e_sum: dict[int, Tensor] = {}
     inputs: dict[int, Tensor] = {}
 
     def remember(site: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -147,8 +160,21 @@ def accumulate_grams(
                 ze_row = (z.T @ drift).double()
                 zz[site] = zz[site] + zz_row if site in zz else zz_row
                 ze[site] = ze[site] + ze_row if site in ze else ze_row
+                z_sum[site] = z_sum.get(site, 0) + z.double().sum(dim=0)
+                e_sum[site] = e_sum.get(site, 0) + drift.double().sum(dim=0)
             row_done()
-    return {site: Gram(zz[site], ze[site], ids.numel()) for site in sites}
+    biases = {site: decoder.mlp_output(site).bias for site in sites}
+    return {
+        site: Gram(
+            zz[site],
+            ze[site],
+            ids.numel(),
+            bias=None if bias is None else bias.detach().double(),
+            z=z_sum[site],
+            e=e_sum[site],
+        )
+        for site, bias in biases.items()
+    }
 
 
 def _keep_at(sites: Sequence[int], into: dict[int, Tensor]) -> Callable[[int, Tensor], None]:
@@ -167,12 +193,18 @@ def solve(gram: Gram, weight: Tensor, *, site: int, kind: str, strength: float) 
         return Correction(site, kind, strength, ridge, delta=delta)
     w = weight.detach().double()
     mm = w @ gram.zz @ w.T  # (d, d)
+    me = w @ gram.ze  # (d, d)
+    if gram.bias is not None and gram.z is not None and gram.e is not None:
+        cross = torch.outer(w @ gram.z, gram.bias)
+        mm = mm + cross + cross.T + gram.tokens * torch.outer(gram.bias, gram.bias)
+        me = me + torch.outer(gram.bias, gram.e)
     ridge = strength * float(mm.diagonal().mean())
-    projection = torch.eye(len(w), dtype=torch.float64) + _ridge(mm, w @ gram.ze, ridge).T
+    projection = torch.eye(len(w), dtype=w.dtype, device=w.device) + _ridge(mm, me, ridge).T
     return Correction(site, kind, strength, ridge, projection=projection)
 
 
 def _ridge(gram: Tensor, right: Tensor, ridge: float) -> Tensor:
+    ridge = max(ridge, torch.finfo(gram.dtype).tiny)  # all inputs zero: nothing to correct, rather than no solution
     system = gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     return torch.cholesky_solve(right, torch.linalg.cholesky(system))
 
@@ -204,22 +236,98 @@ class Suffix:
     Trying one more correction at the site then costs only the layers from the site to the end.
     """
 
-    def __init__(self, decoder: Decoder, ids: Tensor, kept: Sequence[int], site: int) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        ids: Tensor,
+        kept: Sequence[int],
+        site: int,
+        row_done: Callable[[], None] = lambda: None,
+    ) -> None:
         self._decoder = decoder
         self._ids = ids
         self._site = site
         self._rest = [layer for layer in kept if layer >= site]
         before = [layer for layer in kept if layer < site]
+        self._hidden: list[Tensor] = []
         with torch.no_grad():
-            self._hidden = [decoder.run(decoder.embed(row), before) for row in ids.split(1)]
+            for row in ids.split(1):
+                self._hidden.append(decoder.run(decoder.embed(row), before))
+                row_done()
 
-    def loss(self, correction: Correction, row_done: Callable[[], None] = lambda: None) -> float:
-        """Mean NLL in nats per token over the rows with the correction folded in; the model is unchanged after."""
+    def loss(self, correction: Correction | None, row_done: Callable[[], None] = lambda: None) -> float:
+        """Mean NLL in nats per token over the rows with the correction (if any) folded in; the model is unchanged
+        after."""
         decoder = self._decoder
         linear = decoder.mlp_output(self._site)
+        values = corrected_parameters(linear, correction) if correction else {}
         losses: list[float] = []
-        with parameters_replaced(linear, corrected_parameters(linear, correction)), torch.no_grad():
+        with parameters_replaced(linear, values), torch.no_grad():
             for row, hidden in zip(self._ids.split(1), self._hidden, strict=True):
                 losses.append(float(decoder.row_losses(decoder.run(hidden, self._rest), row)))
                 row_done()
         return sum(losses) / len(losses)
+
+
+def fit_correction(
+    decoder: Decoder,
+    rows: CalibrationRows,
+    kept: Sequence[int],
+    removed: Sequence[int],
+    config: PruneConfig,
+    reporter: Reporter,
+    baseline: float | None = None,
+) -> tuple[CompensationRecord, dict[str, Tensor]]:
+    """Try corrections at a few sites and keep the one with the lowest loss on `rows.selection`, if it lowers it.
+
+    `baseline` is that loss without a correction (nats per token), computed here if not given. Returns the record and
+    the corrected parameters of the site's down projection; they are empty if nothing is to be applied.
+    """
+    shift_rows = rows.fit[: max(2, config.scoring_rows // 2)]
+    reporter.total(len(shift_rows))
+    shift = mean_shift(decoder, shift_rows, kept, reporter.advance)
+    shifts = {"shift_layers": shift.layers, "shift": shift.absolute, "relative_shift": shift.relative}
+    if config.compensation == "none":
+        return CompensationRecord(applied=False, reason="not asked for", **shifts), {}
+    sites = candidate_sites(shift, removed, config.site)
+    kinds = ("weight", "projection") if config.compensation == "auto" else (config.compensation,)
+    count = len(sites) * len(kinds) + len(STRENGTHS["weight"]) - 1
+    reporter.total(len(rows.fit) + len(rows.selection) * (count + len(sites)))
+    grams = accumulate_grams(decoder, rows.fit, kept, sites, reporter.advance)
+    suffixes = {site: Suffix(decoder, rows.selection, kept, site, reporter.advance) for site in sites}
+    if baseline is None:
+        baseline = suffixes[sites[0]].loss(None)
+    tried: list[tuple[Trial, Correction]] = []
+
+    def attempt(site: int, kind: str, strength: float) -> None:
+        weight = decoder.mlp_output(site).weight
+        correction = solve(grams[site], weight, site=site, kind=kind, strength=strength)
+        loss = suffixes[site].loss(correction, reporter.advance)
+        tried.append((Trial(site, kind, strength, loss), correction))
+
+    for site in sites:
+        for kind in kinds:
+            attempt(site, kind, STRENGTHS[kind][0])
+    leader = min(tried, key=lambda entry: entry[0].loss)[0]
+    for strength in STRENGTHS[leader.kind][1:]:
+        attempt(leader.site, leader.kind, strength)
+    trials = [trial for trial, _ in tried]
+    best, correction = min(tried, key=lambda entry: entry[0].loss)
+    if best.loss >= baseline:
+        reason = "no correction lowered the held-out loss"
+        return CompensationRecord(
+            applied=False, reason=reason, loss_before=baseline, loss_after=baseline, trials=trials, **shifts
+        ), {}
+    record = CompensationRecord(
+        applied=True,
+        kind=best.kind,
+        site=best.site,
+        strength=best.strength,
+        ridge=correction.ridge,
+        loss_before=baseline,
+        loss_after=best.loss,
+        reason="lowest held-out loss",
+        trials=trials,
+        **shifts,
+    )
+    return record, corrected_parameters(decoder.mlp_output(best.site), correction)

@@ -79,7 +79,10 @@ class Decoder:
 
         handle = self.layers[0].register_forward_pre_hook(leave, with_kwargs=True)
         try:
-            self.model(input_ids=ids.to(self.device), use_cache=False)
+            # Recording outputs patches the layers until the pass ends, and this one does not; a config may ask for it.
+            self.model(
+                input_ids=ids.to(self.device), use_cache=False, output_hidden_states=False, output_attentions=False
+            )
         except _Captured:
             pass
         finally:

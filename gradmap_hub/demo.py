@@ -164,7 +164,7 @@ def run_demo(
     Raises:
         GradmapError: a download, the push or the Space failed; the message says which.
     """
-    check_output(output, resume)
+    check_output(output, resume, output / "samples")
     check_disk(output, DISK_BYTES)
     if onnx:
         from gradmap_hub.exporters.onnx import require

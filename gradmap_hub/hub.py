@@ -7,6 +7,7 @@ one or the embedded one.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import tempfile
@@ -27,6 +28,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import get_session, validate_repo_id
 from huggingface_hub.utils.tqdm import disable_progress_bars
 from requests import RequestException
 
@@ -114,12 +116,9 @@ class Hub:
             )
         try:
             answer = self._api.whoami()
-        except (HfHubHTTPError, RequestException) as error:
-            if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
-                raise NotLoggedIn(
-                    f"{self.endpoint} does not accept your token.",
-                    hint="Make a new one with write access and run `hf auth login` or set HF_TOKEN.",
-                ) from error
+        except OSError as error:  # what requests and the client raise, and the client's offline mode
+            if _status(error) in (401, 403):
+                raise _token_refused(self.endpoint) from error
             raise _unreachable(self.endpoint, error) from error
         role = answer.get("auth", {}).get("accessToken", {}).get("role", "")
         organizations = tuple(entry["name"] for entry in answer.get("orgs", []))
@@ -189,6 +188,12 @@ class Hub:
         owner, _, name = repo_id.partition("/")
         if not owner or not name or "/" in name:
             raise Usage(f"--to takes OWNER/NAME; got {repo_id!r}.")
+        try:
+            validate_repo_id(repo_id)
+        except HFValidationError as error:
+            raise Usage(
+                f"{repo_id!r} cannot be the name of a repository: letters, digits, '-', '_' and '.' only, 96 at most."
+            ) from error
         if account.role == "read":
             raise NotAllowed("Your token may only read.", hint="Make one with write access and set HF_TOKEN to it.")
         if owner != account.name and owner not in account.organizations:
@@ -202,6 +207,22 @@ class Hub:
                 f"{repo_id} already exists and is not empty ({len(existing)} files); it is left as it is.",
                 hint="Choose another name with --to, or finish an interrupted push of it with --resume.",
             )
+
+    def check_license(self, license_id: str) -> None:
+        """Ask the Hub, which keeps the list of licence ids, before any work: it refuses a card with another.
+
+        Raises:
+            UsageError: the Hub does not know it.
+        """
+        card = f"---\nlicense: {json.dumps(license_id)}\n---\n"
+        try:
+            answer = get_session().post(
+                f"{self.endpoint}/api/validate-yaml", json={"content": card, "repoType": "model"}, timeout=30
+            )
+        except OSError as error:
+            raise _unreachable(self.endpoint, error) from error
+        if answer.status_code == 400:
+            raise Usage(f"The Hub knows no licence {license_id!r}; give its id, such as apache-2.0, or other.")
 
     def remote_files(self, repo_id: str, repo_type: str, revision: str | None = None) -> dict[str, str] | None:
         """{path: content id} of a repository (sha256 for LFS, git blob id otherwise), or None if there is none."""
@@ -259,6 +280,11 @@ class Hub:
             if landed is not None:  # the answer was lost, not the commit
                 return Published(repo_id, landed, url)
             raise _interrupted(repo_id, self.endpoint, error) from error
+        except ValueError as error:  # the Hub's judgement of README.md, or of a file
+            raise HubError(
+                f"The Hub refuses what was to be published to {repo_id}: {' '.join(str(error).split())[:300]}",
+                hint="Nothing was committed; what was built is on disk.",
+            ) from error
         return Published(repo_id, commit.oid, url)
 
     def verify(self, published: Published, folder: Path, *, repo_type: str) -> int:
@@ -304,7 +330,7 @@ class Hub:
         try:
             self._api.create_repo(repo_id, repo_type=repo_type, private=True, exist_ok=True, **space)
         except HfHubHTTPError as error:
-            status = getattr(error.response, "status_code", None)
+            status = _status(error)
             if repo_type == "space" and status in (402, 403):
                 raise SpaceRefused(
                     f"The Hub does not let this account create the Space {repo_id} (status {status}).",
@@ -354,6 +380,8 @@ class Hub:
         except GatedRepoError as error:
             raise GatedRepository(repo_id, self.url(repo_id, "model")) from error
         except RepositoryNotFoundError as error:
+            if _status(error) == 401 and self._token:  # with a valid token it would be 404
+                raise _token_refused(self.endpoint) from error
             raise RepositoryNotFound(repo_id) from error
         except RevisionNotFoundError as error:
             raise RevisionNotFound(repo_id, revision or "main") from error
@@ -363,7 +391,9 @@ class Hub:
         except EntryNotFoundError as error:
             raise SourceError(f"{repo_id} lacks a file that its listing names.") from error
         except HfHubHTTPError as error:
-            status = getattr(error.response, "status_code", None)
+            status = _status(error)
+            if status == 401 and self._token:
+                raise _token_refused(self.endpoint) from error
             if status in (401, 403):
                 raise RepositoryNotFound(repo_id) from error
             raise _unreachable(self.endpoint, error) from error
@@ -401,6 +431,17 @@ def _dataset_files(names: Sequence[str], inside: str) -> list[str]:
     return found
 
 
+def _status(error: BaseException) -> int | None:
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
+def _token_refused(endpoint: str) -> NotLoggedIn:
+    return NotLoggedIn(
+        f"{endpoint} does not accept your token.",
+        hint="Make a new one with write access and run `hf auth login` or set HF_TOKEN.",
+    )
+
+
 def _status_line(error: BaseException) -> str:
     """One short line about a failed request, without its URL's query or headers."""
     response = getattr(error, "response", None)
@@ -420,5 +461,5 @@ def _interrupted(repo_id: str, endpoint: str, error: BaseException) -> PublishIn
     return PublishInterrupted(
         f"The upload to {repo_id} at {endpoint} did not finish ({_status_line(error)}). Nothing was committed; "
         "what was built is on disk.",
-        hint="Run the same command again with --resume; what the Hub already has is not sent again.",
+        hint="Run the same command again (push: with --resume); what the Hub already has is not sent again.",
     )

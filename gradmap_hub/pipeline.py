@@ -4,6 +4,9 @@ then export, card, Space, publish. Each stage's result is on disk before the nex
 from __future__ import annotations
 
 import dataclasses
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +18,7 @@ from gradmap_hub.plan import (
     Targets,
     check_disk,
     check_output,
+    check_texts,
     find_source,
     make_plan,
     space_folder_of,
@@ -75,11 +79,13 @@ def prune(
     """
     hub = hub or _default_hub()
     check_output(output, resume)
+    check_texts(config)
     source = find_source(model, revision, hub)
     removals = config.removals(source.layer_count)
     check_disk(output, source.weight_bytes * 2)
-    run = Run(source, config, removals, output, command, reporter or SilentReporter(), hub)
-    return _write_card(prune_stages(run), output)
+    with _no_empty_folders(output):
+        run = Run(source, config, removals, output, command, reporter or SilentReporter(), hub)
+        return _write_card(prune_stages(run), output)
 
 
 def push(config: PushConfig, *, command: str = "", reporter: Reporter | None = None, hub: Hub) -> PushResult:
@@ -90,14 +96,18 @@ def push(config: PushConfig, *, command: str = "", reporter: Reporter | None = N
     """
     reporter = reporter or SilentReporter()
     plan = make_plan(config, hub)
-    run = Run(plan.source, config.prune, plan.removals, plan.output, command, reporter, hub)
-    record = prune_stages(run, target=plan.target, license=plan.license)
+    with _no_empty_folders(plan.output):
+        run = Run(plan.source, config.prune, plan.removals, plan.output, command, reporter, hub)
+        record = prune_stages(run, target=plan.target, license=plan.license)
     if config.onnx:
         record = _export_onnx(plan.output, record, run.stages)
+    else:  # an earlier run's, perhaps of other layers: what is published is what this run was asked for
+        _remove_onnx(plan.output)
     record = _write_card(dataclasses.replace(record, space=plan.space_target if plan.space else None), plan.output)
     space_folder = None
     if plan.space is not None:
-        space_folder = _write_space(record, plan.space, plan.output, run.checkpoint(), run.stages, plan.target)
+        space_folder = space_folder_of(plan.output)
+        _write_space(record, plan.space, space_folder, run.checkpoint(), run.stages, plan.target)
     return _publish_both(record, plan.output, space_folder, plan, hub, reporter, public=config.public)
 
 
@@ -166,9 +176,18 @@ def export_folder(folder: Path, formats: list[str], *, reporter: Reporter | None
 
 
 def build_space(
-    folder: Path, against: str | None = None, *, reporter: Reporter | None = None, hub: Hub | None = None
+    folder: Path,
+    against: str | None = None,
+    *,
+    local: bool = False,
+    reporter: Reporter | None = None,
+    hub: Hub | None = None,
 ) -> Path:
-    """Write the Space for a pruned folder beside it, exporting what it still lacks; returns the Space folder."""
+    """Write the comparison app for a pruned folder, exporting what it still lacks; returns the app's folder.
+
+    By default it is the Space as it may be published, beside the folder. With `local` it is for this machine only and
+    may hold an export of any original, also one that must not be passed on; it then lies where nothing publishes from.
+    """
     from gradmap_hub.space import SpacePlan
 
     reporter = reporter or SilentReporter()
@@ -179,15 +198,32 @@ def build_space(
             f"{folder} was made from a local model, {record.base.name}.", hint="Say where it is with --against."
         )
     hub = hub or _default_hub()
-    revision = record.base.commit if against is None else None
-    source = find_source(model, revision, hub)
+    source = find_source(model, record.base.commit if against is None else None, hub)
     if not (folder / "onnx" / "model.onnx").is_file():
         record = export_folder(folder, ["onnx"], reporter=reporter)
     run = Run(source, PruneConfig(layers=1), 1, folder, record.command, reporter, hub, stages="space")
-    plan = _space_plan(record)
-    if plan.original != "space":  # it stays on this machine, so exporting the original passes nothing on
-        plan = SpacePlan("space", "exported for use on this machine only")
-    return _write_space(record, plan, folder, run.checkpoint(), run.stages, record.target)
+    plan = SpacePlan("space", "for this machine only") if local else _space_plan(record)
+    destination = work_folder(folder) / "compare" if local else space_folder_of(folder)
+    original = run.checkpoint() if plan.original == "space" else folder
+    return _write_space(record, plan, destination, original, run.stages, record.target)
+
+
+@contextmanager
+def _no_empty_folders(output: Path) -> Iterator[None]:
+    """A run that fails before it has anything to keep leaves no folder behind."""
+    created = [folder for folder in (work_folder(output), output, *output.parents) if not folder.exists()]
+    try:
+        yield
+    except BaseException:
+        for folder in created:
+            with suppress(OSError):
+                folder.rmdir()  # takes none but an empty one
+        raise
+
+
+def _remove_onnx(folder: Path) -> None:
+    for name in ("onnx", "onnx.partial"):
+        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def _export_onnx(folder: Path, record: RunRecord, stages: Stages) -> RunRecord:
@@ -231,11 +267,10 @@ def _write_card(record: RunRecord, folder: Path) -> RunRecord:
 
 
 def _write_space(
-    record: RunRecord, plan: SpacePlan, folder: Path, original: Path, stages: Stages, target: str | None
+    record: RunRecord, plan: SpacePlan, destination: Path, original: Path, stages: Stages, target: str | None
 ) -> Path:
     from gradmap_hub.space import ORIGINAL_FOLDER, write_space
 
-    destination = space_folder_of(folder)
     companions: dict[str, Path] = {}
     if plan.original == "space":
         _onnx_stage(

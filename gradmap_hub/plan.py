@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 from gradmap_hub.architectures import Architecture, architecture_of
 from gradmap_hub.config import PruneConfig, PushConfig
-from gradmap_hub.errors import DiskTooSmall, LicenseUnknown, OutputExists, SourceError, UsageError
-from gradmap_hub.record import Base
+from gradmap_hub.errors import CalibrationError, DiskTooSmall, LicenseUnknown, OutputExists, SourceError, UsageError
+from gradmap_hub.record import FILE_NAME, Base
 from gradmap_hub.source import Files, check_weights, choose_files, folder_sizes, read_config
 
 if TYPE_CHECKING:
     from gradmap_hub.hub import Hub
     from gradmap_hub.space import SpacePlan
+
+_TEXT_SUFFIXES = (".txt", ".jsonl", ".utf8", ".raw", ".md")
 
 
 @dataclass(frozen=True)
@@ -110,13 +112,16 @@ def _gguf_source(path: Path) -> Source:
     )
 
 
-def check_output(output: Path, resume: bool) -> None:
-    """Raises OutputExists: the folder holds something, and it is not to be resumed."""
+def check_output(output: Path, resume: bool, mark: Path | None = None) -> None:
+    """Raises OutputExists: the folder holds something, and it is not to be resumed or not a run of ours (which has
+    the folder `mark`): going on in it would publish what somebody else put there."""
     if output.exists() and not output.is_dir():
         raise OutputExists(f"{output} is a file.", hint="Choose another --output.")
-    if resume or not output.exists() or not any(output.iterdir()):
+    if not output.exists() or not any(output.iterdir()):
         return
-    ours = work_folder(output).is_dir()
+    ours = (mark or work_folder(output)).is_dir() or (output / FILE_NAME).is_file()
+    if resume and ours:
+        return
     raise OutputExists(
         f"The folder {output} is not empty; nothing in it was touched.",
         hint="Add --resume to go on with the run that made it, or choose another folder."
@@ -133,6 +138,21 @@ def check_disk(output: Path, needed: int) -> None:
     free = shutil.disk_usage(place).free
     if free < needed:
         raise DiskTooSmall(str(place), needed, free)
+
+
+def is_local_text(source: str) -> bool:
+    """Whether a calibration or evaluation source means a file here rather than a data set on the Hub."""
+    path = Path(source).expanduser()
+    return path.exists() or source.startswith((".", "/", "~")) or path.suffix in _TEXT_SUFFIXES
+
+
+def check_texts(config: PruneConfig) -> None:
+    """Raises CalibrationError: a text file is not there."""
+    for source in (*config.calibration, *config.eval_text):
+        if is_local_text(source) and not Path(source).expanduser().is_file():
+            raise CalibrationError(
+                f"No such text file: {source}", hint="Give a .txt or .jsonl file, or a Hub dataset as owner/name."
+            )
 
 
 @dataclass(frozen=True)
@@ -168,6 +188,7 @@ def make_plan(config: PushConfig, hub: Hub) -> PushPlan:
         raise UsageError("--trust-remote-code is not available yet: models that need their own code are refused.")
     output = config.output or default_output(config.model, config.prune)
     check_output(output, config.resume)
+    check_texts(config.prune)
     account = hub.account()
     source = find_source(config.model, config.revision, hub)
     removals = config.prune.removals(source.layer_count)
@@ -177,6 +198,8 @@ def make_plan(config: PushConfig, hub: Hub) -> PushPlan:
             f"{source.base.name} states no licence, so nothing can be published from it.",
             hint="If you know its licence, state it with --license (an id such as apache-2.0, or other).",
         )
+    if source.base.license is None or source.base.repo_id is None:
+        hub.check_license(license_id)
     if config.public and source.base.gated:
         raise UsageError(f"{source.base.name} is gated: what is made from it stays private. Leave out --public.")
     if config.onnx:

@@ -229,7 +229,7 @@ class RunRecord:
                 f"{folder} has no {FILE_NAME}: it was not made by gradmap-hub.",
                 hint="Make it with `gradmap-hub prune MODEL OUTPUT` or `gradmap-hub push MODEL`.",
             ) from None
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise SourceError(f"{path} cannot be read: {error}") from error
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from gradmap_hub import __version__
 from gradmap_hub.config import PruneConfig
 from gradmap_hub.errors import CalibrationError, SourceError
-from gradmap_hub.plan import Source, work_folder
+from gradmap_hub.plan import Source, is_local_text, work_folder
 from gradmap_hub.progress import Reporter
 from gradmap_hub.record import (
     SCHEMA_VERSION,
@@ -32,7 +32,6 @@ from gradmap_hub.record import (
     RunRecord,
     TextPerplexity,
     TextSource,
-    Trial,
     VerificationRecord,
 )
 from gradmap_hub.source import COMPANION_FILES, check_weights, legal_texts, sha256_of
@@ -240,9 +239,8 @@ def _calibrate(run: Run) -> tuple[CalibrationRows, list[Rows]]:
 
 
 def _texts(run: Run, source: str, read_text: Callable[..., Any]) -> list[Any]:
-    path = Path(source).expanduser()
-    if path.exists() or source.startswith((".", "/", "~")) or path.suffix in (".txt", ".jsonl", ".utf8", ".raw", ".md"):
-        return [read_text(path)]
+    if is_local_text(source):
+        return [read_text(Path(source).expanduser())]
     paths, name = run.hub.fetch_dataset_text(source)
     # One text per data set: its first file is far more than calibration needs.
     return [read_text(paths[0], name)]
@@ -346,10 +344,13 @@ def _compensate(run: Run, rows: CalibrationRows, selected: _Selected) -> Compens
     def compute() -> CompensationRecord:
         from safetensors.torch import save_file
 
+        from gradmap_hub.compensation import fit_correction
+
         correction_file.unlink(missing_ok=True)
         decoder = run.decoder()
         kept = [layer for layer in range(decoder.count) if layer not in set(selected.removed)]
-        record, weights = fit_correction(decoder, rows, kept, selected.removed, run.config, run.reporter)
+        baseline = selected.winner.loss if selected.winner else None
+        record, weights = fit_correction(decoder, rows, kept, selected.removed, run.config, run.reporter, baseline)
         save_file(weights, correction_file)
         return record
 
@@ -366,66 +367,6 @@ def _compensate(run: Run, rows: CalibrationRows, selected: _Selected) -> Compens
             else record.reason
         ),
     )
-
-
-def fit_correction(
-    decoder: Decoder,
-    rows: CalibrationRows,
-    kept: Sequence[int],
-    removed: Sequence[int],
-    config: PruneConfig,
-    reporter: Reporter,
-) -> tuple[CompensationRecord, dict[str, Any]]:
-    """The record of stage 2 and the corrected parameters of the site's down projection (empty if not applied)."""
-    from gradmap_hub import compensation as stage2
-    from gradmap_hub.evaluation import row_losses
-
-    shift_rows = rows.fit[: max(2, config.scoring_rows // 2)]
-    reporter.total(len(shift_rows))
-    shift = stage2.mean_shift(decoder, shift_rows, kept, reporter.advance)
-    shifts = {"shift_layers": shift.layers, "shift": shift.absolute, "relative_shift": shift.relative}
-    if config.compensation == "none":
-        return CompensationRecord(applied=False, reason="not asked for", **shifts), {}
-    sites = stage2.candidate_sites(shift, removed, config.site)
-    kinds = ("weight", "projection") if config.compensation == "auto" else (config.compensation,)
-    grid = [(kind, strength) for kind in kinds for strength in stage2.STRENGTHS[kind]]
-    reporter.total(len(rows.fit) + len(rows.selection) * (1 + len(sites) * len(grid)))
-    grams = stage2.accumulate_grams(decoder, rows.fit, kept, sites, reporter.advance)
-    losses = row_losses(decoder, rows.selection, kept, reporter.advance)
-    baseline = sum(losses) / len(losses)
-    trials: list[Trial] = []
-    best: tuple[float, stage2.Correction] | None = None
-    for site in sites:
-        suffix = stage2.Suffix(decoder, rows.selection, kept, site)
-        for kind, strength in grid:
-            linear = decoder.mlp_output(site)
-            correction = stage2.solve(grams[site], linear.weight, site=site, kind=kind, strength=strength)
-            loss = suffix.loss(correction, reporter.advance)
-            trials.append(Trial(site, kind, strength, loss))
-            if best is None or loss < best[0]:
-                best = (loss, correction)
-        del grams[site]
-    if best is None or best[0] >= baseline:
-        reason = "no correction lowered the held-out loss"
-        return CompensationRecord(
-            applied=False, reason=reason, loss_before=baseline, loss_after=baseline, trials=trials, **shifts
-        ), {}
-    loss, correction = best
-    linear = decoder.mlp_output(correction.site)
-    weights = stage2.corrected_parameters(linear, correction)
-    record = CompensationRecord(
-        applied=True,
-        kind=correction.kind,
-        site=correction.site,
-        strength=correction.strength,
-        ridge=correction.ridge,
-        loss_before=baseline,
-        loss_after=loss,
-        reason="lowest held-out loss",
-        trials=trials,
-        **shifts,
-    )
-    return record, weights
 
 
 def _write(run: Run, selected: _Selected, compensation: CompensationRecord) -> _Written:

@@ -64,8 +64,11 @@ def score_layers(
             grad = parameter.grad
             if grad is None:
                 return
-            gradient[layer] += float(grad.abs().sum(dtype=torch.float64))
-            taylor[layer] += float((grad * parameter.detach()).abs_().sum(dtype=torch.float64))
+            # In place: the gradient is not needed again, and a temporary of its size per product costs more than
+            # the arithmetic.
+            magnitude = grad.abs_()
+            gradient[layer] += float(magnitude.sum())
+            taylor[layer] += float(magnitude.mul_(parameter.detach()).abs_().sum())
             parameter.grad = None
 
         return reduce

@@ -94,6 +94,10 @@ def write_space(
     destination.mkdir(parents=True, exist_ok=True)
     content = content_folder()
     unwanted = {name for runtime, name in _ENGINES.items() if runtime != plan.runtime}
+    for name in unwanted:  # an earlier plan's
+        (destination / name).unlink(missing_ok=True)
+    if plan.original != "space":
+        shutil.rmtree(destination / ORIGINAL_FOLDER, ignore_errors=True)
     written: list[Path] = []
     for path in sorted(content.iterdir()):
         if path.suffix in (".py", ".css") and path.name not in unwanted:

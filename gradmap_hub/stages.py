@@ -53,6 +53,8 @@ class Stages:
             self.timings[name] = stored["seconds"]
             self.reporter.finish(describe(result), reused=True)
             return result
+        # Gone before the files change: an interrupted stage must not leave an older result that seems to describe them.
+        (self.folder / f"{name}.json").unlink(missing_ok=True)
         started = time.monotonic()
         result = compute()
         seconds = round(time.monotonic() - started, 2)
@@ -76,7 +78,7 @@ class Stages:
             stored = json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
             return None
-        return stored if stored.get("key") == self._key else None
+        return stored if isinstance(stored, dict) and stored.get("key") == self._key else None
 
 
 def _sizes(paths: Sequence[Path]) -> dict[str, int]:

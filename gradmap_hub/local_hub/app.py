@@ -74,9 +74,7 @@ async def _refused(request: HttpRequest, error: Exception) -> Response:
 
 async def _http_error(request: HttpRequest, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    message = (
-        "Sorry, we can't find the page you are looking for." if error.status_code == 404 else error.detail
-    )
+    message = "Sorry, we can't find the page you are looking for." if error.status_code == 404 else error.detail
     headers = {"X-Error-Message": message, **(error.headers or {})}
     return JSONResponse({"error": message}, status_code=error.status_code, headers=headers)
 

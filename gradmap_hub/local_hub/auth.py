@@ -96,9 +96,7 @@ class Accounts:
                 known_orgs.setdefault(check_owner(org), {"id": secrets.token_hex(12)})
             user = users.setdefault(check_owner(name), {"id": secrets.token_hex(12), "orgs": []})
             user["orgs"] = sorted({*user["orgs"], *orgs})
-            token = next(
-                (text for text, row in tokens.items() if row["user"] == name and row["role"] == role), None
-            )
+            token = next((text for text, row in tokens.items() if row["user"] == name and row["role"] == role), None)
             if token is None:
                 token = f"hf_local_{secrets.token_hex(20)}"
                 tokens[token] = {"user": name, "role": role, "created_at": now()}
@@ -139,9 +137,7 @@ class UploadSigner:
         except (KeyError, ValueError):
             return False
         expected = self._signature(key, sha256, size, expires)
-        return expires >= time.time() and hmac.compare_digest(
-            expected.encode(), query.get("signature", "").encode()
-        )
+        return expires >= time.time() and hmac.compare_digest(expected.encode(), query.get("signature", "").encode())
 
     def _signature(self, key: RepoKey, sha256: str, size: int, expires: int) -> str:
         text = f"{key.address}\n{sha256}\n{size}\n{expires}"

@@ -145,9 +145,7 @@ def _check_common(data: Mapping[str, Any], errors: list[str], warnings: list[str
         if data.get(name) is not None and _texts(data[name]) is None:
             errors.append(f'"{name}" must be a string or a list of strings')
     tags = data.get("tags")
-    if tags is not None and not (
-        isinstance(tags, list) and all(isinstance(tag, str) and tag for tag in tags)
-    ):
+    if tags is not None and not (isinstance(tags, list) and all(isinstance(tag, str) and tag for tag in tags)):
         errors.append('"tags" must be an array of strings')
     licenses = _texts(data.get("license")) or []
     for license_id in licenses:
@@ -210,9 +208,7 @@ def _check_result(at: str, result: object, errors: list[str]) -> None:
         if not isinstance(value, dict):
             errors.append(f'"{at}.{part}" is required')
             continue
-        errors.extend(
-            f'"{at}.{part}.{name}" is required' for name in names if not isinstance(value.get(name), str)
-        )
+        errors.extend(f'"{at}.{part}.{name}" is required' for name in names if not isinstance(value.get(name), str))
     metrics = result.get("metrics")
     if not isinstance(metrics, list) or not metrics:
         errors.append(f'"{at}.metrics" is required')

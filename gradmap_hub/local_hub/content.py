@@ -38,9 +38,7 @@ def requested_span(header: str | None, size: int) -> Span | None:
     else:
         start, end = max(size - int(found[2]), 0), size
     if start >= end:
-        raise HubError(
-            416, "The requested range is not satisfiable", headers={"Content-Range": f"bytes */{size}"}
-        )
+        raise HubError(416, "The requested range is not satisfiable", headers={"Content-Range": f"bytes */{size}"})
     return Span(start, end)
 
 

@@ -82,11 +82,7 @@ class Call:
         return self.identity
 
     def key(self) -> RepoKey:
-        name = (
-            self.param("name").removesuffix(".git")
-            if "/info/lfs/" in self.http.url.path
-            else self.param("name")
-        )
+        name = self.param("name").removesuffix(".git") if "/info/lfs/" in self.http.url.path else self.param("name")
         return requested_key(self.param("namespace"), name, self.repo_type)
 
     def visible(self, key: RepoKey) -> RepoState:
@@ -195,8 +191,6 @@ def _identify(hub: Hub, http: HttpRequest) -> Identity | None:
     if identity is None:
         # The client keeps this wording apart from "no such repository".
         whoami = http.url.path == "/api/whoami-v2"
-        raise Unauthorized(
-            "Invalid username or password." if whoami else "Invalid credentials in Authorization header"
-        )
+        raise Unauthorized("Invalid username or password." if whoami else "Invalid credentials in Authorization header")
     http.state.user = identity.name
     return identity

@@ -20,9 +20,7 @@ class Entry:
 
 def object_id(kind: str, content: bytes) -> str:
     # git's own addressing is SHA-1; nothing here relies on it for security.
-    return hashlib.sha1(
-        b"%s %d\x00" % (kind.encode(), len(content)) + content, usedforsecurity=False
-    ).hexdigest()
+    return hashlib.sha1(b"%s %d\x00" % (kind.encode(), len(content)) + content, usedforsecurity=False).hexdigest()
 
 
 def blob_id(content: bytes) -> str:

@@ -64,9 +64,7 @@ def read_card(objects: Objects, files: Mapping[str, Entry]) -> dict[str, Any]:
         return {}
 
 
-def space_runtime(
-    space: SpaceSettings, card: Mapping[str, Any], files: Mapping[str, Entry]
-) -> dict[str, Any]:
+def space_runtime(space: SpaceSettings, card: Mapping[str, Any], files: Mapping[str, Entry]) -> dict[str, Any]:
     """The runtime of a Space. Nothing runs here, so a Space that could be built stays BUILDING."""
     sdk = card.get("sdk", space.sdk)
     app_file = card.get("app_file") or {"docker": "Dockerfile", "static": "index.html"}.get(sdk, "app.py")
@@ -120,17 +118,13 @@ def _pointer_size(entry: Entry) -> int:
     return len(pointer(entry.sha256 or "", entry.size))
 
 
-def _model_facts(
-    key: RepoKey, objects: Objects, files: Mapping[str, Entry], card: Mapping[str, Any]
-) -> dict[str, Any]:
+def _model_facts(key: RepoKey, objects: Objects, files: Mapping[str, Entry], card: Mapping[str, Any]) -> dict[str, Any]:
     config = _read_json(objects, files.get("config.json"))
     architectures = _texts(config.get("architectures"))
     model_type = config.get("model_type")
     library = card.get("library_name") or ("transformers" if isinstance(model_type, str) else None)
     causal = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures)
-    pipeline = card.get("pipeline_tag") or (
-        "text-generation" if library == "transformers" and causal else None
-    )
+    pipeline = card.get("pipeline_tag") or ("text-generation" if library == "transformers" and causal else None)
     suffixes = {PurePosixPath(path).suffix for path in files}
     formats = [name for name in ("onnx", "safetensors", "gguf") if f".{name}" in suffixes]
     tags = [

@@ -95,12 +95,7 @@ def check_path(path: str) -> str:
         InvalidName: absolute, climbing, inside ``.git``, with control characters or backslashes.
     """
     # Backslashes and drive letters are harmless here but not on the machine that downloads.
-    if (
-        not path
-        or len(path) > 4096
-        or "\\" in path
-        or any(ord(char) < 32 or ord(char) == 127 for char in path)
-    ):
+    if not path or len(path) > 4096 or "\\" in path or any(ord(char) < 32 or ord(char) == 127 for char in path):
         raise InvalidName(f"Invalid path {path!r}")
     for part in path.split("/"):
         if part in ("", ".", "..") or part.casefold() == ".git" or len(part.encode()) > 255:

@@ -66,9 +66,7 @@ class LogMiddleware:
 
         def record(status: int) -> None:
             user = state.get("user")
-            self.log.add(
-                Request(scope["method"], path, status, user if isinstance(user, str) else None, query)
-            )
+            self.log.add(Request(scope["method"], path, status, user if isinstance(user, str) else None, query))
 
         async def logging_send(message: Message) -> None:
             nonlocal answered

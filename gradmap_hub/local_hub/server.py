@@ -60,9 +60,7 @@ class LocalHub:
         browse_private: bool = True,
     ) -> None:
         if not allow_remote and not _is_loopback(host):
-            raise ValueError(
-                f"{host!r} can be reached from other machines; pass allow_remote=True if that is meant"
-            )
+            raise ValueError(f"{host!r} can be reached from other machines; pass allow_remote=True if that is meant")
         self.root = Path(root)
         # Private repositories are in there: other users of the machine are to stay out.
         self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -204,9 +202,7 @@ class LocalHub:
     def grant_access(self, repo_id: str, user: str, repo_type: str = "model") -> None:
         """Let a user read the files of a gated repository."""
         key = parse_repo_id(repo_id, repo_type)
-        self._hub.store.update(
-            key, lambda state: replace(state, granted=tuple(sorted({*state.granted, user})))
-        )
+        self._hub.store.update(key, lambda state: replace(state, granted=tuple(sorted({*state.granted, user}))))
 
     def set_private(self, repo_id: str, private: bool, repo_type: str = "model") -> None:
         """Hide a repository from everybody but its owners, or show it again."""

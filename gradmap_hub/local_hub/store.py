@@ -194,9 +194,7 @@ class Store:
             write_atomically(self._state_file(key), state.to_json(), self.temporary)
             return state
 
-    def create(
-        self, key: RepoKey, author: str, private: bool = False, space: SpaceSettings | None = None
-    ) -> RepoState:
+    def create(self, key: RepoKey, author: str, private: bool = False, space: SpaceSettings | None = None) -> RepoState:
         """A new repository with the Hub's first commit in it.
 
         Raises:
@@ -211,9 +209,7 @@ class Store:
             files = {".gitattributes": objects.put_blob(default_attributes(key.type).encode())}
             if space is not None:
                 title = json.dumps(key.name.replace("-", " ").replace("_", " "))
-                files["README.md"] = objects.put_blob(
-                    _SPACE_README.format(title=title, sdk=space.sdk).encode()
-                )
+                files["README.md"] = objects.put_blob(_SPACE_README.format(title=title, sdk=space.sdk).encode())
             commit = _write_commit(objects, files, NewCommit("initial commit", author, ()), ())
             state = RepoState(
                 internal_id=secrets.token_hex(12),
@@ -378,9 +374,7 @@ def _writable_head(state: RepoState, revision: str) -> str:
 def _move(state: RepoState, revision: str, oid: str) -> RepoState:
     if revision in state.branches:
         return replace(state, branches={**state.branches, revision: oid})
-    pulls = tuple(
-        replace(pull, head=oid) if revision == f"refs/pr/{pull.number}" else pull for pull in state.pulls
-    )
+    pulls = tuple(replace(pull, head=oid) if revision == f"refs/pr/{pull.number}" else pull for pull in state.pulls)
     return replace(state, pulls=pulls)
 
 
@@ -424,9 +418,7 @@ def _tracked(objects: Objects, before: Mapping[str, Entry], files: dict[str, Ent
     return dict(sorted({**files, ".gitattributes": objects.put_blob(text.encode())}.items()))
 
 
-def _write_commit(
-    objects: Objects, files: Mapping[str, Entry], new: NewCommit, parents: tuple[str, ...]
-) -> Commit:
+def _write_commit(objects: Objects, files: Mapping[str, Entry], new: NewCommit, parents: tuple[str, ...]) -> Commit:
     tree = tree_ids(files)[""]
     date = datetime.now(UTC).replace(microsecond=0)
     message = f"{new.title}\n\n{new.description}" if new.description else new.title

@@ -192,9 +192,7 @@ def _check_free_plan(call: Call, key: RepoKey, space: SpaceSettings) -> None:
         return
     if space.sdk == "gradio" and space.hardware == _ZERO_GPU:
         states = [
-            call.hub.store.state(other)
-            for other in call.hub.store.keys("space")
-            if other.namespace == key.namespace
+            call.hub.store.state(other) for other in call.hub.store.keys("space") if other.namespace == key.namespace
         ]
         hosted = sum(state.space is not None and state.space.hardware == _ZERO_GPU for state in states)
         if hosted < _FREE_ZERO_GPU_SPACES:
@@ -209,11 +207,7 @@ def _check_free_plan(call: Call, key: RepoKey, space: SpaceSettings) -> None:
 def _variables(rows: object) -> dict[str, Variable]:
     found: dict[str, Variable] = {}
     for row in rows if isinstance(rows, list) else ():
-        if (
-            not isinstance(row, dict)
-            or not isinstance(row.get("key"), str)
-            or not isinstance(row.get("value"), str)
-        ):
+        if not isinstance(row, dict) or not isinstance(row.get("key"), str) or not isinstance(row.get("value"), str):
             raise HubError(400, "variables and secrets must be objects with a key and a value")
         found[row["key"]] = Variable(row["value"], row.get("description"), now())
     return found

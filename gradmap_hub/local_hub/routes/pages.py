@@ -60,13 +60,8 @@ def index(call: Call) -> Response:
             except HubError:  # not for this visitor, or deleted since it was listed
                 continue
             note = ", ".join(_labels(state))
-            rows.append(
-                f"<li><a href='/{quote(key.address)}'>{html.escape(key.id)}</a>"
-                f" <span class=note>{note}</span>"
-            )
-        parts.append(
-            f"<h2>{title}</h2>" + (f"<ul>{''.join(rows)}</ul>" if rows else "<p class=note>None yet.</p>")
-        )
+            rows.append(f"<li><a href='/{quote(key.address)}'>{html.escape(key.id)}</a> <span class=note>{note}</span>")
+        parts.append(f"<h2>{title}</h2>" + (f"<ul>{''.join(rows)}</ul>" if rows else "<p class=note>None yet.</p>"))
     return _page("Local hub", parts)
 
 
@@ -75,11 +70,7 @@ def repo_page(call: Call) -> Response:
     state = _browsable(call, key)
     params = call.http.path_params
     revision = (
-        f"refs/pr/{params['pull']}"
-        if "pull" in params
-        else call.param("revision")
-        if "revision" in params
-        else "main"
+        f"refs/pr/{params['pull']}" if "pull" in params else call.param("revision") if "revision" in params else "main"
     )
     oid = call.hub.store.resolve(key, revision)
     commit = call.hub.store.commit_info(key, oid)
@@ -112,9 +103,7 @@ def file_page(call: Call) -> Response:
     entry = call.hub.store.files(key, oid).get(path)
     if entry is None:
         raise EntryNotFound(commit=oid)
-    return file_response(
-        call.http, path, entry, call.hub.store.objects(key).file(entry), oid, attachment=False
-    )
+    return file_response(call.http, path, entry, call.hub.store.objects(key).file(entry), oid, attachment=False)
 
 
 def _browsable(call: Call, key: RepoKey) -> RepoState:
@@ -138,6 +127,4 @@ def _file_row(key: RepoKey, oid: str, path: str, entry: Entry) -> str:
 def _page(title: str, parts: Iterable[str]) -> Response:
     head = f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title>"
     view = "<meta name=viewport content='width=device-width, initial-scale=1'>"
-    return HTMLResponse(
-        f"{head}{view}<style>{_STYLE}</style><body>{''.join(parts)}</body></html>", headers=_HEADERS
-    )
+    return HTMLResponse(f"{head}{view}<style>{_STYLE}</style><body>{''.join(parts)}</body></html>", headers=_HEADERS)

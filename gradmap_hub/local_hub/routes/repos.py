@@ -28,15 +28,11 @@ def routes(hub: Hub) -> list[Route]:
             Route(f"{address}/revision/{{revision}}", endpoint(hub, info, repo_type)),
             Route(f"{address}/tree/{{revision}}", endpoint(hub, tree, repo_type)),
             Route(f"{address}/tree/{{revision}}/{{path:path}}", endpoint(hub, tree, repo_type)),
-            Route(
-                f"{address}/paths-info/{{revision}}", endpoint(hub, paths_info, repo_type), methods=["POST"]
-            ),
+            Route(f"{address}/paths-info/{{revision}}", endpoint(hub, paths_info, repo_type), methods=["POST"]),
             Route(f"{address}/refs", endpoint(hub, refs, repo_type)),
             Route(f"{address}/commits/{{revision}}", endpoint(hub, commits, repo_type)),
             Route(f"{address}/branch/{{branch}}", endpoint(hub, create_branch, repo_type), methods=["POST"]),
-            Route(
-                f"{address}/branch/{{branch}}", endpoint(hub, delete_branch, repo_type), methods=["DELETE"]
-            ),
+            Route(f"{address}/branch/{{branch}}", endpoint(hub, delete_branch, repo_type), methods=["DELETE"]),
             Route(f"{address}/tag/{{revision}}", endpoint(hub, create_tag, repo_type), methods=["POST"]),
             Route(f"{address}/tag/{{revision}}", endpoint(hub, delete_tag, repo_type), methods=["DELETE"]),
         ]
@@ -47,10 +43,7 @@ def list_repos(call: Call) -> Response:
     query = call.http.query_params
     rows: list[dict[str, Any]] = []
     for key in call.hub.store.keys(call.repo_type):
-        if (
-            query.get("author", key.namespace) != key.namespace
-            or query.get("search", "").lower() not in key.id.lower()
-        ):
+        if query.get("author", key.namespace) != key.namespace or query.get("search", "").lower() not in key.id.lower():
             continue
         try:
             state = call.visible(key)
@@ -65,9 +58,7 @@ def list_repos(call: Call) -> Response:
 def info(call: Call) -> Response:
     key = call.key()
     state = call.visible(key)
-    oid = call.hub.store.resolve(
-        key, call.param("revision") if "revision" in call.http.path_params else "main"
-    )
+    oid = call.hub.store.resolve(key, call.param("revision") if "revision" in call.http.path_params else "main")
     found = repo_info(call.hub.store, key, state, oid, blobs=_flag(call, "blobs"))
     if _flag(call, "securityStatus"):
         found["securityRepoStatus"] = {"scansDone": False, "filesWithIssues": []}
@@ -93,9 +84,7 @@ def tree(call: Call) -> Response:
         folder += "/"
     recursive = _flag(call, "recursive")
     inside = [
-        row
-        for path, row in rows.items()
-        if path.startswith(folder) and (recursive or "/" not in path[len(folder) :])
+        row for path, row in rows.items() if path.startswith(folder) and (recursive or "/" not in path[len(folder) :])
     ]
     page, headers = _page(call, inside)
     return answer(_expand(call, key, oid, page, _flag(call, "expand")), headers)
@@ -114,9 +103,7 @@ def paths_info(call: Call) -> Response:
     if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
         raise HubError(400, "paths must be strings")
     rows = tree_rows(call.hub.store.files(key, oid))
-    found = [
-        rows[path] for path in dict.fromkeys(check_path(path.strip("/")) for path in paths) if path in rows
-    ]
+    found = [rows[path] for path in dict.fromkeys(check_path(path.strip("/")) for path in paths) if path in rows]
     return answer(_expand(call, key, oid, found, expand))
 
 
@@ -124,13 +111,9 @@ def refs(call: Call) -> Response:
     state = call.visible(call.key())
     found: dict[str, Any] = {
         "branches": [
-            {"name": name, "ref": f"refs/heads/{name}", "targetCommit": oid}
-            for name, oid in state.branches.items()
+            {"name": name, "ref": f"refs/heads/{name}", "targetCommit": oid} for name, oid in state.branches.items()
         ],
-        "tags": [
-            {"name": name, "ref": f"refs/tags/{name}", "targetCommit": oid}
-            for name, oid in state.tags.items()
-        ],
+        "tags": [{"name": name, "ref": f"refs/tags/{name}", "targetCommit": oid} for name, oid in state.tags.items()],
         "converts": [],
     }
     if _flag(call, "include_prs"):
@@ -196,15 +179,11 @@ def _page(call: Call, rows: Sequence[_Row]) -> tuple[list[_Row], dict[str, str]]
     end = start + call.hub.page_size
     if end >= len(rows):
         return list(islice(rows, start, None)), {}
-    url = (
-        f"{call.base_url}{call.http.scope['raw_path'].decode('ascii')}?{urlencode({**query, 'cursor': end})}"
-    )
+    url = f"{call.base_url}{call.http.scope['raw_path'].decode('ascii')}?{urlencode({**query, 'cursor': end})}"
     return list(rows[start:end]), {"Link": f'<{url}>; rel="next"'}
 
 
-def _expand(
-    call: Call, key: RepoKey, oid: str, rows: Iterable[dict[str, Any]], wanted: bool
-) -> list[dict[str, Any]]:
+def _expand(call: Call, key: RepoKey, oid: str, rows: Iterable[dict[str, Any]], wanted: bool) -> list[dict[str, Any]]:
     rows = list(rows)
     if not wanted:
         return rows

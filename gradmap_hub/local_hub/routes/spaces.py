@@ -47,9 +47,7 @@ def delete_variable(call: Call) -> Response:
     key, name = _deletion(call)
 
     def change(state: RepoState) -> RepoState:
-        return replace(
-            state, variables={other: row for other, row in state.variables.items() if other != name}
-        )
+        return replace(state, variables={other: row for other, row in state.variables.items() if other != name})
 
     return _variables(call.hub.store.update(key, change))
 
@@ -100,12 +98,7 @@ def _variables(state: RepoState) -> Response:
 def _named_variable(call: Call) -> tuple[str, Variable]:
     payload = call.json()
     name, value, description = payload.get("key"), payload.get("value"), payload.get("description")
-    if (
-        not isinstance(name, str)
-        or not name.replace("_", "a").isalnum()
-        or not name.isascii()
-        or name[0].isdigit()
-    ):
+    if not isinstance(name, str) or not name.replace("_", "a").isalnum() or not name.isascii() or name[0].isdigit():
         raise HubError(400, "key must be the name of an environment variable")
     if not isinstance(value, str) or not isinstance(description, str | None):
         raise HubError(400, "value and description must be strings")

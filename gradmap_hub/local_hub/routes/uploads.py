@@ -132,9 +132,7 @@ def lfs_verify(call: Call) -> Response:
     call.contributor(key)
     payload = call.json()
     oid = payload.get("oid")
-    size = (
-        call.hub.store.objects(key).lfs_size(oid) if isinstance(oid, str) and _SHA256.fullmatch(oid) else None
-    )
+    size = call.hub.store.objects(key).lfs_size(oid) if isinstance(oid, str) and _SHA256.fullmatch(oid) else None
     if size is None or size != payload.get("size"):
         raise HubError(404, "No object with this oid and size was uploaded")
     return answer({"message": "OK"})
@@ -223,11 +221,7 @@ def _parsed(line: bytes) -> dict[str, Any]:
         row = json.loads(line)
     except ValueError:
         raise HubError(400, "A line of the commit is not valid JSON") from None
-    if (
-        not isinstance(row, dict)
-        or not isinstance(row.get("key"), str)
-        or not isinstance(row.get("value"), dict)
-    ):
+    if not isinstance(row, dict) or not isinstance(row.get("key"), str) or not isinstance(row.get("value"), dict):
         raise HubError(400, "A line of the commit must have a key and a value")
     return row
 
@@ -246,8 +240,7 @@ def _change(call: Call, key: RepoKey, kind: str, value: dict[str, Any]) -> Chang
             if not isinstance(oid, str) or size is None:
                 raise HubError(
                     400,
-                    "Your push was rejected because an LFS pointer pointed to a file that does not exist:"
-                    f" {path}",
+                    f"Your push was rejected because an LFS pointer pointed to a file that does not exist: {path}",
                 )
             # Copies of files that are on the Hub already come without a size.
             if value.get("size", size) != size:

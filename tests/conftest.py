@@ -1,0 +1,229 @@
+"""Tiny real models of every supported family, a real tokenizer, a model folder and a text: all made here, no data needed.
+
+Imports of torch and transformers stand inside the builders: tests of the Hub and of the Space do not pay for them.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+FAMILIES = ("gemma", "llama", "mistral", "phi3", "qwen2", "qwen3")
+LAYERS = 5
+HIDDEN = 64
+FEED_FORWARD = 96
+WINDOW = 12
+VOCABULARY = 300
+# Neither a prefix nor a suffix nor a window: what is renumbered wrongly shows.
+REMOVED = (1, 3)
+
+_PLACES = ("river", "harbour", "mill", "orchard", "station", "library", "valley", "bridge", "market", "tower")
+_THINGS = ("lantern", "ledger", "kite", "violin", "barrel", "compass", "letter", "ladder", "basket", "clock")
+_VERBS = ("carried", "mended", "found", "sold", "painted", "counted", "hid", "borrowed", "weighed", "described")
+_NAMES = ("Ada", "Bruno", "Chidi", "Dora", "Emil", "Fatima", "Goran", "Hana", "Ivo", "June")
+
+
+def make_text(characters: int, seed: int = 0) -> str:
+    """Sentences with numbers in them, so that no row of tokens is likely to occur twice."""
+    draw = random.Random(seed)
+    sentences: list[str] = []
+    size = 0
+    while size < characters:
+        sentence = (
+            f"{draw.choice(_NAMES)} {draw.choice(_VERBS)} the {draw.choice(_THINGS)} at the {draw.choice(_PLACES)}"
+            f" on day {draw.randrange(10_000)}, and {draw.choice(_NAMES)} {draw.choice(_VERBS)} {draw.randrange(1_000)}"
+            f" of them near the {draw.choice(_PLACES)}.\n"
+        )
+        sentences.append(sentence)
+        size += len(sentence)
+    return "".join(sentences)
+
+
+def build_model(family: str, *, tied: bool = False, seed: int = 0, **overrides: Any) -> Any:
+    """A random causal LM of five layers in float32, made livelier than the default initialisation so that every layer
+    and every norm leaves a mark on the logits. Sliding windows are 12 tokens."""
+    import torch
+    import transformers
+
+    torch.set_num_threads(1)  # models this small only wait for each other's threads
+    common: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": HIDDEN,
+        "intermediate_size": FEED_FORWARD,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": tied,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "initializer_range": 0.15,
+    }
+    own: dict[str, dict[str, Any]] = {
+        "gemma": {"head_dim": 16},
+        "llama": {},
+        "mistral": {"sliding_window": WINDOW, "head_dim": 16},
+        "phi3": {"sliding_window": WINDOW},
+        # Explicit types that no rule derives from the index ...
+        "qwen2": {
+            "use_sliding_window": True,
+            "sliding_window": WINDOW,
+            "max_window_layers": 0,
+            "layer_types": [
+                "full_attention",
+                "sliding_attention",
+                "sliding_attention",
+                "full_attention",
+                "sliding_attention",
+            ],
+        },
+        # ... and types that transformers derives: the first two full, the rest sliding.
+        "qwen3": {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2, "head_dim": 16},
+    }
+    config_class = {
+        "gemma": transformers.GemmaConfig,
+        "llama": transformers.LlamaConfig,
+        "mistral": transformers.MistralConfig,
+        "phi3": transformers.Phi3Config,
+        "qwen2": transformers.Qwen2Config,
+        "qwen3": transformers.Qwen3Config,
+    }[family]
+    torch.manual_seed(seed)
+    config = config_class(**{**common, **own[family], **overrides})
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:  # norm gains (and biases): ones (zeros) would hide a swapped layer
+                parameter.add_(0.2 * torch.randn(parameter.shape))
+            elif "embed_tokens" in name or "lm_head" in name:
+                parameter.mul_(0.5)
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def build_tokenizer() -> Any:
+    """A byte-level BPE tokenizer trained on generated sentences, as transformers loads it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator([make_text(20_000, seed=7)], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=512
+    )
+
+
+def build_folder(folder: Path, family: str = "llama", **overrides: Any) -> Path:
+    """A checkpoint as the Hub holds one: config, safetensors, tokenizer, generation config, licence."""
+    model = build_model(family, **overrides)
+    model.save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
+    settings = {"bos_token_id": 1, "eos_token_id": 2, "do_sample": True, "temperature": 0.7}
+    (folder / "generation_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    (folder / "LICENSE").write_text("Apache License, Version 2.0\n", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def model_of() -> Callable[..., Any]:
+    """Builds a tiny model: `model_of(family, tied=..., seed=..., **config)`."""
+    return build_model
+
+
+@pytest.fixture(scope="session")
+def folder_of() -> Callable[..., Path]:
+    """Writes a tiny model folder: `folder_of(path, family, **config)`."""
+    return build_folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    return build_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def _tiny_original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_folder(tmp_path_factory.mktemp("tiny") / "llama")
+
+
+@pytest.fixture
+def tiny_folder(_tiny_original: Path, tmp_path: Path) -> Path:
+    """A tiny Llama folder of this test's own; it may be damaged."""
+    import shutil
+
+    return Path(shutil.copytree(_tiny_original, tmp_path / "tiny"))
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Some 100 kB of generated sentences."""
+    path = tmp_path_factory.mktemp("text") / "sentences.txt"
+    path.write_text(make_text(100_000), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def text_of() -> Callable[..., str]:
+    """Generated text: `text_of(characters, seed)`."""
+    return make_text
+
+
+@pytest.fixture(scope="session")
+def random_rows() -> Callable[..., Any]:
+    """Seeded token ids: `random_rows(rows, tokens, seed)`."""
+
+    def draw(rows: int, tokens: int, seed: int = 0) -> Any:
+        import torch
+
+        return torch.randint(3, VOCABULARY, (rows, tokens), generator=torch.Generator().manual_seed(seed))
+
+    return draw
+
+
+@pytest.fixture(scope="session")
+def decoder_of() -> Callable[..., Any]:
+    """A Decoder over a model for rows of so many tokens."""
+
+    def make(model: Any, tokens: int) -> Any:
+        from gradmap_hub.architectures import architecture_of
+        from gradmap_hub.decoder import Decoder
+
+        return Decoder(model, architecture_of(model.config.to_dict()), tokens)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def prune_copy() -> Callable[..., Any]:
+    """A copy of a model without some of its layers; the model itself is left alone."""
+
+    def prune(model: Any, removed: Sequence[int] = REMOVED) -> Any:
+        import copy
+
+        from gradmap_hub.architectures import architecture_of
+        from gradmap_hub.pruning import remove_layers
+
+        pruned = copy.deepcopy(model)
+        remove_layers(pruned, architecture_of(pruned.config.to_dict()), removed)
+        return pruned
+
+    return prune
