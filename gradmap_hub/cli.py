@@ -64,6 +64,8 @@ def main() -> NoReturn:
     try:
         code = app(args=arguments, standalone_mode=False)
         status = code if isinstance(code, int) else 0
+        if status == 130:  # Typer turns Ctrl-C into this, without a word
+            raise KeyboardInterrupt
         sys.stdout.flush()
     except GradmapError as error:
         _trace(debug)

@@ -313,7 +313,7 @@ def fit_correction(
         attempt(leader.site, leader.kind, strength)
     trials = [trial for trial, _ in tried]
     best, correction = min(tried, key=lambda entry: entry[0].loss)
-    if best.loss >= baseline:
+    if not best.loss < baseline:  # so that not-a-number is no improvement either
         reason = "no correction lowered the held-out loss"
         return CompensationRecord(
             applied=False, reason=reason, loss_before=baseline, loss_after=baseline, trials=trials, **shifts

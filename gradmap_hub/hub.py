@@ -28,7 +28,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import get_session, validate_repo_id
+from huggingface_hub.utils import get_session, validate_repo_id  # pyright: ignore[reportPrivateImportUsage]
 from huggingface_hub.utils.tqdm import disable_progress_bars
 from requests import RequestException
 

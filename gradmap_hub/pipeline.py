@@ -123,6 +123,7 @@ def inspect(
     import tempfile
 
     hub = hub or _default_hub()
+    check_texts(config)
     source = find_source(model, revision, hub)
     with tempfile.TemporaryDirectory(prefix="gradmap-inspect-") as scratch:
         run = Run(source, config, 1, Path(scratch) / "model", "", reporter or SilentReporter(), hub)
@@ -149,15 +150,19 @@ def publish_folder(
     if public and record.base.gated:
         raise UsageError(f"{record.base.name} is gated: what is made from it stays private. Leave out --public.")
     target = to or record.target or f"{account.name}/{folder.resolve().name}"
-    hub.check_target(target, account, resuming=True)
+    # Only where this folder was published before may something lie already; `hub.publish` then compares it.
+    hub.check_target(target, account, resuming=target == record.target)
     space_folder = space_folder_of(folder)
     plan = _space_plan(record) if space and (space_folder / "app.py").is_file() else None
     targets = Targets(target, f"{target}-compare", plan)
-    if (target, targets.space_target if plan else None) != (record.target, record.space):
-        # The card names the repository it stands in.
-        record = _write_card(
-            dataclasses.replace(record, target=target, space=targets.space_target if plan else None), folder
-        )
+    if plan is not None:
+        hub.check_target(targets.space_target, account, "space", resuming=targets.space_target == record.space)
+    elsewhere = target != record.target
+    named = dataclasses.replace(
+        record, target=target, space=targets.space_target if plan else None if elsewhere else record.space
+    )
+    if named != record:  # the card names the repository it stands in
+        record = _write_card(named, folder)
     built = space_folder if plan else None
     return _publish_both(record, folder, built, targets, hub, reporter or SilentReporter(), public=public)
 
@@ -324,6 +329,8 @@ def _publish(
     variables: dict[str, str] | None = None,
 ) -> Published:
     what = "model" if repo_type == "model" else "Space"
+    for leftover in folder.glob("*.partial"):  # of an export that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
     reporter.start(f"Publishing the {what}")
     published = hub.publish(folder, target, repo_type=repo_type, message=message, variables=variables)
     amount = size(sum(folder_sizes(folder).values()))

@@ -112,7 +112,9 @@ def check_weights(folder: Path, files: Files) -> None:
         if name.endswith(".safetensors"):
             present.update(read_safetensors_header(folder / name))
     if WEIGHTS_INDEX in files.weights:
-        index = read_config(folder / WEIGHTS_INDEX).get("weight_map", {})
+        index = read_config(folder / WEIGHTS_INDEX).get("weight_map")
+        if not isinstance(index, dict) or not index or not all(isinstance(shard, str) for shard in index.values()):
+            raise BrokenCheckpointError(f"{WEIGHTS_INDEX} does not say which shard holds which tensor.")
         missing = [shard for shard in set(index.values()) if not (folder / shard).is_file()]
         if missing:
             raise BrokenCheckpointError(f"The shard {sorted(missing)[0]} named in {WEIGHTS_INDEX} is missing.")
@@ -135,7 +137,7 @@ def read_safetensors_header(path: Path) -> dict[str, Any]:
                 raise ValueError("the header is longer than the file")
             header = json.loads(stream.read(length))
         header.pop("__metadata__", None)
-        data_end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        data_end = max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
     except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
         raise BrokenCheckpointError(
             f"{path.name} is not a readable safetensors file: {error}", hint="Fetch it again."

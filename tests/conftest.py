@@ -1,4 +1,4 @@
-"""Tiny real models of every supported family, a real tokenizer, a model folder and a text: all made here, no data needed.
+"""Tiny real models of every supported family, a real tokenizer, a model folder and a text, all made here without data.
 
 Imports of torch and transformers stand inside the builders: tests of the Hub and of the Space do not pay for them.
 """

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from gradmap_hub.calibration import CalibrationRows
 from gradmap_hub.compensation import (
     Correction,
     Gram,
@@ -20,11 +21,14 @@ from gradmap_hub.compensation import (
     accumulate_grams,
     candidate_sites,
     corrected_parameters,
+    fit_correction,
     folded_weight,
     mean_shift,
     solve,
 )
+from gradmap_hub.config import PruneConfig
 from gradmap_hub.evaluation import row_losses
+from gradmap_hub.progress import SilentReporter
 
 TOKENS = 40
 ROWS = 3  # more tokens than the MLP is wide
@@ -333,3 +337,60 @@ def test_candidate_sites() -> None:
     assert candidate_sites(shift, [2, 3, 6], "auto", limit=1) == [4]
     many = Shift([1, 3, 5, 7], [1.0, 1.0, 1.0, 1.0], [0.1, 0.2, 0.3, 0.4])
     assert candidate_sites(many, [0, 2, 4, 6], "auto") == [7, 5, 3]
+
+
+def fit(
+    pair: tuple[Any, Any], decoder_of: Callable[..., Any], rows: CalibrationRows, **options: Any
+) -> tuple[Any, dict[str, Tensor]]:
+    config = PruneConfig(drop=REMOVED, samples=ROWS + 1, **options)
+    return fit_correction(decoder_of(pair[0], TOKENS), rows, KEPT, REMOVED, config, SilentReporter())
+
+
+def plain_loss(model: Any, ids: Tensor) -> float:
+    with torch.no_grad():
+        return float(np.mean([float(model(input_ids=row, labels=row, use_cache=False).loss) for row in ids.split(1)]))
+
+
+def own_text(model: Any, prompts: Tensor) -> Tensor:
+    """Rows as the model itself would go on, where its loss is low."""
+    length = TOKENS - prompts.shape[1]
+    with torch.no_grad():
+        return model.generate(prompts, max_new_tokens=length, do_sample=False, pad_token_id=0)
+
+
+@pytest.mark.parametrize("kind", ["auto", "projection", "weight"])
+def test_what_is_applied_has_the_loss_on_record(
+    kind: str, pair: tuple[Any, Any], decoder_of: Callable[..., Any], random_rows: Callable[..., Any]
+) -> None:
+    """On the original's own text, also used for fitting: moving towards the original surely helps."""
+    original, pruned = pair
+    ids = own_text(original, random_rows(ROWS, 4))
+    record, weights = fit(pair, decoder_of, CalibrationRows(ids, ids, [], []), compensation=kind)
+    assert record.loss_before == pytest.approx(plain_loss(pruned, ids), abs=1e-5)
+    assert {trial.kind for trial in record.trials} == ({kind} if kind != "auto" else {"weight", "projection"})
+    best = min(record.trials, key=lambda trial: trial.loss)
+    assert record.applied and record.site == best.site and record.kind == best.kind
+    assert record.strength == best.strength and record.loss_after == best.loss < record.loss_before
+    corrected = copy.deepcopy(pruned)
+    for name, value in weights.items():
+        corrected.model.layers[KEPT.index(best.site)].mlp.down_proj.get_parameter(name).data = value
+    assert plain_loss(corrected, ids) == pytest.approx(record.loss_after, abs=1e-5)
+
+
+def test_a_correction_that_does_not_help_is_not_applied(
+    pair: tuple[Any, Any], decoder_of: Callable[..., Any], random_rows: Callable[..., Any]
+) -> None:
+    """Held-out rows on which the pruned model is at its best, its own text: any change makes that worse."""
+    rows = CalibrationRows(random_rows(ROWS, TOKENS), own_text(pair[1], random_rows(ROWS, 4)), [], [])
+    record, weights = fit(pair, decoder_of, rows)
+    assert not record.applied and not weights
+    assert min(trial.loss for trial in record.trials) >= record.loss_before == record.loss_after
+
+
+def test_no_correction_when_none_is_wanted(
+    pair: tuple[Any, Any], decoder_of: Callable[..., Any], random_rows: Callable[..., Any]
+) -> None:
+    ids = random_rows(ROWS, TOKENS)
+    record, weights = fit(pair, decoder_of, CalibrationRows(ids, ids, [], []), compensation="none")
+    assert not record.applied and not weights and not record.trials
+    assert record.shift_layers == KEPT and len(record.shift) == len(record.relative_shift) == 3

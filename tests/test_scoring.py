@@ -219,7 +219,9 @@ def test_the_model_is_as_before(
         if rows_done == 1:
             raise RuntimeError("in the middle")
 
-    handle = model.model.layers[3].mlp.down_proj.register_forward_hook(fail if where == "in a layer" else lambda *_: None)
+    handle = model.model.layers[3].mlp.down_proj.register_forward_hook(
+        fail if where == "in a layer" else lambda *_: None
+    )
     expected = {"between rows": KeyboardInterrupt, "in a layer": RuntimeError}.get(where)
     if expected is None:
         score_layers(decoder, ids, window=1, row_done=row_done)

@@ -93,9 +93,7 @@ class Cli:
             text=True,
         )
 
-    def run(
-        self, *arguments: str | Path, token: str | None = None, cwd: Path | None = None, **extra: str
-    ) -> Done:
+    def run(self, *arguments: str | Path, token: str | None = None, cwd: Path | None = None, **extra: str) -> Done:
         """`token=""` runs without any."""
         began = time.monotonic()
         process = self.start(*arguments, token=token, cwd=cwd, **extra)
@@ -172,7 +170,15 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
         vocab_size=len(wrapped), hidden_size=64, intermediate_size=128, num_hidden_layers=5, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.1, bos_token_id=0, eos_token_id=1,
     )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(base)
+    model = LlamaForCausalLM(config)
+    ids = torch.tensor(tokenizer.encode("\n".join(lines)).ids)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    # A little training, so that a correction of the pruned model has something to correct.
+    for rows in ids[: len(ids) // 256 * 256].view(-1, 8, 32)[:60]:
+        model(input_ids=rows, labels=rows).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(base)
     (base / "generation_config.json").write_text('{"bos_token_id": 0, "eos_token_id": 1, "max_length": 40}')
     (base / "LICENSE").write_text("You may do with it what you like.\n")
     (base / "README.md").write_text("---\nlicense: apache-2.0\nlanguage: en\n---\n# Tiny\n")
@@ -180,9 +186,7 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def start_world(
-    assets: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Callable[..., World]]:
+def start_world(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., World]]:
     """Builds a Hub of its own; they are stopped at the end of the session."""
     running: list[LocalHub] = []
 
@@ -216,7 +220,10 @@ def variant(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[
     """A copy of the base model: `change(folder)` edits it, `config` values replace its own."""
 
     def build(
-        *, config: Mapping[str, Any] | None = None, without: Sequence[str] = (), change: Callable[[Path], Any] | None = None
+        *,
+        config: Mapping[str, Any] | None = None,
+        without: Sequence[str] = (),
+        change: Callable[[Path], Any] | None = None,
     ) -> Path:
         folder = tmp_path_factory.mktemp("variant") / "model"
         shutil.copytree(assets / "base", folder)

@@ -36,7 +36,9 @@ def said(done: Any, code: int, *words: str) -> str:
 def fails(world: Any, tmp_path: Path) -> Callable[..., Any]:
     """Run a command that must fail before any weight is fetched and leave folders and Hub as they were."""
 
-    def run(code: int, *arguments: str | Path, words: tuple[str, ...] = (), seconds: float = 10, **settings: Any) -> Any:
+    def run(
+        code: int, *arguments: str | Path, words: tuple[str, ...] = (), seconds: float = 10, **settings: Any
+    ) -> Any:
         (tmp_path / "here").mkdir(exist_ok=True)
         before, asked = world.repositories(), len(world.hub.requests)
         done = world.cli.run(*arguments, cwd=tmp_path / "here", **settings)
@@ -193,6 +195,7 @@ def test_calibration_text_that_is_not_there(world: Any, fails: Any, tmp_path: Pa
     fails(1, "push", "acme/tiny", "-o", "out", *missing, words=("missing.txt",))
     fails(1, "push", "acme/tiny", "-o", "out", *missing, "--dry-run", words=("missing.txt",))
     fails(1, "prune", world.base, "out", *missing, words=("missing.txt",))
+    fails(1, "inspect", world.base, *missing[:2], words=("missing.txt",))
 
 
 def test_calibration_text_too_short(world: Any, fails: Any, tmp_path: Path) -> None:
@@ -268,7 +271,9 @@ def test_hub_command_refuses_in_one_line(world: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("number", "codes"), [(signal.SIGINT, (0, 130)), (signal.SIGTERM, (0, 130))])
-def test_hub_command_says_where_it_is_and_stops(world: Any, tmp_path: Path, number: int, codes: tuple[int, int]) -> None:
+def test_hub_command_says_where_it_is_and_stops(
+    world: Any, tmp_path: Path, number: int, codes: tuple[int, int]
+) -> None:
     process = world.cli.start("hub", "--root", tmp_path / "root")
     assert process.stdout is not None
     address = process.stdout.readline().strip()

@@ -1,0 +1,293 @@
+"""Whole pushes: the real client, the embedded Hub, a tiny model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Sums = Callable[[Path], dict[str, str]]
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+HOW_MUCH = ("--layers", "2", "--seed", "3")
+
+
+@dataclasses.dataclass
+class Pushed:
+    """One finished push with what it asked of the Hub."""
+
+    world: Any
+    done: Any
+    folder: Path
+    requests: list[Any]
+
+    @property
+    def answer(self) -> dict[str, Any]:
+        return self.done.json
+
+
+def push(world: Any, folder: Path, *options: str) -> Pushed:
+    asked = len(world.hub.requests)
+    command = ["push", "acme/tiny", *HOW_MUCH, "--output", folder, *world.cli.quick, "--json", *options]
+    done = world.cli.run(*command)
+    assert done.code == 0, done.err
+    return Pushed(world, done, folder, world.hub.requests[asked:])
+
+
+def api(world: Any) -> Any:
+    from huggingface_hub import HfApi
+
+    return HfApi(endpoint=world.hub.url, token=world.cli.token)
+
+
+def published(world: Any, kind: str, answer: dict[str, Any], cache: Path) -> Path:
+    """A fresh copy of a repository at the commit that the command returned."""
+    entry = answer[kind]
+    return Path(
+        api(world).snapshot_download(
+            entry["repo_id"], repo_type=kind, revision=entry["commit"], cache_dir=cache / f"cache-{kind}"
+        )
+    )
+
+
+@pytest.fixture(scope="module")
+def plain(world: Any) -> Pushed:
+    return push(world, world.root / "plain", "--no-onnx")
+
+
+@pytest.fixture(scope="module")
+def full(world: Any) -> Pushed:
+    """With ONNX of both models, and the Space that holds the original's."""
+    return push(world, world.root / "full")
+
+
+@pytest.fixture(params=["plain", "full"])
+def either(request: pytest.FixtureRequest) -> Pushed:
+    return request.getfixturevalue(request.param)
+
+
+def test_answer(either: Pushed) -> None:
+    answer = either.answer
+    for kind in ("model", "space"):
+        assert set(answer[kind]) == {"repo_id", "commit", "url"}
+        assert len(answer[kind]["commit"]) == 40
+    name = either.folder.name
+    assert answer["model"]["repo_id"] == f"ada/{name}"
+    assert answer["space"]["repo_id"] == f"ada/{name}-compare"
+    assert answer["space"]["url"] == f"{either.world.hub.url}/spaces/ada/{name}-compare"
+    assert answer["folder"] == str(either.folder)
+    assert len(answer["removed"]) == 2
+    assert json.loads((either.folder / "gradmap.json").read_text())["compensation"]["applied"]
+    assert answer["parameters"]["after"] < answer["parameters"]["before"]
+    assert set(answer["perplexity"]) == {"original", "pruned", "compensated"}
+    assert all(value > 1 for value in answer["perplexity"].values())
+
+
+def test_what_is_published_is_the_folder(either: Pushed, tmp_path: Path, sums: Sums) -> None:
+    for kind, folder in (("model", either.folder), ("space", either.folder.with_name(f"{either.folder.name}-space"))):
+        copy = sums(published(either.world, kind, either.answer, tmp_path))
+        copy.pop(".gitattributes", None)
+        assert copy == sums(folder)
+        entry = either.answer[kind]
+        commits = api(either.world).list_repo_commits(entry["repo_id"], repo_type=kind)
+        assert commits[0].commit_id == entry["commit"]
+        assert len(commits) == 2  # the Hub's own first one, and ours
+
+
+def test_repositories_are_private_and_nothing_was_sent_twice(either: Pushed) -> None:
+    for kind in ("model", "space"):
+        assert api(either.world).repo_info(either.answer[kind]["repo_id"], repo_type=kind).private
+    uploads = [entry.path for entry in either.requests if entry.method == "PUT"]
+    assert len(uploads) == len(set(uploads)) > 0
+    assert len([entry for entry in either.requests if "/commit/" in entry.path]) == 2
+    assert not [entry for entry in either.requests if entry.status >= 500]
+
+
+def test_nothing_private_is_published_or_shown(either: Pushed) -> None:
+    token = either.world.cli.token
+    assert token not in either.done.out + either.done.err
+    assert not [entry for entry in either.world.hub.requests if token in entry.path + entry.query]
+    secret = [token, str(either.world.root), os.path.expanduser("~/"), sys.prefix, str(Path(__file__).parents[2])]
+    if len(socket.gethostname()) > 7:
+        secret.append(socket.gethostname())
+    for folder in (either.folder, either.folder.with_name(f"{either.folder.name}-space")):
+        for path in folder.rglob("*"):
+            content = path.read_bytes() if path.is_file() else b""
+            assert not [word for word in secret if word.encode() in content], path
+
+
+def test_command_in_the_record_has_no_folders(either: Pushed) -> None:
+    command = json.loads((either.folder / "gradmap.json").read_text())["command"]
+    assert "text.txt" in command and "/text.txt" not in command
+
+
+def test_original_is_carried_over(either: Pushed, sums: Sums) -> None:
+    original, result = sums(either.world.base), sums(either.folder)
+    for name in (*TOKENIZER, "generation_config.json", "LICENSE"):
+        assert result[name] == original[name], name
+    assert "license: apache-2.0" in (either.folder / "README.md").read_text()
+    assert not [name for name in result if name.endswith((".bin", ".py", ".partial", ".log"))]
+
+
+def test_same_seed_same_bytes(plain: Pushed, full: Pushed, sums: Sums) -> None:
+    for name in ("model.safetensors", "config.json"):
+        assert sums(plain.folder)[name] == sums(full.folder)[name]
+
+
+def test_loads_with_plain_transformers(plain: Pushed, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    copy = published(plain.world, "model", plain.answer, tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(copy)
+    inputs = AutoTokenizer.from_pretrained(copy)("The old house", return_tensors="pt", return_token_type_ids=False)
+    assert model.config.num_hidden_layers == 3
+    assert model.generate(**inputs, max_new_tokens=5, do_sample=False).shape[1] > inputs["input_ids"].shape[1]
+
+
+def test_onnx_loads_both_ways_and_says_the_same(full: Pushed) -> None:
+    from optimum.onnxruntime import ORTModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    inputs = AutoTokenizer.from_pretrained(full.folder)(
+        "The small bird", return_tensors="pt", return_token_type_ids=False
+    )
+    greedy = {"max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
+    expected = AutoModelForCausalLM.from_pretrained(full.folder).generate(**inputs, **greedy).tolist()
+    for folder, options in ((full.folder, {"subfolder": "onnx"}), (full.folder / "onnx", {})):
+        exported = ORTModelForCausalLM.from_pretrained(folder, file_name="model.onnx", **options)
+        assert exported.generate(**inputs, **greedy).tolist() == expected
+
+
+def test_space_matches_the_runtime(plain: Pushed, full: Pushed) -> None:
+    for one, runtime in ((plain, "transformers"), (full, "onnx")):
+        space = one.folder.with_name(f"{one.folder.name}-space")
+        assert json.loads((space / "compare.json").read_text())["runtime"] == runtime
+        assert (space / "original" / "model.onnx").is_file() == (runtime == "onnx")
+        assert {path.name for path in space.glob("*_engine.py")} == {f"{runtime}_engine.py"}
+        variables = api(one.world).get_space_variables(one.answer["space"]["repo_id"])
+        assert variables["PRUNED_REVISION"].value == one.answer["model"]["commit"]
+
+
+def test_dry_run(world: Any, plain: Pushed, tmp_path: Path) -> None:
+    command = ["push", "acme/tiny", "--ratio", "0.4", "--output", "new", *world.cli.quick, "--dry-run"]
+    before, asked = world.repositories(), len(world.hub.requests)
+    shown = world.cli.run(*command, cwd=tmp_path)
+    parsed = world.cli.run(*command, "--json", cwd=tmp_path)
+    assert (shown.code, parsed.code, shown.err, parsed.err) == (0, 0, "", "")
+    assert "5 -> 3" in shown.out and "ada/new" in shown.out and "Nothing was" in shown.out
+    plan = parsed.json
+    assert plan["layers"] == {"before": 5, "after": 3} and plan["target"] == "ada/new"
+    assert plan["visibility"] == "private" and plan["license"] == "apache-2.0"
+    assert not list(tmp_path.iterdir()) and world.repositories() == before
+    assert not world.weights_asked_for(asked)
+
+
+def test_gated_original_is_not_stored_in_the_space(world: Any, tmp_path: Path) -> None:
+    world.hub.seed("acme/gated", world.base)
+    world.hub.set_gated("acme/gated", "manual")
+    world.hub.grant_access("acme/gated", "ada")
+    command = ["push", "acme/gated", *HOW_MUCH, "--output", "new", "--dry-run"]
+    plan = world.cli.run(*command, "--json", cwd=tmp_path).json
+    assert plan["gated"] and plan["visibility"] == "private"
+    assert "gated" in plan["space_original"] and "transformers" in plan["space_original"]
+    refused = world.cli.run(*command, "--public", cwd=tmp_path)
+    assert refused.code == 2 and "gated" in refused.err
+
+
+def stopped_and_resumed(world: Any, name: str, line: str, number: signal.Signals) -> tuple[Any, Any, Path]:
+    """Prune, stopped by a signal once `line` is done, and the same command again with --resume."""
+    folder = world.root / name
+    command = ["prune", "acme/tiny", folder, *HOW_MUCH, *world.cli.quick]
+    stopped = world.cli.run_until(line, number, *command)
+    resumed = world.cli.run(*command, "--resume", "--json")
+    assert resumed.code == 0, resumed.err
+    assert [entry for entry in resumed.err.splitlines() if line in entry and entry.endswith("(on disk)")]
+    return stopped, resumed, folder
+
+
+@pytest.fixture(scope="module")
+def killed(world: Any) -> tuple[Any, Any, Path]:
+    return stopped_and_resumed(world, "killed", "Scoring layers", signal.SIGKILL)
+
+
+def test_killed_run_goes_on(killed: tuple[Any, Any, Path], plain: Pushed, sums: Sums) -> None:
+    stopped, resumed, folder = killed
+    assert stopped.code == -signal.SIGKILL
+    assert resumed.json["removed"] == plain.answer["removed"]
+    assert sums(folder)["model.safetensors"] == sums(plain.folder)["model.safetensors"]
+
+
+def test_interrupted_run_goes_on(world: Any, plain: Pushed, sums: Sums) -> None:
+    """Ctrl-C while the correction is fitted."""
+    stopped, _, folder = stopped_and_resumed(world, "interrupted", "Measuring the original", signal.SIGINT)
+    assert stopped.code == 130 and "Traceback" not in stopped.err
+    assert stopped.err.splitlines()[-2] == "error Interrupted." and "--resume" in stopped.err
+    assert sums(folder)["model.safetensors"] == sums(plain.folder)["model.safetensors"]
+
+
+def test_publish_after_prune(world: Any, plain: Pushed, killed: Any, tmp_path: Path, sums: Sums) -> None:
+    folder = killed[2]
+    (folder / "onnx.partial").mkdir()
+    (folder / "onnx.partial" / "model.onnx").write_text("what a killed export left")
+    first = world.cli.run("publish", folder, "--to", "club/pruned", "--json")
+    assert first.code == 0, first.err
+    built = sums(folder)
+    copy = sums(published(world, "model", first.json, tmp_path))
+    copy.pop(".gitattributes", None)
+    assert copy == built and "onnx.partial/model.onnx" not in copy
+    assert set(first.json["space"]) == {"reason"}
+    asked = len(world.hub.requests)
+    again = world.cli.run("publish", folder, "--to", "club/pruned", "--json")
+    assert again.code == 0 and again.json == first.json
+    assert not [entry for entry in world.hub.requests[asked:] if entry.method == "PUT" or "/commit/" in entry.path]
+    # Another model's repository is not overwritten.
+    refused = world.cli.run("publish", folder, "--to", plain.answer["model"]["repo_id"])
+    assert refused.code == 1 and "left as it is" in refused.err
+    assert sums(folder) == built
+
+
+def test_what_is_not_asked_for_again_is_not_published(world: Any, full: Pushed, tmp_path: Path, sums: Sums) -> None:
+    """The same run without ONNX this time: neither its ONNX files nor those of the original go along."""
+    for ending in ("", "-space", ".work"):
+        shutil.copytree(f"{full.folder}{ending}", tmp_path / f"less{ending}")
+    less = push(world, tmp_path / "less", "--no-onnx", "--resume")
+    for kind in ("model", "space"):
+        copy = sums(published(world, kind, less.answer, tmp_path))
+        assert "README.md" in copy and not [name for name in copy if "onnx" in name]
+
+
+def test_sigterm_leaves_no_child(world: Any, plain: Pushed) -> None:
+    import psutil
+
+    folder = world.root / "terminated"
+    shutil.copytree(plain.folder, folder)
+    process = world.cli.start("export", folder)
+    parent = psutil.Process(process.pid)
+    deadline = time.monotonic() + 60
+    while not (children := parent.children(recursive=True)):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.terminate()
+    out, err = process.communicate(timeout=20)
+    assert process.returncode == 130 and out == "" and "Traceback" not in err
+    assert not psutil.wait_procs(children, timeout=5)[1]
+    assert not (folder / "onnx").exists()
+
+
+def test_second_push_sends_nothing_and_public_flips_both(plain: Pushed) -> None:
+    """The last test of `plain`: it makes it public."""
+    again = push(plain.world, plain.folder, "--no-onnx", "--resume", "--public")
+    sent = [entry for entry in again.requests if entry.method == "PUT" and not entry.path.endswith("/settings")]
+    assert sent == [] and not [entry for entry in again.requests if "/commit/" in entry.path]
+    for kind in ("model", "space"):
+        assert again.answer[kind] == plain.answer[kind]
+        assert not api(plain.world).repo_info(plain.answer[kind]["repo_id"], repo_type=kind).private

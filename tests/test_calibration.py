@@ -1,0 +1,175 @@
+"""Text to rows: every reader, nothing measured on what was fitted, equal shares, errors that say the numbers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from gradmap_hub.calibration import CalibrationRows, Text, evaluation_rows, read_text, split_rows, tokenize
+from gradmap_hub.errors import CalibrationError
+
+SEQ_LEN = 32
+
+
+def rows_of(tensor: Any) -> list[tuple[int, ...]]:
+    return [tuple(row) for row in tensor.tolist()]
+
+
+def draw(texts: list[Text], tokenizer: Any, **changes: Any) -> CalibrationRows:
+    settings: dict[str, Any] = {"seq_len": SEQ_LEN, "samples": 32, "selection": 8, "held_out": 6, "seed": 0}
+    return split_rows(texts, tokenizer, **{**settings, **changes})
+
+
+@pytest.fixture(scope="module")
+def texts(text_of: Callable[..., str]) -> list[Text]:
+    return [Text(f"text {seed}", text_of(30_000, seed), f"hash {seed}") for seed in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_fit_selection_and_held_out_never_overlap(count: int, texts: list[Text], tokenizer: Any) -> None:
+    rows = draw(texts[:count], tokenizer)
+    fit, selection = rows_of(rows.fit), rows_of(rows.selection)
+    held = [row for text in rows.held_out for row in rows_of(text.ids)]
+    assert (len(fit), len(selection), len(held)) == (32, 8, 6)
+    everything = fit + selection + held
+    assert len(set(everything)) == len(everything)
+    assert {len(row) for row in everything} == {SEQ_LEN}
+    # every row really is a row of its text, in its own place
+    cut = {row for text in texts[:count] for row in rows_of(tokenize(text, tokenizer, SEQ_LEN).ids)}
+    assert cut.issuperset(everything)
+
+
+def test_all_rows_of_a_text_that_just_suffices(texts: list[Text], tokenizer: Any) -> None:
+    count = len(tokenize(texts[0], tokenizer, SEQ_LEN).ids)
+    rows = draw(texts[:1], tokenizer, samples=count - 10, selection=4, held_out=6)
+    used = rows_of(rows.fit) + rows_of(rows.selection) + rows_of(rows.held_out[0].ids)
+    assert sorted(used) == sorted(rows_of(tokenize(texts[0], tokenizer, SEQ_LEN).ids))
+    with pytest.raises(CalibrationError):
+        draw(texts[:1], tokenizer, samples=count - 9, selection=4, held_out=6)
+
+
+def test_held_out_rows_do_not_depend_on_the_seed(texts: list[Text], tokenizer: Any) -> None:
+    first, second, other = draw(texts, tokenizer), draw(texts, tokenizer), draw(texts, tokenizer, seed=1)
+    assert rows_of(first.fit) == rows_of(second.fit) and rows_of(first.selection) == rows_of(second.selection)
+    assert first.sha256 == second.sha256 != other.sha256
+    assert rows_of(first.fit) != rows_of(other.fit) and rows_of(first.selection) != rows_of(other.selection)
+    assert [rows_of(t.ids) for t in first.held_out] == [rows_of(t.ids) for t in other.held_out]
+
+
+def test_each_text_gives_an_equal_share_also_of_the_first_rows(texts: list[Text], tokenizer: Any) -> None:
+    rows = draw(texts, tokenizer, samples=32)
+    assert [len(source.ids) for source in rows.sources] == [11, 11, 10]
+    assert [len(text.ids) for text in rows.held_out] == [2, 2, 2]
+    assert [source.name for source in rows.sources] == ["text 1", "text 2", "text 3"]
+    own = [set(rows_of(tokenize(text, tokenizer, SEQ_LEN).ids)) for text in texts]
+    origin = [next(i for i, rows in enumerate(own) if row in rows) for row in rows_of(rows.fit)]
+    assert sorted(origin[:6]) == [0, 0, 1, 1, 2, 2]  # the rows that score the layers hold every text
+    assert origin.count(0) == origin.count(1) == 11
+
+
+def test_the_same_text_twice_is_refused(text_file: Path, tmp_path: Path, tokenizer: Any) -> None:
+    copy = tmp_path / "another name.txt"
+    copy.write_bytes(text_file.read_bytes())
+    with pytest.raises(CalibrationError, match="twice"):
+        draw([read_text(text_file), read_text(copy)], tokenizer)
+
+
+def test_too_short_names_the_numbers(text_of: Callable[..., str], tokenizer: Any) -> None:
+    short = Text("leaflet.txt", text_of(2_000, 1), "x")
+    have = len(tokenize(short, tokenizer, SEQ_LEN).ids) * SEQ_LEN
+    with pytest.raises(CalibrationError) as caught:
+        draw([short], tokenizer)
+    assert "leaflet.txt" in caught.value.message
+    assert f"{have:,} tokens" in caught.value.message and f"{46 * SEQ_LEN:,} needed" in caught.value.message
+    assert "--samples" in (caught.value.hint or "")
+    with pytest.raises(CalibrationError, match=rf"leaflet.txt .* {have:,} tokens, {100 * SEQ_LEN:,} needed"):
+        evaluation_rows(short, tokenizer, seq_len=SEQ_LEN, rows=100)
+
+
+def test_rows_are_the_text_without_special_tokens(texts: list[Text], tokenizer: Any) -> None:
+    rows = tokenize(texts[0], tokenizer, SEQ_LEN)
+    text = tokenizer.decode(rows.ids.flatten().tolist())
+    assert texts[0].content.startswith(text)
+    assert 0 <= len(tokenizer(texts[0].content)["input_ids"]) - rows.ids.numel() < SEQ_LEN
+
+
+def test_evaluation_rows_are_spread_over_the_text(texts: list[Text], tokenizer: Any) -> None:
+    whole = rows_of(tokenize(texts[0], tokenizer, SEQ_LEN).ids)
+    picked = rows_of(evaluation_rows(texts[0], tokenizer, seq_len=SEQ_LEN, rows=5).ids)
+    places = [whole.index(row) for row in picked]
+    assert places[0] == 0 and places == sorted(set(places)) and places[-1] >= 0.6 * len(whole)
+    assert len(evaluation_rows(texts[0], tokenizer, seq_len=SEQ_LEN, rows=len(whole)).ids) == len(whole)
+
+
+def test_three_formats_read_the_same_words(tmp_path: Path) -> None:
+    parts = ["First part, with an umlaut: ä.", 'Second part, "quoted".', "Third."]
+    (tmp_path / "a.txt").write_text("\n\n".join(parts), encoding="utf-8")
+    lines = [json.dumps({"text": part, "id": 1}, ensure_ascii=False) for part in parts]
+    (tmp_path / "a.jsonl").write_text("\n".join([lines[0], "", *lines[1:], ""]), encoding="utf-8")
+    pyarrow.parquet.write_table(pyarrow.table({"id": [1, 2, 3], "text": parts}), tmp_path / "a.parquet")
+    read = [read_text(tmp_path / f"a.{kind}") for kind in ("txt", "jsonl", "parquet")]
+    assert [text.name for text in read] == ["a.txt", "a.jsonl", "a.parquet"]
+    assert read[0].content.split() == read[1].content.split() == read[2].content.split()
+    assert read[0].sha256 == read[1].sha256  # of the words read, not of the file
+    assert read_text(tmp_path / "a.txt", "owner/data").name == "owner/data"
+
+
+def test_parquet_rows_that_end_their_own_line_gain_none(tmp_path: Path) -> None:
+    values = ["= Title =\n", "", "A line.\n", None, "no end"]
+    pyarrow.parquet.write_table(pyarrow.table({"text": values}), tmp_path / "w.parquet")
+    assert read_text(tmp_path / "w.parquet").content == "= Title =\nA line.\nno end\n"
+
+
+def test_jsonl_with_line_separators_inside_a_string(tmp_path: Path) -> None:
+    """U+2028 and U+0085 are no line ends in JSON Lines; but json.dumps(ensure_ascii=False) writes them."""
+    value = "one\u2028two\u0085three\u2029four"
+    line = json.dumps({"text": value}, ensure_ascii=False)
+    (tmp_path / "a.jsonl").write_text(f"{line}\r\n{line}\n", encoding="utf-8", newline="")
+    assert read_text(tmp_path / "a.jsonl").content == f"{value}\n\n{value}"
+
+
+def test_jsonl_with_half_a_surrogate_pair(tmp_path: Path, tokenizer: Any) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "cut \\ud83d off"}\n', encoding="utf-8")
+    text = read_text(tmp_path / "a.jsonl")
+    assert text.content.startswith("cut ") and text.content.endswith(" off")
+    assert len(tokenize(text, tokenizer, 2).ids)  # what is read can be tokenised
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("latin.txt", "Käse".encode("latin-1"), "not a UTF-8 text file"),
+        ("latin.jsonl", '{"text": "Käse"}'.encode("latin-1"), "not a UTF-8 text file"),
+        ("binary.txt", bytes(range(256)), "not a UTF-8 text file"),
+        ("empty.txt", b"", "holds no text"),
+        ("blank.txt", b" \n\t\n", "holds no text"),
+        ("empty.jsonl", b"\n\n", "holds no text"),
+        ("key.jsonl", b'{"text": "a"}\n{"content": "b"}\n', "line 2 is not a JSON object with the key `text`"),
+        ("cut.jsonl", b'{"text": "a"}\n\n{"text": "b', "line 3 is not"),
+        ("list.jsonl", b'["a"]\n', "line 1 is not"),
+        ("garbage.parquet", b"PAR1 nothing else", "garbage.parquet"),
+        ("empty.parquet", b"", "empty.parquet"),
+    ],
+)
+def test_files_that_are_no_text(name: str, content: bytes, message: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(CalibrationError, match=message):
+        read_text(path)
+
+
+def test_missing_file_folder_and_column(tmp_path: Path) -> None:
+    for name in ("gone.txt", "gone.jsonl", "gone.parquet"):
+        with pytest.raises(CalibrationError, match="No such text file"):
+            read_text(tmp_path / name)
+    with pytest.raises(CalibrationError, match="not a UTF-8 text file"):
+        read_text(tmp_path)
+    pyarrow.parquet.write_table(pyarrow.table({"content": ["a"]}), tmp_path / "c.parquet")
+    with pytest.raises(CalibrationError, match="column `text`"):
+        read_text(tmp_path / "c.parquet")

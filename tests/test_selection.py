@@ -1,0 +1,179 @@
+"""Numbers in, decisions out: rankings, candidate sets, how many layers go, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+
+from gradmap_hub.config import PruneConfig, help_of, paper_preset
+from gradmap_hub.errors import UsageError
+from gradmap_hub.record import Candidate
+from gradmap_hub.scoring import LayerScores
+from gradmap_hub.selection import candidates, decide, lowest, lowest_window
+
+#                                 0    1    2    3    4    5
+SCORES = LayerScores(
+    layers=[0, 1, 2, 3, 4, 5],
+    gradient=[9.0, 2.0, 7.0, 3.0, 4.0, 8.0],
+    taylor=[9.0, 1.0, 8.0, 2.0, 3.0, 7.0],
+    influence=[0.9, 0.4, 0.1, 0.5, 0.6, 0.2],
+    windows=[0.9, 0.8, 0.7, 0.3, 0.5],
+    window_size=2,
+    loss=3.0,
+    rows=4,
+)
+
+
+def test_lowest() -> None:
+    assert lowest([3.0, 1.0, 2.0, 0.5], 2) == [1, 3]
+    assert lowest([1.0, 1.0, 1.0, 1.0], 2) == [0, 1]  # ties: the earlier one
+    assert lowest([-1.0, -3.0, 0.0], 1) == [1]
+    assert lowest([2.0, 1.0], 2) == [0, 1]
+
+
+def test_lowest_window() -> None:
+    assert lowest_window([5.0, 1.0, 9.0, 2.0, 2.0, 4.0], 2) == [3, 4]
+    assert lowest_window([1.0, 1.0, 1.0], 2) == [0, 1]
+    assert lowest_window([3.0, 2.0, 1.0], 1) == [2]
+    assert lowest_window([3.0, 2.0, 1.0], 3) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("metric", "removed"),
+    [
+        ("gradient", [1, 3]),
+        ("taylor", [1, 3]),
+        ("block-influence", [2, 5]),
+        ("gradient-window", [3, 4]),
+        ("cosine-window", [3, 4]),
+    ],
+)
+def test_one_metric_gives_one_candidate(metric: str, removed: list[int]) -> None:
+    assert candidates(SCORES, 2, metric) == {metric: removed}
+
+
+def test_auto_gives_every_distinct_set_once() -> None:
+    found = candidates(SCORES, 2, "auto")
+    assert found == {"gradient": [1, 3], "block-influence": [2, 5], "gradient-window": [3, 4]}
+    other = dataclasses.replace(SCORES, taylor=[9.0, 8.0, 7.0, 1.0, 9.0, 1.5], windows=[0.1, 0.8, 0.7, 0.3, 0.5])
+    assert candidates(other, 2, "auto") == {
+        "gradient": [1, 3],
+        "taylor": [3, 5],
+        "block-influence": [2, 5],
+        "gradient-window": [3, 4],
+        "cosine-window": [0, 1],
+        "taylor-window": [2, 3],
+    }
+
+
+def test_decisions_say_score_fate_and_reason() -> None:
+    winner = Candidate("taylor", [1, 3], 2.5)
+    decisions = decide(SCORES, winner, [1, 3], "lowest held-out loss")
+    assert [d.index for d in decisions] == [0, 1, 2, 3, 4, 5]
+    assert [d.score for d in decisions] == SCORES.gradient
+    assert [d.index for d in decisions if not d.kept] == [1, 3]
+    assert "taylor" in decisions[1].reason and "lowest held-out loss" in decisions[1].reason
+    assert decisions[0].reason == "kept"
+    assert "your choice" in decide(SCORES, None, [0], "named")[0].reason
+
+
+@pytest.mark.parametrize(
+    ("ratio", "layers", "removed"),
+    [
+        (0.25, 30, 8),  # 7.5: half goes up
+        (0.25, 32, 8),
+        (0.25, 28, 7),
+        (0.25, 10, 3),  # 2.5, where Python's round() would give 2
+        (0.15, 10, 2),
+        (0.1, 24, 2),
+        (0.001, 30, 1),
+        (1e-300, 30, 1),
+        (0.99, 30, 29),
+        (0.999999, 2, 1),
+        (0.5, 3, 2),
+        (0.5, 2, 1),
+    ],
+)
+def test_ratio_rounds_half_up_and_leaves_a_layer(ratio: float, layers: int, removed: int) -> None:
+    assert PruneConfig(ratio=ratio).removals(layers) == removed
+
+
+def test_layers_and_drop() -> None:
+    assert PruneConfig(layers=7).removals(30) == 7
+    assert PruneConfig(layers=29).removals(30) == 29
+    assert PruneConfig(drop=(3, 1)).removals(4) == 2
+    assert PruneConfig(drop=(0,)).removals(4) == 1
+    for config, message in (
+        (PruneConfig(layers=30), "Cannot remove 30 of 30"),
+        (PruneConfig(layers=31), "Cannot remove 31 of 30"),
+        (PruneConfig(drop=(3, 30)), "names layer 30; the model has 30 layers, 0 to 29"),
+        (PruneConfig(drop=tuple(range(30))), "Cannot remove 30 of 30"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            config.removals(30)
+
+
+@pytest.mark.parametrize("ratio", [math.nan, math.inf, -math.inf, 0.0, -0.0, 1.0, 1.5, -0.25, 25.0])
+def test_ratios_that_cannot_be_meant(ratio: float) -> None:
+    with pytest.raises(UsageError, match="--ratio"):
+        PruneConfig(ratio=ratio)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"ratio": 0.25, "layers": 3},
+        {"ratio": 0.25, "drop": (1,)},
+        {"layers": 2, "drop": (1, 2)},
+        {"ratio": 0.25, "layers": 2, "drop": (1, 2)},
+    ],
+)
+def test_exactly_one_way_to_say_how_much(options: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="exactly one of --ratio, --layers and --drop"):
+        PruneConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"layers": 0}, "--layers"),
+        ({"layers": -1}, "--layers"),
+        ({"drop": ()}, "--drop"),
+        ({"drop": (-1,)}, "--drop"),
+        ({"drop": (3, 3)}, "--drop"),
+        ({"ratio": 0.2, "metric": "magic"}, "--metric"),
+        ({"ratio": 0.2, "schedule": "twice"}, "--schedule"),
+        ({"ratio": 0.2, "compensation": "lora"}, "--compensation"),
+        ({"ratio": 0.2, "dtype": "int8"}, "--dtype"),
+        ({"ratio": 0.2, "site": "last"}, "--site"),
+        ({"ratio": 0.2, "samples": 3}, "--samples"),
+        ({"ratio": 0.2, "seq_len": 8}, "--seq-len"),
+        ({"ratio": 0.2, "eval_rows": 1}, "--eval-rows"),
+        ({"ratio": 0.2, "seed": -1}, "--seed"),
+        ({"ratio": 0.2, "calibration": ()}, "--calibration"),
+    ],
+)
+def test_values_out_of_range_name_their_option(options: dict[str, Any], named: str) -> None:
+    with pytest.raises(UsageError, match=named):
+        PruneConfig(**options)
+
+
+def test_rows_for_scoring_and_selection() -> None:
+    assert (PruneConfig(ratio=0.2, samples=4).scoring_rows, PruneConfig(ratio=0.2, samples=64).scoring_rows) == (4, 16)
+    assert PruneConfig(ratio=0.2, samples=64).selection_rows == 16
+
+
+def test_paper_preset_keeps_the_rest() -> None:
+    config = paper_preset(PruneConfig(ratio=0.3, seed=5))
+    assert (config.metric, config.compensation, config.site) == ("gradient", "projection", "largest-shift")
+    assert (config.ratio, config.seed) == (0.3, 5)
+
+
+def test_every_option_has_help() -> None:
+    assert all(help_of(PruneConfig, entry.name) for entry in dataclasses.fields(PruneConfig))
+    with pytest.raises(KeyError):
+        help_of(PruneConfig, "nonsense")
