@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
-from gradmap_hub.errors import BrokenCheckpointError
+from gradmap_hub.errors import BrokenCheckpointError, GradmapError
 
 SHARD_LIMIT = "5GB"
 
@@ -31,7 +32,10 @@ def save_checkpoint(model: Any, folder: Path, dtype: torch.dtype) -> None:
     # What an earlier save left (one file, or other shards) would be read instead of, or counted with, the new weights.
     for path in (*folder.glob("*.safetensors"), folder / "model.safetensors.index.json"):
         path.unlink(missing_ok=True)
-    model.save_pretrained(folder, max_shard_size=SHARD_LIMIT, safe_serialization=True)
+    try:
+        model.save_pretrained(folder, max_shard_size=SHARD_LIMIT, safe_serialization=True)
+    except SafetensorError as error:  # not an OSError, though a full disk is what it usually reports
+        raise GradmapError(f"The checkpoint cannot be written to {folder}: {error}") from error
     (folder / "generation_config.json").unlink(missing_ok=True)
     for path in folder.glob("*.safetensors"):
         path.chmod(0o644)  # safetensors creates them 0600
@@ -82,7 +86,8 @@ def checkpoint_bytes(folder: Path) -> int:
 
 def _drop_name(path: Path) -> None:
     config = json.loads(path.read_text(encoding="utf-8"))
-    for key in ("_name_or_path", "_model_name_or_path"):  # a path of the machine that built it, at worst
+    # A path of the machine that built it, at worst; and code that is not copied and not needed.
+    for key in ("_name_or_path", "_model_name_or_path", "auto_map"):
         config.pop(key, None)
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 

@@ -61,7 +61,11 @@ def export_onnx(source: Path, destination: Path) -> list[Path]:
     partial = destination.with_name(destination.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     worker = [sys.executable, "-m", "gradmap_hub.exporters.onnx_worker", str(source), str(partial)]
-    done = subprocess.run(worker, capture_output=True, text=True)
+    try:
+        done = subprocess.run(worker, capture_output=True, text=True)
+    except BaseException:  # Ctrl-C: the worker is gone by now, its half of a model need not stay
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     if done.returncode != 0 or not (partial / MODEL).is_file():
         shutil.rmtree(partial, ignore_errors=True)
         last = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]

@@ -66,12 +66,12 @@ def architecture_of(config: dict[str, Any]) -> Architecture:
         UnsupportedArchitecture: any other type that has no row, with the reason where it is known.
     """
     model_type = str(config.get("model_type") or "unknown")
-    if config.get("auto_map"):
+    row = ARCHITECTURES.get(model_type)
+    if _needs_own_code(config, row):
         raise RemoteCodeRefused(
             f"This repository brings its own code for model type {model_type!r}, which is never executed.",
             hint=f"Use a model of a type built into transformers: {', '.join(SUPPORTED)}.",
         )
-    row = ARCHITECTURES.get(model_type)
     if row is None:
         if model_type in _ENCODERS:
             reason = "it is an encoder, not a causal language model"
@@ -103,6 +103,16 @@ def architecture_of(config: dict[str, Any]) -> Architecture:
     if int(config.get("num_hidden_layers") or 0) < 2:
         raise UnsupportedArchitecture(model_type, "it has fewer than two layers", SUPPORTED)
     return row
+
+
+def _needs_own_code(config: dict[str, Any], row: Architecture | None) -> bool:
+    """Whether `auto_map` names a model class that transformers does not have built in. Some repositories (Phi-3) still
+    carry the code of a class that has long been part of transformers; that code is ignored."""
+    auto_map = config.get("auto_map")
+    if not auto_map:
+        return False
+    named = auto_map.get("AutoModelForCausalLM") if isinstance(auto_map, dict) else None
+    return row is None or not isinstance(named, str) or named.rpartition(".")[2] != row.causal_lm
 
 
 def sliced_config(config: Any, kept: Sequence[int]) -> Any:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gradmap_hub.errors import CalibrationError
 
-# Enough for thousands of rows; a larger file is read to here, cut at a line.
+# Enough for thousands of rows; a larger text is cut here.
 MAX_CHARACTERS = 24_000_000
 
 
@@ -54,7 +54,12 @@ class CalibrationRows:
     @property
     def sha256(self) -> str:
         """Hash of the token ids that were fitted, in order."""
-        return hashlib.sha256(self.fit.numpy().tobytes()).hexdigest()
+        return sha256_of_ids(self.fit)
+
+
+def sha256_of_ids(ids: Tensor) -> str:
+    """Hash of token ids, in order."""
+    return hashlib.sha256(ids.numpy().tobytes()).hexdigest()
 
 
 def read_text(path: Path, name: str | None = None) -> Text:

@@ -279,6 +279,7 @@ def _score(run: Run, rows: CalibrationRows) -> LayerScores:
 
 def _select(run: Run, rows: CalibrationRows, scores: LayerScores) -> _Selected:
     """Form candidate sets from the scores and let the loss on held-out rows decide."""
+    from gradmap_hub.calibration import sha256_of_ids
     from gradmap_hub.evaluation import row_losses
     from gradmap_hub.scoring import iterative_removals
     from gradmap_hub.selection import candidates
@@ -311,7 +312,12 @@ def _select(run: Run, rows: CalibrationRows, scores: LayerScores) -> _Selected:
         "Choosing layers on held-out rows",
         _Selected,
         compute,
-        inputs={"drop": config.drop, "metric": config.metric, "schedule": config.schedule},
+        inputs={
+            "drop": config.drop,
+            "metric": config.metric,
+            "schedule": config.schedule,
+            "rows": sha256_of_ids(rows.selection),
+        },
         describe=lambda chosen: "remove " + _ranges(chosen.removed),
     )
 

@@ -344,3 +344,12 @@ def test_garbage_is_no_gguf_file(content: bytes, tmp_path: Path) -> None:
 def test_no_gguf_file(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="No such file"):
         read_metadata(tmp_path / "gone.gguf")
+
+
+def test_code_of_a_class_built_into_transformers_is_ignored() -> None:
+    """Phi-3 repositories carry their old modelling code; another class than the built-in one is still refused."""
+    config = {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"], "num_hidden_layers": 4}
+    built_in = {"AutoConfig": "configuration_phi3.Phi3Config", "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"}
+    assert architecture_of({**config, "auto_map": built_in}).model_type == "phi3"
+    with pytest.raises(RemoteCodeRefused):
+        architecture_of({**config, "auto_map": {"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}})

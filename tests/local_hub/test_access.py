@@ -99,9 +99,7 @@ def test_read_token_cannot_write(hub: LocalHub, ada: HfApi) -> None:
     assert reader.repo_exists("ada/tiny")
     attempts: list[Callable[[], object]] = [
         lambda: reader.upload_file(path_or_fileobj=b"x", path_in_repo="a.txt", repo_id="ada/tiny"),
-        lambda: reader.upload_file(
-            path_or_fileobj=b"x", path_in_repo="a", repo_id="ada/tiny", create_pr=True
-        ),
+        lambda: reader.upload_file(path_or_fileobj=b"x", path_in_repo="a", repo_id="ada/tiny", create_pr=True),
         lambda: reader.create_repo("ada/other"),
         lambda: reader.delete_repo("ada/tiny"),
         lambda: reader.create_tag("ada/tiny", tag="v1"),

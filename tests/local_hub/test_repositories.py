@@ -200,9 +200,7 @@ def test_spaces_without_a_paid_plan(tmp_path: Path, point_client_at: Callable[[s
                 space_hardware=SpaceHardware.ZERO_A10G,
             )
         with pytest.raises(HfHubHTTPError, match="402"):
-            api.create_repo(
-                "ada/zero3", repo_type="space", space_sdk="gradio", space_hardware=SpaceHardware.ZERO_A10G
-            )
+            api.create_repo("ada/zero3", repo_type="space", space_sdk="gradio", space_hardware=SpaceHardware.ZERO_A10G)
         api.create_repo("ada/zero1", repo_type="space", space_sdk="gradio", exist_ok=True)
         api.create_repo("ada/tiny")
 

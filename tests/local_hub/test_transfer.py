@@ -32,15 +32,11 @@ def count(hub: LocalHub, method: str, part: str = "") -> int:
 
 
 @pytest.mark.parametrize("repo_type", ["model", "dataset", "space"])
-def test_roundtrip(
-    hub: LocalHub, ada: HfApi, folder: Path, tmp_path: Path, sums: Sums, repo_type: str
-) -> None:
+def test_roundtrip(hub: LocalHub, ada: HfApi, folder: Path, tmp_path: Path, sums: Sums, repo_type: str) -> None:
     if repo_type == "space":
         (folder / "README.md").write_text("---\nsdk: gradio\napp_file: app.py\n---\n")
     ada.create_repo("acme/tiny", repo_type=repo_type, space_sdk="gradio" if repo_type == "space" else None)
-    made = ada.upload_folder(
-        repo_id="acme/tiny", folder_path=folder, repo_type=repo_type, commit_message="First"
-    )
+    made = ada.upload_folder(repo_id="acme/tiny", folder_path=folder, repo_type=repo_type, commit_message="First")
     assert made.repo_url.repo_id == "acme/tiny" and made.repo_url.repo_type == repo_type
     assert len(made.oid) == 40
 
@@ -63,22 +59,16 @@ def test_second_upload_sends_nothing(hub: LocalHub, ada: HfApi, folder: Path) ->
     assert count(hub, "PUT") == 0 and count(hub, "POST", "/commit/") == 0
 
 
-def test_stored_lfs_object_is_not_sent_again_under_another_name(
-    hub: LocalHub, ada: HfApi, folder: Path
-) -> None:
+def test_stored_lfs_object_is_not_sent_again_under_another_name(hub: LocalHub, ada: HfApi, folder: Path) -> None:
     ada.create_repo("ada/tiny")
     ada.upload_folder(repo_id="ada/tiny", folder_path=folder)
     hub.requests.clear()
-    ada.upload_file(
-        path_or_fileobj=folder / "model.safetensors", path_in_repo="b.safetensors", repo_id="ada/tiny"
-    )
+    ada.upload_file(path_or_fileobj=folder / "model.safetensors", path_in_repo="b.safetensors", repo_id="ada/tiny")
     assert count(hub, "PUT") == 0 and count(hub, "POST", "/batch") == 1
     assert ada.file_exists("ada/tiny", "b.safetensors")
 
 
-def test_lfs_objects_are_not_shared_between_repositories(
-    hub: LocalHub, ada: HfApi, bob: HfApi, folder: Path
-) -> None:
+def test_lfs_objects_are_not_shared_between_repositories(hub: LocalHub, ada: HfApi, bob: HfApi, folder: Path) -> None:
     """Knowing a hash must not be enough to read somebody's private file."""
     ada.create_repo("ada/secret", private=True)
     ada.upload_folder(repo_id="ada/secret", folder_path=folder)
@@ -193,9 +183,7 @@ def test_stale_parent(ada: HfApi) -> None:
     ada.create_repo("ada/tiny")
     head = ada.repo_info("ada/tiny").sha
     assert head
-    made = ada.upload_file(
-        path_or_fileobj=b"1", path_in_repo="a.txt", repo_id="ada/tiny", parent_commit=head[:7]
-    )
+    made = ada.upload_file(path_or_fileobj=b"1", path_in_repo="a.txt", repo_id="ada/tiny", parent_commit=head[:7])
     with pytest.raises(HfHubHTTPError, match="A commit has happened since") as refused:
         ada.upload_file(path_or_fileobj=b"2", path_in_repo="a.txt", repo_id="ada/tiny", parent_commit=head)
     assert refused.value.response is not None and refused.value.response.status_code == 412
@@ -205,20 +193,14 @@ def test_stale_parent(ada: HfApi) -> None:
 def test_pull_request(ada: HfApi, bob: HfApi, tmp_path: Path) -> None:
     ada.create_repo("ada/tiny")
     head = ada.repo_info("ada/tiny").sha
-    proposed = bob.upload_file(
-        path_or_fileobj=os.urandom(99), path_in_repo="a.bin", repo_id="ada/tiny", create_pr=True
-    )
+    proposed = bob.upload_file(path_or_fileobj=os.urandom(99), path_in_repo="a.bin", repo_id="ada/tiny", create_pr=True)
     assert proposed.pr_num == 1 and proposed.pr_revision == "refs/pr/1"
     assert ada.repo_info("ada/tiny").sha == head
     assert "a.bin" in ada.list_repo_files("ada/tiny", revision="refs/pr/1")
-    again = bob.upload_file(
-        path_or_fileobj=b"2", path_in_repo="b.txt", repo_id="ada/tiny", revision="refs/pr/1"
-    )
+    again = bob.upload_file(path_or_fileobj=b"2", path_in_repo="b.txt", repo_id="ada/tiny", revision="refs/pr/1")
     refs = ada.list_repo_refs("ada/tiny", include_pull_requests=True)
     assert [(ref.ref, ref.target_commit) for ref in refs.pull_requests or []] == [("refs/pr/1", again.oid)]
-    file = hf_hub_download(
-        "ada/tiny", "a.bin", revision="refs/pr/1", cache_dir=tmp_path / "c", token=bob.token
-    )
+    file = hf_hub_download("ada/tiny", "a.bin", revision="refs/pr/1", cache_dir=tmp_path / "c", token=bob.token)
     assert Path(file).stat().st_size == 99
 
 
@@ -250,9 +232,7 @@ def test_binary_file_is_added_to_gitattributes(ada: HfApi, folder: Path, tmp_pat
     ada.create_repo("ada/tiny")
     ada.upload_folder(repo_id="ada/tiny", folder_path=folder)
     text = Path(hf_hub_download("ada/tiny", ".gitattributes", cache_dir=tmp_path / "c", token=ada.token))
-    assert text.read_text().splitlines()[-1] == (
-        "assets/plot[[:space:]]one.png filter=lfs diff=lfs merge=lfs -text"
-    )
+    assert text.read_text().splitlines()[-1] == ("assets/plot[[:space:]]one.png filter=lfs diff=lfs merge=lfs -text")
 
 
 def test_branches_tags_and_missing_things(ada: HfApi, tmp_path: Path) -> None:
@@ -260,9 +240,7 @@ def test_branches_tags_and_missing_things(ada: HfApi, tmp_path: Path) -> None:
     first = ada.upload_file(path_or_fileobj=b"1", path_in_repo="a.txt", repo_id="ada/tiny").oid
     ada.create_tag("ada/tiny", tag="v1.0", tag_message="One")
     ada.create_branch("ada/tiny", branch="feature/x")
-    second = ada.upload_file(
-        path_or_fileobj=b"2", path_in_repo="a.txt", repo_id="ada/tiny", revision="feature/x"
-    ).oid
+    second = ada.upload_file(path_or_fileobj=b"2", path_in_repo="a.txt", repo_id="ada/tiny", revision="feature/x").oid
     for revision, content in [("v1.0", "1"), ("feature/x", "2"), (first, "1"), (second[:8], "2")]:
         file = hf_hub_download(
             "ada/tiny", "a.txt", revision=revision, cache_dir=tmp_path / revision[:4], token=ada.token
@@ -289,9 +267,7 @@ def test_concurrent_commits_all_land(ada: HfApi) -> None:
     ada.create_repo("ada/tiny")
 
     def upload(number: int) -> str:
-        return ada.upload_file(
-            path_or_fileobj=os.urandom(2000), path_in_repo=f"{number}.bin", repo_id="ada/tiny"
-        ).oid
+        return ada.upload_file(path_or_fileobj=os.urandom(2000), path_in_repo=f"{number}.bin", repo_id="ada/tiny").oid
 
     with ThreadPoolExecutor(8) as pool:
         made = set(pool.map(upload, range(16)))
