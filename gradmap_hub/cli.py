@@ -600,7 +600,8 @@ def _print_record(record: RunRecord) -> None:
     size = f"{record.bytes.after / 1e6:.1f} MB"
     table.add_row("weights", f"{record.bytes.before / 1e6:.1f} MB", size, size)
     for text in record.evaluation.texts if record.evaluation else []:
-        label = f"perplexity, {text.name}\n  {text.kind}, {text.tokens:,} tokens"
+        kind = "held-out rows" if text.kind.startswith("calibration") else text.kind
+        label = f"perplexity, {text.name}\n  {kind}, {text.tokens:,} tokens"
         values = [f"{value:.2f}" for value in (text.original, text.pruned, text.compensated)]
         table.add_row(escape(label), *values)
     stdout.print(table)
@@ -625,6 +626,11 @@ def _print_published(result: PushResult) -> None:
     stdout.print(f"folder {escape(str(result.folder))}", highlight=False)
 
 
+def _shown(path: Path) -> str:
+    """A path as short as it can be typed from here."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
 def _print_demo(result: DemoResult) -> None:
     _print_record(result.record)
     pushed = result.pushed
@@ -639,8 +645,8 @@ def _print_demo(result: DemoResult) -> None:
             answer = " ".join(result.answers[name]["text"].split())
             stdout.print(f"  [bold]{name:9}[/] {escape(answer)}", highlight=False)
     stdout.print(
-        f"\nfolder   {escape(str(result.folder))}\nhub data {escape(str(result.hub_root))}\n"
-        f"Browse both repositories again with: gradmap-hub hub --root {escape(str(result.hub_root))}\n",
+        f"\nfolder   {escape(_shown(result.folder))}\nhub data {escape(_shown(result.hub_root))}\n"
+        f"Browse both repositories again with: gradmap-hub hub --root {escape(_shown(result.hub_root))}\n",
         highlight=False,
     )
     for difference in result.differences:

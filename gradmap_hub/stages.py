@@ -6,6 +6,9 @@ the keys of the stages before it, so that a change upstream recomputes everythin
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 import hashlib
 import json
 import os
@@ -71,6 +74,7 @@ class Stages:
         partial.write_text(text, encoding="utf-8")
         os.replace(partial, self.folder / f"{name}.json")  # a stage is done or not, never half
         self.reporter.finish(describe(result))
+        _give_memory_back()
         return result
 
     def _read(self, name: str) -> dict[str, Any] | None:
@@ -87,3 +91,11 @@ def _sizes(paths: Sequence[Path]) -> dict[str, int]:
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _give_memory_back() -> None:
+    """Return what a stage freed to the operating system. glibc keeps it otherwise, and the next stage may be a child
+    process (the ONNX export) that needs it."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # another libc has nothing to trim
+        ctypes.CDLL(None).malloc_trim(0)
