@@ -141,6 +141,8 @@ def _mend_tokenizer_config(path: Path) -> None:
     ):
         config.pop(stale, None)
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    # The generic class would add token_type_ids, which `generate` refuses.
+    config["model_input_names"] = ["input_ids", "attention_mask"]
     config["clean_up_tokenization_spaces"] = False
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 

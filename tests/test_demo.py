@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -131,12 +132,15 @@ def test_card_says_what_was_measured(demo: dict[str, Any]) -> None:
 def test_nothing_of_this_machine_is_published(demo: dict[str, Any]) -> None:
     import socket
 
+    paths = ("hf_local_", str(demo["output"]), str(Path.home()))
+    host = re.compile(rf"\b{re.escape(socket.gethostname())}\b")
     for root in (Path(demo["folder"]), Path(demo["space_folder"])):
         for path in root.rglob("*"):
             if path.suffix in (".json", ".md", ".txt", ".py", ".jinja"):
                 text = path.read_text(encoding="utf-8")
-                for secret in ("hf_local_", str(demo["output"]), str(Path.home()), socket.gethostname()):
-                    assert secret not in text, (path, secret)
+                assert not any(secret in text for secret in paths), path
+                # A short host name may well be a token of the vocabulary.
+                assert "tokenizer" in path.name or not host.search(text), path
 
 
 def test_no_process_is_left(demo: dict[str, Any]) -> None:
