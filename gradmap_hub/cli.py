@@ -59,6 +59,8 @@ def main() -> NoReturn:
     """Entry point: run a command and turn every expected failure into one line and an exit status."""
     # SIGTERM cleans up as Ctrl-C does: child processes end, half-written files go.
     signal.signal(signal.SIGTERM, _interrupt)
+    # A shell without job control starts background commands with SIGINT ignored; servers and long runs must stop on it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     debug = "--debug" in sys.argv or bool(os.environ.get("GRADMAP_DEBUG"))
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
