@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from gradmap_hub.errors import BrokenCheckpointError, GradmapError
+from gradmap_hub.source import clean_config
 
 SHARD_LIMIT = "5GB"
 
@@ -39,7 +39,7 @@ def save_checkpoint(model: Any, folder: Path, dtype: torch.dtype) -> None:
     (folder / "generation_config.json").unlink(missing_ok=True)
     for path in folder.glob("*.safetensors"):
         path.chmod(0o644)  # safetensors creates them 0600
-    _drop_name(folder / "config.json")
+    clean_config(folder / "config.json")
 
 
 def copy_companions(source: Path, folder: Path, names: Sequence[str]) -> None:
@@ -82,14 +82,6 @@ def load_float32(folder: Path) -> tuple[Any, dict[str, Any]]:
 def checkpoint_bytes(folder: Path) -> int:
     """Bytes of the safetensors files directly in `folder`."""
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-
-
-def _drop_name(path: Path) -> None:
-    config = json.loads(path.read_text(encoding="utf-8"))
-    # A path of the machine that built it, at worst; and code that is not copied and not needed.
-    for key in ("_name_or_path", "_model_name_or_path", "auto_map"):
-        config.pop(key, None)
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:

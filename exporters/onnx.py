@@ -6,7 +6,6 @@ The export runs in a process of its own: its memory is given back, its prints st
 from __future__ import annotations
 
 import importlib.util
-import json
 import shutil
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from typing import Any
 
 from gradmap_hub.errors import MissingExtra, VerificationError
 from gradmap_hub.record import Parity
+from gradmap_hub.source import clean_config
 
 MODEL = "model.onnx"
 MODEL_DATA = "model.onnx_data"
@@ -78,7 +78,7 @@ def export_onnx(source: Path, destination: Path) -> list[Path]:
             path.chmod(0o644)
         else:
             path.unlink()
-    _drop_local_path(partial / "config.json")
+    clean_config(partial / "config.json")
     shutil.rmtree(destination, ignore_errors=True)
     partial.rename(destination)
     return sorted(destination / name for name in (MODEL, MODEL_DATA) if (destination / name).is_file())
@@ -150,13 +150,6 @@ def _greedy(model: Any, ids: Any, mask: Any) -> Any:
         top_k=None,
         pad_token_id=0,
     )
-
-
-def _drop_local_path(path: Path) -> None:
-    config = json.loads(path.read_text(encoding="utf-8"))
-    for key in ("_name_or_path", "_model_name_or_path"):
-        config.pop(key, None)
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def file_names(folder: Path) -> Sequence[Path]:

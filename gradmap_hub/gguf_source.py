@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gradmap_hub.errors import BrokenCheckpointError, SourceError
+from gradmap_hub.source import clean_config
 
 # llama.cpp names the pre-tokenizer in `tokenizer.ggml.pre`; these are byte-level BPE variants whose
 # splitting rule is known exactly. Others keep what transformers derived.
@@ -73,7 +74,7 @@ def convert_gguf(path: Path, folder: Path) -> None:
     except (ValueError, KeyError, OSError, RuntimeError) as error:
         raise BrokenCheckpointError(f"{path.name} cannot be read as a model: {error}") from error
     model.save_pretrained(folder)
-    _drop_names(folder / "config.json")
+    clean_config(folder / "config.json")
     for path in folder.glob("*.safetensors"):
         path.chmod(0o644)  # safetensors creates them 0600
     _mend_tokenizer(tokenizer, metadata)
@@ -115,13 +116,6 @@ def _mend_tokenizer(tokenizer: Any, metadata: dict[str, Any]) -> None:
         token_id = metadata.get(f"tokenizer.ggml.{key}")
         if token_id is not None:
             setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(int(token_id)))
-
-
-def _drop_names(path: Path) -> None:
-    config = json.loads(path.read_text(encoding="utf-8"))
-    for key in ("_name_or_path", "_model_name_or_path"):
-        config.pop(key, None)
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _mend_tokenizer_config(path: Path) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Protocol
 
 
@@ -43,11 +41,3 @@ class SilentReporter:
     def finish(self, note: str = "", *, reused: bool = False) -> None: ...
 
     def note(self, text: str) -> None: ...
-
-
-@contextmanager
-def stage(reporter: Reporter, title: str) -> Iterator[Reporter]:
-    """Report `title` as one stage; it is only reported finished if the body did not raise."""
-    reporter.start(title)
-    yield reporter
-    reporter.finish()

@@ -101,6 +101,15 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
+def clean_config(path: Path) -> None:
+    """Rewrite a config.json that is to be published without what belongs to where it came from: a path of the machine
+    that built it, at worst, and code that is not copied and not needed."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for key in ("_name_or_path", "_model_name_or_path", "auto_map"):
+        config.pop(key, None)
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
 def check_weights(folder: Path, files: Files) -> None:
     """Read the header of every safetensors file and compare it with the file's size and the index.
 
