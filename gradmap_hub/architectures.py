@@ -27,6 +27,7 @@ class Architecture:
     layers: str = "model.layers"
     final_norm: str = "model.norm"
     mlp_output: str = "mlp.down_proj"
+    attention_output: str = "self_attn.o_proj"
 
 
 _ROWS = (

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,34 +40,61 @@ class Decoder:
         self.layers: nn.ModuleList = model.get_submodule(architecture.layers)  # pyright: ignore
         self.norm: nn.Module = model.get_submodule(architecture.final_norm)
         self.head: nn.Module = model.get_output_embeddings()  # pyright: ignore
-        self.device = next(model.parameters()).device
+        self.device = self.head.weight.device
         self._arguments = self._capture_arguments()
 
     @property
     def count(self) -> int:
         return len(self.layers)
 
-    def mlp_output(self, layer: int) -> nn.Linear:
-        """The down projection of `layer`: (tokens, d_ff) -> (tokens, d)."""
-        return self.layers[layer].get_submodule(self.architecture.mlp_output)  # pyright: ignore
+    @property
+    def rows_per_pass(self) -> int | None:
+        """Rows to carry through the layers together: 1 when the layers are in memory (least activation memory),
+        None (all) when fetching a layer is what costs."""
+        return 1
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[nn.Module]:
+        """The module of one layer, with its weights in memory while the context lasts."""
+        yield self.layers[index]
+
+    def mlp_output(self, index: int) -> nn.Linear:
+        """The down projection of a layer: (tokens, d_ff) -> (tokens, d)."""
+        return self.layers[index].get_submodule(self.architecture.mlp_output)  # pyright: ignore
+
+    def put(self, index: int, values: Mapping[str, Tensor]) -> None:
+        """Give parameters of a layer new values, for good."""
+        for name, value in values.items():
+            self.layers[index].get_parameter(name).data = value
+
+    @contextmanager
+    def replaced(self, index: int, values: Mapping[str, Tensor]) -> Iterator[None]:
+        """Use other values for some parameters of a layer for a while. The model is as before afterwards."""
+        with parameters_replaced(self.layers[index], values):
+            yield
 
     def _capture_arguments(self) -> list[dict[str, Any]]:
+        """The keyword arguments the model gives each layer. No layer computes anything: each hands on its input."""
         captured: list[dict[str, Any]] = []
 
-        def remember(_module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            captured.append({name: value for name, value in kwargs.items() if name != "hidden_states"})
+        def hand_on(hidden_states: Tensor, *_args: Any, **kwargs: Any) -> Tensor:
+            captured.append(kwargs)
+            return hidden_states
 
-        handles = [layer.register_forward_pre_hook(remember, with_kwargs=True) for layer in self.layers]
+        for layer in self.layers:
+            layer.forward = hand_on
         try:
             with torch.no_grad():
                 self.model(
                     input_ids=torch.zeros(1, self.tokens, dtype=torch.long, device=self.device),
                     use_cache=False,
+                    output_hidden_states=False,
+                    output_attentions=False,
                     logits_to_keep=1,
                 )
         finally:
-            for handle in handles:
-                handle.remove()
+            for layer in self.layers:
+                del layer.forward  # the class's own again
         return captured
 
     def embed(self, ids: Tensor) -> Tensor:
@@ -89,10 +117,52 @@ class Decoder:
             handle.remove()
         return result[0]
 
-    def step(self, hidden: Tensor, layer: int) -> Tensor:
+    def step(self, hidden: Tensor, index: int) -> Tensor:
         """Hidden states after one layer."""
-        output = self.layers[layer](hidden, **self._arguments[layer])
+        with self.layer(index) as module:
+            return self._call(module, hidden, index)
+
+    def _call(self, module: nn.Module, hidden: Tensor, index: int) -> Tensor:
+        output = module(hidden, **self._arguments[index])
         return output[0] if isinstance(output, tuple) else output
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """No parameter takes part in autograd for a while, except in `backward`."""
+        trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.model.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in trainable:
+                parameter.requires_grad_(True)
+
+    def backward(
+        self, hidden: Tensor, index: int, gradient: Tensor, reduce: Callable[[str, nn.Parameter], None]
+    ) -> Tensor:
+        """One layer's backward pass, its activations computed anew from its input.
+
+        `hidden`: the layer's input; `gradient`: dL/d(output); both (batch, tokens, d). `reduce(name, matrix)` is
+        called for each weight matrix when its gradient `matrix.grad` exists; it is freed right after, so that only
+        one is alive at a time. Norm gains and biases are left out: tiny, and differently scaled. Returns dL/d(input).
+        """
+        with self.layer(index) as module, torch.enable_grad():
+            handles = []
+            matrices = [(name, parameter) for name, parameter in module.named_parameters() if parameter.ndim >= 2]
+            for name, parameter in matrices:
+                parameter.requires_grad_(True)
+                handles.append(parameter.register_post_accumulate_grad_hook(partial(_reduce_and_free, reduce, name)))
+            try:
+                inputs = hidden.detach().requires_grad_(True)
+                self._call(module, inputs, index).backward(gradient)
+            finally:
+                for handle in handles:
+                    handle.remove()
+                for _, parameter in matrices:
+                    parameter.requires_grad_(False)
+                    parameter.grad = None
+            assert inputs.grad is not None
+            return inputs.grad
 
     def run(self, hidden: Tensor, layers: Sequence[int], seen: Callable[[int, Tensor], None] | None = None) -> Tensor:
         """Hidden states after `layers` in order; `seen(layer, hidden)` is called after each."""
@@ -107,15 +177,36 @@ class Decoder:
 
         `hidden` is the residual stream after the last layer; the logits are formed in chunks of positions.
         """
-        normed = self.norm(hidden)[:, :-1]
-        targets = ids[:, 1:].to(self.device)
         total = torch.zeros(len(ids), device=self.device)
+        for losses, _ in self._chunk_losses(hidden, ids):
+            total = total + losses.sum(dim=1)
+        return total / (ids.shape[1] - 1)
+
+    def loss_gradient(self, hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """`row_losses` and the gradient of their sum with respect to `hidden`, (batch, tokens, d).
+
+        Each chunk of logits is differentiated and freed before the next is formed.
+        """
+        inputs = hidden.detach().requires_grad_(True)
+        total = torch.zeros(len(ids), device=self.device)
+        scale = 1 / (ids.shape[1] - 1)
+        with torch.enable_grad():
+            for losses, _ in self._chunk_losses(inputs, ids):
+                summed = losses.sum(dim=1) * scale
+                summed.sum().backward()
+                total += summed.detach()
+        assert inputs.grad is not None
+        return total, inputs.grad
+
+    def _chunk_losses(self, hidden: Tensor, ids: Tensor) -> Iterator[tuple[Tensor, int]]:
+        """Token losses (batch, chunk) float32 of each chunk of predicting positions, with the chunk's start."""
+        targets = ids[:, 1:].to(self.device)
         for start in range(0, targets.shape[1], LOGIT_CHUNK):
-            logits = self.head(normed[:, start : start + LOGIT_CHUNK]).float()  # (batch, chunk, vocabulary)
             wanted = targets[:, start : start + LOGIT_CHUNK]
+            normed = self.norm(hidden[:, start : start + wanted.shape[1]])
+            logits = self.head(normed).float()  # (batch, chunk, vocabulary)
             losses = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none")
-            total = total + losses.view(wanted.shape).sum(dim=1)
-        return total / targets.shape[1]
+            yield losses.view(wanted.shape), start
 
 
 @contextmanager
@@ -129,3 +220,8 @@ def parameters_replaced(module: nn.Module, values: Mapping[str, Tensor]) -> Iter
     finally:
         for name, value in originals.items():
             module.get_parameter(name).data = value
+
+
+def _reduce_and_free(reduce: Callable[[str, nn.Parameter], None], name: str, parameter: nn.Parameter) -> None:
+    reduce(name, parameter)
+    parameter.grad = None

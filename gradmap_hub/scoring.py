@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from gradmap_hub.decoder import Decoder
@@ -49,8 +49,9 @@ def score_layers(
 ) -> LayerScores:
     """Score `layers` (default: all) as they stand in sequence, on rows `ids` (n, tokens).
 
-    Embeddings, final norm and head are frozen and never count. Each weight's gradient is reduced to two numbers as
-    soon as it exists and freed at once, so that only one is alive at a time.
+    The forward pass keeps only the residual stream between layers; the backward pass computes each layer's
+    activations anew (checkpointing), so that the activations of one layer and the gradient of one weight exist at a
+    time. Embeddings, final norm and head never count.
     """
     chosen = list(range(decoder.count)) if layers is None else list(layers)
     gradient = dict.fromkeys(chosen, 0.0)
@@ -58,48 +59,39 @@ def score_layers(
     influence = torch.zeros(len(chosen), dtype=torch.float64)
     windows = torch.zeros(max(len(chosen) - window + 1, 0), dtype=torch.float64)
     loss_sum = 0.0
+    with decoder.frozen():
+        for group in ids.split(decoder.rows_per_pass or len(ids)):
+            rows = group.split(1)
+            with torch.no_grad():
+                stream = [[decoder.embed(row)] for row in rows]  # per row, the input of each layer and the last output
+                for layer in chosen:
+                    with decoder.layer(layer):
+                        for states in stream:
+                            states.append(decoder.step(states[-1], layer))
+            for states in stream:
+                for position in range(len(chosen)):
+                    influence[position] += 1 - _mean_cosine(states[position], states[position + 1])
+                for start in range(len(windows)):
+                    windows[start] += 1 - _mean_cosine(states[start], states[start + window])
+            gradients: list[Tensor] = []
+            for row, states in zip(rows, stream, strict=True):
+                loss, last = decoder.loss_gradient(states.pop(), row)
+                loss_sum += float(loss)
+                gradients.append(last)
+            for layer in reversed(chosen):
 
-    def reduce_into(layer: int) -> Callable[[Tensor], None]:
-        def reduce(parameter: Tensor) -> None:
-            grad = parameter.grad
-            if grad is None:
-                return
-            # In place: the gradient is not needed again, and a temporary of its size per product costs more than
-            # the arithmetic.
-            magnitude = grad.abs_()
-            gradient[layer] += float(magnitude.sum())
-            taylor[layer] += float(magnitude.mul_(parameter.detach()).abs_().sum())
-            parameter.grad = None
+                def reduce(_name: str, parameter: Tensor, layer: int = layer) -> None:
+                    assert parameter.grad is not None
+                    # In place: the gradient is not needed again, and a temporary of its size costs more than the sum.
+                    magnitude = parameter.grad.abs_()
+                    gradient[layer] += float(magnitude.sum(dtype=torch.float32))
+                    taylor[layer] += float(magnitude.mul_(parameter.detach()).abs_().sum(dtype=torch.float32))
 
-        return reduce
-
-    trainable = {name: parameter.requires_grad for name, parameter in decoder.model.named_parameters()}
-    decoder.model.requires_grad_(False)
-    handles = []
-    for layer in chosen:
-        for parameter in _matrices(decoder.layers[layer]):
-            parameter.requires_grad_(True)
-            handles.append(parameter.register_post_accumulate_grad_hook(reduce_into(layer)))
-    try:
-        for row in ids.split(1):
-            inputs: list[Tensor] = []
-            hidden = decoder.embed(row).detach()
-            inputs.append(hidden)
-            last = decoder.run(hidden, chosen, lambda _layer, after, seen=inputs: seen.append(after.detach()))
-            loss = decoder.row_losses(last, row).sum()
-            loss.backward()
-            loss_sum += float(loss.detach())
-            for position in range(len(chosen)):
-                influence[position] += 1 - _mean_cosine(inputs[position], inputs[position + 1])
-            for start in range(len(windows)):
-                windows[start] += 1 - _mean_cosine(inputs[start], inputs[start + window])
-            row_done()
-    finally:
-        for handle in handles:
-            handle.remove()
-        for name, parameter in decoder.model.named_parameters():
-            parameter.requires_grad_(trainable[name])
-            parameter.grad = None
+                with decoder.layer(layer):
+                    for position, states in enumerate(stream):
+                        gradients[position] = decoder.backward(states.pop(), layer, gradients[position], reduce)
+            for _ in rows:
+                row_done()
     return LayerScores(
         layers=chosen,
         gradient=[gradient[layer] for layer in chosen],
@@ -123,11 +115,6 @@ def iterative_removals(
         worst = min(range(len(left)), key=lambda position: scores.gradient[position])
         removed.append(left.pop(worst))
     return sorted(removed)
-
-
-def _matrices(layer: nn.Module) -> list[nn.Parameter]:
-    """Weight matrices only: norm gains and biases are tiny and differently scaled."""
-    return [parameter for parameter in layer.parameters() if parameter.ndim >= 2]
 
 
 def _mean_cosine(before: Tensor, after: Tensor) -> float:
