@@ -1,40 +1,55 @@
-"""Stage 2: one linear correction that undoes as much of the drift as a linear map can, folded into a weight.
+"""Stage 2: linear corrections that undo as much of the drift as linear maps can, folded into weights.
 
-Notation, for a site j (a kept layer), rows = calibration tokens:
-    z   (n x f)  input of the MLP down projection W (d x f) of layer j in the pruned model
-    m   = z W^T  its output (n x d)
-    H   (n x d)  residual stream after layer j in the original model (at j's original index)
-    H'  (n x d)  the same in the pruned model;  E = H - H' is the drift to undo
+The paper (GradMAP, arXiv 2602.14649) corrects one layer, the one whose mean hidden state moved most, with a projection
+of the MLP output. Here every linear around a gap that writes to the residual stream is a site, in the order of the
+stream; the closed forms are in `ridge`:
 
-Since the residual stream is r + m, replacing m by m P^T, or W by W + D, changes H' by m (P - I)^T or z D^T:
+    the MLP of the layer before the gap          towards the stream behind the gap: what the lost layers added
+    attention and MLP of the first layer after   towards the original's stream at the same places
 
-    projection   min_P ||E - m (P - I)^T||^2 + lambda ||P - I||^2      GradMAP stage 2 (arXiv 2602.14649)
-    weight       min_D ||E - z D^T||^2 + lambda ||D||^2                more unknowns (d x f), just as foldable
-
-Both are ridge regressions with closed forms in the two Gram matrices G = z^T z and C = z^T E alone:
-    D^T = (G + lambda I)^-1 C;    (P - I)^T = (W G W^T + lambda I)^-1 W C
-With a bias, m = z W^T + b; m^T m and m^T E then also need the sums of z and E over tokens.
-They are accumulated row by row in float64; no matrix of all tokens is ever kept. The fold is exact and adds nothing to
-the graph: W <- P W (bias <- P bias) or W <- W + D. lambda = strength x mean diagonal of the Gram matrix.
+Each site is fitted on the stream as the sites before it left it, so that later sites correct what earlier ones could
+not. A site is kept only if it lowers the loss on held-out rows. Both streams, original and pruned, are carried along
+the layers once for all sites; Gram matrices are summed row by row and no matrix of all tokens is ever kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from gradmap_hub.calibration import CalibrationRows
 from gradmap_hub.config import PruneConfig
-from gradmap_hub.decoder import Decoder, parameters_replaced
+from gradmap_hub.decoder import Decoder
 from gradmap_hub.progress import Reporter
-from gradmap_hub.record import CompensationRecord, Trial
+from gradmap_hub.record import CompensationRecord, SiteCorrection, Trial
+from gradmap_hub.ridge import Correction, Gram, corrected_parameters, solve
 
-# lambda over the mean Gram diagonal. The first is tried at every site, the others at the best site only: the best
-# site does not depend on the strength, and every trial costs a pass over the held-out rows.
-STRENGTHS: dict[str, tuple[float, ...]] = {"weight": (0.03, 0.01, 0.1, 0.3), "projection": (0.03, 0.003, 0.3)}
+# lambda over the mean Gram diagonal: all are tried at the first site, the best one at the others, where it hardly
+# matters. The diagonal's mean is that of a few massive features, so that even 0.001 is a strong ridge for the others.
+STRENGTHS: dict[str, tuple[float, ...]] = {"weight": (0.001, 0.0003, 0.003), "projection": (0.03, 0.003, 0.3)}
+# A site must lower the held-out loss by this share of what is left to win, or it is not worth its risk elsewhere.
+MINIMUM_GAIN = 1e-3
+MAX_SITES = 9
+
+MLP, ATTENTION = "mlp", "attention"
+
+# (layer, parameter name within the layer) -> new value, in the parameter's dtype.
+Overrides = dict[tuple[int, str], Tensor]
+
+
+@dataclass(frozen=True)
+class Site:
+    """A linear that writes to the residual stream, and the original layer whose stream it is to restore: behind that
+    layer (`part` MLP) or in its middle, behind its attention (`part` ATTENTION, where target = layer)."""
+
+    layer: int
+    part: str
+    target: int
 
 
 @dataclass(frozen=True)
@@ -46,51 +61,29 @@ class Shift:
     relative: list[float]
 
 
-@dataclass(frozen=True)
-class Gram:
-    """Sums over calibration tokens for one site, float64: zz (f, f), ze (f, d); tokens = n. `z` (f), `e` (d) are the
-    sums of z and E, kept with the `bias` (d) of the down projection where it has one."""
-
-    zz: Tensor
-    ze: Tensor
-    tokens: int
-    bias: Tensor | None = None
-    z: Tensor | None = None
-    e: Tensor | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Correction:
-    """What would be folded at a site. Exactly one of `projection` (d, d) and `delta` (d, f) is set; float64."""
-
-    site: int
-    kind: str
-    strength: float
-    ridge: float
-    projection: Tensor | None = None
-    delta: Tensor | None = None
-
-
 def mean_shift(
     decoder: Decoder, ids: Tensor, kept: Sequence[int], row_done: Callable[[], None] = lambda: None
 ) -> Shift:
     """The mean shift after each kept layer, over rows `ids` (n, tokens)."""
-    original = {layer: torch.zeros(0) for layer in kept}
-    pruned = dict(original)
+    original: dict[int, Tensor] = {}
+    pruned: dict[int, Tensor] = {}
 
-    def collect(into: dict[int, Tensor]) -> Callable[[int, Tensor], None]:
-        def add(layer: int, hidden: Tensor) -> None:
-            if layer in into:
-                mean = hidden.double().mean(dim=(0, 1))
-                into[layer] = into[layer] + mean if into[layer].numel() else mean
+    def add(into: dict[int, Tensor], layer: int, states: list[Tensor]) -> None:
+        mean = torch.stack([hidden.double().mean(dim=(0, 1)) for hidden in states]).sum(dim=0)
+        into[layer] = into[layer] + mean if layer in into else mean
 
-        return add
-
-    with torch.no_grad():
-        for row in ids.split(1):
-            start = decoder.embed(row)
-            decoder.run(start, range(decoder.count), collect(original))
-            decoder.run(start, kept, collect(pruned))
+    present = set(kept)
+    for group in ids.split(decoder.rows_per_pass or len(ids)):
+        full = [decoder.embed(row) for row in group.split(1)]
+        short = list(full)
+        for layer in range(decoder.count):
+            with decoder.layer(layer):
+                decoder.carry(full, [layer])
+                if layer in present:
+                    decoder.carry(short, [layer])
+                    add(original, layer, full)
+                    add(pruned, layer, short)
+        for _ in group:
             row_done()
     absolute = [float((pruned[layer] - original[layer]).norm()) / len(ids) for layer in kept]
     relative = [
@@ -100,234 +93,250 @@ def mean_shift(
     return Shift(list(kept), absolute, relative)
 
 
-def candidate_sites(shift: Shift, removed: Sequence[int], rule: str, limit: int = 3) -> list[int]:
-    """Kept layers worth correcting. `largest-shift`: the paper's argmax of the absolute mean shift. `auto`: the
-    largest relative shift, the first kept layer behind the last gaps, at most `limit` in all."""
-    if rule == "largest-shift":
-        return [shift.layers[max(range(len(shift.layers)), key=lambda position: shift.absolute[position])]]
-    by_relative = sorted(range(len(shift.layers)), key=lambda position: -shift.relative[position])
+def sites_around_gaps(kept: Sequence[int], removed: Sequence[int], limit: int = MAX_SITES) -> list[Site]:
+    """Up to three sites per gap, in the order of the stream. If there are too many, small gaps are left out first."""
     gone = set(removed)
-    behind_gaps = [layer for layer in shift.layers if layer - 1 in gone]
-    # Behind the last gap all drift has happened, so a correction there sees the whole of it.
-    wanted = [shift.layers[by_relative[0]], *reversed(behind_gaps)]
-    return list(dict.fromkeys(wanted))[:limit]
+    gaps: list[tuple[int, int]] = []  # first and last removed layer of each run
+    for layer in sorted(gone):
+        if gaps and gaps[-1][1] == layer - 1:
+            gaps[-1] = (gaps[-1][0], layer)
+        else:
+            gaps.append((layer, layer))
+    by_size = sorted(gaps, key=lambda gap: (gap[0] - gap[1], gap[0]))[: max(1, limit // 3)]
+    sites: list[Site] = []
+    for first, last in sorted(by_size):
+        if first > 0 and Site(first - 1, MLP, first - 1) not in sites:
+            sites.append(Site(first - 1, MLP, last))
+        elif first > 0:
+            # The layer between two gaps is the first after one and the last before the next: one fit, for the latter.
+            sites[sites.index(Site(first - 1, MLP, first - 1))] = Site(first - 1, MLP, last)
+        if last + 1 in kept:
+            sites += [Site(last + 1, ATTENTION, last + 1), Site(last + 1, MLP, last + 1)]
+    return sites
 
 
-def accumulate_grams(
-    decoder: Decoder,
-    ids: Tensor,
-    kept: Sequence[int],
-    sites: Sequence[int],
-    row_done: Callable[[], None] = lambda: None,
-) -> dict[int, Gram]:
-    """One pass of the original and of the pruned model over rows `ids`, up to the last site, for all sites at once.
-
-    The layers before the first removed one are the same in both and run once.
-    """
-    last = max(sites)
-    shared = [layer for position, layer in enumerate(kept) if layer == position and layer < min(sites)]
-    original_rest = [layer for layer in range(len(shared), last + 1)]
-    pruned_rest = [layer for layer in kept if layer >= len(shared) and layer <= last]
-    zz: dict[int, Tensor] = {}
-    ze: dict[int, Tensor] = {}
-    z_sum: dict[int, Tensor] = {}
-    e_sum: dict[int, Tensor] = {}
-    inputs: dict[int, Tensor] = {}
-
-    def remember(site: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            inputs[site] = args[0].detach()
-
-        return hook
-
-    with torch.no_grad():
-        for row in ids.split(1):
-            stream = decoder.run(decoder.embed(row), shared)
-            targets: dict[int, Tensor] = {}
-            drifted: dict[int, Tensor] = {}
-            decoder.run(stream, original_rest, _keep_at(sites, targets))
-            handles = [decoder.mlp_output(site).register_forward_pre_hook(remember(site)) for site in sites]
-            try:
-                decoder.run(stream, pruned_rest, _keep_at(sites, drifted))
-            finally:
-                for handle in handles:
-                    handle.remove()
-            for site in sites:
-                z = inputs[site].flatten(0, 1)  # (tokens, f)
-                drift = (targets[site] - drifted[site]).flatten(0, 1)  # (tokens, d)
-                # float32 products of one row, summed over rows in float64: a row is short enough to be exact.
-                zz_row = (z.T @ z).double()
-                ze_row = (z.T @ drift).double()
-                zz[site] = zz[site] + zz_row if site in zz else zz_row
-                ze[site] = ze[site] + ze_row if site in ze else ze_row
-                z_sum[site] = z_sum.get(site, 0) + z.double().sum(dim=0)
-                e_sum[site] = e_sum.get(site, 0) + drift.double().sum(dim=0)
-            row_done()
-    biases = {site: decoder.mlp_output(site).bias for site in sites}
-    return {
-        site: Gram(
-            zz[site],
-            ze[site],
-            ids.numel(),
-            bias=None if bias is None else bias.detach().double(),
-            z=z_sum[site],
-            e=e_sum[site],
-        )
-        for site, bias in biases.items()
-    }
+def largest_shift(shift: Shift) -> Site:
+    """The paper's site: argmax of the absolute mean shift."""
+    layer = shift.layers[max(range(len(shift.layers)), key=lambda position: shift.absolute[position])]
+    return Site(layer, MLP, layer)
 
 
-def _keep_at(sites: Sequence[int], into: dict[int, Tensor]) -> Callable[[int, Tensor], None]:
-    def keep(layer: int, hidden: Tensor) -> None:
-        if layer in sites:
-            into[layer] = hidden
+class Streams:
+    """The residual streams of original and pruned model over the same rows, carried along the layers together.
 
-    return keep
-
-
-def solve(gram: Gram, weight: Tensor, *, site: int, kind: str, strength: float) -> Correction:
-    """The ridge solution for one site, in float64. `weight` is the down projection W (d, f)."""
-    if kind == "weight":
-        ridge = strength * float(gram.zz.diagonal().mean())
-        delta = _ridge(gram.zz, gram.ze, ridge).T  # (d, f)
-        return Correction(site, kind, strength, ridge, delta=delta)
-    w = weight.detach().double()
-    mm = w @ gram.zz @ w.T  # (d, d)
-    me = w @ gram.ze  # (d, d)
-    if gram.bias is not None and gram.z is not None and gram.e is not None:
-        cross = torch.outer(w @ gram.z, gram.bias)
-        mm = mm + cross + cross.T + gram.tokens * torch.outer(gram.bias, gram.bias)
-        me = me + torch.outer(gram.bias, gram.e)
-    ridge = strength * float(mm.diagonal().mean())
-    projection = torch.eye(len(w), dtype=w.dtype, device=w.device) + _ridge(mm, me, ridge).T
-    return Correction(site, kind, strength, ridge, projection=projection)
-
-
-def _ridge(gram: Tensor, right: Tensor, ridge: float) -> Tensor:
-    ridge = max(ridge, torch.finfo(gram.dtype).tiny)  # all inputs zero: nothing to correct, rather than no solution
-    system = gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    return torch.cholesky_solve(right, torch.linalg.cholesky(system))
-
-
-def folded_weight(weight: Tensor, correction: Correction) -> Tensor:
-    """W <- P W or W + D, computed in float64 and returned in float64 (d, f)."""
-    w = weight.detach().double()
-    if correction.projection is not None:
-        return correction.projection.to(w.device) @ w
-    assert correction.delta is not None
-    return w + correction.delta.to(w.device)
-
-
-def corrected_parameters(linear: nn.Linear, correction: Correction) -> dict[str, Tensor]:
-    """The parameters of a down projection with the correction folded in, float64 cast once to their own dtype.
-
-    A projection turns the bias too: P (W z + b) = (P W) z + P b.
-    """
-    parameters = {"weight": folded_weight(linear.weight, correction).to(linear.weight.dtype).contiguous()}
-    if linear.bias is not None and correction.projection is not None:
-        bias = correction.projection.to(linear.bias.device) @ linear.bias.detach().double()
-        parameters["bias"] = bias.to(linear.bias.dtype)
-    return parameters
-
-
-class Suffix:
-    """The pruned model from `site` on, for rows whose hidden states before it are computed once.
-
-    Trying one more correction at the site then costs only the layers from the site to the end.
+    The original leads: it must have passed a layer before that layer's weights are replaced. The layers before `start`
+    are the same in both and run once.
     """
 
-    def __init__(
-        self,
-        decoder: Decoder,
-        ids: Tensor,
-        kept: Sequence[int],
-        site: int,
-        row_done: Callable[[], None] = lambda: None,
-    ) -> None:
+    def __init__(self, decoder: Decoder, ids: Tensor, kept: Sequence[int], start: int) -> None:
         self._decoder = decoder
-        self._ids = ids
-        self._site = site
-        self._rest = [layer for layer in kept if layer >= site]
-        before = [layer for layer in kept if layer < site]
-        self._hidden: list[Tensor] = []
-        with torch.no_grad():
-            for row in ids.split(1):
-                self._hidden.append(decoder.run(decoder.embed(row), before))
-                row_done()
+        self._kept = kept
+        self.original = [decoder.embed(row) for row in ids.split(1)]
+        decoder.carry(self.original, range(start))
+        self.pruned = list(self.original)
+        self._original_next = self._pruned_next = start
 
-    def loss(self, correction: Correction | None, row_done: Callable[[], None] = lambda: None) -> float:
-        """Mean NLL in nats per token over the rows with the correction (if any) folded in; the model is unchanged
-        after."""
+    def targets(self, site: Site) -> list[Tensor]:
+        """The original's stream that a site is to restore, per row (1, tokens, d)."""
         decoder = self._decoder
-        linear = decoder.mlp_output(self._site)
-        values = corrected_parameters(linear, correction) if correction else {}
-        losses: list[float] = []
-        with parameters_replaced(linear, values), torch.no_grad():
-            for row, hidden in zip(self._ids.split(1), self._hidden, strict=True):
-                losses.append(float(decoder.row_losses(decoder.run(hidden, self._rest), row)))
-                row_done()
-        return sum(losses) / len(losses)
+        if site.part == MLP:
+            decoder.carry(self.original, range(self._original_next, site.target + 1))
+            self._original_next = max(self._original_next, site.target + 1)
+            return self.original
+        decoder.carry(self.original, range(self._original_next, site.target))
+        middles: list[Tensor] = []
+        with decoder.layer(site.target) as module:
+            for index, hidden in enumerate(self.original):
+                with _Tap(module.get_submodule(decoder.architecture.attention_output)) as tap:
+                    self.original[index] = decoder.step(hidden, site.target)
+                middles.append(hidden + tap.output)
+        self._original_next = site.target + 1
+        return middles
+
+    def before(self, layer: int) -> list[Tensor]:
+        """The pruned model's stream before a layer, per row."""
+        self._decoder.carry(self.pruned, [index for index in self._kept if self._pruned_next <= index < layer])
+        self._pruned_next = max(self._pruned_next, layer)
+        return self.pruned
+
+
+class _Tap:
+    """Input and output of a linear during one call."""
+
+    def __init__(self, linear: nn.Module) -> None:
+        self._linear = linear
+        self.input = self.output = torch.empty(0)
+
+    def __enter__(self) -> _Tap:
+        def remember(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            self.input, self.output = args[0], output
+
+        self._handle = self._linear.register_forward_hook(remember)
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self._handle.remove()
+
+
+# Rows whose products are summed in float32 before they go into the float64 sums: few enough to be exact.
+_ROWS_PER_SUM = 4
+
+
+def accumulate_gram(
+    decoder: Decoder,
+    site: Site,
+    hidden: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    row_done: Callable[[], None] = lambda: None,
+) -> Gram:
+    """Gram matrices of one site. `hidden`: the pruned model's stream before the site's layer; `targets`: what it
+    should be behind the site; both per row, (1, tokens, d)."""
+    path = part_name(decoder, site.part)
+    with decoder.layer(site.layer) as module, torch.no_grad():
+        linear: nn.Linear = module.get_submodule(path)  # pyright: ignore
+        features, width = linear.in_features, linear.out_features
+        like = {"dtype": torch.float64, "device": decoder.device}
+        zz, ze = torch.zeros(features, features, **like), torch.zeros(features, width, **like)
+        z_sum, e_sum = torch.zeros(features, **like), torch.zeros(width, **like)
+        # Doubles stay doubles, everything else is multiplied in float32.
+        single = torch.float64 if linear.weight.dtype == torch.float64 else torch.float32
+        zz_part, ze_part = torch.zeros_like(zz, dtype=single), torch.zeros_like(ze, dtype=single)
+        for index, (states, wanted) in enumerate(zip(hidden, targets, strict=True)):
+            with _Tap(linear) as tap:
+                after = decoder.step(states, site.layer)
+            reached = after if site.part == MLP else states + tap.output
+            z = tap.input.flatten(0, 1).to(single)  # (tokens, f)
+            drift = wanted.flatten(0, 1).to(single) - reached.flatten(0, 1).to(single)  # (tokens, d)
+            zz_part.addmm_(z.T, z)
+            ze_part.addmm_(z.T, drift)
+            z_sum += z.sum(dim=0)
+            e_sum += drift.sum(dim=0)
+            if index % _ROWS_PER_SUM == _ROWS_PER_SUM - 1 or index == len(hidden) - 1:
+                zz += zz_part
+                ze += ze_part
+                zz_part.zero_()
+                ze_part.zero_()
+            row_done()
+        bias = None if linear.bias is None else linear.bias.detach().double().clone()
+    tokens = sum(states.shape[0] * states.shape[1] for states in hidden)
+    return Gram(zz, ze, tokens, bias=bias, z=z_sum, e=e_sum)
+
+
+def part_name(decoder: Decoder, part: str) -> str:
+    """Module path of a part within a layer."""
+    return decoder.architecture.mlp_output if part == MLP else decoder.architecture.attention_output
+
+
+def stream_loss(decoder: Decoder, hidden: Sequence[Tensor], ids: Tensor, layers: Sequence[int]) -> float:
+    """Mean NLL in nats per token of rows `ids`, whose streams `hidden` still have `layers` to run."""
+    states = list(hidden)
+    with torch.no_grad():
+        decoder.carry(states, layers)
+        losses = [decoder.row_losses(last, row) for last, row in zip(states, ids.split(1), strict=True)]
+    return float(torch.cat(losses).double().mean())
+
+
+@dataclass
+class _Fit:
+    """What has been tried and accepted so far."""
+
+    loss: float
+    trials: list[Trial] = field(default_factory=list)
+    accepted: list[SiteCorrection] = field(default_factory=list)
+    overrides: Overrides = field(default_factory=dict)
 
 
 def fit_correction(
     decoder: Decoder,
     rows: CalibrationRows,
-    kept: Sequence[int],
     removed: Sequence[int],
     config: PruneConfig,
     reporter: Reporter,
     baseline: float | None = None,
-) -> tuple[CompensationRecord, dict[str, Tensor]]:
-    """Try corrections at a few sites and keep the one with the lowest loss on `rows.selection`, if it lowers it.
+) -> tuple[CompensationRecord, Overrides]:
+    """Correct site after site, keeping what lowers the loss on `rows.selection`. The model is unchanged after.
 
     `baseline` is that loss without a correction (nats per token), computed here if not given. Returns the record and
-    the corrected parameters of the site's down projection; they are empty if nothing is to be applied.
+    the corrected parameters; they are empty if nothing is to be applied.
     """
-    shift_rows = rows.fit[: max(2, config.scoring_rows // 2)]
+    kept = [layer for layer in range(decoder.count) if layer not in set(removed)]
+    shift_rows = rows.fit[: config.shift_rows]
     reporter.total(len(shift_rows))
     shift = mean_shift(decoder, shift_rows, kept, reporter.advance)
-    shifts = {"shift_layers": shift.layers, "shift": shift.absolute, "relative_shift": shift.relative}
     if config.compensation == "none":
-        return CompensationRecord(applied=False, reason="not asked for", **shifts), {}
-    sites = candidate_sites(shift, removed, config.site)
-    kinds = ("weight", "projection") if config.compensation == "auto" else (config.compensation,)
-    count = len(sites) * len(kinds) + len(STRENGTHS["weight"]) - 1
-    reporter.total(len(rows.fit) + len(rows.selection) * (count + len(sites)))
-    grams = accumulate_grams(decoder, rows.fit, kept, sites, reporter.advance)
-    suffixes = {site: Suffix(decoder, rows.selection, kept, site, reporter.advance) for site in sites}
-    if baseline is None:
-        baseline = suffixes[sites[0]].loss(None)
-    tried: list[tuple[Trial, Correction]] = []
+        record = CompensationRecord(
+            applied=False,
+            reason="not asked for",
+            shift_layers=shift.layers,
+            shift=shift.absolute,
+            relative_shift=shift.relative,
+        )
+        return record, {}
+    kind = "projection" if config.compensation == "projection" else "weight"
+    sites = sites_around_gaps(kept, removed) if config.site == "auto" else [largest_shift(shift)]
+    strengths = list(STRENGTHS[kind])
+    reporter.total(len(sites) * len(rows.fit) + (len(sites) + len(strengths)) * len(rows.selection))
+    start = min(*(site.layer for site in sites), min(removed))
+    with ExitStack() as corrected, torch.no_grad():
+        fitted = Streams(decoder, rows.fit, kept, start)
+        watched = Streams(decoder, rows.selection, kept, start)
+        if baseline is None:
+            rest = [layer for layer in kept if layer >= start]
+            baseline = stream_loss(decoder, watched.pruned, rows.selection, rest)
+        state = _Fit(baseline)
+        for site in sites:
+            targets = fitted.targets(site)
+            gram = accumulate_gram(decoder, site, fitted.before(site.layer), targets, reporter.advance)
+            rest = [layer for layer in kept if layer >= site.layer]
+            hidden = watched.before(site.layer)
+            best: tuple[float, Correction, Mapping[str, Tensor]] | None = None
+            for strength in strengths:
+                correction, values = _solved(decoder, site, gram, kind, strength)
+                with decoder.replaced(site.layer, values):
+                    loss = stream_loss(decoder, hidden, rows.selection, rest)
+                reporter.advance(len(rows.selection))
+                state.trials.append(Trial(site.layer, kind, strength, loss, site.part))
+                if best is None or loss < best[0]:
+                    best = loss, correction, values
+            assert best is not None
+            loss, correction, values = best
+            if len(strengths) > 1:
+                strengths = [correction.strength]
+            if not loss < state.loss - MINIMUM_GAIN:  # so that not-a-number is no improvement either
+                continue
+            corrected.enter_context(decoder.replaced(site.layer, values))
+            state.accepted.append(
+                SiteCorrection(site.layer, site.part, kind, correction.strength, correction.ridge, state.loss, loss)
+            )
+            state.overrides.update({(site.layer, name): value for name, value in values.items()})
+            state.loss = loss
+    return _record(state, baseline, shift), state.overrides
 
-    def attempt(site: int, kind: str, strength: float) -> None:
-        weight = decoder.mlp_output(site).weight
-        correction = solve(grams[site], weight, site=site, kind=kind, strength=strength)
-        loss = suffixes[site].loss(correction, reporter.advance)
-        tried.append((Trial(site, kind, strength, loss), correction))
 
-    for site in sites:
-        for kind in kinds:
-            attempt(site, kind, STRENGTHS[kind][0])
-    leader = min(tried, key=lambda entry: entry[0].loss)[0]
-    for strength in STRENGTHS[leader.kind][1:]:
-        attempt(leader.site, leader.kind, strength)
-    trials = [trial for trial, _ in tried]
-    best, correction = min(tried, key=lambda entry: entry[0].loss)
-    if not best.loss < baseline:  # so that not-a-number is no improvement either
-        reason = "no correction lowered the held-out loss"
-        return CompensationRecord(
-            applied=False, reason=reason, loss_before=baseline, loss_after=baseline, trials=trials, **shifts
-        ), {}
+def _solved(
+    decoder: Decoder, site: Site, gram: Gram, kind: str, strength: float
+) -> tuple[Correction, dict[str, Tensor]]:
+    path = part_name(decoder, site.part)
+    with decoder.layer(site.layer) as module:
+        linear: nn.Linear = module.get_submodule(path)  # pyright: ignore
+        correction = solve(gram, linear.weight, site=site.layer, kind=kind, strength=strength)
+        values = corrected_parameters(linear, correction)
+    return correction, {f"{path}.{name}": value for name, value in values.items()}
+
+
+def _record(state: _Fit, baseline: float, shift: Shift) -> CompensationRecord:
     record = CompensationRecord(
-        applied=True,
-        kind=best.kind,
-        site=best.site,
-        strength=best.strength,
-        ridge=correction.ridge,
+        applied=bool(state.accepted),
         loss_before=baseline,
-        loss_after=best.loss,
-        reason="lowest held-out loss",
-        trials=trials,
-        **shifts,
+        loss_after=state.loss,
+        reason="lowest held-out loss" if state.accepted else "no correction lowered the held-out loss",
+        trials=state.trials,
+        corrections=state.accepted,
+        shift_layers=shift.layers,
+        shift=shift.absolute,
+        relative_shift=shift.relative,
     )
-    return record, corrected_parameters(decoder.mlp_output(best.site), correction)
+    if not state.accepted:
+        return record
+    main = max(state.accepted, key=lambda entry: entry.loss_before - entry.loss_after)
+    return dataclasses.replace(record, kind=main.kind, site=main.layer, strength=main.strength, ridge=main.ridge)

@@ -124,6 +124,11 @@ class PruneConfig:
         return max(4, self.samples // 4) if self.samples >= 4 else self.samples
 
     @property
+    def shift_rows(self) -> int:
+        """Rows of the mean shift, a first moment: a few are enough."""
+        return max(2, self.scoring_rows // 2)
+
+    @property
     def selection_rows(self) -> int:
         """Held-out rows that decide between candidates and between ridge strengths."""
         return max(4, self.samples // 4)

@@ -7,7 +7,7 @@ layers", "the loss of that stream". Each layer is called exactly as the model it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -40,7 +40,7 @@ class Decoder:
         self.layers: nn.ModuleList = model.get_submodule(architecture.layers)  # pyright: ignore
         self.norm: nn.Module = model.get_submodule(architecture.final_norm)
         self.head: nn.Module = model.get_output_embeddings()  # pyright: ignore
-        self.device = self.head.weight.device
+        self.device: torch.device = self.head.weight.device  # pyright: ignore
         self._arguments = self._capture_arguments()
 
     @property
@@ -108,9 +108,10 @@ class Decoder:
         handle = self.layers[0].register_forward_pre_hook(leave, with_kwargs=True)
         try:
             # Recording outputs patches the layers until the pass ends, and this one does not; a config may ask for it.
-            self.model(
-                input_ids=ids.to(self.device), use_cache=False, output_hidden_states=False, output_attentions=False
-            )
+            with torch.no_grad():
+                self.model(
+                    input_ids=ids.to(self.device), use_cache=False, output_hidden_states=False, output_attentions=False
+                )
         except _Captured:
             pass
         finally:
@@ -172,6 +173,14 @@ class Decoder:
                 seen(layer, hidden)
         return hidden
 
+    def carry(self, states: list[Tensor], layers: Iterable[int]) -> None:
+        """Run `layers` over many rows at once, in place: each layer is fetched once for all of them."""
+        with torch.no_grad():
+            for layer in layers:
+                with self.layer(layer):
+                    for index, hidden in enumerate(states):
+                        states[index] = self.step(hidden, layer)
+
     def row_losses(self, hidden: Tensor, ids: Tensor) -> Tensor:
         """Mean next-token negative log-likelihood of each row, in nats: (batch,) float32.
 
@@ -181,6 +190,21 @@ class Decoder:
         for losses, _ in self._chunk_losses(hidden, ids):
             total = total + losses.sum(dim=1)
         return total / (ids.shape[1] - 1)
+
+    def losses(
+        self, ids: Tensor, layers: Sequence[int] | None = None, rows_done: Callable[[int], None] = lambda _rows: None
+    ) -> list[float]:
+        """Mean NLL (nats per token) of each row of `ids` (n, tokens) with only `layers` active (default: all)."""
+        active = range(self.count) if layers is None else layers
+        found: list[float] = []
+        for group in ids.split(self.rows_per_pass or len(ids)):
+            rows = group.split(1)
+            states = [self.embed(row) for row in rows]
+            self.carry(states, active)
+            with torch.no_grad():
+                found += [float(self.row_losses(last, row)) for last, row in zip(states, rows, strict=True)]
+            rows_done(len(rows))
+        return found
 
     def loss_gradient(self, hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         """`row_losses` and the gradient of their sum with respect to `hidden`, (batch, tokens, d).

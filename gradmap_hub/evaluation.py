@@ -3,30 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
-
-from gradmap_hub.decoder import Decoder
 
 BOOTSTRAP_DRAWS = 2000
-
-
-def row_losses(
-    decoder: Decoder,
-    ids: Tensor,
-    layers: Sequence[int] | None = None,
-    row_done: Callable[[], None] = lambda: None,
-) -> list[float]:
-    """Mean NLL (nats per token) of each row of `ids` (n, tokens) with only `layers` active (default: all)."""
-    active = range(decoder.count) if layers is None else layers
-    losses: list[float] = []
-    with torch.no_grad():
-        for row in ids.split(1):
-            losses.append(float(decoder.row_losses(decoder.run(decoder.embed(row), active), row)))
-            row_done()
-    return losses
 
 
 def perplexity(losses: Sequence[float]) -> float:

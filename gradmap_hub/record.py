@@ -54,11 +54,13 @@ class LayerDecision:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One set of layers that was tried on held-out rows. `loss` in nats per token, without compensation."""
+    """One set of layers that was tried on held-out rows. `loss` in nats per token, without compensation; `corrected`
+    with it, for the sets whose corrections were fitted."""
 
     name: str
     removed: list[int]
     loss: float
+    corrected: float | None = None
 
 
 @dataclass(frozen=True)
@@ -96,11 +98,27 @@ class Trial:
     kind: str
     strength: float
     loss: float
+    part: str = "mlp"
+
+
+@dataclass(frozen=True)
+class SiteCorrection:
+    """One correction that was applied: to the attention or MLP output (`part`) of a layer (original index)."""
+
+    layer: int
+    part: str
+    kind: str
+    strength: float
+    ridge: float
+    loss_before: float
+    loss_after: float
 
 
 @dataclass(frozen=True)
 class CompensationRecord:
-    """Stage 2. `shift` and `relative_shift` are indexed like `shift_layers` (original indices of kept layers)."""
+    """Stage 2. `kind`, `site`, `strength` and `ridge` are those of the correction that gained most; `corrections` holds
+    them all, in the order of the stream. `shift` and `relative_shift` are indexed like `shift_layers` (original indices
+    of kept layers)."""
 
     applied: bool
     kind: str | None = None
@@ -114,6 +132,7 @@ class CompensationRecord:
     shift: list[float] = field(default_factory=list)
     relative_shift: list[float] = field(default_factory=list)
     trials: list[Trial] = field(default_factory=list)
+    corrections: list[SiteCorrection] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

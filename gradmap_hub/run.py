@@ -125,9 +125,20 @@ class _Fetched:
 
 @dataclass(frozen=True)
 class _Selected:
+    """Measured sets, lowest loss first; `by_hand` if the user named the layers and nothing was compared."""
+
+    candidates: list[Candidate]
+    by_hand: bool = False
+
+
+@dataclass(frozen=True)
+class _Corrected:
+    """The set that is lowest after its correction, and what was tried on the way."""
+
     removed: list[int]
     winner: Candidate | None
     candidates: list[Candidate]
+    compensation: CompensationRecord
 
 
 @dataclass(frozen=True)
@@ -164,14 +175,14 @@ def prune_stages(run: Run, *, target: str | None = None, license: str | None = N
         describe=lambda f: size(f.bytes),
     )
     scores = _score(run, rows)
-    selected = _select(run, rows, scores)
+    chosen = _correct(run, rows, _select(run, rows, scores))
+    compensation = chosen.compensation
     texts = [(row, "calibration (held out)") for row in rows.held_out] + [(row, "another source") for row in extra]
-    losses = _evaluate_original(run, selected, [row for row, _ in texts])
-    compensation = _compensate(run, rows, selected)
-    written = _write(run, selected, compensation)
+    losses = _evaluate_original(run, chosen.removed, [row for row, _ in texts])
+    written = _write(run, chosen.removed, compensation)
     compensated = _evaluate_written(run, [row for row, _ in texts])
-    winner = selected.winner
-    why = "lowest held-out loss of the candidates" if len(selected.candidates) > 1 else "lowest score"
+    winner = chosen.winner
+    why = "lowest held-out loss of the candidates" if len(chosen.candidates) > 1 else "lowest score"
     base = run.source.base
     record = RunRecord(
         schema_version=SCHEMA_VERSION,
@@ -179,8 +190,8 @@ def prune_stages(run: Run, *, target: str | None = None, license: str | None = N
         command=run.command,
         name=run.output.resolve().name,
         base=base if base.license else dataclasses.replace(base, license=license, license_source="publisher"),
-        layers=decide(scores, winner, selected.removed, why),
-        removed=selected.removed,
+        layers=decide(scores, winner, chosen.removed, why),
+        removed=chosen.removed,
         ratio=run.config.ratio if run.config.ratio is not None else run.removals / run.source.layer_count,
         parameters=written.parameters,
         bytes=written.bytes,
@@ -189,7 +200,7 @@ def prune_stages(run: Run, *, target: str | None = None, license: str | None = N
         calibration=_calibration_record(run, rows),
         compensation=compensation,
         seed=run.config.seed,
-        candidates=selected.candidates,
+        candidates=chosen.candidates,
         verification=written.verification,
         evaluation=_evaluation_record(run, texts, losses, compensated),
         artifacts=weight_artifacts(run.output),
@@ -280,8 +291,8 @@ def _score(run: Run, rows: CalibrationRows) -> LayerScores:
 def _select(run: Run, rows: CalibrationRows, scores: LayerScores) -> _Selected:
     """Form candidate sets from the scores and let the loss on held-out rows decide."""
     from gradmap_hub.calibration import sha256_of_ids
-    from gradmap_hub.evaluation import row_losses
     from gradmap_hub.scoring import iterative_removals
+    from gradmap_hub.search import SWAPS_MEASURED, search_layers
     from gradmap_hub.selection import candidates
 
     config = run.config
@@ -296,16 +307,11 @@ def _select(run: Run, rows: CalibrationRows, scores: LayerScores) -> _Selected:
             sets = {"gradient, iterative": iterative_removals(decoder, scoring, run.removals, row_done=run.step)}
         else:
             sets = candidates(scores, run.removals, config.metric)
-        run.reporter.total(len(sets) * len(rows.selection))
-        tried = []
-        for name, removed in sets.items():
-            kept = [layer for layer in range(decoder.count) if layer not in set(removed)]
-            losses = row_losses(decoder, rows.selection, kept, run.step)
-            tried.append(Candidate(name, removed, sum(losses) / len(losses)))
-        best = min(tried, key=lambda candidate: candidate.loss)
-        if config.drop is not None:
-            return _Selected(best.removed, None, [])  # nothing was compared
-        return _Selected(best.removed, best, tried)
+        swaps = config.metric == "auto" and config.drop is None and config.schedule == "oneshot"
+        count = len(rows.selection)
+        run.reporter.total(count * (len(sets) + (SWAPS_MEASURED + 2 if swaps else 0)))
+        found = search_layers(decoder, rows.selection, sets, swaps=swaps, rows_done=run.reporter.advance)
+        return _Selected(found, by_hand=config.drop is not None)
 
     return run.stages.run(
         "select",
@@ -318,20 +324,18 @@ def _select(run: Run, rows: CalibrationRows, scores: LayerScores) -> _Selected:
             "schedule": config.schedule,
             "rows": sha256_of_ids(rows.selection),
         },
-        describe=lambda chosen: "remove " + _ranges(chosen.removed),
+        describe=lambda found: f"{len(found.candidates)} sets measured, best {_ranges(found.candidates[0].removed)}",
     )
 
 
-def _evaluate_original(run: Run, selected: _Selected, texts: Sequence[Rows]) -> _Losses:
-    from gradmap_hub.evaluation import row_losses
-
+def _evaluate_original(run: Run, removed: Sequence[int], texts: Sequence[Rows]) -> _Losses:
     def compute() -> _Losses:
         decoder = run.decoder()
-        kept = [layer for layer in range(decoder.count) if layer not in set(selected.removed)]
+        kept = [layer for layer in range(decoder.count) if layer not in set(removed)]
         run.reporter.total(2 * sum(len(text.ids) for text in texts))
         return _Losses(
-            [row_losses(decoder, text.ids, None, run.step) for text in texts],
-            [row_losses(decoder, text.ids, kept, run.step) for text in texts],
+            [decoder.losses(text.ids, None, run.reporter.advance) for text in texts],
+            [decoder.losses(text.ids, kept, run.reporter.advance) for text in texts],
         )
 
     return run.stages.run(
@@ -343,39 +347,53 @@ def _evaluate_original(run: Run, selected: _Selected, texts: Sequence[Rows]) -> 
     )
 
 
-def _compensate(run: Run, rows: CalibrationRows, selected: _Selected) -> CompensationRecord:
-    """Fit corrections at a few sites, keep the one with the lowest held-out loss, if it lowers it."""
+def _correct(run: Run, rows: CalibrationRows, selected: _Selected) -> _Corrected:
+    """Fit the corrections of the best few sets; the set with the lowest held-out loss after correction goes."""
     correction_file = run.work / "correction.safetensors"
 
-    def compute() -> CompensationRecord:
+    def compute() -> _Corrected:
         from safetensors.torch import save_file
 
         from gradmap_hub.compensation import fit_correction
+        from gradmap_hub.selection import finalists
 
         correction_file.unlink(missing_ok=True)
-        decoder = run.decoder()
-        kept = [layer for layer in range(decoder.count) if layer not in set(selected.removed)]
-        baseline = selected.winner.loss if selected.winner else None
-        record, weights = fit_correction(decoder, rows, kept, selected.removed, run.config, run.reporter, baseline)
-        save_file(weights, correction_file)
-        return record
+        results = []
+        for candidate in finalists(selected.candidates, run.config.compensation != "none"):
+            record, overrides = fit_correction(
+                run.decoder(), rows, candidate.removed, run.config, run.reporter, candidate.loss
+            )
+            after = record.loss_after if record.loss_after is not None else candidate.loss
+            results.append((after, dataclasses.replace(candidate, corrected=after), record, overrides))
+        _, winner, record, overrides = min(results, key=lambda result: result[0])
+        save_file({f"{layer}:{name}": value for (layer, name), value in overrides.items()}, correction_file)
+        measured = {tuple(candidate.removed): candidate for _, candidate, _, _ in results}
+        return _Corrected(
+            winner.removed,
+            None if selected.by_hand else winner,
+            [] if selected.by_hand else [measured.get(tuple(c.removed), c) for c in selected.candidates],
+            record,
+        )
 
     return run.stages.run(
         "compensate",
         "Correcting the drift",
-        CompensationRecord,
+        _Corrected,
         compute,
         inputs={"kind": run.config.compensation, "site": run.config.site, "samples": run.config.samples},
         files=lambda: [correction_file],
-        describe=lambda record: (
-            f"{record.kind} at layer {record.site}, held-out loss {record.loss_before:.3f} -> {record.loss_after:.3f}"
-            if record.applied
-            else record.reason
-        ),
+        describe=lambda found: f"remove {_ranges(found.removed)}; {_corrected_in_words(found.compensation)}",
     )
 
 
-def _write(run: Run, selected: _Selected, compensation: CompensationRecord) -> _Written:
+def _corrected_in_words(record: CompensationRecord) -> str:
+    if not record.applied:
+        return record.reason
+    places = ", ".join(f"{entry.layer} {entry.part}" for entry in record.corrections)
+    return f"corrected at {places}: held-out loss {record.loss_before:.3f} -> {record.loss_after:.3f}"
+
+
+def _write(run: Run, removed: Sequence[int], compensation: CompensationRecord) -> _Written:
     """Remove the layers, put the corrected weight in, save, read back, compare."""
 
     def compute() -> _Written:
@@ -389,11 +407,10 @@ def _write(run: Run, selected: _Selected, compensation: CompensationRecord) -> _
         model = decoder.model
         before = parameter_count(model)
         if compensation.applied:
-            assert compensation.site is not None
-            for name, value in load_file(run.work / "correction.safetensors").items():
-                parameter = decoder.mlp_output(compensation.site).get_parameter(name)
-                parameter.data = value.to(parameter.dtype)
-        remove_layers(model, run.source.architecture, selected.removed)
+            for key, value in load_file(run.work / "correction.safetensors").items():
+                layer, _, name = key.partition(":")
+                decoder.put(int(layer), {name: value})
+        remove_layers(model, run.source.architecture, removed)
         after = parameter_count(model)
         source = run.checkpoint()
         names = legal_texts(path.name for path in source.iterdir())
@@ -431,13 +448,12 @@ def _evaluate_written(run: Run, texts: Sequence[Rows]) -> _CompensatedLosses:
 
     def compute() -> _CompensatedLosses:
         from gradmap_hub.decoder import Decoder
-        from gradmap_hub.evaluation import row_losses
         from gradmap_hub.exporters.checkpoint import load_float32
 
         model, _ = load_float32(run.output)
         decoder = Decoder(model, run.source.architecture, run.config.seq_len)
         run.reporter.total(sum(len(text.ids) for text in texts))
-        return _CompensatedLosses([row_losses(decoder, text.ids, None, run.step) for text in texts])
+        return _CompensatedLosses([decoder.losses(text.ids, None, run.reporter.advance) for text in texts])
 
     run.release()
     return run.stages.run("evaluate-written", "Measuring the result", _CompensatedLosses, compute)

@@ -14,21 +14,21 @@ from torch import Tensor
 
 from gradmap_hub.calibration import CalibrationRows
 from gradmap_hub.compensation import (
-    Correction,
-    Gram,
+    ATTENTION,
+    MLP,
     Shift,
-    Suffix,
-    accumulate_grams,
-    candidate_sites,
-    corrected_parameters,
+    Site,
+    Streams,
+    accumulate_gram,
     fit_correction,
-    folded_weight,
+    largest_shift,
     mean_shift,
-    solve,
+    sites_around_gaps,
+    stream_loss,
 )
 from gradmap_hub.config import PruneConfig
-from gradmap_hub.evaluation import row_losses
 from gradmap_hub.progress import SilentReporter
+from gradmap_hub.ridge import Correction, Gram, corrected_parameters, folded_weight, solve
 
 TOKENS = 40
 ROWS = 3  # more tokens than the MLP is wide
@@ -90,6 +90,19 @@ def relative(found: Any, wanted: Any) -> float:
     return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
 
 
+def gram_at(
+    decoder: Any, ids: Tensor, kept: Sequence[int], site: Site, row_done: Callable[[], None] = lambda: None
+) -> Gram:
+    streams = Streams(decoder, ids, kept, 0)
+    targets = streams.targets(site)
+    return accumulate_gram(decoder, site, streams.before(site.layer), targets, row_done)
+
+
+def accumulate_grams(decoder: Any, ids: Tensor, kept: Sequence[int], sites: Sequence[int]) -> dict[int, Gram]:
+    """Of the MLPs of several layers, each towards the original's stream behind the same layer."""
+    return {layer: gram_at(decoder, ids, kept, Site(layer, MLP, layer)) for layer in sites}
+
+
 def grams_in_double(
     pair: tuple[Any, Any], decoder_of: Callable[..., Any], ids: Tensor, sites: Sequence[int] = SITES
 ) -> tuple[Any, Any, Any]:
@@ -115,16 +128,43 @@ def test_grams_equal_the_explicit_matrices(
     assert rough[2].zz.dtype == torch.float64
 
 
-def test_grams_do_not_depend_on_the_other_sites_asked_for(
+def test_no_drift_before_the_first_gap(
     pair: tuple[Any, Any], decoder_of: Callable[..., Any], random_rows: Callable[..., Any]
 ) -> None:
-    ids = random_rows(2, TOKENS)
-    _, _, together = grams_in_double(pair, decoder_of, ids, [0, 2, 4])
-    for site in (0, 2, 4):
-        _, _, alone = grams_in_double(pair, decoder_of, ids, [site])
-        assert torch.allclose(alone[site].zz, together[site].zz, rtol=1e-12)
-        assert torch.allclose(alone[site].ze, together[site].ze, rtol=1e-9, atol=1e-9)
-    assert not together[0].ze.any()  # before the first gap there is no drift
+    _, _, grams = grams_in_double(pair, decoder_of, random_rows(2, TOKENS), [0])
+    assert not grams[0].ze.any()
+
+
+def test_grams_before_a_gap_and_in_attention_equal_the_explicit_matrices(
+    pair: tuple[Any, Any], decoder_of: Callable[..., Any], random_rows: Callable[..., Any]
+) -> None:
+    """The MLP before a gap is fitted to the stream behind it; attention to the stream between attention and MLP."""
+    ids = random_rows(ROWS, TOKENS)
+    original, pruned = (copy.deepcopy(model).double() for model in pair)
+    decoder = decoder_of(original, TOKENS)
+    behind = residual_streams(original, ids)
+    thin = residual_streams(pruned, ids)
+    caught: list[Tensor] = []
+    position = KEPT.index(2)
+    layer = pruned.model.layers[position]
+    handles = [
+        layer.mlp.down_proj.register_forward_pre_hook(lambda _m, args: caught.append(args[0])),
+        layer.self_attn.o_proj.register_forward_pre_hook(lambda _m, args: caught.append(args[0])),
+        layer.post_attention_layernorm.register_forward_pre_hook(lambda _m, args: caught.append(args[0])),
+        original.model.layers[2].post_attention_layernorm.register_forward_pre_hook(lambda _m, a: caught.append(a[0])),
+    ]
+    with torch.no_grad():
+        pruned(input_ids=ids, use_cache=False)
+        original(input_ids=ids, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    heads, middle, inner, wanted_middle = (value.double().flatten(0, 1).numpy() for value in caught)
+    before_gap = gram_at(decoder, ids, KEPT, Site(2, MLP, 3))
+    drift = (behind[3] - thin[position]).flatten(0, 1).numpy()
+    assert relative(before_gap.zz, inner.T @ inner) <= 1e-9 and relative(before_gap.ze, inner.T @ drift) <= 1e-9
+    attention = gram_at(decoder, ids, KEPT, Site(2, ATTENTION, 2))
+    assert relative(attention.zz, heads.T @ heads) <= 1e-9
+    assert relative(attention.ze, heads.T @ (wanted_middle - middle)) <= 1e-9
 
 
 @pytest.mark.parametrize(("site", "strength"), [(2, 0.003), (4, 0.3)])
@@ -276,7 +316,7 @@ def test_mean_shift_equals_hidden_states(
     assert shift.absolute[0] == 0.0 < min(shift.absolute[1:])
 
 
-def test_suffix_loss_equals_the_corrected_model_and_leaves_the_original(
+def test_stream_loss_equals_the_corrected_model_and_leaves_the_original(
     pair: tuple[Any, Any], decoder_of: Callable[..., Any], random_rows: Callable[..., Any]
 ) -> None:
     original, pruned = pair
@@ -285,65 +325,93 @@ def test_suffix_loss_equals_the_corrected_model_and_leaves_the_original(
     grams = accumulate_grams(decoder, random_rows(ROWS, TOKENS), KEPT, SITES)
     ids = random_rows(3, TOKENS, seed=5)
     for site in SITES:
-        suffix = Suffix(decoder, ids, KEPT, site)
+        streams = Streams(decoder, ids, KEPT, 0)
+        hidden, rest = streams.before(site), [layer for layer in KEPT if layer >= site]
         linear = decoder.mlp_output(site)
         losses = {}
         for kind in ("weight", "projection"):
             correction = solve(grams[site], linear.weight, site=site, kind=kind, strength=0.03)
-            losses[kind] = suffix.loss(correction)
+            values = {
+                f"mlp.down_proj.{name}": value for name, value in corrected_parameters(linear, correction).items()
+            }
+            with decoder.replaced(site, values):
+                losses[kind] = stream_loss(decoder, hidden, ids, rest)
             corrected = copy.deepcopy(pruned)
-            for name, value in corrected_parameters(linear, correction).items():
-                corrected.model.layers[KEPT.index(site)].mlp.down_proj.get_parameter(name).data = value
-            with torch.no_grad():
-                wanted = [float(corrected(input_ids=row, labels=row, use_cache=False).loss) for row in ids.split(1)]
-            assert losses[kind] == pytest.approx(sum(wanted) / 3, abs=1e-5)
-        baseline = row_losses(decoder, ids, KEPT)
+            for name, value in values.items():
+                corrected.model.layers[KEPT.index(site)].get_parameter(name).data = value
+            assert losses[kind] == pytest.approx(plain_loss(corrected, ids), abs=1e-5)
+        baseline = decoder.losses(ids, KEPT)
         assert abs(losses["weight"] - losses["projection"]) > 1e-4
         assert abs(losses["weight"] - sum(baseline) / 3) > 1e-4
-        nothing = solve(grams[site], linear.weight, site=site, kind="weight", strength=1e14)
-        assert suffix.loss(nothing) == pytest.approx(sum(baseline) / 3, abs=1e-5)
+        assert stream_loss(decoder, hidden, ids, rest) == pytest.approx(sum(baseline) / 3, abs=1e-5)
     assert all(torch.equal(value, state[name]) for name, value in original.state_dict().items())
 
 
-def test_an_interrupted_trial_leaves_the_original(
+def test_an_interrupted_fit_leaves_the_original(
     pair: tuple[Any, Any], decoder_of: Callable[..., Any], random_rows: Callable[..., Any]
 ) -> None:
     original, _ = pair
     state = {name: value.clone() for name, value in original.state_dict().items()}
     decoder = decoder_of(original, TOKENS)
-    ids = random_rows(2, TOKENS)
-    grams = accumulate_grams(decoder, ids, KEPT, [2])
-    correction = solve(grams[2], decoder.mlp_output(2).weight, site=2, kind="projection", strength=0.03)
+    ids = own_text(original, random_rows(ROWS, 4))
 
     def stop() -> None:
         raise KeyboardInterrupt
 
     for interrupted in (
-        lambda: Suffix(decoder, ids, KEPT, 2).loss(correction, stop),
-        lambda: accumulate_grams(decoder, ids, KEPT, [2], stop),
+        lambda: gram_at(decoder, ids, KEPT, Site(2, ATTENTION, 2), stop),
         lambda: mean_shift(decoder, ids, KEPT, stop),
     ):
         with pytest.raises(KeyboardInterrupt):
             interrupted()
+    for steps in (4, 9, 14, 19):
+        reporter = Interrupting(steps)
+        with pytest.raises(KeyboardInterrupt):
+            fit(pair, decoder_of, CalibrationRows(ids, ids, [], []), reporter=reporter)
     assert all(torch.equal(value, state[name]) for name, value in original.state_dict().items())
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in original.modules())
 
 
-def test_candidate_sites() -> None:
+class Interrupting(SilentReporter):
+    """Ctrl-C after so many steps."""
+
+    def __init__(self, steps: int) -> None:
+        self._left = steps
+
+    def advance(self, steps: int = 1) -> None:
+        self._left -= steps
+        if self._left <= 0:
+            raise KeyboardInterrupt
+
+
+def test_sites() -> None:
     shift = Shift([0, 1, 4, 5, 7, 8], [0.0, 0.0, 2.0, 3.0, 4.0, 9.0], [0.0, 0.0, 0.9, 0.5, 0.4, 0.3])
-    removed = [2, 3, 6]
-    assert candidate_sites(shift, removed, "largest-shift") == [8]
-    assert candidate_sites(shift, removed, "auto") == [4, 7]  # largest relative shift, which is behind a gap; 7
-    assert candidate_sites(shift, [2, 3, 6], "auto", limit=1) == [4]
-    many = Shift([1, 3, 5, 7], [1.0, 1.0, 1.0, 1.0], [0.1, 0.2, 0.3, 0.4])
-    assert candidate_sites(many, [0, 2, 4, 6], "auto") == [7, 5, 3]
+    assert largest_shift(shift) == Site(8, MLP, 8)
+    assert sites_around_gaps([0, 1, 4, 5, 7, 8], [2, 3, 6]) == [
+        Site(1, MLP, 3), Site(4, ATTENTION, 4), Site(4, MLP, 4),
+        Site(5, MLP, 6), Site(7, ATTENTION, 7), Site(7, MLP, 7),
+    ]  # fmt: skip
+    # the layer between two gaps has its MLP fitted once, towards what is behind the second
+    assert sites_around_gaps([0, 2, 4], [1, 3]) == [
+        Site(0, MLP, 1), Site(2, ATTENTION, 2), Site(2, MLP, 3), Site(4, ATTENTION, 4), Site(4, MLP, 4),
+    ]  # fmt: skip
+    # nothing before the first layer, nothing after the last
+    assert sites_around_gaps([1, 2], [0, 3]) == [Site(1, ATTENTION, 1), Site(1, MLP, 1), Site(2, MLP, 3)]
+    # too many gaps: the largest are corrected
+    assert sites_around_gaps([0, 2, 5, 6, 8], [1, 3, 4, 7], limit=3) == [
+        Site(2, MLP, 4), Site(5, ATTENTION, 5), Site(5, MLP, 5),
+    ]  # fmt: skip
 
 
 def fit(
-    pair: tuple[Any, Any], decoder_of: Callable[..., Any], rows: CalibrationRows, **options: Any
-) -> tuple[Any, dict[str, Tensor]]:
+    pair: tuple[Any, Any],
+    decoder_of: Callable[..., Any],
+    rows: CalibrationRows,
+    reporter: Any = None,
+    **options: Any,
+) -> tuple[Any, dict[tuple[int, str], Tensor]]:
     config = PruneConfig(drop=REMOVED, samples=ROWS + 1, **options)
-    return fit_correction(decoder_of(pair[0], TOKENS), rows, KEPT, REMOVED, config, SilentReporter())
+    return fit_correction(decoder_of(pair[0], TOKENS), rows, REMOVED, config, reporter or SilentReporter())
 
 
 def plain_loss(model: Any, ids: Tensor) -> float:
@@ -367,13 +435,16 @@ def test_what_is_applied_has_the_loss_on_record(
     ids = own_text(original, random_rows(ROWS, 4))
     record, weights = fit(pair, decoder_of, CalibrationRows(ids, ids, [], []), compensation=kind)
     assert record.loss_before == pytest.approx(plain_loss(pruned, ids), abs=1e-5)
-    assert {trial.kind for trial in record.trials} == ({kind} if kind != "auto" else {"weight", "projection"})
-    best = min(record.trials, key=lambda trial: trial.loss)
-    assert record.applied and record.site == best.site and record.kind == best.kind
-    assert record.strength == best.strength and record.loss_after == best.loss < record.loss_before
+    assert {trial.kind for trial in record.trials} == {"weight" if kind == "auto" else kind}
+    main = max(record.corrections, key=lambda entry: entry.loss_before - entry.loss_after)
+    assert record.applied and (record.site, record.kind, record.strength) == (main.layer, main.kind, main.strength)
+    assert record.loss_after == record.corrections[-1].loss_after < record.loss_before
+    # a chain: every correction starts from the loss that the one before it left
+    chain = [record.loss_before, *(entry.loss_after for entry in record.corrections)]
+    assert [entry.loss_before for entry in record.corrections] == chain[:-1] and chain == sorted(chain, reverse=True)
     corrected = copy.deepcopy(pruned)
-    for name, value in weights.items():
-        corrected.model.layers[KEPT.index(best.site)].mlp.down_proj.get_parameter(name).data = value
+    for (layer, name), value in weights.items():
+        corrected.model.layers[KEPT.index(layer)].get_parameter(name).data = value
     assert plain_loss(corrected, ids) == pytest.approx(record.loss_after, abs=1e-5)
 
 

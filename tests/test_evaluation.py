@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from gradmap_hub import decoder as decoder_module
-from gradmap_hub.evaluation import perplexity, ratio_interval, row_losses
+from gradmap_hub.evaluation import perplexity, ratio_interval
 
 TOKENS = 40
 
@@ -41,10 +41,10 @@ def test_perplexity_equals_a_plain_loop(
     ids = random_rows(3, TOKENS)
     decoder = decoder_of(model, TOKENS)
     done: list[int] = []
-    losses = row_losses(decoder, ids, row_done=lambda: done.append(1))
+    losses = decoder.losses(ids, rows_done=done.append)
     assert len(losses) == len(done) == 3
     assert perplexity(losses) == pytest.approx(plain_perplexity(model, ids), rel=1e-6)
-    pruned = perplexity(row_losses(decoder, ids, [0, 2, 4]))
+    pruned = perplexity(decoder.losses(ids, [0, 2, 4]))
     assert pruned == pytest.approx(plain_perplexity(prune_copy(model, (1, 3)), ids), rel=1e-6)
     assert pruned != pytest.approx(perplexity(losses), rel=1e-3)
     assert all(parameter.grad is None for parameter in model.parameters())

@@ -12,7 +12,7 @@ from gradmap_hub.config import PruneConfig, help_of, paper_preset
 from gradmap_hub.errors import UsageError
 from gradmap_hub.record import Candidate
 from gradmap_hub.scoring import LayerScores
-from gradmap_hub.selection import candidates, decide, lowest, lowest_window
+from gradmap_hub.selection import candidates, decide, finalists, lowest, lowest_window
 
 #                                 0    1    2    3    4    5
 SCORES = LayerScores(
@@ -57,7 +57,13 @@ def test_one_metric_gives_one_candidate(metric: str, removed: list[int]) -> None
 
 def test_auto_gives_every_distinct_set_once() -> None:
     found = candidates(SCORES, 2, "auto")
-    assert found == {"gradient": [1, 3], "block-influence": [2, 5], "gradient-window": [3, 4]}
+    assert found == {
+        "gradient": [1, 3],
+        "block-influence": [2, 5],
+        "gradient-window": [3, 4],
+        "cosine-window, second best": [4, 5],
+        "cosine-window, third best": [2, 3],
+    }
     other = dataclasses.replace(SCORES, taylor=[9.0, 8.0, 7.0, 1.0, 9.0, 1.5], windows=[0.1, 0.8, 0.7, 0.3, 0.5])
     assert candidates(other, 2, "auto") == {
         "gradient": [1, 3],
@@ -66,7 +72,15 @@ def test_auto_gives_every_distinct_set_once() -> None:
         "gradient-window": [3, 4],
         "cosine-window": [0, 1],
         "taylor-window": [2, 3],
+        "cosine-window, third best": [4, 5],  # the second best is the gradient window
     }
+
+
+def test_finalists_are_the_best_and_its_near_rivals() -> None:
+    found = [Candidate("a", [1], 3.0), Candidate("b", [2], 3.1), Candidate("c", [3], 3.12)]
+    assert [c.name for c in finalists(found, True)] == ["a", "b"]
+    assert [c.name for c in finalists([found[0], Candidate("far", [2], 3.2)], True)] == ["a"]
+    assert [c.name for c in finalists(found, False)] == ["a"]  # nothing is corrected, so nothing can change
 
 
 def test_decisions_say_score_fate_and_reason() -> None:

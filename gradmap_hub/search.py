@@ -1,0 +1,133 @@
+"""Stage 1, second half: which set of layers goes, decided by the loss on held-out rows.
+
+Any single ranking is fragile, and greedy search on the loss (SLEB) is slow and fits its own rows. Here the rankings of
+one scoring pass propose sets; the loss on rows they never saw compares them; the best is improved by
+
+    add-back   b[l] = L(S - l)      one removed layer put back
+    remove     a[m] = L(S + m)      one more kept layer removed
+    swap       L(S - l + m)  ~  b[l] + a[m] - L(S)       predicted from the two, then measured for the best few
+
+All trials of a sweep share one walk along the layers: a trial starts from the residual stream where it differs, so it
+costs the layers behind that point only. Sweeps race: every trial sees a third of the rows, the better half the rest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence, Set
+
+import torch
+from torch import Tensor
+
+from gradmap_hub.decoder import Decoder
+from gradmap_hub.record import Candidate
+
+# Trials that go on to all rows of a sweep, and swaps that are measured after being predicted.
+SURVIVORS = 6
+SWAPS_MEASURED = 3
+SWAP_ROUNDS = 2
+# Sets handed on to the correction, which may change their order.
+FINALISTS = 3
+
+
+class Search:
+    """The loss of sets of removed layers on rows `ids` (n, tokens), in nats per token."""
+
+    def __init__(self, decoder: Decoder, ids: Tensor, rows_done: Callable[[int], None] = lambda _rows: None) -> None:
+        self._decoder = decoder
+        self._ids = ids
+        self._rows_done = rows_done
+        self._known: dict[frozenset[int], float] = {}
+        self._names: dict[frozenset[int], str] = {}
+
+    def loss(self, removed: Sequence[int], name: str) -> float:
+        """Loss on all rows; remembered, so that a set is measured once."""
+        key = frozenset(removed)
+        if key not in self._known:
+            live = self._live(key)
+            losses = self._decoder.losses(self._ids, live, self._rows_done)
+            self._known[key] = math.fsum(losses) / len(losses)
+            self._names[key] = name
+        return self._known[key]
+
+    def _live(self, removed: Set[int]) -> list[int]:
+        return [layer for layer in range(self._decoder.count) if layer not in removed]
+
+    def flips(self, removed: Sequence[int], layers: Sequence[int], rows: Tensor) -> dict[int, float]:
+        """Summed loss over `rows` with each of `layers` flipped, removed or put back, one at a time.
+
+        All trials walk along the layers together, each from where it differs, so that a layer is fetched once.
+        """
+        gone = set(removed)
+        totals = dict.fromkeys(layers, 0.0)
+        decoder = self._decoder
+        for group in rows.split(decoder.rows_per_pass or len(rows)):
+            ids = group.split(1)
+            stream = [decoder.embed(row) for row in ids]
+            trials: dict[int, list[Tensor]] = {}
+            for layer in range(decoder.count):
+                with decoder.layer(layer):
+                    started = list(stream)
+                    if layer in gone:
+                        if layer in totals:
+                            decoder.carry(started, [layer])
+                    else:
+                        for states in (*trials.values(), stream):
+                            decoder.carry(states, [layer])
+                if layer in totals:
+                    trials[layer] = started
+            for layer, states in trials.items():
+                with torch.no_grad():
+                    totals[layer] += sum(
+                        float(decoder.row_losses(last, row)) for last, row in zip(states, ids, strict=True)
+                    )
+            self._rows_done(len(group))
+        return totals
+
+    def race(self, removed: Sequence[int], layers: Sequence[int]) -> dict[int, float]:
+        """Mean loss with each of `layers` flipped, for those that a third of the rows did not rule out."""
+        heat = max(1, len(self._ids) // 3)
+        first = self.flips(removed, layers, self._ids[:heat])
+        survivors = sorted(first, key=lambda layer: first[layer])[:SURVIVORS]
+        if heat == len(self._ids):
+            return {layer: first[layer] / heat for layer in survivors}
+        rest = self.flips(removed, survivors, self._ids[heat:])
+        return {layer: (first[layer] + rest[layer]) / len(self._ids) for layer in survivors}
+
+    def swap(self, removed: Sequence[int], name: str) -> list[int]:
+        """Exchange one removed for one kept layer while that lowers the loss, at most SWAP_ROUNDS times."""
+        best = sorted(removed)
+        for _ in range(SWAP_ROUNDS):
+            loss = self.loss(best, name)
+            back = {layer: total / len(self._ids) for layer, total in self.flips(best, best, self._ids).items()}
+            more = self.race(best, self._live(set(best)))
+            predicted = sorted((back[out] + more[new] - loss, out, new) for out in back for new in more)
+            tried = [sorted({*best, new} - {out}) for _, out, new in predicted[:SWAPS_MEASURED]]
+            leader = min(tried, key=lambda candidate: self.loss(candidate, f"{name}, swapped"))
+            if self.loss(leader, name) >= loss:
+                break
+            best = leader
+        return best
+
+    def ranked(self) -> list[Candidate]:
+        """Every measured set, lowest loss first."""
+        found = [Candidate(self._names[key], sorted(key), loss) for key, loss in self._known.items()]
+        return sorted(found, key=lambda candidate: (candidate.loss, candidate.removed))
+
+
+def search_layers(
+    decoder: Decoder,
+    ids: Tensor,
+    seeds: Mapping[str, Sequence[int]],
+    *,
+    swaps: bool,
+    rows_done: Callable[[int], None] = lambda _rows: None,
+) -> list[Candidate]:
+    """Every set that was measured, lowest loss first. `seeds`: named sets of one size. `swaps`: improve the best."""
+    search = Search(decoder, ids, rows_done)
+    for name, removed in seeds.items():
+        search.loss(removed, name)
+    if swaps:
+        leader = search.ranked()[0]
+        search.swap(leader.removed, leader.name)
+    return search.ranked()
