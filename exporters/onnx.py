@@ -94,10 +94,10 @@ def check_parity(checkpoint: Path, onnx_folder: Path) -> Parity:
     from optimum.onnxruntime import ORTModelForCausalLM
     from transformers import AutoTokenizer
 
-    from gradmap_hub.exporters.checkpoint import load_float32
+    from gradmap_hub.exporters.checkpoint import load_model
 
     tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
-    reference, _ = load_float32(checkpoint)
+    reference, _ = load_model(checkpoint)
     exported = ORTModelForCausalLM.from_pretrained(
         onnx_folder, file_name=MODEL, provider="CPUExecutionProvider", local_files_only=True
     )

@@ -1,4 +1,4 @@
-"""RunRecord -> the model card: README.md with its YAML front matter, and the plots it shows.
+"""RunRecord -> the model card: README.md with its YAML front matter, and its plots (drawn by `plots`).
 
 Everything comes from the record, nothing from the clock, the network or the weights, so that the same record gives the
 same bytes. Strings a user chose (model, licence and text names, the command) are escaped by default: the template can
@@ -10,20 +10,18 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import quote, urlsplit
 
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from gradmap_hub.record import Artifact, Candidate, LayerDecision, RunRecord, TextPerplexity
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from gradmap_hub.plots import layers_plot, save_plot, shift_plot
+from gradmap_hub.record import Artifact, Candidate, LayerDecision, RunRecord, SiteCorrection, TextPerplexity
 
 TEMPLATE = "card.md.jinja"
 CARD = "README.md"
@@ -31,34 +29,8 @@ LAYERS_PLOT = "assets/layers.png"
 SHIFT_PLOT = "assets/shift.png"
 CALIBRATION_KIND = "calibration (held out)"
 HUB = "https://huggingface.co"
-
-# Okabe-Ito colours: distinct under the common colour-vision deficiencies; removed layers are hatched as well.
-_KEPT, _REMOVED, _INK, _MUTED, _GRID = "#0072B2", "#D55E00", "#24292f", "#57606a", "#d8dee4"
-_PLOT_STYLE: dict[Any, Any] = {
-    "font.family": ["DejaVu Sans"],
-    "font.size": 14,
-    "text.color": _INK,
-    "axes.labelcolor": _INK,
-    "axes.edgecolor": _MUTED,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "axes.titlesize": 18,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.titlepad": 32,
-    "xtick.color": _MUTED,
-    "ytick.color": _MUTED,
-    "xtick.labelsize": 13,
-    "ytick.labelsize": 13,
-    "hatch.linewidth": 1.5,
-    "legend.fontsize": 13,
-    "legend.frameon": False,
-}
-# Beyond this ratio of highest to lowest score, a linear axis hides the differences between the low ones.
-_LOG_RANGE = 15.0
-# Half the width of the label on the corrected layer, as a share of the axis.
-_LABEL_REACH = 0.11
+# How the names of candidates end that came from another one by swapping single layers (search.py).
+SWAPPED = ", swapped"
 
 
 def write_card(record: RunRecord, folder: Path) -> list[Path]:
@@ -72,7 +44,7 @@ def write_card(record: RunRecord, folder: Path) -> list[Path]:
     for name, draw in plots.items():
         path = folder / name
         path.parent.mkdir(exist_ok=True)
-        _save_plot(record, draw, path)
+        save_plot(partial(draw, record), path)
         written.append(path)
     return written
 
@@ -163,6 +135,12 @@ def _context(record: RunRecord) -> dict[str, Any]:
         "positions": {row.layer.index: row.position for row in _layer_rows(record)},
         "chosen": _chosen(record),
         "lowest_loss": min((candidate.loss for candidate in record.candidates), default=math.inf),
+        "swapped": sum(candidate.name.endswith(SWAPPED) for candidate in record.candidates),
+        "finalists": _finalists(record),
+        "lowest_corrected": min((loss for _, loss in _finalists(record)), default=math.inf),
+        "corrections": record.compensation.corrections,
+        "several": len(record.compensation.corrections) > 1,
+        "only": _only(record),
         "graphs": graphs,
         "main_graph": _main_graph(graphs),
         "onnx_files": _onnx_files(record),
@@ -197,6 +175,19 @@ def _chosen(record: RunRecord) -> Candidate | None:
     """The candidate set that was removed; None if the set was given by the user and never ranked."""
     wanted = sorted(record.removed)
     return next((candidate for candidate in record.candidates if sorted(candidate.removed) == wanted), None)
+
+
+def _finalists(record: RunRecord) -> list[tuple[Candidate, float]]:
+    """The candidates whose corrections were fitted, and their loss after them; none if the run fitted none."""
+    if record.compensation.loss_after is None:
+        return []
+    return [(entry, entry.corrected) for entry in record.candidates if entry.corrected is not None]
+
+
+def _only(record: RunRecord) -> SiteCorrection | None:
+    """The correction, if the record tells of exactly one; records of earlier versions do not list them."""
+    corrections = record.compensation.corrections
+    return corrections[0] if len(corrections) == 1 else None
 
 
 def _layer_rows(record: RunRecord) -> list[LayerRow]:
@@ -326,6 +317,11 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
 
 
+def part_word(part: str) -> str:
+    """`mlp` or `attention`, as the text calls it."""
+    return {"mlp": "MLP"}.get(part, part)
+
+
 def ranges(indices: Sequence[int]) -> str:
     """Layer indices with runs of three or more joined: 3, 12 to 15, 17."""
     runs: list[list[int]] = []
@@ -366,119 +362,7 @@ def _environment() -> Environment:
         autoescape=False,  # the output is Markdown; `_finalize` escapes
     )
     escaping = (code, fenced, link, literal)
-    wording = (change, duration, less_than, loss, number, plural, ranges, size, small, strength)
+    wording = (change, duration, less_than, loss, number, part_word, plural, ranges, size, small, strength)
     environment.filters |= {function.__name__: function for function in (*escaping, *wording)}
     environment.filters["count"] = lambda value: f"{value:,}"
     return environment
-
-
-# --- plots --------------------------------------------------------------------------------------------------------
-
-
-def layers_plot(record: RunRecord, figure: Figure) -> None:
-    """One bar per decoder layer: its gradient score, and whether it went."""
-    axes = figure.add_subplot()
-    scores = [layer.score for layer in record.layers]
-    indices = [layer.index for layer in record.layers]
-    colours = [_KEPT if layer.kept else _REMOVED for layer in record.layers]
-    bars = axes.bar(indices, scores, width=0.78, color=colours)
-    for bar, layer in zip(bars, record.layers, strict=True):
-        if not layer.kept:
-            bar.set(hatch="///", edgecolor="white", linewidth=0)
-    low, high = min(scores), max(scores)
-    if low > 0 and high / low > _LOG_RANGE:
-        axes.set_yscale("log")
-        span = high / low
-        axes.set_ylim(low / span**0.12, high * span**0.25)
-        scale = ", log scale"
-    else:
-        axes.set_ylim(min(0.0, low * 1.1), max(0.0, high * 1.22) or 1.0)
-        axes.yaxis.set_major_formatter("{x:,.6g}")
-        scale = ""
-    removed = len(record.removed)
-    share = removed / len(record.layers)
-    axes.set_title(f"{removed} of {len(record.layers)} decoder layers removed ({share:.1%})")
-    axes.set_ylabel(f"gradient score (L1 norm{scale})")
-    _finish_layer_axis(axes, record)
-    _legend(axes, [("kept", _KEPT, ""), ("removed", _REMOVED, "///")])
-    heights = dict(zip(indices, scores, strict=True))
-    _mark_site(axes, record, heights)
-
-
-def shift_plot(record: RunRecord, figure: Figure) -> None:
-    """Relative mean shift after each kept layer, before any correction; removed layers as shaded gaps."""
-    compensation = record.compensation
-    axes = figure.add_subplot()
-    percents = [100 * value for value in compensation.relative_shift]
-    for index in record.removed:
-        axes.axvspan(index - 0.5, index + 0.5, facecolor=_REMOVED, alpha=0.13, linewidth=0)
-    axes.bar(compensation.shift_layers, percents, width=0.78, color=_KEPT)
-    top = max(percents)
-    axes.set_ylim(0, top * 1.22 or 1)
-    gone = plural(len(record.removed), "layer")
-    axes.set_title(f"With {gone} gone, the mean hidden state shifts by up to {top:.0f}%")
-    axes.set_ylabel("relative mean shift (%)")
-    _finish_layer_axis(axes, record)
-    _legend(axes, [("kept layer, before correction", _KEPT, ""), ("removed layer", "#fae7dc", "")])
-    _mark_site(axes, record, dict(zip(compensation.shift_layers, percents, strict=True)))
-
-
-def _finish_layer_axis(axes: Axes, record: RunRecord) -> None:
-    count = len(record.layers)
-    step = next(step for step in (1, 2, 5, 10, 20, 50, 10**9) if count / step <= 34)
-    axes.set_xticks(range(0, count, step))
-    axes.set_xlim(-0.7, count - 0.3)
-    axes.tick_params(axis="x", length=0)
-    axes.set_xlabel("decoder layer (index in the original model)")
-    axes.grid(axis="y", color=_GRID, linewidth=0.8)
-
-
-def _legend(axes: Axes, entries: Sequence[tuple[str, str, str]]) -> None:
-    from matplotlib.patches import Patch
-
-    handles = [
-        Patch(facecolor=colour, hatch=hatch, edgecolor="white", linewidth=0, label=label)
-        for label, colour, hatch in entries
-    ]
-    axes.legend(
-        handles=handles, loc="lower left", bbox_to_anchor=(-0.008, 1.0), ncols=len(entries), columnspacing=1.6,
-        handlelength=1.6, borderaxespad=0.1,
-    )  # fmt: skip
-
-
-def _mark_site(axes: Axes, record: RunRecord, heights: dict[int, float]) -> None:
-    """An arrow to the layer whose weight carries the correction, if one was applied."""
-    site = record.compensation.site
-    if not record.compensation.applied or site is None or site not in heights:
-        return
-    low, high = axes.get_ylim()
-    reach = _LABEL_REACH * len(record.layers)
-    # The label stands clear of the bars below it and inside the axes.
-    tallest = max(height for index, height in heights.items() if abs(index - site) <= reach)
-    log = axes.get_yscale() == "log"
-    label_height = tallest * (high / low) ** 0.09 if log else tallest + 0.09 * (high - low)
-    axes.annotate(
-        f"correction in layer {site}",
-        xy=(site, heights[site]),
-        xytext=(min(max(site, reach - 0.5), len(record.layers) - 0.5 - reach), label_height),
-        ha="center",
-        va="bottom",
-        arrowprops={"arrowstyle": "-|>", "color": _INK, "linewidth": 1.4, "shrinkB": 1},
-        bbox={"boxstyle": "round,pad=0.3", "facecolor": "white", "edgecolor": _MUTED, "linewidth": 0.8},
-    )
-
-
-def _save_plot(record: RunRecord, draw: Callable[[RunRecord, Figure], None], path: Path) -> None:
-    # Imported here: it takes most of a second, and no other command draws.
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    with matplotlib.rc_context(_PLOT_STYLE):
-        figure = Figure(figsize=(12, 5.2), dpi=100, facecolor="white")
-        figure.set_layout_engine(ConstrainedLayoutEngine(w_pad=0.16, h_pad=0.16))
-        FigureCanvasAgg(figure)
-        draw(record, figure)
-        # Without the version of matplotlib in the file, the bytes depend on the pixels alone.
-        figure.savefig(path, format="png", metadata={"Software": None})

@@ -22,6 +22,8 @@ from gradmap_hub.config import (
     DEFAULT_CALIBRATION,
     PRESETS,
     Compensation,
+    Compute,
+    Device,
     DType,
     Metric,
     PruneConfig,
@@ -32,7 +34,7 @@ from gradmap_hub.config import (
 )
 from gradmap_hub.errors import GradmapError, UsageError
 from gradmap_hub.record import RunRecord
-from gradmap_hub.terminal import TerminalReporter
+from gradmap_hub.terminal import TerminalReporter, inspect_table
 
 if TYPE_CHECKING:
     from gradmap_hub.demo import DemoResult
@@ -44,7 +46,7 @@ app = typer.Typer(
     help="Prune a causal language model by depth, verify and measure it, and publish it with the numbers to show.",
     no_args_is_help=True,
     add_completion=False,
-    rich_markup_mode="rich",
+    rich_markup_mode=None,  # help texts hold [brackets], which are not markup
     pretty_exceptions_enable=False,  # plain tracebacks; older versions of Typer print local variables, tokens too
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Start with `gradmap-hub demo`: the whole push on this machine, without an account.",
@@ -144,6 +146,9 @@ SeqLen = Annotated[int, _prune_option("seq_len", "--seq-len")]
 EvalRows = Annotated[int, _prune_option("eval_rows", "--eval-rows")]
 DTypeOption = Annotated[str, _prune_option("dtype", "--dtype")]
 Seed = Annotated[int, _prune_option("seed", "--seed")]
+LowMemory = Annotated[bool, _prune_option("low_memory", "--low-memory")]
+DeviceOption = Annotated[str, _prune_option("device", "--device")]
+ComputeOption = Annotated[str, _prune_option("compute", "--compute")]
 Preset = Annotated[str, typer.Option("--preset", help="default, or paper: the paper's own setting, by name.")]
 Revision = Annotated[str | None, typer.Option("--revision", help=help_of(PushConfig, "revision"))]
 Resume = Annotated[bool, typer.Option("--resume", help=help_of(PushConfig, "resume"))]
@@ -170,6 +175,9 @@ def _prune_config(
     dtype: str,
     seed: int,
     preset: str,
+    low_memory: bool,
+    device: str,
+    compute: str,
 ) -> PruneConfig:
     if preset not in PRESETS:
         raise UsageError(f"--preset must be one of {', '.join(PRESETS)}; got {preset!r}.")
@@ -187,6 +195,9 @@ def _prune_config(
         eval_rows=eval_rows,
         dtype=cast("DType", dtype),
         seed=seed,
+        low_memory=low_memory,
+        device=cast("Device", device),
+        compute=cast("Compute", compute),
     )
     return paper_preset(config) if preset == "paper" else config
 
@@ -196,6 +207,16 @@ def _indices(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise UsageError(f"--drop takes layer indices such as 12,13,14; got {text!r}.") from None
+
+
+def _ratios(text: str) -> tuple[float, ...]:
+    try:
+        ratios = tuple(float(part) for part in text.split(",") if part)
+        for ratio in ratios:
+            PruneConfig(ratio=ratio)
+    except ValueError:
+        raise UsageError(f"--ratios takes numbers between 0 and 1 such as 0.1,0.25; got {text!r}.") from None
+    return ratios
 
 
 def _command_line() -> str:
@@ -253,6 +274,9 @@ def push(
     eval_rows: EvalRows = 12,
     dtype: DTypeOption = "auto",
     seed: Seed = 0,
+    low_memory: LowMemory = False,
+    device: DeviceOption = "auto",
+    compute: ComputeOption = "auto",
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help=help_of(PushConfig, "trust_remote_code"))
     ] = False,
@@ -262,7 +286,7 @@ def push(
     """Prune, verify, measure, export, write the card and the Space, publish, and verify what was published."""
     prune_config = _prune_config(
         ratio, layers, drop, metric, schedule, compensation, calibration, eval_text, samples, seq_len, eval_rows,
-        dtype, seed, preset,
+        dtype, seed, preset, low_memory, device, compute,
     )  # fmt: skip
     config = PushConfig(
         model=model,
@@ -317,13 +341,16 @@ def prune(
     eval_rows: EvalRows = 12,
     dtype: DTypeOption = "auto",
     seed: Seed = 0,
+    low_memory: LowMemory = False,
+    device: DeviceOption = "auto",
+    compute: ComputeOption = "auto",
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Prune MODEL into the folder OUTPUT: checkpoint, tokenizer, card and gradmap.json. Publishes nothing."""
     config = _prune_config(
         ratio, layers, drop, metric, schedule, compensation, calibration, eval_text, samples, seq_len, eval_rows,
-        dtype, seed, preset,
+        dtype, seed, preset, low_memory, device, compute,
     )  # fmt: skip
     from gradmap_hub.pipeline import prune as run_prune
 
@@ -349,27 +376,45 @@ def inspect(
     seq_len: SeqLen = 512,
     seed: Seed = 0,
     revision: Revision = None,
+    ratios: Annotated[str, typer.Option("--ratios", help="Ratios to show the choice for.")] = "0.1,0.25",
+    plot: Annotated[Path | None, typer.Option("--plot", help="Also draw the scores into this PNG or SVG.")] = None,
+    low_memory: LowMemory = False,
+    device: DeviceOption = "auto",
+    compute: ComputeOption = "auto",
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Score the layers of MODEL and show them; nothing is removed or written."""
+    """Score the layers of MODEL and show what would go at each ratio; nothing is removed."""
+    if plot is not None and (plot.suffix not in (".png", ".svg") or not plot.parent.is_dir()):
+        raise UsageError(f"--plot takes a .png or .svg file in a folder that exists; got {plot}.")
     config = PruneConfig(
-        layers=1, calibration=tuple(calibration or (DEFAULT_CALIBRATION,)), samples=samples, seq_len=seq_len, seed=seed
-    )
+        layers=1, calibration=tuple(calibration or (DEFAULT_CALIBRATION,)), samples=samples, seq_len=seq_len, seed=seed,
+        low_memory=low_memory, device=cast("Device", device), compute=cast("Compute", compute),
+    )  # fmt: skip
     from gradmap_hub.pipeline import inspect as run_inspect
 
     reporter = TerminalReporter(stderr, quiet=quiet)
     try:
-        scores = run_inspect(model, config, revision=revision, reporter=reporter)
+        found = run_inspect(model, config, ratios=_ratios(ratios), revision=revision, reporter=reporter)
     finally:
         reporter.close()
+    choices = {f"{ratio:.0%}": candidate.removed for ratio, candidate in found.choices.items()}
+    if plot is not None:
+        from gradmap_hub.plots import inspect_plot
+
+        inspect_plot(found.scores, found.scores.shift, choices, plot)
     if as_json:
-        _print_json(asdict(scores))
+        goes = [{"ratio": ratio, **asdict(candidate)} for ratio, candidate in found.choices.items()]
+        _print_json({**asdict(found.scores), "influence": found.scores.influence, "choices": goes})
         return
-    table = Table("layer", "gradient L1", "|W dL/dW|", "block influence", title=model, title_justify="left")
-    for row in zip(scores.layers, scores.gradient, scores.taylor, scores.influence, strict=True):
-        table.add_row(str(row[0]), f"{row[1]:.4g}", f"{row[2]:.4g}", f"{row[3]:.4f}")
-    stdout.print(table)
+    stdout.print(inspect_table(model, found.scores, choices))
+    for ratio, candidate in found.choices.items():
+        stdout.print(
+            f"{ratio:.0%}: {len(candidate.removed)} layers by {candidate.name}, held-out loss {candidate.loss:.3f} "
+            f"(all layers {found.scores.loss:.3f} on the scoring rows)",
+            highlight=False,
+        )
+    stdout.print("Before swaps and correction; `prune` and `push` go on from there.", highlight=False)
 
 
 @app.command(epilog="Example: gradmap-hub publish small --to me/small-gradmap")
@@ -611,10 +656,8 @@ def _print_record(record: RunRecord) -> None:
     removed = ", ".join(map(str, record.removed))
     stdout.print(f"Removed layers {removed} ({record.metric}).", highlight=False)
     if correction.applied:
-        stdout.print(
-            f"Corrected by one {correction.kind} fit at layer {correction.site}, folded into its down projection.",
-            highlight=False,
-        )
+        places = ", ".join(f"{entry.layer} ({entry.part})" for entry in correction.corrections)
+        stdout.print(f"Corrected by {correction.kind} fits, folded into layers {places}.", highlight=False)
     else:
         stdout.print(f"No correction applied: {correction.reason}.", highlight=False)
 

@@ -18,6 +18,8 @@ Schedule = Literal["oneshot", "iterative"]
 Compensation = Literal["auto", "projection", "weight", "none"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Site = Literal["auto", "largest-shift"]
+Device = Literal["auto", "cpu", "cuda"]
+Compute = Literal["auto", "float32", "bfloat16"]
 
 METRICS: tuple[str, ...] = (
     "auto",
@@ -30,6 +32,8 @@ METRICS: tuple[str, ...] = (
 SCHEDULES: tuple[str, ...] = ("oneshot", "iterative")
 COMPENSATIONS: tuple[str, ...] = ("auto", "projection", "weight", "none")
 DTYPES: tuple[str, ...] = ("auto", "float32", "bfloat16", "float16")
+DEVICES: tuple[str, ...] = ("auto", "cpu", "cuda")
+COMPUTES: tuple[str, ...] = ("auto", "float32", "bfloat16")
 PRESETS: tuple[str, ...] = ("default", "paper")
 
 # WikiText as the Hub serves it: the default when no text is given.
@@ -61,7 +65,8 @@ class PruneConfig:
     drop: tuple[int, ...] | None = _option(None, "Indices of the decoder layers to remove, such as 12,13,14.")
     metric: Metric = _option(
         "auto",
-        "How layers are ranked. auto: several rankings from one scoring pass, decided by loss on held-out rows. "
+        "How layers are ranked. auto: several rankings from one scoring pass and swaps of single layers, decided by "
+        "loss on held-out rows. "
         "gradient: GradMAP's gradient L1. Others: taylor, block-influence, gradient-window, cosine-window.",
     )
     schedule: Schedule = _option(
@@ -69,13 +74,13 @@ class PruneConfig:
     )
     compensation: Compensation = _option(
         "auto",
-        "What is fitted and folded at the site. projection: P on the MLP output (the paper). weight: the down "
-        "projection itself. auto: whichever has the lower held-out loss. none: nothing.",
+        "What is fitted and folded at a site. projection: P on the output (the paper). weight, which auto means: the "
+        "output weight itself, a ridge regression with more unknowns. none: nothing.",
     )
     site: Site = _option(
         "auto",
         "Where the correction goes. largest-shift: the layer whose mean hidden state moved most (the paper). "
-        "auto: also the first layer behind each gap, decided by held-out loss.",
+        "auto: every layer next to a gap, in attention and MLP, as far as it lowers the held-out loss.",
     )
     calibration: tuple[str, ...] = _option(
         (DEFAULT_CALIBRATION,),
@@ -92,6 +97,17 @@ class PruneConfig:
     eval_rows: int = _option(12, "Held-out rows per evaluation text.")
     dtype: DType = _option("auto", "Number format of the written weights. auto: that of the original.")
     seed: int = _option(0, "Seed of the choice of rows.")
+    low_memory: bool = _option(
+        False,
+        "Map the weights from disk and stream them layer by layer, forward and backward: about three layers in memory "
+        "however deep the model. Same result; slower where the disk is.",
+    )
+    device: Device = _option("auto", "Where to compute. auto: CUDA if there is a GPU, else the CPU.")
+    compute: Compute = _option(
+        "auto",
+        "Number format of the computation. auto: bfloat16 for models stored in it where the machine is fast at it, "
+        "else float32.",
+    )
 
     def __post_init__(self) -> None:
         asked = [value for value in (self.ratio, self.layers, self.drop) if value is not None]
@@ -109,12 +125,16 @@ class PruneConfig:
             ("compensation", COMPENSATIONS),
             ("dtype", DTYPES),
             ("site", ("auto", "largest-shift")),
+            ("device", DEVICES),
+            ("compute", COMPUTES),
         ):
             if getattr(self, name) not in allowed:
                 raise UsageError(f"--{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}.")
         for name, least in (("samples", 4), ("seq_len", 16), ("eval_rows", 2), ("seed", 0)):
             if getattr(self, name) < least:
                 raise UsageError(f"--{name.replace('_', '-')} must be at least {least}; got {getattr(self, name)}.")
+        if self.low_memory and self.device == "cuda":
+            raise UsageError("--low-memory streams the weights through the CPU; leave out --device cuda.")
         if not self.calibration:
             raise UsageError("--calibration needs at least one text.")
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gradmap_hub.architectures import Architecture
+from gradmap_hub.errors import UsageError
 
 # Positions whose logits exist at once: the logits of a large vocabulary are the biggest tensor of a forward pass.
 LOGIT_CHUNK = 512
@@ -65,7 +66,7 @@ class Decoder:
     def put(self, index: int, values: Mapping[str, Tensor]) -> None:
         """Give parameters of a layer new values, for good."""
         for name, value in values.items():
-            self.layers[index].get_parameter(name).data = value
+            self.layers[index].get_parameter(name).data = value.to(self.device)
 
     @contextmanager
     def replaced(self, index: int, values: Mapping[str, Tensor]) -> Iterator[None]:
@@ -249,3 +250,26 @@ def parameters_replaced(module: nn.Module, values: Mapping[str, Tensor]) -> Iter
 def _reduce_and_free(reduce: Callable[[str, nn.Parameter], None], name: str, parameter: nn.Parameter) -> None:
     reduce(name, parameter)
     parameter.grad = None
+
+
+def choose_precision(compute: str, device: str, stored: str, *, streamed: bool) -> tuple[torch.dtype, str]:
+    """Data type and device of a computation on weights stored as `stored` ("bfloat16", ...), for the options of
+    `PruneConfig`. bfloat16 is only for weights stored in it: others would be rounded, and rounded weights written.
+
+    Raises:
+        UsageError: no such device here, or bfloat16 for weights that have more digits.
+    """
+    cuda = torch.cuda.is_available()
+    if device == "cuda" and not cuda:
+        raise UsageError("--device cuda: PyTorch sees no CUDA device here. Use --device cpu.")
+    chosen = "cuda" if cuda and device != "cpu" and not streamed else "cpu"
+    if compute == "bfloat16" and stored != "bfloat16":
+        raise UsageError(
+            f"--compute bfloat16 needs weights stored in bfloat16; these are {stored}, and would be rounded."
+        )
+    if chosen == "cuda":
+        fast = torch.cuda.is_bf16_supported()
+    else:
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    half = compute == "bfloat16" or (compute == "auto" and stored == "bfloat16" and fast)
+    return (torch.bfloat16 if half else torch.float32), chosen

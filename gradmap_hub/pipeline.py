@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +25,8 @@ from gradmap_hub.plan import (
     work_folder,
 )
 from gradmap_hub.progress import Reporter, SilentReporter
-from gradmap_hub.record import Parity, RunRecord
-from gradmap_hub.run import Run, artifact, prune_stages, score_stage, size
+from gradmap_hub.record import Candidate, Parity, RunRecord
+from gradmap_hub.run import Run, artifact, inspect_stages, prune_stages, size
 from gradmap_hub.source import COMPANION_FILES, folder_sizes, legal_texts
 from gradmap_hub.stages import Stages
 
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from gradmap_hub.space import SpacePlan
 
 __all__ = [
+    "Inspection",
     "PushResult",
     "build_space",
     "export_folder",
@@ -59,6 +60,14 @@ class PushResult:
     model: Published
     space: Published | None
     space_reason: str
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """`choices`: for each ratio asked for, the set of layers that a cheap ranking would remove, with its loss."""
+
+    scores: LayerScores
+    choices: dict[float, Candidate]
 
 
 def prune(
@@ -115,11 +124,12 @@ def inspect(
     model: str,
     config: PruneConfig,
     *,
+    ratios: Sequence[float] = (0.1, 0.25),
     revision: str | None = None,
     reporter: Reporter | None = None,
     hub: Hub | None = None,
-) -> LayerScores:
-    """Score the layers of `model`; nothing is kept."""
+) -> Inspection:
+    """Score the layers of `model` and find what would go at each ratio; nothing is kept."""
     import tempfile
 
     hub = hub or _default_hub()
@@ -127,7 +137,7 @@ def inspect(
     source = find_source(model, revision, hub)
     with tempfile.TemporaryDirectory(prefix="gradmap-inspect-") as scratch:
         run = Run(source, config, 1, Path(scratch) / "model", "", reporter or SilentReporter(), hub)
-        return score_stage(run)
+        return Inspection(*inspect_stages(run, ratios))
 
 
 def publish_folder(

@@ -9,7 +9,7 @@ import dataclasses
 import gc
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -96,14 +96,35 @@ class Run:
         return folder
 
     def decoder(self) -> Decoder:
-        """The original model in float32, loaded when first needed."""
+        """The original model, opened when first needed."""
         if self._decoder is None:
-            from gradmap_hub.decoder import Decoder
-            from gradmap_hub.exporters.checkpoint import load_float32
-
-            model, _ = load_float32(self.checkpoint())
-            self._decoder = Decoder(model, self.source.architecture, self.config.seq_len)
+            self._decoder = self.open(self.checkpoint())
         return self._decoder
+
+    def open(self, folder: Path) -> Decoder:
+        """A checkpoint of this family, in memory or, with --low-memory, left on disk and streamed."""
+        dtype, device = self.precision()
+        if self.config.low_memory:
+            from gradmap_hub.streaming import open_streamed
+
+            return open_streamed(folder, self.source.architecture, self.config.seq_len, dtype=dtype)
+        from gradmap_hub.decoder import Decoder
+        from gradmap_hub.exporters.checkpoint import load_model
+
+        model, _ = load_model(folder, dtype)
+        return Decoder(model.to(device), self.source.architecture, self.config.seq_len)
+
+    def precision(self) -> tuple[Any, str]:
+        """What is computed in, and on which device.
+
+        Raises:
+            UsageError: --compute or --device asks for what model or machine do not have.
+        """
+        from gradmap_hub.decoder import choose_precision
+
+        return choose_precision(
+            self.config.compute, self.config.device, self.source.base.dtype, streamed=self.config.low_memory
+        )
 
     def release(self) -> None:
         """Forget the original; what comes next needs the memory."""
@@ -165,6 +186,7 @@ class _CompensatedLosses:
 def prune_stages(run: Run, *, target: str | None = None, license: str | None = None) -> RunRecord:
     from gradmap_hub.selection import decide
 
+    run.precision()  # refuses what cannot be, before anything is fetched
     run.output.mkdir(parents=True, exist_ok=True)
     rows, extra = _calibrate(run)
     run.stages.run(
@@ -257,10 +279,25 @@ def _texts(run: Run, source: str, read_text: Callable[..., Any]) -> list[Any]:
     return [read_text(paths[0], name)]
 
 
-def score_stage(run: Run) -> LayerScores:
-    """Only what `inspect` needs: texts, weights, scores."""
+def inspect_stages(run: Run, ratios: Sequence[float]) -> tuple[LayerScores, dict[float, Candidate]]:
+    """Only what `inspect` needs: texts, weights, scores, and at each ratio the better of two rankings."""
+    from gradmap_hub.search import Search
+    from gradmap_hub.selection import candidates
+
     rows, _ = _calibrate(run)
-    return _score(run, rows)
+    scores = _score(run, rows)
+    run.reporter.start("Measuring what would go")
+    counts = {ratio: dataclasses.replace(run.config, ratio=ratio, layers=None).removals(len(scores.layers))
+              for ratio in ratios}  # fmt: skip
+    run.reporter.total(2 * len(counts) * len(rows.selection))
+    choices: dict[float, Candidate] = {}
+    for ratio, count in counts.items():
+        search = Search(run.decoder(), rows.selection, run.reporter.advance)
+        for metric in ("block-influence", "cosine-window"):
+            search.loss(candidates(scores, count, metric)[metric], metric)
+        choices[ratio] = search.ranked()[0]
+    run.reporter.finish(f"{len(counts)} ratios")
+    return scores, choices
 
 
 def _pull(run: Run) -> _Fetched:
@@ -276,14 +313,14 @@ def _score(run: Run, rows: CalibrationRows) -> LayerScores:
     def compute() -> LayerScores:
         decoder = run.decoder()
         run.reporter.total(len(scoring))
-        return score_layers(decoder, scoring, window=run.removals, row_done=run.step)
+        return score_layers(decoder, scoring, row_done=run.step)
 
     return run.stages.run(
         "score",
         "Scoring layers",
         LayerScores,
         compute,
-        inputs={"rows": rows.sha256, "count": len(scoring), "window": run.removals},
+        inputs={"rows": rows.sha256, "count": len(scoring), "precision": [str(value) for value in run.precision()]},
         describe=lambda scores: f"{len(scores.layers)} layers, one backward pass over {scoring.numel():,} tokens",
     )
 
@@ -320,6 +357,7 @@ def _select(run: Run, rows: CalibrationRows, scores: LayerScores) -> _Selected:
         compute,
         inputs={
             "drop": config.drop,
+            "removals": run.removals,
             "metric": config.metric,
             "schedule": config.schedule,
             "rows": sha256_of_ids(rows.selection),
@@ -400,37 +438,25 @@ def _write(run: Run, removed: Sequence[int], compensation: CompensationRecord) -
         from safetensors.torch import load_file
 
         from gradmap_hub.exporters import checkpoint
-        from gradmap_hub.pruning import parameter_count, remove_layers, storage_dtype
-        from gradmap_hub.verification import logits_of, probe_ids, verify
+        from gradmap_hub.pruning import storage_dtype
 
-        decoder = run.decoder()
-        model = decoder.model
-        before = parameter_count(model)
+        source = run.checkpoint()
+        dtype = storage_dtype(run.config.dtype, run.source.base.dtype)
+        overrides: dict[tuple[int, str], Any] = {}
         if compensation.applied:
             for key, value in load_file(run.work / "correction.safetensors").items():
                 layer, _, name = key.partition(":")
-                decoder.put(int(layer), {name: value})
-        remove_layers(model, run.source.architecture, removed)
-        after = parameter_count(model)
-        source = run.checkpoint()
+                overrides[int(layer), name] = value
         names = legal_texts(path.name for path in source.iterdir())
-        dtype = storage_dtype(run.config.dtype, run.source.base.dtype)
-        checkpoint.save_checkpoint(model, run.output, dtype)
         checkpoint.copy_companions(source, run.output, [*COMPANION_FILES, *names])
-        checkpoint.cast_parameters(model, _float32())
-        expected = logits_of(model, probe_ids(model.config))
-        run.release()
-        del decoder, model
-        gc.collect()
-        reloaded, report = checkpoint.load_float32(run.output)
-        verification = verify(reloaded, report, run.output, expected)
+        write = _write_streamed if run.config.low_memory else _write_from_memory
+        verification, parameters = write(run, removed, overrides, dtype)
         return _Written(
             verification,
-            BeforeAfter(before, after),
-            BeforeAfter(checkpoint.checkpoint_bytes(source),
-                        checkpoint.checkpoint_bytes(run.output)),
+            parameters,
+            BeforeAfter(checkpoint.checkpoint_bytes(source), checkpoint.checkpoint_bytes(run.output)),
             str(dtype).removeprefix("torch."),
-        )  # fmt: skip
+        )
 
     return run.stages.run(
         "write",
@@ -443,15 +469,59 @@ def _write(run: Run, removed: Sequence[int], compensation: CompensationRecord) -
     )
 
 
+def _write_from_memory(
+    run: Run, removed: Sequence[int], overrides: Mapping[tuple[int, str], Any], dtype: Any
+) -> tuple[VerificationRecord, BeforeAfter]:
+    from gradmap_hub.exporters import checkpoint
+    from gradmap_hub.pruning import parameter_count, remove_layers
+    from gradmap_hub.verification import logits_of, probe_ids, verify
+
+    decoder = run.decoder()
+    model = decoder.model
+    before = parameter_count(model)
+    for (layer, name), value in overrides.items():
+        decoder.put(layer, {name: value})
+    remove_layers(model, run.source.architecture, removed)
+    after = parameter_count(model)
+    checkpoint.save_checkpoint(model, run.output, dtype)
+    checkpoint.cast_parameters(model, _float32())
+    expected = logits_of(model.cpu(), probe_ids(model.config))
+    run.release()
+    del decoder, model
+    gc.collect()
+    reloaded, report = checkpoint.load_model(run.output)
+    return verify(reloaded, report, run.output, expected), BeforeAfter(before, after)
+
+
+def _write_streamed(
+    run: Run, removed: Sequence[int], overrides: Mapping[tuple[int, str], Any], dtype: Any
+) -> tuple[VerificationRecord, BeforeAfter]:
+    """The same without a model in memory: from file to file, and both ends streamed for the comparison."""
+    from gradmap_hub.pruning import parameter_count
+    from gradmap_hub.streaming import key_report, open_streamed, pruned_logits, write_pruned
+    from gradmap_hub.verification import probe_ids, verify
+
+    source, architecture = run.checkpoint(), run.source.architecture
+    after = write_pruned(source, run.output, architecture, removed, overrides, dtype)
+    written = open_streamed(run.output, architecture, run.config.seq_len, dtype=_float32())
+    probe = probe_ids(written.model.config)
+    run.release()
+    # Rounded as the written file is, so that the two are the same numbers computed in the same precision.
+    original = open_streamed(source, architecture, probe.shape[1], dtype=_float32(), rounding=dtype)
+    before = parameter_count(original.model)
+    for (layer, name), value in overrides.items():
+        original.put(layer, {name: value})
+    expected = pruned_logits(original, [layer for layer in range(original.count) if layer not in set(removed)], probe)
+    with written.whole_model() as model:
+        record = verify(model, key_report(run.output), run.output, expected)
+    return record, BeforeAfter(before, after)
+
+
 def _evaluate_written(run: Run, texts: Sequence[Rows]) -> _CompensatedLosses:
     """Perplexity of what was written, loaded afresh."""
 
     def compute() -> _CompensatedLosses:
-        from gradmap_hub.decoder import Decoder
-        from gradmap_hub.exporters.checkpoint import load_float32
-
-        model, _ = load_float32(run.output)
-        decoder = Decoder(model, run.source.architecture, run.config.seq_len)
+        decoder = run.open(run.output)
         run.reporter.total(sum(len(text.ids) for text in texts))
         return _CompensatedLosses([decoder.losses(text.ids, None, run.reporter.advance) for text in texts])
 

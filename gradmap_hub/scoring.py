@@ -9,8 +9,10 @@ Accumulating gradients over rows first lets them cancel: the mean gradient of a 
 calibration text makes that ranking worse. The same pass yields, at no extra forward or backward:
 
     taylor[l]    = sum_s sum_W || W * dL_s / dW ||_1     (as in LLM-Pruner and Shortened LLaMA, per row)
-    influence[l] = 1 - mean cos(x_l, x_{l+1})            block influence, ShortGPT (arXiv 2403.03853), x_l: layer input
-    windows[i]   = 1 - mean cos(x_i, x_{i+k})            k consecutive layers as one block (arXiv 2403.17887)
+    distance[i][j] = 1 - mean cos(x_i, x_j)              x_l: residual stream before layer l; x_L: behind the last
+    influence[l] = distance[l][l + 1]                    block influence, ShortGPT (arXiv 2403.03853)
+    windows(k)[i] = distance[i][i + k]                   k consecutive layers as one block (arXiv 2403.17887)
+    shift[l]     = ||mean(x_{l+1} - x_l)|| / ||mean(x_{l+1})||    first moment of what the layer adds
 """
 
 from __future__ import annotations
@@ -27,23 +29,31 @@ from gradmap_hub.decoder import Decoder
 
 @dataclass(frozen=True)
 class LayerScores:
-    """One value per layer (indices into `layers`), except `windows`: one per start of a window. Low = unimportant."""
+    """One value per layer, in the order of `layers` (indices); low = unimportant. `distance` is square, one more than
+    the layers; `loss` in nats per token."""
 
     layers: list[int]
     gradient: list[float]
     taylor: list[float]
-    influence: list[float]
-    windows: list[float]
-    window_size: int
+    distance: list[list[float]]
+    shift: list[float]
     loss: float
     rows: int = field(default=0)
+
+    @property
+    def influence(self) -> list[float]:
+        """Block influence of each layer."""
+        return self.windows(1)
+
+    def windows(self, size: int) -> list[float]:
+        """1 - mean cosine across each `size` consecutive layers, by the position of the first."""
+        return [self.distance[start][start + size] for start in range(len(self.layers) - size + 1)]
 
 
 def score_layers(
     decoder: Decoder,
     ids: Tensor,
     *,
-    window: int,
     layers: Sequence[int] | None = None,
     row_done: Callable[[], None] = lambda: None,
 ) -> LayerScores:
@@ -56,8 +66,8 @@ def score_layers(
     chosen = list(range(decoder.count)) if layers is None else list(layers)
     gradient = dict.fromkeys(chosen, 0.0)
     taylor = dict.fromkeys(chosen, 0.0)
-    influence = torch.zeros(len(chosen), dtype=torch.float64)
-    windows = torch.zeros(max(len(chosen) - window + 1, 0), dtype=torch.float64)
+    similarity = torch.zeros(len(chosen) + 1, len(chosen) + 1, dtype=torch.float64)
+    means: list[Tensor] = []
     loss_sum = 0.0
     with decoder.frozen():
         for group in ids.split(decoder.rows_per_pass or len(ids)):
@@ -69,10 +79,8 @@ def score_layers(
                         for states in stream:
                             states.append(decoder.step(states[-1], layer))
             for states in stream:
-                for position in range(len(chosen)):
-                    influence[position] += 1 - _mean_cosine(states[position], states[position + 1])
-                for start in range(len(windows)):
-                    windows[start] += 1 - _mean_cosine(states[start], states[start + window])
+                similarity += _mean_cosines(states)
+                means.append(torch.stack([state.double().mean(dim=(0, 1)) for state in states]).cpu())
             gradients: list[Tensor] = []
             for row, states in zip(rows, stream, strict=True):
                 loss, last = decoder.loss_gradient(states.pop(), row)
@@ -92,13 +100,14 @@ def score_layers(
                         gradients[position] = decoder.backward(states.pop(), layer, gradients[position], reduce)
             for _ in rows:
                 row_done()
+    mean = torch.stack(means).mean(dim=0)  # (layers + 1, d)
+    moved = (mean[1:] - mean[:-1]).norm(dim=-1) / mean[1:].norm(dim=-1).clamp(min=1e-12)
     return LayerScores(
         layers=chosen,
         gradient=[gradient[layer] for layer in chosen],
         taylor=[taylor[layer] for layer in chosen],
-        influence=(influence / len(ids)).tolist(),
-        windows=(windows / len(ids)).tolist(),
-        window_size=window,
+        distance=(1 - similarity / len(ids)).tolist(),
+        shift=moved.tolist(),
         loss=loss_sum / len(ids),
         rows=len(ids),
     )
@@ -111,11 +120,13 @@ def iterative_removals(
     left = list(range(decoder.count))
     removed: list[int] = []
     for _ in range(count):
-        scores = score_layers(decoder, ids, window=1, layers=left, row_done=row_done)
+        scores = score_layers(decoder, ids, layers=left, row_done=row_done)
         worst = min(range(len(left)), key=lambda position: scores.gradient[position])
         removed.append(left.pop(worst))
     return sorted(removed)
 
 
-def _mean_cosine(before: Tensor, after: Tensor) -> float:
-    return float(F.cosine_similarity(before.float(), after.float(), dim=-1).mean())
+def _mean_cosines(states: Sequence[Tensor]) -> Tensor:
+    """Mean over tokens of the cosine between every two of a row's n streams (1, tokens, d): (n, n) float64."""
+    directions = torch.stack([F.normalize(state[0].float(), dim=-1).flatten() for state in states])
+    return (directions @ directions.T).double().cpu() / states[0].shape[1]

@@ -8,7 +8,7 @@ one scoring pass propose sets; the loss on rows they never saw compares them; th
     swap       L(S - l + m)  ~  b[l] + a[m] - L(S)       predicted from the two, then measured for the best few
 
 All trials of a sweep share one walk along the layers: a trial starts from the residual stream where it differs, so it
-costs the layers behind that point only. Sweeps race: every trial sees a third of the rows, the better half the rest.
+costs the layers behind that point only. Sets and sweeps race: all see a quarter of the rows, the best few the rest.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from torch import Tensor
 from gradmap_hub.decoder import Decoder
 from gradmap_hub.record import Candidate
 
-# Trials that go on to all rows of a sweep, and swaps that are measured after being predicted.
-SURVIVORS = 6
-SWAPS_MEASURED = 3
-SWAP_ROUNDS = 2
-# Sets handed on to the correction, which may change their order.
-FINALISTS = 3
+# Sets, and trials of a sweep, that go on to all rows; swaps that are measured after being predicted.
+SURVIVING_SETS = 3
+SURVIVING_TRIALS = 4
+SWAPS_MEASURED = 2
+# Every further round costs as much as the first and gains less.
+SWAP_ROUNDS = 1
 
 
 class Search:
@@ -84,22 +84,40 @@ class Search:
             self._rows_done(len(group))
         return totals
 
+    @property
+    def _heat(self) -> int:
+        """Rows that everything sees."""
+        return max(1, len(self._ids) // 4)
+
+    def best_seeds(self, seeds: Mapping[str, Sequence[int]]) -> None:
+        """Measure the sets that a quarter of the rows did not rule out."""
+        names = list(seeds)
+        if len(names) > SURVIVING_SETS:
+            heat = self._ids[: self._heat]
+            first = {
+                name: math.fsum(self._decoder.losses(heat, self._live(set(seeds[name])), self._rows_done))
+                for name in names
+            }
+            names = sorted(names, key=lambda name: first[name])[:SURVIVING_SETS]
+        for name in names:
+            self.loss(seeds[name], name)
+
     def race(self, removed: Sequence[int], layers: Sequence[int]) -> dict[int, float]:
-        """Mean loss with each of `layers` flipped, for those that a third of the rows did not rule out."""
-        heat = max(1, len(self._ids) // 3)
+        """Mean loss with each of `layers` flipped, for those that a quarter of the rows did not rule out."""
+        heat = self._heat
         first = self.flips(removed, layers, self._ids[:heat])
-        survivors = sorted(first, key=lambda layer: first[layer])[:SURVIVORS]
+        survivors = sorted(first, key=lambda layer: first[layer])[:SURVIVING_TRIALS]
         if heat == len(self._ids):
             return {layer: first[layer] / heat for layer in survivors}
         rest = self.flips(removed, survivors, self._ids[heat:])
         return {layer: (first[layer] + rest[layer]) / len(self._ids) for layer in survivors}
 
     def swap(self, removed: Sequence[int], name: str) -> list[int]:
-        """Exchange one removed for one kept layer while that lowers the loss, at most SWAP_ROUNDS times."""
+        """Exchange one removed for one kept layer if that lowers the loss, at most SWAP_ROUNDS times."""
         best = sorted(removed)
         for _ in range(SWAP_ROUNDS):
             loss = self.loss(best, name)
-            back = {layer: total / len(self._ids) for layer, total in self.flips(best, best, self._ids).items()}
+            back = self.race(best, best)
             more = self.race(best, self._live(set(best)))
             predicted = sorted((back[out] + more[new] - loss, out, new) for out in back for new in more)
             tried = [sorted({*best, new} - {out}) for _, out, new in predicted[:SWAPS_MEASURED]]
@@ -123,10 +141,9 @@ def search_layers(
     swaps: bool,
     rows_done: Callable[[int], None] = lambda _rows: None,
 ) -> list[Candidate]:
-    """Every set that was measured, lowest loss first. `seeds`: named sets of one size. `swaps`: improve the best."""
+    """The sets measured on all rows, lowest loss first. `seeds`: named sets of one size. `swaps`: improve the best."""
     search = Search(decoder, ids, rows_done)
-    for name, removed in seeds.items():
-        search.loss(removed, name)
+    search.best_seeds(seeds)
     if swaps:
         leader = search.ranked()[0]
         search.swap(leader.removed, leader.name)

@@ -32,7 +32,8 @@ def lowest_window(scores: Sequence[float], count: int) -> list[int]:
 
 def candidates(scores: LayerScores, count: int, metric: str) -> dict[str, list[int]]:
     """Named candidate sets of `count` layers for a metric; `auto` gives them all, duplicates dropped."""
-    starts = sorted(range(len(scores.windows)), key=lambda start: scores.windows[start])
+    by_cosine = scores.windows(count)
+    starts = sorted(range(len(by_cosine)), key=lambda start: by_cosine[start])
     windows = [list(range(start, start + count)) for start in starts[:WINDOWS]]
     named = {
         "gradient": lowest(scores.gradient, count),

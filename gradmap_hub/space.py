@@ -156,7 +156,11 @@ def _compare(record: RunRecord, plan: SpacePlan, pruned_repo: str | None) -> dic
             {"text": text.name, "tokens": text.tokens, "original": text.original, "pruned": text.compensated}
             for text in (evaluation.texts if evaluation else [])
         ],
-        "compensation": {"applied": record.compensation.applied},
+        "compensation": {
+            "applied": record.compensation.applied,
+            # Records from before several corrections were possible list none.
+            "matrices": len(record.compensation.corrections) or int(record.compensation.applied),
+        },
         "examples": list(EXAMPLES),
         "license": record.base.license,
     }

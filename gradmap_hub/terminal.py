@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.progress import TimeElapsedColumn as Elapsed
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from gradmap_hub.scoring import LayerScores
 
 
 class TerminalReporter:
@@ -67,3 +73,20 @@ class TerminalReporter:
             self._live.stop()
             self._live = None
             self._task = None
+
+
+def inspect_table(model: str, scores: LayerScores, choices: Mapping[str, Sequence[int]]) -> Table:
+    """One row per layer: its scores, and under which of `choices` (label such as "10%" -> layers) it would go."""
+    table = Table(title=escape(model), title_justify="left")
+    for name in ("layer", "gradient L1", "|W dL/dW|", "block influence"):
+        table.add_column(name, justify="right")
+    if choices:
+        table.add_column("goes at")
+    for layer, gradient, taylor, influence in zip(
+        scores.layers, scores.gradient, scores.taylor, scores.influence, strict=True
+    ):
+        row = [str(layer), f"{gradient:.4g}", f"{taylor:.4g}", f"{influence:.4f}"]
+        if choices:
+            row.append(escape(", ".join(label for label, going in choices.items() if layer in going)))
+        table.add_row(*row)
+    return table

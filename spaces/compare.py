@@ -62,7 +62,7 @@ class Facts:
     parameters: Pair
     bytes: Pair
     perplexity: tuple[Perplexity, ...]
-    compensated: bool
+    compensated: int
     examples: tuple[str, ...]
     license: str | None
 
@@ -75,6 +75,11 @@ def _source(content: dict[str, Any], stored: Literal["space", "hub"]) -> Source:
         stored=stored,
         path=str(content.get("path") or ""),
     )
+
+
+def _corrected(compensation: dict[str, Any]) -> int:
+    """How many weight matrices were corrected."""
+    return int(compensation.get("matrices", bool(compensation.get("applied"))))
 
 
 def _number(value: object) -> float | None:
@@ -112,7 +117,7 @@ def read_facts(file: Path) -> Facts:
                 )
                 for row in content.get("perplexity", [])
             ),
-            compensated=bool(content.get("compensation", {}).get("applied")),
+            compensated=_corrected(content.get("compensation", {})),
             examples=tuple(str(example) for example in content.get("examples", [])),
             license=content.get("license"),
         )

@@ -135,7 +135,8 @@ def _layers(facts: Facts) -> str:
     """Which layers went, in one sentence and as a strip with gaps."""
     removed = set(facts.removed)
     number = len(removed) or facts.layers.original - facts.layers.pruned
-    correction = ", one weight matrix corrected" if facts.compensated else ""
+    count = facts.compensated
+    correction = f", {'one weight matrix' if count == 1 else f'{count} weight matrices'} corrected" if count else ""
     where = f" <span class='which'>Removed: {ranges(facts.removed)}.</span>" if removed else ""
     strip = "".join(
         f"<i class='{'gone' if index in removed else 'kept'}'></i>" for index in range(facts.layers.original)

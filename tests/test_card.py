@@ -20,6 +20,7 @@ from jinja2 import UndefinedError
 
 from gradmap_hub import card
 from gradmap_hub.card import card_text, front_matter, write_card
+from gradmap_hub.plots import corrected_layers
 from gradmap_hub.record import (
     Artifact,
     Base,
@@ -31,6 +32,7 @@ from gradmap_hub.record import (
     LayerDecision,
     Parity,
     RunRecord,
+    SiteCorrection,
     TextPerplexity,
     TextSource,
     Trial,
@@ -39,6 +41,7 @@ from gradmap_hub.record import (
 
 GOLDEN = Path(__file__).parent / "golden" / "card.md"
 REMOVED = [3, 12, 13, 14, 15, 17, 25, 26]
+SWAPPED = [3, 12, 13, 14, 15, 16, 25, 26]
 KEPT = [index for index in range(30) if index not in REMOVED]
 SCORES = [
     9120.4, 6240.1, 4410.8, 2110.2, 3302.5, 3150.9, 2980.3, 2890.7, 2811.0, 2702.6, 2644.1, 2590.5, 1987.3,
@@ -57,7 +60,7 @@ NASTY = (
 
 def make_record() -> RunRecord:
     """The push of a 30-layer model, with everything a run can record."""
-    reasons = {index: "removed: lowest held-out loss (gradient)" for index in REMOVED}
+    reasons = {index: "removed: lowest held-out loss (block-influence)" for index in REMOVED}
     return RunRecord(
         schema_version=1,
         gradmap_hub="0.1.0",
@@ -96,19 +99,34 @@ def make_record() -> RunRecord:
         compensation=CompensationRecord(
             applied=True,
             kind="weight",
-            site=18,
+            site=11,
             strength=0.03,
             ridge=12.5,
             loss_before=4.2513,
-            loss_after=3.9127,
-            reason="lowest loss on held-out rows",
+            loss_after=3.7402,
+            reason="lowest held-out loss",
             shift_layers=KEPT,
             shift=[10 * value for value in SHIFT],
             relative_shift=SHIFT,
-            trials=[Trial(18, "weight", 0.03, 3.9127), Trial(18, "projection", 0.003, 4.0611)],
+            trials=[
+                Trial(11, "weight", 0.01, 3.9214),
+                Trial(11, "weight", 0.03, 3.9127),
+                Trial(18, "weight", 0.03, 3.8011, "attention"),
+                Trial(18, "weight", 0.03, 3.7402),
+                Trial(27, "weight", 0.03, 3.7399, "attention"),
+            ],
+            corrections=[
+                SiteCorrection(11, "mlp", "weight", 0.03, 12.5, 4.2513, 3.9127),
+                SiteCorrection(18, "attention", "weight", 0.03, 7.5, 3.9127, 3.8011),
+                SiteCorrection(18, "mlp", "weight", 0.03, 9.0, 3.8011, 3.7402),
+            ],
         ),
         seed=0,
-        candidates=[Candidate("gradient", REMOVED, 4.2513), Candidate("cosine-window", list(range(12, 20)), 4.8044)],
+        candidates=[
+            Candidate("block-influence, swapped", SWAPPED, 4.2391, 3.8112),
+            Candidate("block-influence", REMOVED, 4.2513, 3.7402),
+            Candidate("cosine-window", list(range(12, 20)), 4.8044),
+        ],
         verification=VerificationRecord(True, 3.1e-6, 64, True),
         evaluation=EvaluationRecord(
             metric="perplexity",
@@ -139,6 +157,26 @@ def make_record() -> RunRecord:
     )  # fmt: skip
 
 
+def one_correction(part: str) -> RunRecord:
+    """The same run, had one correction been kept."""
+    record = make_record()
+    entry = SiteCorrection(18, part, "weight", 0.03, 12.5, 4.2513, 3.9127)
+    compensation = replace(record.compensation, site=18, corrections=[entry], loss_after=3.9127)
+    return replace(record, compensation=compensation)
+
+
+def earlier_version(record: RunRecord) -> RunRecord:
+    """The record of the time when there was one correction, not listed, and it had no say in the choice of layers."""
+    return replace(
+        record,
+        compensation=replace(
+            record.compensation, site=18, loss_after=3.9127, corrections=[],
+            trials=[Trial(18, "weight", 0.03, 3.9127), Trial(18, "projection", 0.003, 4.0611)],
+        ),
+        candidates=[Candidate("gradient", REMOVED, 4.2513), Candidate("cosine-window", list(range(12, 20)), 4.8044)],
+    )  # fmt: skip
+
+
 def variants() -> dict[str, RunRecord]:
     """Every branch of the page that real runs reach."""
     record = make_record()
@@ -149,10 +187,25 @@ def variants() -> dict[str, RunRecord]:
     same_only = [text for text in evaluation.texts if text.kind == card.CALIBRATION_KIND]
     return {
         "full": record,
+        "one correction": one_correction("mlp"),
+        "one correction, attention": one_correction("attention"),
+        "earlier version": earlier_version(record),
+        "earlier projection": replace(
+            earlier_version(record), compensation=replace(earlier_version(record).compensation, kind="projection")
+        ),
+        "MLPs only": replace(
+            record,
+            compensation=replace(
+                record.compensation, corrections=[replace(c, part="mlp") for c in record.compensation.corrections]
+            ),
+        ),
+        "one finalist": replace(
+            record, candidates=[replace(record.candidates[1], loss=4.0), replace(record.candidates[2], corrected=None)]
+        ),
         "not applied": replace(
             record,
             compensation=replace(
-                record.compensation, applied=False, kind=None, site=None, strength=None, ridge=None,
+                record.compensation, corrections=[], applied=False, kind=None, site=None, strength=None, ridge=None,
                 reason="no correction lowered the held-out loss", loss_after=4.26,
             ),
         ),
@@ -180,7 +233,7 @@ def variants() -> dict[str, RunRecord]:
         "your choice": replace(record, candidates=[]),
         "one ranking": replace(record, candidates=record.candidates[:1]),
         "not the lowest": replace(
-            record, candidates=[*record.candidates, Candidate("taylor", list(range(8)), 4.0)]
+            record, candidates=[*record.candidates, Candidate("taylor", list(range(8)), 4.0, 3.5)]
         ),
         "other dtype": replace(record, dtype="float32"),
         "failed checks": replace(
@@ -277,6 +330,24 @@ def test_wording_follows_the_facts() -> None:
     assert "78% to 91% higher" in pages["full"] and "21.1% fewer parameters" in pages["full"]
     assert "No correction was applied" in pages["not applied"] and "Pruned + corrected" not in pages["not applied"]
     assert "no correction lowered the held-out loss" in pages["not applied"]
+    assert "3 linear corrections folded into weights" in pages["full"] and "## The corrections" in pages["full"]
+    assert "One correction" not in pages["full"] and "from 4.2513 to 3.7402 nats per token in all" in pages["full"]
+    assert "| 18 | 12 | attention | weight | 0.03 | 3.9127 | 3.8011 |" in pages["full"]
+    assert "| 27 | attention | weight | 0.03 | 3.7399 |" in pages["full"]
+    assert "into MLP down projections and attention output projections." in pages["full"]
+    assert "into MLP down projections.\n" in pages["MLPs only"]
+    for name, part in (("one correction", "MLP down"), ("one correction, attention", "attention output")):
+        assert "one linear correction folded" in pages[name] and "## The correction\n" in pages[name]
+        assert f"One correction was fitted and folded into the {part} projection of layer 18 (index 12" in pages[name]
+        assert "corrections were" not in pages[name]
+    assert "down projection of layer 18 (index 12 here)" in pages["earlier version"]
+    assert "| Why this one | lowest held-out loss |" in pages["earlier version"]
+    assert "After correction" not in pages["earlier version"] and "swapping" not in pages["earlier version"]
+    assert "After correction" not in pages["no correction"] and "`block-influence`, was removed" in pages["full"]
+    assert "2 from rankings, and 1 made from the best of them by swapping single layers" in pages["full"]
+    assert "12 to 19 | 4.8044 | - | |" in pages["full"]
+    assert "lowest loss, `block-influence`, was taken" in pages["one finalist"]
+    assert "The set `block-influence` was taken" in pages["not the lowest"]
     assert "stage 2 of GradMAP" in pages["projection"] and "goes beyond" not in pages["projection"]
     assert "was not measured" in pages["pruning only"] and "not read back" in pages["pruning only"]
     assert "model-index" not in pages["pruning only"] and "model-index" not in pages["no texts"]
@@ -311,7 +382,11 @@ def test_hostile_strings_stay_text() -> None:
         calibration=replace(
             record.calibration, source=NASTY, sha256=NASTY, texts=[TextSource(NASTY, NASTY, 3)]
         ),
-        compensation=replace(record.compensation, reason=NASTY),
+        compensation=replace(
+            record.compensation, reason=NASTY,
+            trials=[Trial(18, NASTY, 0.1, 3.0, NASTY)],
+            corrections=[replace(entry, part=NASTY, kind=NASTY) for entry in record.compensation.corrections],
+        ),
         evaluation=replace(
             evaluation, data=NASTY, texts=[replace(text, name=NASTY, kind=NASTY) for text in evaluation.texts]
         ),
@@ -383,3 +458,10 @@ def test_plots_of_extreme_scores(scores: list[float], tmp_path: Path) -> None:
     compensation = CompensationRecord(applied=True, site=1, shift_layers=[1], shift=[0.0], relative_shift=[0.0])
     record = replace(make_record(), layers=layers, removed=[0], candidates=[], compensation=compensation)
     assert all(path.stat().st_size for path in write_card(record, tmp_path))
+
+
+def test_the_figures_mark_every_corrected_layer() -> None:
+    record = make_record()
+    assert corrected_layers(record) == [11, 18]
+    assert corrected_layers(earlier_version(record)) == [18]
+    assert corrected_layers(variants()["not applied"]) == []

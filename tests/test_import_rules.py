@@ -162,6 +162,14 @@ def test_the_command_line_starts_without_the_heavy_packages() -> None:
     assert done.stdout.strip() == "[]", done.stderr
 
 
+@pytest.mark.parametrize(
+    "command", ["compare", "demo", "export", "hub", "inspect", "prune", "publish", "push", "space"]
+)
+def test_every_command_explains_itself(command: str) -> None:
+    done = run("-m", "gradmap_hub", command, "-h")
+    assert done.returncode == 0 and "Usage" in done.stdout and "Example" in done.stdout, done.stderr
+
+
 def test_help_answers_within_a_second() -> None:
     seconds = []
     for _ in range(3):

@@ -151,7 +151,7 @@ def test_bfloat16_storage_keeps_rotary_frequencies(
 
     checkpoint.cast_parameters(model, torch.float32)
     ids = random_rows(1, 4 * WINDOW)
-    reloaded, report = checkpoint.load_float32(tmp_path)
+    reloaded, report = checkpoint.load_model(tmp_path)
     assert not report["unexpected_keys"]
     assert (logits(reloaded, ids) - logits(model, ids)).abs().max() <= 1e-5
 
@@ -196,7 +196,7 @@ def test_saving_again_leaves_nothing_of_the_first_time(
 
 
 def test_saving_writes_no_generation_config_and_no_path_of_this_machine(tiny_folder: Path, tmp_path: Path) -> None:
-    model, _ = checkpoint.load_float32(tiny_folder)
+    model, _ = checkpoint.load_model(tiny_folder)
     out = tmp_path / "out"
     out.mkdir()
     checkpoint.save_checkpoint(model, out, torch.float32)
@@ -212,12 +212,12 @@ def test_loading_refuses_missing_tensors_and_unreadable_weights(tiny_folder: Pat
     config = json.loads((tiny_folder / "config.json").read_text())
     (tiny_folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 6}))
     with pytest.raises(BrokenCheckpointError, match="missing keys"):
-        checkpoint.load_float32(tiny_folder)
+        checkpoint.load_model(tiny_folder)
     (tiny_folder / "config.json").write_text(json.dumps(config))
     weights = tiny_folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(BrokenCheckpointError, match="cannot be loaded"):
-        checkpoint.load_float32(tiny_folder)
+        checkpoint.load_model(tiny_folder)
 
 
 def test_storage_dtype() -> None:
@@ -227,7 +227,7 @@ def test_storage_dtype() -> None:
 
 def saved(model: Any, folder: Path) -> tuple[Any, dict[str, Any]]:
     checkpoint.save_checkpoint(model, folder, torch.float32)
-    return checkpoint.load_float32(folder)
+    return checkpoint.load_model(folder)
 
 
 def test_verification_passes_what_is_right(family: str, model_of: Callable[..., Any], tmp_path: Path) -> None:
@@ -280,6 +280,6 @@ def test_verification_sees_a_wrong_attention_type(model_of: Callable[..., Any], 
     wrong = copy.deepcopy(config)
     wrong["layer_types"] = ["full_attention", "full_attention", "sliding_attention"]
     (tmp_path / "config.json").write_text(json.dumps(wrong))
-    reloaded, report = checkpoint.load_float32(tmp_path)
+    reloaded, report = checkpoint.load_model(tmp_path)
     with pytest.raises(VerificationError, match="keys match, logits differ"):
         verify(reloaded, report, tmp_path, expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,6 @@ from gradmap_hub.decoder import parameters_replaced
 from gradmap_hub.scoring import iterative_removals, score_layers
 
 TOKENS = 40
-WINDOW_OF_LAYERS = 2
 
 
 def streams(model: Any, ids: Tensor) -> list[Tensor]:
@@ -122,7 +122,7 @@ def test_gradient_and_taylor_equal_plain_autograd_per_row(
 ) -> None:
     model = model_of(family, tied=True)
     ids = random_rows(3, TOKENS)
-    scores = score_layers(decoder_of(model, TOKENS), ids, window=WINDOW_OF_LAYERS)
+    scores = score_layers(decoder_of(model, TOKENS), ids)
 
     gradient = [0.0] * 5
     taylor = [0.0] * 5
@@ -140,7 +140,7 @@ def test_gradient_and_taylor_equal_plain_autograd_per_row(
     assert scores.gradient == pytest.approx(gradient, rel=1e-5)
     assert scores.taylor == pytest.approx(taylor, rel=1e-5)
     assert scores.loss == pytest.approx(sum(losses) / 3, abs=1e-5)
-    assert scores.layers == [0, 1, 2, 3, 4] and scores.rows == 3 and scores.window_size == WINDOW_OF_LAYERS
+    assert scores.layers == [0, 1, 2, 3, 4] and scores.rows == 3
 
     # Accumulated first, gradients of different rows cancel: another score, and a smaller one.
     accumulated = [sum(float(grad.double().abs().sum()) for grad in grads.values()) for grads in total]
@@ -153,7 +153,7 @@ def test_only_matrices_of_the_layers_count(
     """A layer's score leaves out its biases and norm gains."""
     model = model_of("qwen2")  # has biases and norms
     ids = random_rows(1, TOKENS)
-    scores = score_layers(decoder_of(model, TOKENS), ids, window=1)
+    scores = score_layers(decoder_of(model, TOKENS), ids)
     everything = 0.0
     for parameter in model.model.layers[0].parameters():
         (grad,) = torch.autograd.grad(plain_loss(model, ids), [parameter])
@@ -166,7 +166,7 @@ def test_influence_and_windows_equal_the_hidden_states(
 ) -> None:
     model = model_of(family)
     ids = random_rows(2, TOKENS)
-    scores = score_layers(decoder_of(model, TOKENS), ids, window=WINDOW_OF_LAYERS)
+    scores = score_layers(decoder_of(model, TOKENS), ids)
     stream = streams(model, ids)
 
     def distance(first: int, last: int) -> float:
@@ -174,7 +174,11 @@ def test_influence_and_windows_equal_the_hidden_states(
         return float(1 - ((a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))).mean())
 
     assert scores.influence == pytest.approx([distance(i, i + 1) for i in range(5)], abs=1e-6)
-    assert scores.windows == pytest.approx([distance(i, i + 2) for i in range(4)], abs=1e-6)
+    assert scores.windows(2) == pytest.approx([distance(i, i + 2) for i in range(4)], abs=1e-6)
+    assert scores.windows(5) == pytest.approx([distance(0, 5)], abs=1e-6)
+    means = [state.double().mean(dim=(0, 1)) for state in stream]
+    moved = [float((after - before).norm() / after.norm()) for before, after in itertools.pairwise(means)]
+    assert scores.shift == pytest.approx(moved, rel=1e-5)
 
 
 def test_a_subset_of_layers_is_scored_as_it_stands(
@@ -185,8 +189,8 @@ def test_a_subset_of_layers_is_scored_as_it_stands(
 ) -> None:
     model = model_of("mistral")
     ids = random_rows(2, TOKENS)
-    subset = score_layers(decoder_of(model, TOKENS), ids, window=1, layers=[0, 2, 4])
-    alone = score_layers(decoder_of(prune_copy(model, (1, 3)), TOKENS), ids, window=1)
+    subset = score_layers(decoder_of(model, TOKENS), ids, layers=[0, 2, 4])
+    alone = score_layers(decoder_of(prune_copy(model, (1, 3)), TOKENS), ids)
     assert subset.layers == [0, 2, 4] and alone.layers == [0, 1, 2]
     assert subset.gradient == pytest.approx(alone.gradient, rel=1e-5)
     assert subset.influence == pytest.approx(alone.influence, abs=1e-6)
@@ -224,11 +228,11 @@ def test_the_model_is_as_before(
     )
     expected = {"between rows": KeyboardInterrupt, "in a layer": RuntimeError}.get(where)
     if expected is None:
-        score_layers(decoder, ids, window=1, row_done=row_done)
+        score_layers(decoder, ids, row_done=row_done)
         assert rows_done == 3
     else:
         with pytest.raises(expected):
-            score_layers(decoder, ids, window=1, row_done=row_done)
+            score_layers(decoder, ids, row_done=row_done)
     handle.remove()
     assert trainable(model) == flags
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -248,7 +252,7 @@ def test_only_one_gradient_is_alive_at_a_time(
         w.register_post_accumulate_grad_hook(lambda _: alive.append(sum(p.grad is not None for p in weights)))
         for w in weights
     ]
-    score_layers(decoder_of(model, TOKENS), random_rows(2, TOKENS), window=1)
+    score_layers(decoder_of(model, TOKENS), random_rows(2, TOKENS))
     for handle in handles:
         handle.remove()
     assert len(alive) == 2 * len(weights) and max(alive) == 1
@@ -267,7 +271,7 @@ def test_iterative_removes_distinct_layers_scored_anew(
     left = list(range(5))
     gone = []
     for _ in range(3):
-        scores = score_layers(decoder, ids, window=1, layers=left)
+        scores = score_layers(decoder, ids, layers=left)
         gone.append(left.pop(scores.gradient.index(min(scores.gradient))))
     assert removed == sorted(gone)
     assert iterative_removals(decoder, ids, 3) == removed
@@ -277,6 +281,6 @@ def test_scores_are_deterministic_and_depend_on_the_rows(
     model_of: Callable[..., Any], decoder_of: Callable[..., Any], random_rows: Callable[..., Any]
 ) -> None:
     decoder = decoder_of(model_of("gemma"), TOKENS)
-    first = score_layers(decoder, random_rows(2, TOKENS), window=2)
-    assert score_layers(decoder, random_rows(2, TOKENS), window=2) == first
-    assert score_layers(decoder, random_rows(2, TOKENS, seed=1), window=2) != first
+    first = score_layers(decoder, random_rows(2, TOKENS))
+    assert score_layers(decoder, random_rows(2, TOKENS)) == first
+    assert score_layers(decoder, random_rows(2, TOKENS, seed=1)) != first

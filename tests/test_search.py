@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -61,20 +61,30 @@ def test_a_set_is_measured_once(searched: tuple[Any, Any, Any]) -> None:
 
 
 @pytest.mark.parametrize("seed", [[0, 1], [0, 4], [3, 4]])
-def test_swaps_find_what_trying_everything_finds(searched: tuple[Any, Any, Any], seed: Sequence[int]) -> None:
-    """From any start, on a model this small, two rounds of swaps end at the best pair or very near it."""
+def test_a_swap_gains_most_of_what_the_best_swap_would(searched: tuple[Any, Any, Any], seed: list[int]) -> None:
+    """Against measuring every set that differs by one layer, which costs several times as much."""
     _, decoder, ids = searched
     found = search_layers(decoder, ids, {"start": seed}, swaps=True)
     losses = [candidate.loss for candidate in found]
     assert losses == sorted(losses)
     search = Search(decoder, ids)
-    everything = sorted(search.loss(pair, "x") for pair in itertools.combinations(range(LAYERS), 2))
-    assert found[0].loss <= everything[2] + 1e-9
-    start = next(candidate for candidate in found if candidate.removed == sorted(seed))
-    assert found[0].loss < start.loss or start.loss <= everything[1]
-    assert start.name == "start" and all(len(candidate.removed) == 2 for candidate in found)
-    if found[0].removed != sorted(seed):
-        assert "swapped" in found[0].name
+    pairs = [pair for pair in itertools.combinations(range(LAYERS), 2) if len(set(pair) & set(seed)) == 1]
+    best = min(search.loss(pair, "x") for pair in pairs)
+    start = next(candidate for candidate in found if candidate.name == "start")
+    assert start.removed == seed and start.loss == search.loss(seed, "x")
+    assert start.loss - found[0].loss >= 0.5 * max(start.loss - best, 0.0)
+    assert all(len(candidate.removed) == 2 for candidate in found)
+    if found[0].removed != seed:
+        assert found[0].name == "start, swapped"
+
+
+def test_many_seeds_race(searched: tuple[Any, Any, Any]) -> None:
+    _, decoder, ids = searched
+    seeds = {str(pair): list(pair) for pair in itertools.combinations(range(LAYERS), 2)}
+    found = search_layers(decoder, ids, seeds, swaps=False)
+    assert len(found) == 3
+    everything = sorted(Search(decoder, ids).loss(pair, "x") for pair in seeds.values())
+    assert found[0].loss <= everything[2]
 
 
 def test_without_swaps_only_the_seeds_are_measured(searched: tuple[Any, Any, Any]) -> None:

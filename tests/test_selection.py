@@ -14,14 +14,26 @@ from gradmap_hub.record import Candidate
 from gradmap_hub.scoring import LayerScores
 from gradmap_hub.selection import candidates, decide, finalists, lowest, lowest_window
 
+
+def distances(influence: list[float], windows: list[float]) -> list[list[float]]:
+    """A matrix of distances with these between neighbours and these across two layers."""
+    size = len(influence) + 1
+    matrix = [[0.0] * size for _ in range(size)]
+    for start, value in enumerate(influence):
+        matrix[start][start + 1] = value
+    for start, value in enumerate(windows):
+        matrix[start][start + 2] = value
+    return matrix
+
+
+INFLUENCE = [0.9, 0.4, 0.1, 0.5, 0.6, 0.2]
 #                                 0    1    2    3    4    5
 SCORES = LayerScores(
     layers=[0, 1, 2, 3, 4, 5],
     gradient=[9.0, 2.0, 7.0, 3.0, 4.0, 8.0],
     taylor=[9.0, 1.0, 8.0, 2.0, 3.0, 7.0],
-    influence=[0.9, 0.4, 0.1, 0.5, 0.6, 0.2],
-    windows=[0.9, 0.8, 0.7, 0.3, 0.5],
-    window_size=2,
+    distance=distances(INFLUENCE, [0.9, 0.8, 0.7, 0.3, 0.5]),
+    shift=[0.1] * 6,
     loss=3.0,
     rows=4,
 )
@@ -64,7 +76,9 @@ def test_auto_gives_every_distinct_set_once() -> None:
         "cosine-window, second best": [4, 5],
         "cosine-window, third best": [2, 3],
     }
-    other = dataclasses.replace(SCORES, taylor=[9.0, 8.0, 7.0, 1.0, 9.0, 1.5], windows=[0.1, 0.8, 0.7, 0.3, 0.5])
+    other = dataclasses.replace(
+        SCORES, taylor=[9.0, 8.0, 7.0, 1.0, 9.0, 1.5], distance=distances(INFLUENCE, [0.1, 0.8, 0.7, 0.3, 0.5])
+    )
     assert candidates(other, 2, "auto") == {
         "gradient": [1, 3],
         "taylor": [3, 5],

@@ -194,7 +194,7 @@ def sharded(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     folder = tmp_path / "sharded"
     folder.mkdir()
     monkeypatch.setattr(checkpoint, "SHARD_LIMIT", "200KB")
-    model, _ = checkpoint.load_float32(tiny_folder)
+    model, _ = checkpoint.load_model(tiny_folder)
     checkpoint.save_checkpoint(model, folder, model.dtype)
     assert len(list(folder.glob("*-of-*.safetensors"))) > 2
     check(folder)
