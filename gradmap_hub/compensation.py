@@ -253,10 +253,14 @@ def fit_correction(
     config: PruneConfig,
     reporter: Reporter,
     baseline: float | None = None,
+    *,
+    sites: Sequence[Site] | None = None,
+    strengths: Sequence[float] | None = None,
 ) -> tuple[CompensationRecord, Overrides]:
     """Correct site after site, keeping what lowers the loss on `rows.selection`. The model is unchanged after.
 
-    `baseline` is that loss without a correction (nats per token), computed here if not given. Returns the record and
+    `baseline` is that loss without a correction (nats per token), computed here if not given. `sites` and `strengths`
+    replace those of the config, for measurements of what would have been. Returns the record and
     the corrected parameters; they are empty if nothing is to be applied.
     """
     kept = [layer for layer in range(decoder.count) if layer not in set(removed)]
@@ -273,8 +277,9 @@ def fit_correction(
         )
         return record, {}
     kind = "projection" if config.compensation == "projection" else "weight"
-    sites = sites_around_gaps(kept, removed) if config.site == "auto" else [largest_shift(shift)]
-    strengths = list(STRENGTHS[kind])
+    if sites is None:
+        sites = sites_around_gaps(kept, removed) if config.site == "auto" else [largest_shift(shift)]
+    strengths = list(strengths or STRENGTHS[kind])
     reporter.total(len(sites) * len(rows.fit) + (len(sites) + len(strengths)) * len(rows.selection))
     start = min(*(site.layer for site in sites), min(removed))
     with ExitStack() as corrected, torch.no_grad():
