@@ -45,6 +45,7 @@ from gradmap_hub.search import search_layers
 from gradmap_hub.selection import candidates, finalists
 
 RANDOM_SEEDS = (0, 1, 2)
+FURTHER_RANDOM = tuple(f"random {seed}" for seed in RANDOM_SEEDS[1:])
 PUBLISHED, OWN, STAGE_2 = "as published", "+ own compensation", "+ our stage 2"
 PAPER, ONE_SHOT, ITERATIVE, DEFAULT = (
     "GradMAP paper preset",
@@ -375,6 +376,8 @@ def _peer_cells(work: Work, name: str, draw: int, count: int, counts: Sequence[i
         # Prune&Comp rescales while it selects: its compensation is in the seconds of its selection.
         own_cost = None if name == "Prune&Comp" else Cost(**own["cost"])
         yield Cell(name, OWN, draw, count, removed, own["losses"], cost, own_cost)
+    if work.sleb_rows is not None and name in FURTHER_RANDOM:
+        return  # quick: one random set shows what stage 2 makes of a bad choice
     fitted = _compensated(work, STAGE_2, draw, removed)
     yield Cell(name, STAGE_2, draw, count, removed, fitted["losses"], cost, Cost(**fitted["cost"]), fitted["sites"])
 

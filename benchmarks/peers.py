@@ -157,7 +157,7 @@ def taylor_plus(decoder: Decoder, ids: Tensor, count: int) -> PeerSelection:
     try:
         for row in ids.split(1):
             hidden = decoder.run(decoder.embed(row), range(decoder.count))
-            decoder.row_losses(hidden, row).sum().backward()
+            hidden.backward(decoder.loss_gradient(hidden, row)[1])
         for layer, parameters in enumerate(weights):
             products = [p.detach() * p.grad for p in parameters if p.grad is not None]
             salience[layer] = sum(float(product.abs().sum(dtype=torch.float64)) for product in products)

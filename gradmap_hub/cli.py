@@ -46,7 +46,7 @@ app = typer.Typer(
     help="Prune a causal language model by depth, verify and measure it, and publish it with the numbers to show.",
     no_args_is_help=True,
     add_completion=False,
-    rich_markup_mode=None,  # help texts hold [brackets], which are not markup
+    rich_markup_mode="rich",
     pretty_exceptions_enable=False,  # plain tracebacks; older versions of Typer print local variables, tokens too
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Start with `gradmap-hub demo`: the whole push on this machine, without an account.",
@@ -130,7 +130,7 @@ def _root(
 
 # Options that several commands share, with the help text of the configuration they fill.
 def _prune_option(name: str, *flags: str) -> Any:
-    return typer.Option(*flags, help=help_of(PruneConfig, name), show_default=True)
+    return typer.Option(*flags, help=escape(help_of(PruneConfig, name)), show_default=True)
 
 
 Ratio = Annotated[float | None, _prune_option("ratio", "--ratio", "-r")]

@@ -14,13 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from gradmap_hub.architectures import Architecture
 from gradmap_hub.errors import UsageError
 
 # Positions whose logits exist at once: the logits of a large vocabulary are the biggest tensor of a forward pass.
-LOGIT_CHUNK = 512
+LOGIT_CHUNK = 256
 
 
 class _Captured(Exception):
@@ -188,8 +187,9 @@ class Decoder:
         `hidden` is the residual stream after the last layer; the logits are formed in chunks of positions.
         """
         total = torch.zeros(len(ids), device=self.device)
-        for losses, _ in self._chunk_losses(hidden, ids):
-            total = total + losses.sum(dim=1)
+        for start, wanted in self._chunks(ids):
+            logits = self.head(self.norm(hidden[:, start : start + wanted.shape[1]]))
+            total += _exponentiated(logits.detach(), wanted)[0].sum(dim=1)
         return total / (ids.shape[1] - 1)
 
     def losses(
@@ -210,28 +210,48 @@ class Decoder:
     def loss_gradient(self, hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         """`row_losses` and the gradient of their sum with respect to `hidden`, (batch, tokens, d).
 
-        Each chunk of logits is differentiated and freed before the next is formed.
+        Each chunk of logits becomes its own gradient in place, softmax - one-hot, and is freed before the next.
         """
         inputs = hidden.detach().requires_grad_(True)
         total = torch.zeros(len(ids), device=self.device)
-        scale = 1 / (ids.shape[1] - 1)
-        with torch.enable_grad():
-            for losses, _ in self._chunk_losses(inputs, ids):
-                summed = losses.sum(dim=1) * scale
-                summed.sum().backward()
-                total += summed.detach()
+        count = ids.shape[1] - 1
+        for start, wanted in self._chunks(ids):
+            with torch.enable_grad():
+                logits = self.head(self.norm(inputs[:, start : start + wanted.shape[1]]))
+            losses, exponentials, sums = _exponentiated(logits.detach(), wanted)
+            total += losses.sum(dim=1) / count
+            exponentials /= sums
+            ones = torch.full_like(wanted, -1, dtype=exponentials.dtype).unsqueeze(-1)
+            exponentials.scatter_add_(-1, wanted.unsqueeze(-1), ones)
+            exponentials /= count
+            logits.backward(exponentials.to(logits.dtype))
         assert inputs.grad is not None
         return total, inputs.grad
 
-    def _chunk_losses(self, hidden: Tensor, ids: Tensor) -> Iterator[tuple[Tensor, int]]:
-        """Token losses (batch, chunk) float32 of each chunk of predicting positions, with the chunk's start."""
+    def _chunks(self, ids: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Start and targets (batch, chunk) of each chunk of predicting positions."""
         targets = ids[:, 1:].to(self.device)
         for start in range(0, targets.shape[1], LOGIT_CHUNK):
-            wanted = targets[:, start : start + LOGIT_CHUNK]
-            normed = self.norm(hidden[:, start : start + wanted.shape[1]])
-            logits = self.head(normed).float()  # (batch, chunk, vocabulary)
-            losses = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none")
-            yield losses.view(wanted.shape), start
+            yield start, targets[:, start : start + LOGIT_CHUNK]
+
+
+def _exponentiated(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Token losses (batch, chunk) in nats, exp(logits - max) float32 and their sums (batch, chunk, 1).
+
+    In place where the logits are float32: they are the biggest tensor of a pass, and a second one of their size costs
+    more than the arithmetic.
+    """
+    shifted = logits.float()
+    shifted -= shifted.amax(dim=-1, keepdim=True)
+    wanted = shifted.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    exponentials = shifted.exp_()
+    sums = exponentials.sum(dim=-1, keepdim=True)
+    return sums.log().squeeze(-1) - wanted, exponentials, sums
+
+
+def _reduce_and_free(reduce: Callable[[str, nn.Parameter], None], name: str, parameter: nn.Parameter) -> None:
+    reduce(name, parameter)
+    parameter.grad = None
 
 
 @contextmanager
@@ -245,11 +265,6 @@ def parameters_replaced(module: nn.Module, values: Mapping[str, Tensor]) -> Iter
     finally:
         for name, value in originals.items():
             module.get_parameter(name).data = value
-
-
-def _reduce_and_free(reduce: Callable[[str, nn.Parameter], None], name: str, parameter: nn.Parameter) -> None:
-    reduce(name, parameter)
-    parameter.grad = None
 
 
 def choose_precision(compute: str, device: str, stored: str, *, streamed: bool) -> tuple[torch.dtype, str]:

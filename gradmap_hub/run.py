@@ -447,10 +447,10 @@ def _write(run: Run, removed: Sequence[int], compensation: CompensationRecord) -
             for key, value in load_file(run.work / "correction.safetensors").items():
                 layer, _, name = key.partition(":")
                 overrides[int(layer), name] = value
-        names = legal_texts(path.name for path in source.iterdir())
-        checkpoint.copy_companions(source, run.output, [*COMPANION_FILES, *names])
         write = _write_streamed if run.config.low_memory else _write_from_memory
         verification, parameters = write(run, removed, overrides, dtype)
+        names = legal_texts(path.name for path in source.iterdir())
+        checkpoint.copy_companions(source, run.output, [*COMPANION_FILES, *names])
         return _Written(
             verification,
             parameters,

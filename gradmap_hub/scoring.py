@@ -126,7 +126,16 @@ def iterative_removals(
     return sorted(removed)
 
 
+# Tokens whose directions are multiplied at once: a copy of the whole stream of a row would be as big as the stream.
+_TOKENS_AT_ONCE = 64
+
+
 def _mean_cosines(states: Sequence[Tensor]) -> Tensor:
     """Mean over tokens of the cosine between every two of a row's n streams (1, tokens, d): (n, n) float64."""
-    directions = torch.stack([F.normalize(state[0].float(), dim=-1).flatten() for state in states])
-    return (directions @ directions.T).double().cpu() / states[0].shape[1]
+    tokens = states[0].shape[1]
+    total = torch.zeros(len(states), len(states), dtype=torch.float64)
+    for start in range(0, tokens, _TOKENS_AT_ONCE):
+        part = torch.stack([state[0, start : start + _TOKENS_AT_ONCE].float() for state in states])
+        directions = F.normalize(part, dim=-1).flatten(1)
+        total += (directions @ directions.T).double().cpu()
+    return total / tokens
