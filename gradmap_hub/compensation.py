@@ -31,7 +31,7 @@ from gradmap_hub.ridge import Correction, Gram, corrected_parameters, solve
 
 # lambda over the mean Gram diagonal: all are tried at the first site, the best one at the others, where it hardly
 # matters. The diagonal's mean is that of a few massive features, so that even 0.001 is a strong ridge for the others.
-STRENGTHS: dict[str, tuple[float, ...]] = {"weight": (0.001, 0.0003, 0.003), "projection": (0.03, 0.003, 0.3)}
+STRENGTHS: dict[str, tuple[float, ...]] = {"weight": (0.001, 0.0003), "projection": (0.03, 0.003)}
 # A site must lower the held-out loss by this share of what is left to win, or it is not worth its risk elsewhere.
 MINIMUM_GAIN = 1e-3
 MAX_SITES = 9

@@ -26,6 +26,8 @@ from gradmap_hub.record import RunRecord
 from gradmap_hub.source import sha256_of
 
 REPO_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+# Half the default: a demonstration should end within minutes on two cores.
+SAMPLES = 16
 PROMPT = "What is the capital of France?"
 DISK_BYTES = 6_000_000_000
 
@@ -179,7 +181,7 @@ def run_demo(
         hub.seed(REPO_ID, seed)
         token = hub.add_user("local")
         folder = output / f"SmolLM2-135M-Instruct-gradmap-{ratio * 100:.0f}"
-        arguments = ["push", REPO_ID, "--ratio", f"{ratio:g}", "--output", str(folder)]
+        arguments = ["push", REPO_ID, "--ratio", f"{ratio:g}", "--output", str(folder), "--samples", str(SAMPLES)]
         for sample in CALIBRATION:
             arguments += ["--calibration", str(samples[sample.name])]
         arguments += ["--eval-text", str(samples[ELSEWHERE.name])]
