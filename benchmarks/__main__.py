@@ -13,7 +13,6 @@ import json
 import os
 import platform
 import time
-import zipfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -23,27 +22,21 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 from benchmarks import methods, table
+from benchmarks.inputs import SEQ_LEN, data, dtype_of, load, model_and_samples
 from benchmarks.plot import quality_time
-from gradmap_hub import demo
-from gradmap_hub.architectures import architecture_of
-from gradmap_hub.calibration import Rows, Text, evaluation_rows, read_text, sha256_of_ids, split_rows
+from gradmap_hub.calibration import Rows, sha256_of_ids
 from gradmap_hub.decoder import Decoder
-from gradmap_hub.exporters.checkpoint import cast_parameters
-from gradmap_hub.progress import SilentReporter
 
 ROOT = Path(__file__).resolve().parent.parent
-DATA = ROOT.parent / "shared" / "data"
 DOCS = ROOT / "docs" / "benchmarks.md"
-_CODE_MEMBER = "exllamav3/conversion/standard_cal_data/code.utf8"
 _VERSIONED = ("torch", "transformers", "numpy")
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much of everything. `sleb_rows`: see `methods.Work`."""
+    """How much of everything. `sleb_rows`, `sleb_shares`: see `methods.Work`."""
 
     pool: int
     evaluation: int
@@ -51,13 +44,13 @@ class Size:
     draws: int
     sleb_draws: int
     layers: tuple[int, ...]
-    sleb_rows: int | None
+    sleb_rows: int
+    sleb_shares: bool
 
 
-# Quick: one SLEB run, on half the rows, is both its quality and its time; it alone is nearly half of the minutes.
-QUICK = Size(pool=8, evaluation=4, timed=4, draws=1, sleb_draws=1, layers=(7,), sleb_rows=4)
-FULL = Size(pool=36, evaluation=24, timed=8, draws=5, sleb_draws=1, layers=(7, 8), sleb_rows=None)
-SEQ_LEN = 512
+# Quick: one SLEB run on a few rows is both its quality and its time; it alone is a third of the minutes.
+QUICK = Size(pool=12, evaluation=3, timed=3, draws=1, sleb_draws=1, layers=(7,), sleb_rows=3, sleb_shares=False)
+FULL = Size(pool=24, evaluation=8, timed=4, draws=5, sleb_draws=1, layers=(7, 8), sleb_rows=8, sleb_shares=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -66,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     draws = options.draws or size.draws
     sleb_draws = 0 if options.no_sleb else size.sleb_draws if options.sleb_draws is None else options.sleb_draws
     layers = options.layers or size.layers
-    dtype = _dtype(options.dtype, options.device)
+    dtype = dtype_of(options.dtype, options.device)
     console = Console(stderr=True)
     started = time.perf_counter()
 
@@ -75,9 +68,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     output: Path = options.output
     output.mkdir(parents=True, exist_ok=True)
-    folder, samples = _model_and_samples(options.model, output)
-    decoder, tokenizer = _load(folder, dtype, options.device)
-    pools, texts, sources = _data(samples, tokenizer, size, draws)
+    folder, samples = model_and_samples(options.model, output)
+    decoder, tokenizer = load(folder, dtype, options.device)
+    pools, texts, sources = data(samples, tokenizer, pool=size.pool, evaluation=size.evaluation, draws=draws)
     # What a finished cell depends on, apart from its own key. Not the counts and draws: those may be extended.
     settings = {
         "model": folder.name if options.model is None else str(folder.resolve()),
@@ -90,10 +83,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "engine": _engine_sha256(),
     }
     store = methods.Store(output / "cells.jsonl", settings, fresh=options.fresh)
-    work = methods.Work(decoder, pools, texts, store, size.sleb_rows, say)
+    work = methods.Work(decoder, pools, texts, store, size.sleb_rows, size.sleb_shares, say)
     _warm_up(decoder)
     cells = list(methods.cells(work, layers, draws, sleb_draws))
-    timed = methods.times(work, min(size.timed, size.pool), with_sleb=sleb_draws > 0)
+    timed = methods.times(work, size.timed, with_sleb=sleb_draws > 0)
     layer_parameters = [sum(p.numel() for p in layer.parameters()) for layer in decoder.layers]
     rows = table.build_rows(cells, layer_parameters, sum(p.numel() for p in decoder.model.parameters()))
     verdicts = table.verdicts(rows, timed)
@@ -116,7 +109,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=(__doc__ or "").splitlines()[0])
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--quick", action="store_true", help="few rows, one draw, 7 layers (default)")
-    kind.add_argument("--full", action="store_true", help="27 + 9 calibration rows, five draws, 7 and 8 layers; hours")
+    kind.add_argument("--full", action="store_true", help="twice the rows, five draws, 7 and 8 layers; two hours")
     parser.add_argument("--layers", type=_counts, help="how many layers to remove, such as 7,8")
     parser.add_argument("--draws", type=int, help="draws of calibration rows (default 1, with --full 5)")
     parser.add_argument("--sleb-draws", type=int, help="draws for which SLEB runs too (default 1: it takes longest)")
@@ -135,90 +128,6 @@ def _counts(text: str) -> tuple[int, ...]:
     if not counts or counts[0] < 1:
         raise argparse.ArgumentTypeError("counts of layers, such as 7,8")
     return counts
-
-
-def _dtype(name: str, device: str) -> torch.dtype:
-    """auto: bfloat16 where the machine multiplies it faster than float32."""
-    if name != "auto":
-        return getattr(torch, name)
-    if device == "cuda":
-        return torch.bfloat16
-    flags = Path("/proc/cpuinfo")
-    known = flags.read_text(encoding="ascii", errors="replace") if flags.is_file() else ""
-    return torch.bfloat16 if "avx512_bf16" in known or "amx_bf16" in known else torch.float32
-
-
-def _model_and_samples(model: Path | None, output: Path) -> tuple[Path, dict[str, Path]]:
-    if model is None:
-        return demo.fetch_original(output, SilentReporter())
-    return model, demo._fetch_samples(output, SilentReporter())  # the texts alone; no need to convert the model
-
-
-def _load(folder: Path, dtype: torch.dtype, device: str) -> tuple[Decoder, Any]:
-    """Parameters in `dtype`, buffers (the rotary frequencies) as they are: casting those would cost every method."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    cast_parameters(model, dtype)
-    model.to(torch.device(device))  # pyright: ignore - its wrapper hides the method's own signature
-    return Decoder(model, architecture_of(model.config.to_dict()), SEQ_LEN), AutoTokenizer.from_pretrained(folder)
-
-
-def _data(
-    samples: dict[str, Path], tokenizer: Any, size: Size, draws: int
-) -> tuple[list[Tensor], list[Rows], dict[str, str]]:
-    """The pool of each draw, three held-out texts, and the sha256 of everything read."""
-    calibration = [read_text(samples[sample.name]) for sample in demo.CALIBRATION]
-    # Held out from every text alike; of the Wikipedia text, `evaluation` rows.
-    splits = [
-        split_rows(
-            calibration,
-            tokenizer,
-            seq_len=SEQ_LEN,
-            samples=size.pool,
-            selection=len(calibration),
-            held_out=size.evaluation * len(calibration),
-            seed=draw,
-        )
-        for draw in range(draws)
-    ]
-    pools = [split.fit for split in splits]
-    c4 = read_text(samples[demo.ELSEWHERE.name], "C4")
-    wikitext, lambada = DATA / "text" / "wikitext2_test.raw", DATA / "tasks" / "lambada_openai.test.jsonl"
-    if wikitext.is_file() and lambada.is_file():
-        others = [read_text(wikitext, "WikiText-2"), c4, read_text(lambada, "LAMBADA")]
-        texts = [evaluation_rows(text, tokenizer, seq_len=SEQ_LEN, rows=size.evaluation) for text in others]
-    else:
-        others = [c4, _code()]
-        texts = [evaluation_rows(text, tokenizer, seq_len=SEQ_LEN, rows=size.evaluation) for text in others]
-        wiki = splits[0].held_out[0]
-        texts.append(Rows("Wikipedia, held out", wiki.sha256, wiki.ids))
-    check_apart(pools, texts)
-    sources = {f"calibration: {text.name}": text.sha256 for text in calibration}
-    sources |= {f"evaluation: {text.name}": text.sha256 for text in texts}
-    sources |= {f"rows of draw {draw}": sha256_of_ids(pool) for draw, pool in enumerate(pools)}
-    return pools, texts, sources
-
-
-def check_apart(pools: Sequence[Tensor], texts: Sequence[Rows]) -> None:
-    """Raises:
-    ValueError: a row is both calibrated on and evaluated on.
-    """
-    seen = {tuple(row) for pool in pools for row in pool.tolist()}
-    for text in texts:
-        if any(tuple(row) in seen for row in text.ids.tolist()):
-            raise ValueError(f"a row of {text.name} is also a calibration row")
-
-
-def _code() -> Text:
-    """Source code out of the wheel of the sample texts, whose sha256 the demo checks."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gradmap-hub" / "samples"
-    package = demo.ELSEWHERE.package
-    with zipfile.ZipFile(demo._wheel(package, cache)) as archive:
-        content = archive.read(_CODE_MEMBER).decode("utf-8")
-    import hashlib
-
-    return Text("code", content, hashlib.sha256(content.encode()).hexdigest())
 
 
 def _engine_sha256() -> str:
@@ -255,8 +164,8 @@ def _facts(ran_on: dict[str, Any], texts: Sequence[Rows], size: Size, sleb_draws
     settings, versions = ran_on["settings"], ran_on["versions"]
     sleb = "SLEB was not run"
     if sleb_draws:
-        sleb = f"SLEB ran for {sleb_draws} of {settings['draws']} draws"
-        sleb += f", on {size.sleb_rows} of the rows, every trial in full" if size.sleb_rows else ", states shared"
+        sleb = f"SLEB saw {size.sleb_rows} of the rows"
+        sleb += ", its trials sharing what they have in common" if size.sleb_shares else ", every trial in full"
     return [
         f"{ran_on['model']} on {ran_on['machine']}, {settings['dtype']}; "
         + ", ".join(f"{name} {number}" for name, number in versions.items()),
@@ -264,7 +173,13 @@ def _facts(ran_on: dict[str, Any], texts: Sequence[Rows], size: Size, sleb_draws
         f"all; {settings['draws']} draw(s). Ours fits three quarters of them and decides on the rest.",
         f"Evaluation: {', '.join(text.name for text in texts)}, {size.evaluation} rows each; intervals: 95% bootstrap "
         "over rows. `mean`: exp of the mean log-perplexity of the texts; over several draws the geometric mean.",
-        f"{sleb}.",
+        f"{sleb}."
+        + (
+            f" Over {settings['draws']} draws: the default, {', '.join(methods.EVERY_DRAW)}; the others, and our stage "
+            "2 on the sets of others, on the first; what is compared is compared on the same draws."
+            if settings["draws"] > 1
+            else ""
+        ),
         "Seconds: selection + compensation, each method's own work, though equal sets are evaluated once; Prune&Comp "
         "rescales while it selects. MiB: the most held above what stood before (weights not included). Forwards: "
         "passes of all layers over the calibration rows, a backward pass as two, the head not counted.",

@@ -31,6 +31,7 @@ from benchmarks.peers import (
     Patch,
     PeerSelection,
     magnitude_rescale,
+    prune_and_comp,
     random_layers,
     sleb,
 )
@@ -45,7 +46,6 @@ from gradmap_hub.search import search_layers
 from gradmap_hub.selection import candidates, finalists
 
 RANDOM_SEEDS = (0, 1, 2)
-FURTHER_RANDOM = tuple(f"random {seed}" for seed in RANDOM_SEEDS[1:])
 PUBLISHED, OWN, STAGE_2 = "as published", "+ own compensation", "+ our stage 2"
 PAPER, ONE_SHOT, ITERATIVE, DEFAULT = (
     "GradMAP paper preset",
@@ -56,6 +56,11 @@ PAPER, ONE_SHOT, ITERATIVE, DEFAULT = (
 # What our own rows are called: the layers alone, and with the correction that belongs to them.
 ALONE, CORRECTED = "selection only", "whole"
 DENSE = "dense"
+# Peers whose every draw is run: forward passes are all they need. The others, and what our stage 2 makes of the sets of
+# others, on the first draw alone.
+EVERY_DRAW = ("ShortGPT", "LLM-Streamline", "ReplaceMe", "LinearPatch", "Prune&Comp")
+# One random set shows what stage 2 makes of a bad choice.
+_WITHOUT_STAGE_2 = tuple(f"random {seed}" for seed in RANDOM_SEEDS[1:])
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -264,9 +269,7 @@ def ours(decoder: Decoder, pool: Tensor, config: PruneConfig, count: int, *, sco
     with Meter(decoder, len(pool)) as correcting:
         results = []
         for candidate in finalists(found, config.compensation != "none"):
-            record, overrides = fit_correction(
-                decoder, rows, candidate.removed, config, SilentReporter(), candidate.loss
-            )
+            record, overrides = fit_correction(decoder, rows, candidate.removed, config, SilentReporter())
             after = record.loss_after if record.loss_after is not None else candidate.loss
             results.append((after, candidate, record, overrides))
         _, winner, record, overrides = min(results, key=lambda result: result[0])
@@ -301,9 +304,10 @@ class Work:
     pools: list[Tensor]
     texts: list[Rows]
     store: Store
-    # None: SLEB sees the whole pool, with shared states. Else so many rows of it, every trial in full: one run that
-    # gives SLEB's layers and its published time.
+    # SLEB sees so many rows of the pool (None: all). Its trials share the states before them, which gives the same
+    # layers in half the time; or each runs in full, as published, and that one run gives its layers and its time.
     sleb_rows: int | None = None
+    sleb_shares: bool = True
     say: Callable[[str], None] = lambda _text: None
 
     def kept(self, removed: Sequence[int]) -> list[int]:
@@ -325,13 +329,16 @@ def cells(work: Work, counts: Sequence[int], draws: int, sleb_draws: int) -> Ite
     yield Cell(DENSE, PUBLISHED, 0, 0, [], work.plain([]))
     for draw in range(draws):
         for count in counts:
-            for name in (DEFAULT, PAPER, ONE_SHOT, ITERATIVE):
+            for name in (DEFAULT, PAPER, ONE_SHOT, ITERATIVE) if draw == 0 else (DEFAULT,):
                 yield from _our_cells(work, name, draw, count)
-            for name in peer_names(draw < sleb_draws):
+            for name in peer_names(draw, draw < sleb_draws):
                 yield from _peer_cells(work, name, draw, count, counts)
 
 
-def peer_names(with_sleb: bool) -> list[str]:
+def peer_names(draw: int, with_sleb: bool) -> list[str]:
+    """Who is run on a draw."""
+    if draw:
+        return [*EVERY_DRAW, *(["SLEB"] if with_sleb else [])]
     names = [name for name in SELECTIONS if name != "random" and (with_sleb or name != "SLEB")]
     return names + [f"random {seed}" for seed in RANDOM_SEEDS]
 
@@ -362,8 +369,8 @@ def _peer_cells(work: Work, name: str, draw: int, count: int, counts: Sequence[i
     found = work.store.get(_selection_key(name, draw, count))
     if found is None:
         work.say(f"{name}, {count} layers, draw {draw}")
-        if name == "SLEB":
-            _run_sleb(work, draw, counts)
+        if name in ("SLEB", "Prune&Comp"):
+            _run_greedy(work, name, draw, counts)
         else:
             with Meter(work.decoder, len(work.pools[draw])) as meter:
                 selected = _select(name, work.decoder, work.pools[draw], count)
@@ -376,8 +383,8 @@ def _peer_cells(work: Work, name: str, draw: int, count: int, counts: Sequence[i
         # Prune&Comp rescales while it selects: its compensation is in the seconds of its selection.
         own_cost = None if name == "Prune&Comp" else Cost(**own["cost"])
         yield Cell(name, OWN, draw, count, removed, own["losses"], cost, own_cost)
-    if work.sleb_rows is not None and name in FURTHER_RANDOM:
-        return  # quick: one random set shows what stage 2 makes of a bad choice
+    if draw or name in _WITHOUT_STAGE_2:
+        return
     fitted = _compensated(work, STAGE_2, draw, removed)
     yield Cell(name, STAGE_2, draw, count, removed, fitted["losses"], cost, Cost(**fitted["cost"]), fitted["sites"])
 
@@ -388,12 +395,9 @@ def _select(name: str, decoder: Decoder, pool: Tensor, count: int) -> PeerSelect
     return SELECTIONS[name](decoder, pool, count)
 
 
-def _run_sleb(work: Work, draw: int, counts: Sequence[int]) -> None:
-    """One greedy run to the largest count passes through the smaller ones; the cost of each is that of its part.
-
-    With the states before a trial's layer shared (`cached`) the choices are the same, in about half the time.
-    """
-    pool, store = work.pools[draw][: work.sleb_rows], work.store
+def _run_greedy(work: Work, name: str, draw: int, counts: Sequence[int]) -> None:
+    """SLEB or Prune&Comp: one run to the largest count passes through the smaller ones; each costs its part."""
+    pool, store = work.pools[draw], work.store
     spent = Cost(0.0, 0.0, 0.0)
     # One meter per removal: `step_done` closes it and opens the next, outside the seconds of either.
     meter = Meter(work.decoder, len(work.pools[draw]))
@@ -404,13 +408,16 @@ def _run_sleb(work: Work, draw: int, counts: Sequence[int]) -> None:
         cost = meter.cost
         spent = Cost(spent.seconds + cost.seconds, max(spent.memory, cost.memory), spent.forwards + cost.forwards)
         if len(removed) in counts:
-            _keep_selection(store, "SLEB", draw, len(removed), sorted(removed), removed, spent)
+            _keep_selection(store, name, draw, len(removed), sorted(removed), removed, spent)
         meter = Meter(work.decoder, len(work.pools[draw]))
         meter.__enter__()
 
     meter.__enter__()
     try:
-        sleb(work.decoder, pool, max(counts), cached=work.sleb_rows is None, step_done=close)
+        if name == "SLEB":
+            sleb(work.decoder, pool[: work.sleb_rows], max(counts), cached=work.sleb_shares, step_done=close)
+        else:
+            prune_and_comp(work.decoder, pool, max(counts), step_done=close)
     finally:
         meter.__exit__()
 
@@ -497,7 +504,7 @@ def times(work: Work, rows: int, *, with_sleb: bool, count: int = TIMED_COUNT) -
 
     def slow() -> dict[str, float]:
         known = work.store.get(_selection_key("SLEB", 0, count))
-        if known is not None and work.sleb_rows == rows:
+        if known is not None and work.sleb_rows == rows and not work.sleb_shares:
             # Its forwards are over the whole pool there, over these rows here.
             forwards = known["cost"]["forwards"] * len(work.pools[0]) / rows
             return {"seconds": known["cost"]["seconds"], "forwards": forwards}

@@ -214,12 +214,14 @@ def linear_patch_window(decoder: Decoder, ids: Tensor, count: int) -> PeerSelect
     return _window({start: -value for start, value in similarity.items()}, count)
 
 
-def prune_and_comp(decoder: Decoder, ids: Tensor, count: int) -> tuple[PeerSelection, Patch]:
+def prune_and_comp(
+    decoder: Decoder, ids: Tensor, count: int, *, step_done: Callable[[list[int]], None] = lambda _removed: None
+) -> tuple[PeerSelection, Patch]:
     """Prune&Comp with its default metric, CosSim(BI): `count` times, drop the layer of lowest block influence in the
     model as it now stands, then rescale what is before the cut (see `magnitude_rescale`).
 
     The last live layer is barred: the published code ends in an IndexError where it would be chosen. Influence and
-    scale come from one pass per removal here; the published code makes one for each.
+    scale come from one pass per removal here; the published code makes one for each. `step_done` as in `sleb`.
     """
     _require(count, decoder.count - 1)
     live = list(range(decoder.count))
@@ -238,6 +240,7 @@ def prune_and_comp(decoder: Decoder, ids: Tensor, count: int) -> tuple[PeerSelec
         rescaled.scale_before(layer, scale[layer])
         live.remove(layer)
         order.append(layer)
+        step_done(list(order))
     return PeerSelection(sorted(order), order, layers_run / decoder.count), rescaled.patch(live)
 
 

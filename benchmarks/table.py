@@ -45,14 +45,14 @@ class Perplexity:
 class Row:
     """A method at one count, over its draws: geometric means of perplexities, arithmetic means of costs.
 
-    `mean`: exp of the mean log-perplexity over texts; `worst`: that of the worst draw. `removed`: of the first draw.
-    `selection`, `compensation`: seconds.
+    `mean`: exp of the mean log-perplexity over texts; `worst`: that of the worst draw. `by_draw`: draw -> text -> mean
+    NLL in nats. `removed`: of the first draw. `selection`, `compensation`: seconds.
     """
 
     method: str
     variant: str
     count: int
-    draws: list[int]
+    by_draw: dict[int, dict[str, float]]
     removed: list[int]
     sets: int
     parameters: int
@@ -64,6 +64,15 @@ class Row:
     memory: float | None
     forwards: float | None
     sites: list[str]
+
+    @property
+    def draws(self) -> list[int]:
+        return list(self.by_draw)
+
+    def on(self, draws: Sequence[int]) -> dict[str, float]:
+        """Text -> mean NLL over some of the draws."""
+        texts = self.perplexities
+        return {text: statistics.fmean(self.by_draw[draw][text] for draw in draws) for text in texts}
 
     @property
     def label(self) -> str:
@@ -108,7 +117,10 @@ def build_rows(cells: Sequence[Cell], layer_parameters: Sequence[int], total_par
         perplexities = {
             text: Perplexity(_exp(statistics.fmean(losses)), *interval(losses)) for text, losses in over_draws.items()
         }
-        per_draw = [statistics.fmean(statistics.fmean(losses) for losses in cell.losses.values()) for cell in group]
+        by_draw = {
+            cell.draw: {text: statistics.fmean(losses) for text, losses in cell.losses.items()} for cell in group
+        }
+        per_draw = [statistics.fmean(of.values()) for of in by_draw.values()]
         costs = [[cost for cost in (cell.selection, cell.compensation) if cost is not None] for cell in group]
         measured = all(costs)
         first = group[0]
@@ -117,7 +129,7 @@ def build_rows(cells: Sequence[Cell], layer_parameters: Sequence[int], total_par
                 method=method,
                 variant=variant,
                 count=count,
-                draws=[cell.draw for cell in group],
+                by_draw=by_draw,
                 removed=first.removed,
                 sets=len({tuple(cell.removed) for cell in group}),
                 parameters=total_parameters - sum(layer_parameters[layer] for layer in first.removed),
@@ -152,21 +164,23 @@ def _quality(rows: Sequence[Row], count: int) -> list[Verdict]:
     published = [row for row in peers if row.variant == PUBLISHED]
     either = [row for row in peers if row.variant in (PUBLISHED, OWN)]
     best, best_either = (min(of, key=lambda row: row.mean) for of in (published, either))
+    # Row against row on the draws that both have: the default has them all.
 
     def lowest_of(name: str, against: Sequence[Row]) -> Verdict:
         lower = sorted(
             {
                 f"{row.label} on {text}"
                 for row in against
-                for text, value in row.perplexities.items()
-                if value.value < default.perplexities[text].value
+                for text, loss in row.on(row.draws).items()
+                if loss < default.on(row.draws)[text]
             }
         )
         return Verdict(
             f"{count} layers: the default is lowest of {name} on every text", not lower, "; ".join(lower) or "yes"
         )
 
-    gain = 1 - default.mean / best.mean
+    ours, theirs = (_exp(statistics.fmean(row.on(best.draws).values())) for row in (default, best))
+    gain = 1 - ours / theirs
     no_sleb = sorted(set(default.draws) - {draw for row in published if row.method == "SLEB" for draw in row.draws})
     without = f"; without SLEB for draws {no_sleb}" if no_sleb else ""
     randoms = [row for row in rows if row.method.startswith("random") and row.variant == PUBLISHED]
@@ -177,7 +191,7 @@ def _quality(rows: Sequence[Row], count: int) -> list[Verdict]:
         Verdict(
             f"{count} layers: at least {WANTED_GAIN:.0%} below the best peer without compensation (mean of logs)",
             gain >= WANTED_GAIN,
-            f"{gain:.1%} below {best.label} ({default.mean:.2f} against {best.mean:.2f})",
+            f"{gain:.1%} below {best.label} ({ours:.2f} against {theirs:.2f})",
         ),
         Verdict(
             f"{count} layers: worst of {len(default.draws)} draws below the best peer's mean over its draws",
@@ -239,7 +253,7 @@ def line(row: Row) -> list[str]:
         removed or "-",
         f"{row.parameters / 1e6:.1f}M",
         *(f"{p.value:.1f} [{p.low:.1f}, {p.high:.1f}]" for p in row.perplexities.values()),
-        f"{row.mean:.2f}" + (f" (worst {row.worst:.2f})" if len(row.draws) > 1 else ""),
+        f"{row.mean:.2f}" + (f" (worst of {len(row.draws)}: {row.worst:.2f})" if len(row.draws) > 1 else ""),
         seconds,
         "-" if row.memory is None else f"{row.memory:.0f}",
         "-" if row.forwards is None else f"{row.forwards:.1f}",

@@ -21,7 +21,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from gradmap_hub.plots import layers_plot, save_plot, shift_plot
-from gradmap_hub.record import Artifact, Candidate, LayerDecision, RunRecord, SiteCorrection, TextPerplexity
+from gradmap_hub.record import SWAPPED, Artifact, Candidate, LayerDecision, RunRecord, SiteCorrection, TextPerplexity
 
 TEMPLATE = "card.md.jinja"
 CARD = "README.md"
@@ -29,8 +29,6 @@ LAYERS_PLOT = "assets/layers.png"
 SHIFT_PLOT = "assets/shift.png"
 CALIBRATION_KIND = "calibration (held out)"
 HUB = "https://huggingface.co"
-# How the names of candidates end that came from another one by swapping single layers (search.py).
-SWAPPED = ", swapped"
 
 
 def write_card(record: RunRecord, folder: Path) -> list[Path]:

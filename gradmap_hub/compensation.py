@@ -8,8 +8,9 @@ stream; the closed forms are in `ridge`:
     attention and MLP of the first layer after   towards the original's stream at the same places
 
 Each site is fitted on the stream as the sites before it left it, so that later sites correct what earlier ones could
-not. A site is kept only if it lowers the loss on held-out rows. Both streams, original and pruned, are carried along
-the layers once for all sites; Gram matrices are summed row by row and no matrix of all tokens is ever kept.
+not. A site is kept only if it lowers the loss on held-out rows, by more than the standard error of that gain over the
+rows. Both streams, original and pruned, are carried along the layers once for all sites; Gram matrices are summed row
+by row and no matrix of all tokens is ever kept.
 """
 
 from __future__ import annotations
@@ -30,9 +31,10 @@ from gradmap_hub.record import CompensationRecord, SiteCorrection, Trial
 from gradmap_hub.ridge import Correction, Gram, corrected_parameters, solve
 
 # lambda over the mean Gram diagonal: all are tried at the first site, the best one at the others, where it hardly
-# matters. The diagonal's mean is that of a few massive features, so that even 0.001 is a strong ridge for the others.
+# matters. The diagonal's mean is that of a few massive features, so that even 0.001 is a strong ridge for the others:
+# stronger ones lost with 6 rows of 512 tokens as with 54.
 STRENGTHS: dict[str, tuple[float, ...]] = {"weight": (0.001, 0.0003), "projection": (0.03, 0.003)}
-# A site must lower the held-out loss by this share of what is left to win, or it is not worth its risk elsewhere.
+# A site must lower the held-out loss by so many nats per token, or it is not worth its risk elsewhere.
 MINIMUM_GAIN = 1e-3
 MAX_SITES = 9
 
@@ -73,7 +75,7 @@ def mean_shift(
         into[layer] = into[layer] + mean if layer in into else mean
 
     present = set(kept)
-    for group in ids.split(decoder.rows_per_pass or len(ids)):
+    for group in ids.split(decoder.rows_per_pass):
         full = [decoder.embed(row) for row in group.split(1)]
         short = list(full)
         for layer in range(decoder.count):
@@ -227,23 +229,36 @@ def part_name(decoder: Decoder, part: str) -> str:
     return decoder.architecture.mlp_output if part == MLP else decoder.architecture.attention_output
 
 
-def stream_loss(decoder: Decoder, hidden: Sequence[Tensor], ids: Tensor, layers: Sequence[int]) -> float:
-    """Mean NLL in nats per token of rows `ids`, whose streams `hidden` still have `layers` to run."""
+def stream_losses(decoder: Decoder, hidden: Sequence[Tensor], ids: Tensor, layers: Sequence[int]) -> Tensor:
+    """NLL in nats per token of each of rows `ids`, whose streams `hidden` still have `layers` to run: (n,) float64."""
     states = list(hidden)
     with torch.no_grad():
         decoder.carry(states, layers)
         losses = [decoder.row_losses(last, row) for last, row in zip(states, ids.split(1), strict=True)]
-    return float(torch.cat(losses).double().mean())
+    return torch.cat(losses).double().cpu()
+
+
+def lowers(before: Tensor, after: Tensor) -> bool:
+    """Whether the mean loss falls from `before` to `after` (n,), row by row the same text, by more than MINIMUM_GAIN
+    and more than the standard error of the fall: on a few rows, a correction that helps one and harms another is luck.
+    """
+    gains = before - after
+    error = float(gains.std()) / len(gains) ** 0.5 if len(gains) > 1 else 0.0
+    return float(gains.mean()) > max(MINIMUM_GAIN, error)  # not-a-number is no improvement either
 
 
 @dataclass
 class _Fit:
-    """What has been tried and accepted so far."""
+    """What has been tried and accepted so far. `losses`: of each selection row."""
 
-    loss: float
+    losses: Tensor
     trials: list[Trial] = field(default_factory=list)
     accepted: list[SiteCorrection] = field(default_factory=list)
     overrides: Overrides = field(default_factory=dict)
+
+    @property
+    def loss(self) -> float:
+        return float(self.losses.mean())
 
 
 def fit_correction(
@@ -252,16 +267,14 @@ def fit_correction(
     removed: Sequence[int],
     config: PruneConfig,
     reporter: Reporter,
-    baseline: float | None = None,
     *,
     sites: Sequence[Site] | None = None,
     strengths: Sequence[float] | None = None,
 ) -> tuple[CompensationRecord, Overrides]:
     """Correct site after site, keeping what lowers the loss on `rows.selection`. The model is unchanged after.
 
-    `baseline` is that loss without a correction (nats per token), computed here if not given. `sites` and `strengths`
-    replace those of the config, for measurements of what would have been. Returns the record and
-    the corrected parameters; they are empty if nothing is to be applied.
+    `sites` and `strengths` replace those of the config, for measurements of what would have been. Returns the record
+    and the corrected parameters; they are empty if nothing is to be applied.
     """
     kept = [layer for layer in range(decoder.count) if layer not in set(removed)]
     shift_rows = rows.fit[: config.shift_rows]
@@ -285,36 +298,37 @@ def fit_correction(
     with ExitStack() as corrected, torch.no_grad():
         fitted = Streams(decoder, rows.fit, kept, start)
         watched = Streams(decoder, rows.selection, kept, start)
-        if baseline is None:
-            rest = [layer for layer in kept if layer >= start]
-            baseline = stream_loss(decoder, watched.pruned, rows.selection, rest)
-        state = _Fit(baseline)
+        rest = [layer for layer in kept if layer >= start]
+        state = _Fit(stream_losses(decoder, watched.pruned, rows.selection, rest))
+        baseline = state.loss
         for site in sites:
             targets = fitted.targets(site)
             gram = accumulate_gram(decoder, site, fitted.before(site.layer), targets, reporter.advance)
             rest = [layer for layer in kept if layer >= site.layer]
             hidden = watched.before(site.layer)
-            best: tuple[float, Correction, Mapping[str, Tensor]] | None = None
+            best: tuple[Tensor, Correction, Mapping[str, Tensor]] | None = None
             for strength in strengths:
                 correction, values = _solved(decoder, site, gram, kind, strength)
                 with decoder.replaced(site.layer, values):
-                    loss = stream_loss(decoder, hidden, rows.selection, rest)
+                    losses = stream_losses(decoder, hidden, rows.selection, rest)
                 reporter.advance(len(rows.selection))
+                loss = float(losses.mean())
                 state.trials.append(Trial(site.layer, kind, strength, loss, site.part))
-                if best is None or loss < best[0]:
-                    best = loss, correction, values
+                if best is None or loss < float(best[0].mean()):
+                    best = losses, correction, values
             assert best is not None
-            loss, correction, values = best
+            losses, correction, values = best
             if len(strengths) > 1:
                 strengths = [correction.strength]
-            if not loss < state.loss - MINIMUM_GAIN:  # so that not-a-number is no improvement either
+            if not lowers(state.losses, losses):
                 continue
             corrected.enter_context(decoder.replaced(site.layer, values))
+            before, after = state.loss, float(losses.mean())
             state.accepted.append(
-                SiteCorrection(site.layer, site.part, kind, correction.strength, correction.ridge, state.loss, loss)
+                SiteCorrection(site.layer, site.part, kind, correction.strength, correction.ridge, before, after)
             )
             state.overrides.update({(site.layer, name): value for name, value in values.items()})
-            state.loss = loss
+            state.losses = losses
     return _record(state, baseline, shift), state.overrides
 
 
@@ -324,7 +338,7 @@ def _solved(
     path = part_name(decoder, site.part)
     with decoder.layer(site.layer) as module:
         linear: nn.Linear = module.get_submodule(path)  # pyright: ignore
-        correction = solve(gram, linear.weight, site=site.layer, kind=kind, strength=strength)
+        correction = solve(gram, linear.weight, kind=kind, strength=strength)
         values = corrected_parameters(linear, correction)
     return correction, {f"{path}.{name}": value for name, value in values.items()}
 

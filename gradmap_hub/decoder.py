@@ -48,9 +48,9 @@ class Decoder:
         return len(self.layers)
 
     @property
-    def rows_per_pass(self) -> int | None:
+    def rows_per_pass(self) -> int:
         """Rows to carry through the layers together: 1 when the layers are in memory (least activation memory),
-        None (all) when fetching a layer is what costs."""
+        more when fetching a layer is what costs."""
         return 1
 
     @contextmanager
@@ -198,7 +198,7 @@ class Decoder:
         """Mean NLL (nats per token) of each row of `ids` (n, tokens) with only `layers` active (default: all)."""
         active = range(self.count) if layers is None else layers
         found: list[float] = []
-        for group in ids.split(self.rows_per_pass or len(ids)):
+        for group in ids.split(self.rows_per_pass):
             rows = group.split(1)
             states = [self.embed(row) for row in rows]
             self.carry(states, active)

@@ -52,6 +52,10 @@ class LayerDecision:
     reason: str
 
 
+# What the name of a set ends in that came from another by exchanging single layers.
+SWAPPED = ", swapped"
+
+
 @dataclass(frozen=True)
 class Candidate:
     """One set of layers that was tried on held-out rows. `loss` in nats per token, without compensation; `corrected`

@@ -41,7 +41,6 @@ class Gram:
 class Correction:
     """What would be folded at a site. Exactly one of `projection` (d, d) and `delta` (d, f) is set; float64."""
 
-    site: int
     kind: str
     strength: float
     ridge: float
@@ -49,12 +48,12 @@ class Correction:
     delta: Tensor | None = None
 
 
-def solve(gram: Gram, weight: Tensor, *, site: int, kind: str, strength: float) -> Correction:
+def solve(gram: Gram, weight: Tensor, *, kind: str, strength: float) -> Correction:
     """The ridge solution for one site, in float64. `weight` is the down projection W (d, f)."""
     if kind == "weight":
         ridge = strength * float(gram.zz.diagonal().mean())
         delta = _ridge(gram.zz, gram.ze, ridge).T  # (d, f)
-        return Correction(site, kind, strength, ridge, delta=delta)
+        return Correction(kind, strength, ridge, delta=delta)
     w = weight.detach().double()
     mm = w @ gram.zz @ w.T  # (d, d)
     me = w @ gram.ze  # (d, d)
@@ -64,7 +63,7 @@ def solve(gram: Gram, weight: Tensor, *, site: int, kind: str, strength: float) 
         me = me + torch.outer(gram.bias, gram.e)
     ridge = strength * float(mm.diagonal().mean())
     projection = torch.eye(len(w), dtype=w.dtype, device=w.device) + _ridge(mm, me, ridge).T
-    return Correction(site, kind, strength, ridge, projection=projection)
+    return Correction(kind, strength, ridge, projection=projection)
 
 
 def _ridge(gram: Tensor, right: Tensor, ridge: float) -> Tensor:

@@ -398,11 +398,9 @@ def _correct(run: Run, rows: CalibrationRows, selected: _Selected) -> _Corrected
         correction_file.unlink(missing_ok=True)
         results = []
         for candidate in finalists(selected.candidates, run.config.compensation != "none"):
-            record, overrides = fit_correction(
-                run.decoder(), rows, candidate.removed, run.config, run.reporter, candidate.loss
-            )
+            record, overrides = fit_correction(run.decoder(), rows, candidate.removed, run.config, run.reporter)
             after = record.loss_after if record.loss_after is not None else candidate.loss
-            results.append((after, dataclasses.replace(candidate, corrected=after), record, overrides))
+            results.append((after, dataclasses.replace(candidate, corrected=record.loss_after), record, overrides))
         _, winner, record, overrides = min(results, key=lambda result: result[0])
         save_file({f"{layer}:{name}": value for (layer, name), value in overrides.items()}, correction_file)
         measured = {tuple(candidate.removed): candidate for _, candidate, _, _ in results}

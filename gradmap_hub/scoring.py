@@ -70,7 +70,7 @@ def score_layers(
     means: list[Tensor] = []
     loss_sum = 0.0
     with decoder.frozen():
-        for group in ids.split(decoder.rows_per_pass or len(ids)):
+        for group in ids.split(decoder.rows_per_pass):
             rows = group.split(1)
             with torch.no_grad():
                 stream = [[decoder.embed(row)] for row in rows]  # per row, the input of each layer and the last output

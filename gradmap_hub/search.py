@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from gradmap_hub.decoder import Decoder
-from gradmap_hub.record import Candidate
+from gradmap_hub.record import SWAPPED, Candidate
 
 # Sets, and trials of a sweep, that go on to all rows; swaps that are measured after being predicted.
 SURVIVING_SETS = 3
@@ -61,7 +61,7 @@ class Search:
         gone = set(removed)
         totals = dict.fromkeys(layers, 0.0)
         decoder = self._decoder
-        for group in rows.split(decoder.rows_per_pass or len(rows)):
+        for group in rows.split(decoder.rows_per_pass):
             ids = group.split(1)
             stream = [decoder.embed(row) for row in ids]
             trials: dict[int, list[Tensor]] = {}
@@ -121,7 +121,7 @@ class Search:
             more = self.race(best, self._live(set(best)))
             predicted = sorted((back[out] + more[new] - loss, out, new) for out in back for new in more)
             tried = [sorted({*best, new} - {out}) for _, out, new in predicted[:SWAPS_MEASURED]]
-            leader = min(tried, key=lambda candidate: self.loss(candidate, f"{name}, swapped"))
+            leader = min(tried, key=lambda candidate: self.loss(candidate, f"{name}{SWAPPED}"))
             if self.loss(leader, name) >= loss:
                 break
             best = leader

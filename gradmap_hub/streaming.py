@@ -221,7 +221,7 @@ class StreamedDecoder(Decoder):
         super().__init__(model, architecture, tokens)
 
     @property
-    def rows_per_pass(self) -> int | None:
+    def rows_per_pass(self) -> int:
         """As many rows as have their residual stream between all layers in 1 GiB: each pass fetches every layer."""
         width = self.norm.weight.numel()  # pyright: ignore
         row = (self.count + 1) * self.tokens * width * self.dtype.itemsize

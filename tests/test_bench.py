@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -59,9 +60,10 @@ def rows(ran: tuple[Any, ...]) -> list[table.Row]:
 
 def test_every_method_is_in_the_table(rows: list[table.Row]) -> None:
     found = {(row.method, row.variant) for row in rows}
-    peers = methods.peer_names(True)
+    peers = methods.peer_names(0, True)
     assert len(peers) == 11
-    assert {(name, variant) for name in peers for variant in (PUBLISHED, STAGE_2)} <= found
+    assert {(name, PUBLISHED) for name in peers} <= found
+    assert {(name, STAGE_2) for name in peers if name not in ("random 1", "random 2")} <= found
     assert {(name, methods.OWN) for name in ("ReplaceMe", "LinearPatch", "Prune&Comp")} <= found
     assert {(name, methods.CORRECTED) for name in (DEFAULT, PAPER, ONE_SHOT, ITERATIVE)} <= found
     assert rows[0].method == DENSE and rows[0].parameters == 20_000
@@ -94,8 +96,8 @@ def test_equal_sets_share_one_evaluation_and_one_fit(
 
 
 def test_one_sleb_run_gives_every_count(work_of: Callable[..., methods.Work]) -> None:
-    work = work_of(None, sleb_rows=2)
-    methods._run_sleb(work, 0, [1, 3])
+    work = work_of(None, sleb_rows=2, sleb_shares=False)
+    methods._run_greedy(work, "SLEB", 0, [1, 3])
     one, three = (work.store.get(methods._selection_key("SLEB", 0, count)) for count in (1, 3))
     assert three["order"][0] == one["removed"][0]
     # 2 of 8 rows: trials x layers run, over 8 rows of 10 layers.
@@ -124,10 +126,29 @@ def test_model_is_as_before(ran: tuple[Any, ...], work_of: Callable[..., methods
     assert all(parameter.grad is None for parameter in work_of(None).decoder.model.parameters())
 
 
+def test_one_prune_and_comp_run_gives_every_count(work_of: Callable[..., methods.Work]) -> None:
+    work = work_of(None)
+    methods._run_greedy(work, "Prune&Comp", 0, [1, 3])
+    for count in (1, 3):
+        alone = methods.SELECTIONS["Prune&Comp"](work.decoder, work.pools[0], count)
+        kept = work.store.get(methods._selection_key("Prune&Comp", 0, count))
+        assert kept["order"] == alone.order
+        assert kept["cost"]["forwards"] == pytest.approx(alone.forward_equivalents)
+
+
+def test_further_draws_run_the_default_and_the_cheap_peers(ran: tuple[Any, ...], work_of: Callable[..., Any]) -> None:
+    cells = list(methods.cells(work_of(ran[2]), [COUNT], 2, 1))
+    second = {(cell.method, cell.variant) for cell in cells if cell.draw == 1}
+    assert {name for name, _ in second} == {DEFAULT, *methods.EVERY_DRAW}
+    assert not any(variant == STAGE_2 for _, variant in second)
+
+
 def _row(method: str, variant: str, values: list[float], draws: int = 1, worst: float = 0.0) -> table.Row:
     mean = float(torch.tensor(values).log().mean().exp())
+    losses = {f"text {index}": math.log(value) for index, value in enumerate(values)}
     return table.Row(
-        method=method, variant=variant, count=7, draws=list(range(draws)), removed=[1], sets=1, parameters=1,
+        method=method, variant=variant, count=7, by_draw=dict.fromkeys(range(draws), losses), removed=[1],
+        sets=1, parameters=1,
         perplexities={f"text {i}": table.Perplexity(v, v, v) for i, v in enumerate(values)}, mean=mean,
         worst=worst or mean, selection=1.0, compensation=None, memory=1.0, forwards=1.0, sites=[],
     )  # fmt: skip

@@ -22,9 +22,10 @@ from gradmap_hub.compensation import (
     accumulate_gram,
     fit_correction,
     largest_shift,
+    lowers,
     mean_shift,
     sites_around_gaps,
-    stream_loss,
+    stream_losses,
 )
 from gradmap_hub.config import PruneConfig
 from gradmap_hub.progress import SilentReporter
@@ -180,13 +181,13 @@ def test_closed_forms_equal_least_squares(
     matrices = explicit(decoder.model, pruned, ids, KEPT, site)
     weight = decoder.mlp_output(site).weight
 
-    found = solve(grams[site], weight, site=site, kind="weight", strength=strength)
+    found = solve(grams[site], weight, kind="weight", strength=strength)
     ridge = strength * np.mean(np.sum(matrices.z**2, axis=0))
     assert found.ridge == pytest.approx(ridge, rel=1e-9)
     assert relative(found.delta, ridge_by_lstsq(matrices.z, matrices.e, ridge).T) <= 1e-8
     assert found.projection is None and found.delta is not None and found.delta.shape == weight.shape
 
-    found = solve(grams[site], weight, site=site, kind="projection", strength=strength)
+    found = solve(grams[site], weight, kind="projection", strength=strength)
     ridge = strength * np.mean(np.sum(matrices.m**2, axis=0))  # m is what the layer adds, its bias included
     assert found.ridge == pytest.approx(ridge, rel=1e-9)
     assert relative(found.projection, np.eye(len(weight)) + ridge_by_lstsq(matrices.m, matrices.e, ridge).T) <= 1e-8
@@ -199,8 +200,8 @@ def test_infinite_ridge_changes_nothing(
     decoder, _, grams = grams_in_double(pair, decoder_of, random_rows(ROWS, TOKENS))
     linear = decoder.mlp_output(2)
     for kind in ("weight", "projection"):
-        far = solve(grams[2], linear.weight, site=2, kind=kind, strength=1e14)
-        near = solve(grams[2], linear.weight, site=2, kind=kind, strength=0.03)
+        far = solve(grams[2], linear.weight, kind=kind, strength=1e14)
+        near = solve(grams[2], linear.weight, kind=kind, strength=0.03)
         assert relative(folded_weight(linear.weight, far), linear.weight.detach()) <= 1e-10
         assert relative(folded_weight(linear.weight, near), linear.weight.detach()) > 1e-2
 
@@ -219,7 +220,7 @@ def test_weight_never_fits_worse_than_projection(
         weight = linear.weight.detach().numpy()
         errors = {}
         for kind in ("weight", "projection"):
-            correction = solve(grams[site], linear.weight, site=site, kind=kind, strength=1e-11)
+            correction = solve(grams[site], linear.weight, kind=kind, strength=1e-11)
             moved = data.z @ (folded_weight(linear.weight, correction).numpy() - weight).T
             errors[kind] = np.sum((data.e - moved) ** 2)
         before = np.sum(data.e**2)
@@ -229,7 +230,7 @@ def test_weight_never_fits_worse_than_projection(
 def test_no_input_at_a_site_means_no_correction() -> None:
     """A block expanded with zeros: nothing to solve for, and no failure."""
     gram = Gram(torch.eye(6, dtype=torch.float64), torch.randn(6, 4, dtype=torch.float64), 10)
-    correction = solve(gram, torch.zeros(4, 6), site=0, kind="projection", strength=0.03)
+    correction = solve(gram, torch.zeros(4, 6), kind="projection", strength=0.03)
     assert torch.equal(correction.projection, torch.eye(4, dtype=torch.float64))
 
 
@@ -242,7 +243,7 @@ def test_folded_equals_unfolded(
     decoder = decoder_of(original, TOKENS)
     grams = accumulate_grams(decoder, random_rows(ROWS, TOKENS), KEPT, [2])
     linear = decoder.mlp_output(2)
-    correction = solve(grams[2], linear.weight, site=2, kind=kind, strength=0.03)
+    correction = solve(grams[2], linear.weight, kind=kind, strength=0.03)
     ids = random_rows(2, TOKENS, seed=9)
 
     folded = copy.deepcopy(pruned)
@@ -276,7 +277,7 @@ def test_correction_brings_the_stream_closer(
     before = np.sum(explicit(original, pruned, ids, KEPT, 2).e ** 2)
     for kind in ("weight", "projection"):
         linear = decoder.mlp_output(2)
-        correction = solve(grams[2], linear.weight, site=2, kind=kind, strength=0.01)
+        correction = solve(grams[2], linear.weight, kind=kind, strength=0.01)
         folded = copy.deepcopy(pruned)
         for name, value in corrected_parameters(linear, correction).items():
             folded.model.layers[KEPT.index(2)].mlp.down_proj.get_parameter(name).data = value
@@ -287,9 +288,9 @@ def test_bias_follows_only_the_projection(model_of: Callable[..., Any]) -> None:
     linear = model_of("llama", mlp_bias=True).model.layers[0].mlp.down_proj
     d, f = linear.weight.shape
     projection = torch.diag(torch.arange(d, dtype=torch.float64))
-    turned = corrected_parameters(linear, Correction(0, "projection", 0.1, 1.0, projection=projection))
+    turned = corrected_parameters(linear, Correction("projection", 0.1, 1.0, projection=projection))
     assert torch.allclose(turned["bias"], torch.arange(d).float() * linear.bias.detach())
-    moved = corrected_parameters(linear, Correction(0, "weight", 0.1, 1.0, delta=torch.ones(d, f).double()))
+    moved = corrected_parameters(linear, Correction("weight", 0.1, 1.0, delta=torch.ones(d, f).double()))
     assert set(moved) == {"weight"}
     assert torch.allclose(moved["weight"], linear.weight.detach() + 1)
 
@@ -330,12 +331,12 @@ def test_stream_loss_equals_the_corrected_model_and_leaves_the_original(
         linear = decoder.mlp_output(site)
         losses = {}
         for kind in ("weight", "projection"):
-            correction = solve(grams[site], linear.weight, site=site, kind=kind, strength=0.03)
+            correction = solve(grams[site], linear.weight, kind=kind, strength=0.03)
             values = {
                 f"mlp.down_proj.{name}": value for name, value in corrected_parameters(linear, correction).items()
             }
             with decoder.replaced(site, values):
-                losses[kind] = stream_loss(decoder, hidden, ids, rest)
+                losses[kind] = float(stream_losses(decoder, hidden, ids, rest).mean())
             corrected = copy.deepcopy(pruned)
             for name, value in values.items():
                 corrected.model.layers[KEPT.index(site)].get_parameter(name).data = value
@@ -343,7 +344,7 @@ def test_stream_loss_equals_the_corrected_model_and_leaves_the_original(
         baseline = decoder.losses(ids, KEPT)
         assert abs(losses["weight"] - losses["projection"]) > 1e-4
         assert abs(losses["weight"] - sum(baseline) / 3) > 1e-4
-        assert stream_loss(decoder, hidden, ids, rest) == pytest.approx(sum(baseline) / 3, abs=1e-5)
+        assert stream_losses(decoder, hidden, ids, rest).tolist() == pytest.approx(baseline, abs=1e-5)
     assert all(torch.equal(value, state[name]) for name, value in original.state_dict().items())
 
 
@@ -401,6 +402,22 @@ def test_sites() -> None:
     assert sites_around_gaps([0, 2, 5, 6, 8], [1, 3, 4, 7], limit=3) == [
         Site(2, MLP, 4), Site(5, ATTENTION, 5), Site(5, MLP, 5),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "wanted"),
+    [
+        ([3.0, 4.0, 5.0], [2.9, 3.9, 4.9], True),
+        ([3.0, 4.0, 5.0], [2.9995, 3.9995, 4.9995], False),  # too little
+        ([3.0, 4.0, 5.0], [2.0, 4.3, 5.3], False),  # lower on the mean, by luck of one row
+        ([3.0, 4.0, 5.0], [2.0, 3.5, 5.1], True),
+        ([3.0], [2.9], True),  # nothing is known about the error of one row
+        ([3.0, 4.0], [2.9, float("nan")], False),
+        ([float("inf"), 4.0], [3.0, 4.0], True),
+    ],
+)
+def test_a_gain_must_exceed_its_standard_error(before: list[float], after: list[float], wanted: bool) -> None:
+    assert lowers(torch.tensor(before), torch.tensor(after)) is wanted
 
 
 def fit(

