@@ -1,6 +1,7 @@
 """`make bench`: GradMAP and its peers on one model, the same calibration rows and the same held-out rows.
 
     python -m benchmarks [--quick | --full] [--layers 7,8] [--draws N] [--dtype auto] [--device cpu] [--model FOLDER]
+                         [--accuracy N]
 
 Model and calibration text are those of `gradmap-hub demo`. The table goes to stdout; OUTPUT gets bench.json, bench.md,
 quality-time.png and cells.jsonl, from which an interrupted run goes on.
@@ -23,7 +24,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import methods, table
+from benchmarks import accuracy, methods, table
 from benchmarks.inputs import SEQ_LEN, data, dtype_of, load, model_and_samples
 from benchmarks.plot import quality_time
 from gradmap_hub.calibration import Rows, sha256_of_ids
@@ -66,6 +67,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     def say(text: str) -> None:
         console.print(f"[{time.perf_counter() - started:6.0f} s] {text}", markup=False, highlight=False)
 
+    # Said before the hours, not after them.
+    no_accuracy = accuracy.missing() if options.accuracy else None
+    if no_accuracy is not None:
+        say(no_accuracy)
+    accuracy_rows: int = 0 if no_accuracy is not None else options.accuracy
     output: Path = options.output
     output.mkdir(parents=True, exist_ok=True)
     folder, samples = model_and_samples(options.model, output)
@@ -87,8 +93,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _warm_up(decoder)
     cells = list(methods.cells(work, layers, draws, sleb_draws))
     timed = methods.times(work, size.timed, with_sleb=sleb_draws > 0)
+    accuracies = accuracy.measure(work, tokenizer, cells, accuracy_rows) if accuracy_rows else {}
     layer_parameters = [sum(p.numel() for p in layer.parameters()) for layer in decoder.layers]
-    rows = table.build_rows(cells, layer_parameters, sum(p.numel() for p in decoder.model.parameters()))
+    parameters = sum(p.numel() for p in decoder.model.parameters())
+    rows = table.build_rows(cells, layer_parameters, parameters, accuracies)
     verdicts = table.verdicts(rows, timed)
     ran_on = {
         "machine": _machine(decoder.device),
@@ -99,6 +107,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "seconds_this_run": time.perf_counter() - started,
         "cells_computed_this_run": store.computed,
     }
+    if accuracies:
+        ran_on["accuracy"] = {
+            "harness": f"lm-eval {accuracy.harness()}",
+            "rows": accuracy_rows,
+            "tasks": [*accuracy.TASKS],
+        }
     _write(output, rows, cells, timed, verdicts, ran_on, _facts(ran_on, texts, size, sleb_draws), options.write_docs)
     quality_time(rows, layers[0], output / "quality-time.png")
     _show(rows, timed, verdicts)
@@ -117,6 +131,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of all passes")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--model", type=Path, help="a model folder with tokenizer (default: the demo's sample)")
+    parser.add_argument("--accuracy", type=_documents, default=0, help="documents per lm-eval task (default 0: none)")
     parser.add_argument("--output", type=Path, default=Path("build/bench"), help="default build/bench")
     parser.add_argument("--fresh", action="store_true", help="forget what earlier runs finished")
     parser.add_argument("--write-docs", action="store_true", help="put the tables into docs/benchmarks.md")
@@ -128,6 +143,13 @@ def _counts(text: str) -> tuple[int, ...]:
     if not counts or counts[0] < 1:
         raise argparse.ArgumentTypeError("counts of layers, such as 7,8")
     return counts
+
+
+def _documents(text: str) -> int:
+    number = int(text)
+    if number < 0 or number == 1:
+        raise argparse.ArgumentTypeError("0 or at least 2: one document has no standard error")
+    return number
 
 
 def _engine_sha256() -> str:
@@ -166,7 +188,7 @@ def _facts(ran_on: dict[str, Any], texts: Sequence[Rows], size: Size, sleb_draws
     if sleb_draws:
         sleb = f"SLEB saw {size.sleb_rows} of the rows"
         sleb += ", its trials sharing what they have in common" if size.sleb_shares else ", every trial in full"
-    return [
+    facts = [
         f"{ran_on['model']} on {ran_on['machine']}, {settings['dtype']}; "
         + ", ".join(f"{name} {number}" for name, number in versions.items()),
         f"Calibration: {size.pool} rows of {SEQ_LEN} tokens per draw (Wikipedia, technical, stories), the same for "
@@ -184,6 +206,13 @@ def _facts(ran_on: dict[str, Any], texts: Sequence[Rows], size: Size, sleb_draws
         "rescales while it selects. MiB: the most held above what stood before (weights not included). Forwards: "
         "passes of all layers over the calibration rows, a backward pass as two, the head not counted.",
     ]
+    if "accuracy" in ran_on:
+        tasks = ", ".join(f"{name} ({task.metric})" for name, task in accuracy.TASKS.items())
+        facts.append(
+            f"Accuracy in %: mean of {tasks}, the first {ran_on['accuracy']['rows']} documents each, zero-shot, "
+            f"{ran_on['accuracy']['harness']}; ± its standard error over documents. First draw; '-': not run."
+        )
+    return facts
 
 
 def _write(
@@ -216,7 +245,9 @@ def _show(rows: Sequence[table.Row], timed: dict[str, dict[str, float]], verdict
     for previous, row in zip([None, *rows], rows, strict=False):
         if previous is not None and previous.count != row.count:
             shown.add_section()
-        shown.add_row(*table.line(row), style="bold" if row.method == methods.DEFAULT else None)
+        shown.add_row(
+            *table.line(row, table.has_accuracy(rows)), style="bold" if row.method == methods.DEFAULT else None
+        )
     console.print(shown)
     times = Table(*table.TIME_HEADER)
     for entry in table.time_lines(timed):

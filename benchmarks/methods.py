@@ -443,22 +443,33 @@ def _compensated(work: Work, kind: str, draw: int, removed: Sequence[int]) -> di
 
     def compute() -> dict[str, Any]:
         work.say(f"{kind} on {sorted(removed)}, draw {draw}")
-        sites: list[str] = []
         with Meter(decoder, len(pool)) as meter:
-            if kind == STAGE_2:
-                rows = split_pool(pool)
-                config = our_config(DEFAULT, len(removed), len(rows.fit))
-                record, overrides = fit_correction(decoder, rows, sorted(removed), config, SilentReporter())
-                patch, sites = Patch(parameters=overrides), _sites(record)
-            elif kind == "Prune&Comp":
-                patch = magnitude_rescale(decoder, pool, ordered, one_by_one=True)
-            else:
-                patch = COMPENSATIONS[kind](decoder, pool, ordered)
+            patch, sites = fitted_patch(decoder, pool, kind, ordered)
         cost = dataclasses.asdict(meter.cost)
         return {"cost": cost, "sites": sites, "losses": work.measure(removed, patch)}
 
     key = {"what": "compensation", "kind": kind, "draw": draw, "removed": ordered}
     return work.store.or_compute(key, compute)
+
+
+def fitted_patch(decoder: Decoder, pool: Tensor, kind: str, removed: Sequence[int]) -> tuple[Patch, list[str]]:
+    """One kind of compensation fitted on a set of removed layers, and its sites where it is ours.
+
+    `kind`: STAGE_2, one of our rows (its correction alone), or a peer. `removed` in order of removal for Prune&Comp.
+    """
+    if kind in (STAGE_2, DEFAULT, PAPER, ONE_SHOT, ITERATIVE):
+        rows = split_pool(pool)
+        config = our_config(DEFAULT if kind == STAGE_2 else kind, len(removed), len(rows.fit))
+        record, overrides = fit_correction(decoder, rows, sorted(removed), config, SilentReporter())
+        return Patch(parameters=overrides), _sites(record)
+    if kind == "Prune&Comp":
+        return magnitude_rescale(decoder, pool, removed, one_by_one=True), []
+    return COMPENSATIONS[kind](decoder, pool, removed), []
+
+
+def removal_order(work: Work, cell: Cell) -> list[int]:
+    """The layers of a peer's cell as they were removed."""
+    return work.store.get(_selection_key(cell.method, cell.draw, cell.count))["order"]
 
 
 def _sites(record: CompensationRecord) -> list[str]:

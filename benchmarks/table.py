@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.accuracy import Accuracy
 from benchmarks.methods import (
     CORRECTED,
     DEFAULT,
@@ -46,7 +47,7 @@ class Row:
     """A method at one count, over its draws: geometric means of perplexities, arithmetic means of costs.
 
     `mean`: exp of the mean log-perplexity over texts; `worst`: that of the worst draw. `by_draw`: draw -> text -> mean
-    NLL in nats. `removed`: of the first draw. `selection`, `compensation`: seconds.
+    NLL in nats. `removed`, `accuracy`: of the first draw. `selection`, `compensation`: seconds.
     """
 
     method: str
@@ -64,6 +65,7 @@ class Row:
     memory: float | None
     forwards: float | None
     sites: list[str]
+    accuracy: Accuracy | None = None
 
     @property
     def draws(self) -> list[int]:
@@ -103,8 +105,16 @@ def interval(losses: Sequence[float], seed: int = 0) -> tuple[float, float]:
     return _exp(float(low)), _exp(float(high))
 
 
-def build_rows(cells: Sequence[Cell], layer_parameters: Sequence[int], total_parameters: int) -> list[Row]:
-    """One row per method, variant and count; dense first, then by count and mean perplexity."""
+def build_rows(
+    cells: Sequence[Cell],
+    layer_parameters: Sequence[int],
+    total_parameters: int,
+    accuracies: Mapping[tuple[int, str, str], Accuracy] | None = None,
+) -> list[Row]:
+    """One row per method, variant and count; dense first, then by count and mean perplexity.
+
+    `accuracies`: by count, method and variant, where measured.
+    """
     groups: dict[tuple[int, str, str], list[Cell]] = {}
     for cell in cells:
         groups.setdefault((cell.count, cell.method, cell.variant), []).append(cell)
@@ -141,6 +151,7 @@ def build_rows(cells: Sequence[Cell], layer_parameters: Sequence[int], total_par
                 memory=statistics.fmean(max(c.memory for c in of) for of in costs) if measured else None,
                 forwards=statistics.fmean(sum(c.forwards for c in of) for of in costs) if measured else None,
                 sites=first.sites,
+                accuracy=(accuracies or {}).get((count, method, variant)),
             )
         )
     return sorted(rows, key=lambda row: (row.count, row.mean))
@@ -225,7 +236,7 @@ def _speed(times: Mapping[str, Mapping[str, float]]) -> list[Verdict]:
 
 
 COLUMNS = (
-    "out", "method", "layers removed", "parameters", "{texts}", "mean", "seconds", "MiB", "forwards",
+    "out", "method", "layers removed", "parameters", "{texts}", "mean", "{accuracy}", "seconds", "MiB", "forwards",
 )  # fmt: skip
 
 
@@ -233,16 +244,23 @@ def texts_of(rows: Sequence[Row]) -> list[str]:
     return list(rows[0].perplexities)
 
 
+def has_accuracy(rows: Sequence[Row]) -> bool:
+    return any(row.accuracy is not None for row in rows)
+
+
 def header(rows: Sequence[Row]) -> list[str]:
-    return [
-        name
-        for column in COLUMNS
-        for name in ([f"{text} [95%]" for text in texts_of(rows)] if column == "{texts}" else [column])
-    ]
+    filled = {
+        "{texts}": [f"{text} [95%]" for text in texts_of(rows)],
+        "{accuracy}": ["accuracy"] if has_accuracy(rows) else [],
+    }
+    return [name for column in COLUMNS for name in filled.get(column, [column])]
 
 
-def line(row: Row) -> list[str]:
+def line(row: Row, with_accuracy: bool = False) -> list[str]:
     """The cells of one row, as text."""
+    accuracy = "-"
+    if row.accuracy is not None:
+        accuracy = f"{100 * row.accuracy.mean:.1f} ± {100 * row.accuracy.error:.1f}"
     removed = ranges(row.removed) + (f" (+{row.sets - 1} other)" if row.sets > 1 else "")
     seconds = "-"
     if row.seconds is not None:
@@ -254,6 +272,7 @@ def line(row: Row) -> list[str]:
         f"{row.parameters / 1e6:.1f}M",
         *(f"{p.value:.1f} [{p.low:.1f}, {p.high:.1f}]" for p in row.perplexities.values()),
         f"{row.mean:.2f}" + (f" (worst of {len(row.draws)}: {row.worst:.2f})" if len(row.draws) > 1 else ""),
+        *([accuracy] if with_accuracy else []),
         seconds,
         "-" if row.memory is None else f"{row.memory:.0f}",
         "-" if row.forwards is None else f"{row.forwards:.1f}",
@@ -283,10 +302,12 @@ def markdown(
 ) -> str:
     """What docs/benchmarks.md shows between its markers."""
     parts = ["\n".join(f"- {fact}" for fact in facts)]
+    accuracy = has_accuracy(rows)
     for count in sorted({row.count for row in rows if row.count}):
         dense = [row for row in rows if row.count == 0]
         chosen = dense + [row for row in rows if row.count == count]
-        parts.append(f"### {count} layers removed\n\n" + _markdown_table(header(rows), [line(row) for row in chosen]))
+        lines = [line(row, accuracy) for row in chosen]
+        parts.append(f"### {count} layers removed\n\n" + _markdown_table(header(rows), lines))
     if times:
         parts.append("### Time\n\n" + _markdown_table(TIME_HEADER, time_lines(times)))
     checks = [[v.line, "not measured" if v.holds is None else "yes" if v.holds else "**no**", v.found] for v in found]

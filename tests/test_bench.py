@@ -82,6 +82,18 @@ def test_second_run_computes_nothing(ran: tuple[Any, ...], work_of: Callable[...
     assert methods.Store(path, {"model": "other"}).get({"what": "plain", "removed": []}) is None
 
 
+def test_a_patch_fitted_anew_is_the_one_that_was_measured(
+    ran: tuple[Any, ...], work_of: Callable[..., methods.Work]
+) -> None:
+    work = work_of(ran[2])
+    whole = [cell for cell in ran[0] if cell.variant in (methods.CORRECTED, methods.OWN)]
+    for cell in whole:
+        ordered = methods.removal_order(work, cell) if cell.variant == methods.OWN else cell.removed
+        patch, sites = methods.fitted_patch(work.decoder, work.pools[0], cell.method, ordered)
+        assert work.measure(cell.removed, patch) == cell.losses and sites == cell.sites
+    assert {cell.method for cell in whole if cell.sites}, "no correction was accepted: nothing was compared"
+
+
 def test_equal_sets_share_one_evaluation_and_one_fit(
     work_of: Callable[..., methods.Work], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,277 @@
+"""Accuracy on lm-evaluation-harness tasks, for a handful of the table's rows: `python -m benchmarks --accuracy N`.
+
+The harness runs as a library on the model in memory, its layers left out and its patch in place for as long as that
+lasts. Prompts and metrics are those of the installed harness; the documents are files beside the checkout, no network.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import importlib
+import importlib.util
+import logging
+import math
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from benchmarks.inputs import DATA
+from benchmarks.methods import (
+    CORRECTED,
+    DEFAULT,
+    DENSE,
+    EVERY_DRAW,
+    ONE_SHOT,
+    OWN,
+    PAPER,
+    PUBLISHED,
+    STAGE_2,
+    Cell,
+    Work,
+    fitted_patch,
+    removal_order,
+)
+from benchmarks.peers import Patch
+from gradmap_hub.decoder import Decoder
+
+DOCUMENTS = DATA / "tasks"
+# Rows of the first draw that get an accuracy. Who collapses anyway (random, the last layers, Taylor+) is left out.
+ROWS = {(DENSE, PUBLISHED), (DEFAULT, CORRECTED), (PAPER, CORRECTED), (ONE_SHOT, CORRECTED)} | {
+    (peer, variant) for peer in (*EVERY_DRAW, "SLEB") for variant in (PUBLISHED, OWN)
+}
+# Sequences per pass: the float32 log-probabilities of a batch are what memory it takes.
+BATCH = 8
+
+
+@dataclass(frozen=True)
+class Task:
+    """`file`: the documents; `definition`: within the harness' own tasks; `metric`: acc_norm where that has it."""
+
+    file: str
+    definition: str
+    metric: str
+
+
+TASKS = {
+    "arc_easy": Task("arc_easy.test.jsonl", "arc/arc_easy.yaml", "acc_norm"),
+    "piqa": Task("piqa.validation.jsonl", "piqa/piqa.yaml", "acc_norm"),
+    "winogrande": Task("winogrande.validation.jsonl", "winogrande/default.yaml", "acc"),
+    "lambada_openai": Task("lambada_openai.test.jsonl", "lambada/lambada_openai.yaml", "acc"),
+}
+
+
+@dataclass(frozen=True)
+class Score:
+    """Share of right answers on one task, its standard error over documents, and how many those were."""
+
+    metric: str
+    value: float
+    error: float
+    documents: int
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """`mean` over tasks, each weighing the same; `error`: its standard error over documents, the tasks being given."""
+
+    tasks: dict[str, Score]
+    mean: float
+    error: float
+
+
+def accuracy_of(scores: Mapping[str, Score]) -> Accuracy:
+    mean = math.fsum(score.value for score in scores.values()) / len(scores)
+    error = math.sqrt(math.fsum(score.error**2 for score in scores.values())) / len(scores)
+    return Accuracy(dict(scores), mean, error)
+
+
+def missing(documents: Path = DOCUMENTS) -> str | None:
+    """Why accuracy cannot be measured here, None if it can."""
+    if importlib.util.find_spec("lm_eval") is None:
+        return "no accuracy: lm-evaluation-harness is not installed (pip install 'gradmap-hub[eval]')"
+    absent = [task.file for task in TASKS.values() if not (documents / task.file).is_file()]
+    return f"no accuracy: {', '.join(absent)} not in {documents}" if absent else None
+
+
+def measure(
+    work: Work, tokenizer: Any, cells: Sequence[Cell], rows: int, documents: Path = DOCUMENTS
+) -> dict[tuple[int, str, str], Accuracy]:
+    """(count, method, variant) -> accuracy on the first `rows` documents (2 or more) of each task, zero-shot.
+
+    Only for the cells of `ROWS` on the first draw. Equal sets with equal patches are measured once. Patches are not
+    stored and are fitted anew.
+    """
+    digests = {name: _sha256(documents / task.file)[:16] for name, task in TASKS.items()}
+    found: dict[tuple[int, str, str], Accuracy] = {}
+    for cell in cells:
+        if cell.draw != 0 or (cell.method, cell.variant) not in ROWS:
+            continue
+        kind, removed = _patch_of(work, cell)
+        key = {
+            "what": "accuracy",
+            "kind": kind,
+            "removed": removed,
+            "rows": rows,
+            "tasks": digests,
+            "harness": harness(),
+        }
+        if kind is not None:
+            key["draw"] = cell.draw
+        value = work.store.or_compute(key, partial(_compute, work, tokenizer, cell, kind, removed, rows, documents))
+        scores = {name: Score(**score) for name, score in value.items()}
+        found[cell.count, cell.method, cell.variant] = accuracy_of(scores)
+    return found
+
+
+def harness() -> str:
+    return version("lm-eval")
+
+
+def _patch_of(work: Work, cell: Cell) -> tuple[str | None, list[int]]:
+    """The kind of the cell's patch (None: no patch) and its layers, in order of removal where the patch needs it."""
+    if cell.variant == OWN:
+        return cell.method, removal_order(work, cell) if cell.method == "Prune&Comp" else sorted(cell.removed)
+    if cell.variant == CORRECTED and cell.sites:
+        return (STAGE_2 if cell.method == DEFAULT else cell.method), sorted(cell.removed)
+    return None, sorted(cell.removed)
+
+
+def _compute(
+    work: Work, tokenizer: Any, cell: Cell, kind: str | None, removed: Sequence[int], rows: int, documents: Path
+) -> dict[str, Any]:
+    work.say(f"accuracy of {cell.method} {cell.variant}, without {sorted(removed)}")
+    patch = Patch() if kind is None else fitted_patch(work.decoder, work.pools[cell.draw], kind, removed)[0]
+    with pruned_view(work.decoder, work.kept(removed), patch):
+        return run_harness(work.decoder.model, tokenizer, rows, documents)
+
+
+def run_harness(model: nn.Module, tokenizer: Any, rows: int, documents: Path = DOCUMENTS) -> dict[str, dict[str, Any]]:
+    """Task -> `Score` as a dict, of a model as it stands."""
+    with _offline(), tempfile.TemporaryDirectory(prefix="gradmap-tasks-") as folder:
+        # Imported where it is used: it takes seconds and is optional. As Any: decorators hide its signatures.
+        lm_eval: Any = importlib.import_module("lm_eval")
+        huggingface: Any = importlib.import_module("lm_eval.models.huggingface")
+        tasks: Any = importlib.import_module("lm_eval.tasks")
+        _write_tasks(Path(folder), documents)
+        # The harness may give a tokenizer a padding token; ours stays as it is. Log-probabilities of a model in
+        # bfloat16 are summed in float32: rounded to three digits, they would decide between answers by chance.
+        lm = huggingface.HFLM(
+            pretrained=model,
+            tokenizer=copy.deepcopy(tokenizer),
+            batch_size=BATCH,
+            softmax_dtype=torch.float32,
+        )
+        result = lm_eval.simple_evaluate(
+            model=lm,
+            tasks=list(TASKS),
+            num_fewshot=0,
+            limit=rows,
+            log_samples=False,
+            task_manager=tasks.TaskManager(include_path=folder, include_defaults=False),
+            # Nothing is drawn; the generators of the process are left alone.
+            random_seed=None,
+            numpy_random_seed=None,
+            torch_random_seed=None,
+        )
+    return {
+        name: {
+            "metric": task.metric,
+            "value": float(result["results"][name][f"{task.metric},none"]),
+            "error": float(result["results"][name][f"{task.metric}_stderr,none"]),
+            "documents": int(result["n-samples"][name]["effective"]),
+        }
+        for name, task in TASKS.items()
+    }
+
+
+@contextmanager
+def pruned_view(decoder: Decoder, kept: Sequence[int], patch: Patch) -> Iterator[None]:
+    """The model itself with only the kept layers, and patched, as `Patch.run` computes it; as before afterwards."""
+    model: Any = decoder.model
+    path, _, name = decoder.architecture.layers.rpartition(".")
+    parent = model.get_submodule(path)
+    use_cache = model.config.use_cache
+    with ExitStack() as stack:
+        stack.enter_context(patch.apply(decoder))
+        for index in sorted(patch.before):
+            # The first kept layer from there on, or the final norm.
+            entered = next((decoder.layers[layer] for layer in kept if layer >= index), decoder.norm)
+            hook = partial(_multiply, patch.before[index])
+            stack.callback(entered.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        # Keys and values are of no use in a single pass; layer indices need no renumbering without them.
+        stack.callback(setattr, model.config, "use_cache", use_cache)
+        model.config.use_cache = False
+        stack.callback(setattr, parent, name, decoder.layers)
+        setattr(parent, name, nn.ModuleList(decoder.layers[layer] for layer in kept))
+        yield
+
+
+def _multiply(
+    matrix: Tensor, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Pre-hook: the hidden states that enter a module, times a matrix."""
+    if args:
+        return (args[0] @ matrix.to(args[0]), *args[1:]), kwargs
+    hidden = kwargs["hidden_states"]
+    return args, {**kwargs, "hidden_states": hidden @ matrix.to(hidden)}
+
+
+def _write_tasks(folder: Path, documents: Path) -> None:
+    """One definition per task: the harness' own, on our documents, with one metric."""
+    spec = importlib.util.find_spec("lm_eval.tasks")
+    assert spec is not None and spec.origin is not None
+    own = Path(spec.origin).parent
+    for name, task in TASKS.items():
+        definition = {
+            "include": str(own / task.definition),
+            "task": name,
+            "dataset_path": "json",
+            "dataset_name": None,
+            # What `datasets` makes of the file goes with the folder, not into the user's cache.
+            "dataset_kwargs": {
+                "data_files": {"test": str((documents / task.file).resolve())},
+                "cache_dir": str(folder / "cache"),
+            },
+            "training_split": None,
+            "validation_split": None,
+            "test_split": "test",
+            "metric_list": [{"metric": task.metric, "aggregation": "mean", "higher_is_better": True}],
+        }
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(definition), encoding="utf-8")
+
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    """No look at the Hub, and of the harness' log only errors."""
+    names = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
+    before = {name: os.environ.get(name) for name in names}
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets")]
+    levels = [logger.level for logger in loggers]
+    os.environ.update(dict.fromkeys(names, "1"))
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,0 +1,200 @@
+"""`python -m benchmarks.stability`: which ranking is stable in the number and the kind of calibration tokens.
+
+Each reading of the gradient magnitude and each cosine ranking chooses layers from 1, 2, 4, ... rows of each calibration
+text and of their mixture; the perplexity of every chosen set is measured on text of other sources. One backward pass
+per row gives all readings at every number of rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from benchmarks.inputs import SEQ_LEN, data, dtype_of, load, model_and_samples
+from benchmarks.table import ranges
+from gradmap_hub.calibration import Rows, read_text, tokenize
+from gradmap_hub.decoder import Decoder
+from gradmap_hub.demo import CALIBRATION
+from gradmap_hub.scoring import LayerScores, score_layers
+from gradmap_hub.selection import lowest, lowest_window
+
+MIXTURE = "mixture"
+
+
+class Sums:
+    """The scores of a growing number of rows, in every reading. Lists are indexed by layer."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+        self._scores: list[LayerScores] = []
+        # Signed sums of the gradients, for the reading that takes the absolute value last.
+        self._gradients: dict[tuple[int, str], Tensor] = {}
+
+    def add(self, row: Tensor) -> None:
+        with self._watched():
+            self._scores.append(score_layers(self._decoder, row))
+
+    def readings(self) -> dict[str, list[float]]:
+        rows = self._scores
+        layers = range(self._decoder.count)
+        signed = [0.0] * len(layers)
+        for (layer, _), total in self._gradients.items():
+            signed[layer] += float(total.abs().sum(dtype=torch.float32))
+        shares = [[value / math.fsum(row.gradient) for value in row.gradient] for row in rows]
+        return {
+            "gradient, |.| per row": [math.fsum(row.gradient[layer] for row in rows) for layer in layers],
+            "gradient, each row's sum 1": [math.fsum(share[layer] for share in shares) for layer in layers],
+            "gradient, |.| of the sum": signed,
+            "|W dL/dW| per row": [math.fsum(row.taylor[layer] for row in rows) for layer in layers],
+            "block influence": [math.fsum(row.influence[layer] for row in rows) for layer in layers],
+        }
+
+    def windows(self, count: int) -> list[float]:
+        """Cosine distance across each window of `count` layers."""
+        return [math.fsum(values) for values in zip(*(row.windows(count) for row in self._scores), strict=True)]
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        decoder = self._decoder
+
+        def backward(
+            hidden: Tensor, index: int, gradient: Tensor, reduce: Callable[[str, nn.Parameter], None]
+        ) -> Tensor:
+            def add_and_reduce(name: str, parameter: nn.Parameter) -> None:
+                assert parameter.grad is not None
+                if (index, name) in self._gradients:
+                    self._gradients[index, name] += parameter.grad
+                else:
+                    self._gradients[index, name] = parameter.grad.clone()
+                reduce(name, parameter)
+
+            return Decoder.backward(decoder, hidden, index, gradient, add_and_reduce)
+
+        decoder.backward = backward  # pyright: ignore
+        try:
+            yield
+        finally:
+            del decoder.backward  # the class's own again
+
+
+def choices(decoder: Decoder, rows: Tensor, counts: Sequence[int], removals: int) -> dict[tuple[str, int], list[int]]:
+    """(reading, number of rows) -> layers."""
+    sums = Sums(decoder)
+    found: dict[tuple[str, int], list[int]] = {}
+    for number, row in enumerate(rows.split(1), start=1):
+        sums.add(row)
+        if number in counts:
+            for reading, scores in sums.readings().items():
+                found[reading, number] = lowest(scores, removals)
+            start = lowest(sums.windows(removals), 1)[0]
+            found["cosine window", number] = list(range(start, start + removals))
+            window = lowest_window(sums.readings()["gradient, |.| per row"], removals)
+            found["gradient, window", number] = window
+    return found
+
+
+def mean_perplexity(decoder: Decoder, texts: Sequence[Rows], removed: Sequence[int]) -> float:
+    """exp of the mean log-perplexity of the texts, without a correction."""
+    kept = [layer for layer in range(decoder.count) if layer not in set(removed)]
+    losses = [math.fsum(decoder.losses(text.ids, kept)) / len(text.ids) for text in texts]
+    return math.exp(min(math.fsum(losses) / len(losses), 700.0))
+
+
+def plot(results: Sequence[dict[str, Any]], layers: int, path: Path) -> None:
+    """Above: perplexity against calibration tokens, one panel per text. Below: the layers each reading chose."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    sources = list(dict.fromkeys(entry["text"] for entry in results))
+    readings = list(dict.fromkeys(entry["reading"] for entry in results))
+    figure, panels = pyplot.subplots(
+        2, len(sources), figsize=(5 * len(sources), 11), dpi=110, squeeze=False, height_ratios=(2, 3)
+    )  # fmt: skip
+    colours = dict(zip(readings, pyplot.get_cmap("tab10").colors, strict=False))  # pyright: ignore
+    for column, source in enumerate(sources):
+        axes, below = panels[0][column], panels[1][column]
+        of_text = [entry for entry in results if entry["text"] == source]
+        for reading in readings:
+            line = [entry for entry in of_text if entry["reading"] == reading]
+            tokens = [entry["rows"] * SEQ_LEN for entry in line]
+            axes.plot(tokens, [entry["perplexity"] for entry in line], "o-", color=colours[reading], label=reading)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.sharey(panels[0][0])
+        axes.set_title(f"calibrated on {source}")
+        axes.set_xlabel("calibration tokens")
+        axes.grid(True, alpha=0.2)
+        names = []
+        for position, entry in enumerate(
+            sorted(of_text, key=lambda entry: (readings.index(entry["reading"]), entry["rows"]))
+        ):
+            names.append(f"{entry['reading']}, {entry['rows'] * SEQ_LEN}")
+            below.scatter(
+                entry["removed"], [position] * len(entry["removed"]), marker="s", s=28, color=colours[entry["reading"]]
+            )  # fmt: skip
+        below.set_xlim(-0.7, layers - 0.3)
+        below.set_ylim(len(names) - 0.5, -0.5)
+        below.set_yticks(range(len(names)), names if column == 0 else [""] * len(names), fontsize=7)
+        below.set_xlabel("layers chosen")
+        below.grid(True, axis="x", alpha=0.2)
+    panels[0][0].set_ylabel("perplexity on other texts, uncorrected")
+    panels[0][0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.stability", description=__doc__)
+    parser.add_argument("--layers", type=int, default=7, help="how many layers to remove (default 7)")
+    parser.add_argument("--rows", type=int, default=16, help="most rows of 512 tokens per text (default 16)")
+    parser.add_argument("--evaluation", type=int, default=3, help="evaluation rows per text (default 3)")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of all passes")
+    parser.add_argument("--output", type=Path, default=Path("build/bench"))
+    arguments = parser.parse_args()
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    folder, samples = model_and_samples(None, arguments.output)
+    decoder, tokenizer = load(folder, dtype_of(arguments.dtype, "cpu"), "cpu")
+    pools, texts, _ = data(samples, tokenizer, pool=arguments.rows, evaluation=arguments.evaluation, draws=1)
+    calibration = {MIXTURE: pools[0]}
+    generator = torch.Generator().manual_seed(0)
+    for sample in CALIBRATION:
+        ids = tokenize(read_text(samples[sample.name]), tokenizer, SEQ_LEN).ids
+        calibration[Path(sample.name).stem] = ids[torch.randperm(len(ids), generator=generator)[: arguments.rows]]
+    counts = [1 << power for power in range(arguments.rows.bit_length()) if 1 << power <= arguments.rows]
+    known: dict[tuple[int, ...], float] = {}
+    results: list[dict[str, Any]] = []
+    for text, rows in calibration.items():
+        for (reading, number), removed in choices(decoder, rows, counts, arguments.layers).items():
+            if tuple(removed) not in known:
+                known[tuple(removed)] = mean_perplexity(decoder, texts, removed)
+            perplexity = known[tuple(removed)]
+            results.append(
+                {"text": text, "reading": reading, "rows": number, "removed": removed, "perplexity": perplexity}
+            )
+            print(json.dumps(results[-1]), flush=True)
+    (arguments.output / "stability.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    plot(results, decoder.count, arguments.output / "stability.png")
+    table = Table("calibrated on", "reading", *(f"{count * SEQ_LEN} tokens" for count in counts), "layers at the most")
+    for text in calibration:
+        for reading in dict.fromkeys(entry["reading"] for entry in results):
+            line = [entry for entry in results if (entry["text"], entry["reading"]) == (text, reading)]
+            shown = [f"{entry['perplexity']:.4g}" for entry in line]
+            table.add_row(text, reading, *shown, ranges(line[-1]["removed"]))
+    Console(width=160).print(table)
+
+
+if __name__ == "__main__":
+    main()
