@@ -1,4 +1,5 @@
-"""`python -m benchmarks.corrections`: what stage 2 gains by where it corrects, by what, and how strong the ridge is.
+"""`python -m benchmarks.corrections`: what stage 2 gains by where it corrects, by what, and how strong the ridge is,
+and what healing adds.
 
 One set of removed layers, the same fitting, selection and evaluation rows for all variants; the model and texts are
 those of `make bench`. Perplexity on text of sources that nothing was fitted on.
@@ -25,7 +26,10 @@ from gradmap_hub.calibration import Rows
 from gradmap_hub.compensation import ATTENTION, MLP, Overrides, Site, fit_correction, sites_around_gaps
 from gradmap_hub.config import Compensation, PruneConfig
 from gradmap_hub.decoder import Decoder
+from gradmap_hub.heal import heal
 from gradmap_hub.progress import SilentReporter
+
+DEFAULT = "around the gap, default"
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ def variants(kept: Sequence[int], removed: Sequence[int]) -> list[Variant]:
         Variant("last MLP before the gap, 0.0003", around[:1], 0.0003),
         Variant("MLPs of all later layers, 0.03", [Site(layer, MLP, layer) for layer in behind], 0.03),
         *(Variant(f"around the gap, {strength}", around, strength) for strength in (0.03, 0.003, 0.001, 0.0003)),
-        Variant("around the gap, default", None, None),
+        Variant(DEFAULT, None, None),
         Variant("around the gap and two layers on, default", around + further, None),
     ]
 
@@ -71,6 +75,7 @@ def main() -> None:
     parser.add_argument("--drop", default="12,13,14,15,16,17,18", help="layers to remove")
     parser.add_argument("--rows", type=int, default=36, help="rows of 512 tokens, a quarter of which decide")
     parser.add_argument("--evaluation", type=int, default=8, help="evaluation rows per text (default 8)")
+    parser.add_argument("--heal", default="20,60", help="steps of healing after the default correction (20,60)")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of all passes")
     parser.add_argument("--output", type=Path, default=Path("build/bench"))
     arguments = parser.parse_args()
@@ -78,6 +83,7 @@ def main() -> None:
     folder, samples = model_and_samples(None, arguments.output)
     decoder, tokenizer = load(folder, dtype_of(arguments.dtype, "cpu"), "cpu")
     removed = [int(part) for part in arguments.drop.split(",")]
+    heal_steps = [int(part) for part in arguments.heal.split(",") if part]
     kept = [layer for layer in range(decoder.count) if layer not in set(removed)]
     pools, texts, _ = data(samples, tokenizer, pool=arguments.rows, evaluation=arguments.evaluation, draws=1)
     rows = split_pool(pools[0])
@@ -100,6 +106,13 @@ def main() -> None:
         )  # fmt: skip
         seconds = time.perf_counter() - started
         show(variant.name, perplexities(decoder, texts, kept, overrides), len(overrides), seconds)
+        for steps in heal_steps if variant.name == DEFAULT else ():
+            started = time.perf_counter()
+            _, healed = heal(decoder, rows, removed, overrides, steps, 0, SilentReporter())
+            seconds = time.perf_counter() - started
+            changed = {**overrides, **healed}
+            name = f"{variant.name}, then {steps} steps of healing"
+            show(name, perplexities(decoder, texts, kept, changed), len(changed), seconds)
     name = f"corrections-{arguments.rows}.json"
     (arguments.output / name).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     Console(width=160).print(table)

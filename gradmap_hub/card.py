@@ -139,6 +139,9 @@ def _context(record: RunRecord) -> dict[str, Any]:
         "corrections": record.compensation.corrections,
         "several": len(record.compensation.corrections) > 1,
         "only": _only(record),
+        "heal": record.heal,
+        "healed": record.heal is not None and record.heal.applied,
+        "treatment": _treatment(record),
         "graphs": graphs,
         "main_graph": _main_graph(graphs),
         "onnx_files": _onnx_files(record),
@@ -186,6 +189,12 @@ def _only(record: RunRecord) -> SiteCorrection | None:
     """The correction, if the record tells of exactly one; records of earlier versions do not list them."""
     corrections = record.compensation.corrections
     return corrections[0] if len(corrections) == 1 else None
+
+
+def _treatment(record: RunRecord) -> Safe:
+    """What was done to the weights that stayed, as the table of perplexities calls it; empty if nothing was."""
+    done = {"corrected": record.compensation.applied, "healed": record.heal is not None and record.heal.applied}
+    return Safe(" + ".join(name for name, applied in done.items() if applied))
 
 
 def _layer_rows(record: RunRecord) -> list[LayerRow]:

@@ -146,6 +146,7 @@ SeqLen = Annotated[int, _prune_option("seq_len", "--seq-len")]
 EvalRows = Annotated[int, _prune_option("eval_rows", "--eval-rows")]
 DTypeOption = Annotated[str, _prune_option("dtype", "--dtype")]
 Seed = Annotated[int, _prune_option("seed", "--seed")]
+Heal = Annotated[int, typer.Option("--heal", metavar="STEPS", help=escape(help_of(PruneConfig, "heal")))]
 LowMemory = Annotated[bool, _prune_option("low_memory", "--low-memory")]
 DeviceOption = Annotated[str, _prune_option("device", "--device")]
 ComputeOption = Annotated[str, _prune_option("compute", "--compute")]
@@ -175,6 +176,7 @@ def _prune_config(
     dtype: str,
     seed: int,
     preset: str,
+    heal: int,
     low_memory: bool,
     device: str,
     compute: str,
@@ -195,6 +197,7 @@ def _prune_config(
         eval_rows=eval_rows,
         dtype=cast("DType", dtype),
         seed=seed,
+        heal=heal,
         low_memory=low_memory,
         device=cast("Device", device),
         compute=cast("Compute", compute),
@@ -274,6 +277,7 @@ def push(
     eval_rows: EvalRows = 12,
     dtype: DTypeOption = "auto",
     seed: Seed = 0,
+    heal: Heal = 0,
     low_memory: LowMemory = False,
     device: DeviceOption = "auto",
     compute: ComputeOption = "auto",
@@ -286,7 +290,7 @@ def push(
     """Prune, verify, measure, export, write the card and the Space, publish, and verify what was published."""
     prune_config = _prune_config(
         ratio, layers, drop, metric, schedule, compensation, calibration, eval_text, samples, seq_len, eval_rows,
-        dtype, seed, preset, low_memory, device, compute,
+        dtype, seed, preset, heal, low_memory, device, compute,
     )  # fmt: skip
     config = PushConfig(
         model=model,
@@ -341,6 +345,7 @@ def prune(
     eval_rows: EvalRows = 12,
     dtype: DTypeOption = "auto",
     seed: Seed = 0,
+    heal: Heal = 0,
     low_memory: LowMemory = False,
     device: DeviceOption = "auto",
     compute: ComputeOption = "auto",
@@ -350,7 +355,7 @@ def prune(
     """Prune MODEL into the folder OUTPUT: checkpoint, tokenizer, card and gradmap.json. Publishes nothing."""
     config = _prune_config(
         ratio, layers, drop, metric, schedule, compensation, calibration, eval_text, samples, seq_len, eval_rows,
-        dtype, seed, preset, low_memory, device, compute,
+        dtype, seed, preset, heal, low_memory, device, compute,
     )  # fmt: skip
     from gradmap_hub.pipeline import prune as run_prune
 
@@ -639,7 +644,10 @@ def _print_plan(plan: PushPlan, as_json: bool) -> None:
 
 
 def _print_record(record: RunRecord) -> None:
-    table = Table("", "original", "pruned", "pruned + corrected", title_justify="left", title=record.base.name)
+    healed = record.heal is not None and record.heal.applied
+    corrected = record.compensation.applied or not healed  # the column is there even if nothing was done
+    result = "pruned" + " + corrected" * corrected + " + healed" * healed
+    table = Table("", "original", "pruned", result, title_justify="left", title=record.base.name)
     table.add_row("layers", str(record.layers_before), str(record.layers_after), str(record.layers_after))
     share = 1 - record.parameters.after / record.parameters.before
     after = f"{record.parameters.after / 1e6:.1f}M (-{share:.1%})"
@@ -660,6 +668,12 @@ def _print_record(record: RunRecord) -> None:
         stdout.print(f"Corrected by {correction.kind} fits, folded into layers {places}.", highlight=False)
     else:
         stdout.print(f"No correction applied: {correction.reason}.", highlight=False)
+    if record.heal is not None and record.heal.applied:
+        layers, steps = ", ".join(map(str, record.heal.layers)), record.heal.steps
+        change = f"{record.heal.loss_before:.3f} -> {record.heal.loss_after:.3f}"
+        stdout.print(f"Healed layers {layers} in {steps} steps: held-out loss {change}.", highlight=False)
+    elif record.heal is not None:
+        stdout.print(f"Healing not applied: {record.heal.reason}.", highlight=False)
 
 
 def _print_published(result: PushResult) -> None:

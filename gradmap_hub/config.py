@@ -102,6 +102,11 @@ class PruneConfig:
         "Map the weights from disk and stream them layer by layer, forward and backward: about three layers in memory "
         "however deep the model. Same result; slower where the disk is.",
     )
+    heal: int = _option(
+        0,
+        "Steps of a short distillation from the original after the correction: weights of the layers around the gaps, "
+        "one row a step, kept only where it lowers the held-out loss. 0: none.",
+    )
     device: Device = _option("auto", "Where to compute. auto: CUDA if there is a GPU, else the CPU.")
     compute: Compute = _option(
         "auto",
@@ -130,11 +135,13 @@ class PruneConfig:
         ):
             if getattr(self, name) not in allowed:
                 raise UsageError(f"--{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}.")
-        for name, least in (("samples", 4), ("seq_len", 16), ("eval_rows", 2), ("seed", 0)):
+        for name, least in (("samples", 4), ("seq_len", 16), ("eval_rows", 2), ("seed", 0), ("heal", 0)):
             if getattr(self, name) < least:
                 raise UsageError(f"--{name.replace('_', '-')} must be at least {least}; got {getattr(self, name)}.")
         if self.low_memory and self.device == "cuda":
             raise UsageError("--low-memory streams the weights through the CPU; leave out --device cuda.")
+        if self.heal and self.low_memory:
+            raise UsageError("--heal trains weights in memory; leave out --low-memory or --heal.")
         if not self.calibration:
             raise UsageError("--calibration needs at least one text.")
 
@@ -193,5 +200,11 @@ class PushConfig:
     onnx: bool = _option(True, "Export to ONNX with KV cache.")
     space: bool = _option(True, "Build and publish the comparison Space.")
     license: str | None = _option(None, "Licence id for the card, when the original states none.")
+    license_name: str | None = _option(None, "Name of the licence, with --license other or an original that says so.")
+    license_link: str | None = _option(None, "Where that licence stands: an address, or a file such as LICENSE.")
+    update: bool = _option(False, "Replace an earlier push of the same model to the same target, in one commit.")
+    create_pr: bool = _option(
+        False, "Propose the model to a repository of somebody else (--to) as a pull request; no Space, nothing else."
+    )
     resume: bool = _option(False, "Go on with an unfinished run in the output folder.")
     trust_remote_code: bool = _option(False, "Not available yet: models that need their own code are refused.")

@@ -140,6 +140,31 @@ class CompensationRecord:
 
 
 @dataclass(frozen=True)
+class HealCheck:
+    """One look at the held-out rows after so many steps: `loss` on them, and `divergence`, the mean since the last look
+    of what is minimised, KL(original || pruned) on the fitting rows; both in nats per token."""
+
+    step: int
+    divergence: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class HealRecord:
+    """The distillation after stage 2, if one was asked for. `steps` of one row each; `rate`: peak learning rate;
+    losses on held-out rows; `layers`: those trained (original indices), empty if that was not kept."""
+
+    applied: bool
+    steps: int
+    rate: float
+    loss_before: float
+    loss_after: float
+    reason: str = ""
+    layers: list[int] = field(default_factory=list)
+    checks: list[HealCheck] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
 class VerificationRecord:
     """The saved folder, read back by plain transformers in a fresh object."""
 
@@ -224,6 +249,7 @@ class RunRecord:
     versions: dict[str, str] = field(default_factory=dict)
     timings: dict[str, float] = field(default_factory=dict)
     hardware: str = ""
+    heal: HealRecord | None = None
 
     @property
     def layers_before(self) -> int:

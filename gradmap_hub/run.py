@@ -1,4 +1,4 @@
-"""The stages of pruning, each resumable: calibrate, pull, score, select, measure, compensate, write, verify, measure.
+"""The stages of pruning, each resumable: calibrate, pull, score, select, compensate, measure, heal, write, measure.
 
 `prune_stages` calls them in order; the numerics are in the modules named after them.
 """
@@ -28,6 +28,7 @@ from gradmap_hub.record import (
     Candidate,
     CompensationRecord,
     EvaluationRecord,
+    HealRecord,
     Parity,
     RunRecord,
     TextPerplexity,
@@ -44,6 +45,8 @@ if TYPE_CHECKING:  # torch is only imported once there is something to compute
     from gradmap_hub.scoring import LayerScores
 
 _VERSIONED = ("torch", "transformers", "huggingface_hub", "optimum", "optimum-onnx", "onnx", "onnxruntime", "numpy")
+# Files of the work folder: new values of weights, under "layer:parameter name within the layer".
+CORRECTION, HEALED = "correction.safetensors", "healed.safetensors"
 
 
 class Run:
@@ -201,7 +204,8 @@ def prune_stages(run: Run, *, target: str | None = None, license: str | None = N
     compensation = chosen.compensation
     texts = [(row, "calibration (held out)") for row in rows.held_out] + [(row, "another source") for row in extra]
     losses = _evaluate_original(run, chosen.removed, [row for row, _ in texts])
-    written = _write(run, chosen.removed, compensation)
+    healed = _heal(run, rows, chosen)
+    written = _write(run, chosen.removed, compensation, healed)
     compensated = _evaluate_written(run, [row for row, _ in texts])
     winner = chosen.winner
     why = "lowest held-out loss of the candidates" if len(chosen.candidates) > 1 else "lowest score"
@@ -231,6 +235,7 @@ def prune_stages(run: Run, *, target: str | None = None, license: str | None = N
         versions=_versions(),
         timings=dict(run.stages.timings),
         hardware=f"{platform.machine()}, {len(os.sched_getaffinity(0))} CPU cores",
+        heal=healed,
     )
     return record
 
@@ -387,11 +392,9 @@ def _evaluate_original(run: Run, removed: Sequence[int], texts: Sequence[Rows]) 
 
 def _correct(run: Run, rows: CalibrationRows, selected: _Selected) -> _Corrected:
     """Fit the corrections of the best few sets; the set with the lowest held-out loss after correction goes."""
-    correction_file = run.work / "correction.safetensors"
+    correction_file = run.work / CORRECTION
 
     def compute() -> _Corrected:
-        from safetensors.torch import save_file
-
         from gradmap_hub.compensation import fit_correction
         from gradmap_hub.selection import finalists
 
@@ -402,7 +405,7 @@ def _correct(run: Run, rows: CalibrationRows, selected: _Selected) -> _Corrected
             after = record.loss_after if record.loss_after is not None else candidate.loss
             results.append((after, dataclasses.replace(candidate, corrected=record.loss_after), record, overrides))
         _, winner, record, overrides = min(results, key=lambda result: result[0])
-        save_file({f"{layer}:{name}": value for (layer, name), value in overrides.items()}, correction_file)
+        _save_overrides(overrides, correction_file)
         measured = {tuple(candidate.removed): candidate for _, candidate, _, _ in results}
         return _Corrected(
             winner.removed,
@@ -429,22 +432,67 @@ def _corrected_in_words(record: CompensationRecord) -> str:
     return f"corrected at {places}: held-out loss {record.loss_before:.3f} -> {record.loss_after:.3f}"
 
 
-def _write(run: Run, removed: Sequence[int], compensation: CompensationRecord) -> _Written:
-    """Remove the layers, put the corrected weight in, save, read back, compare."""
+def _heal(run: Run, rows: CalibrationRows, chosen: _Corrected) -> HealRecord | None:
+    """Train the layers around the gaps for a while, if asked for: from the correction on, the original as teacher."""
+    if not run.config.heal:
+        return None
+    healed_file = run.work / HEALED
+
+    def compute() -> HealRecord:
+        from gradmap_hub.heal import heal
+
+        healed_file.unlink(missing_ok=True)
+        corrected = _load_overrides(run.work / CORRECTION)
+        config, reporter = run.config, run.reporter
+        record, overrides = heal(run.decoder(), rows, chosen.removed, corrected, config.heal, config.seed, reporter)
+        _save_overrides(overrides, healed_file)
+        return record
+
+    return run.stages.run(
+        "heal",
+        "Healing the layers around the gaps",
+        HealRecord,
+        compute,
+        inputs={"steps": run.config.heal, "seed": run.config.seed},
+        files=lambda: [healed_file],
+        describe=_healed_in_words,
+    )
+
+
+def _healed_in_words(record: HealRecord) -> str:
+    if not record.applied:
+        return f"not applied: {record.reason}"
+    return (
+        f"layers {_ranges(record.layers)}, {record.steps} steps: held-out loss {record.loss_before:.3f} -> "
+        f"{record.loss_after:.3f}"
+    )
+
+
+def _save_overrides(overrides: Mapping[tuple[int, str], Any], path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({f"{layer}:{name}": value for (layer, name), value in overrides.items()}, path)
+
+
+def _load_overrides(path: Path) -> dict[tuple[int, str], Any]:
+    from safetensors.torch import load_file
+
+    split = {key.partition(":")[::2]: value for key, value in load_file(path).items()}
+    return {(int(layer), name): value for (layer, name), value in split.items()}
+
+
+def _write(run: Run, removed: Sequence[int], compensation: CompensationRecord, healed: HealRecord | None) -> _Written:
+    """Remove the layers, put the corrected and healed weights in, save, read back, compare."""
 
     def compute() -> _Written:
-        from safetensors.torch import load_file
-
         from gradmap_hub.exporters import checkpoint
         from gradmap_hub.pruning import storage_dtype
 
         source = run.checkpoint()
         dtype = storage_dtype(run.config.dtype, run.source.base.dtype)
-        overrides: dict[tuple[int, str], Any] = {}
-        if compensation.applied:
-            for key, value in load_file(run.work / "correction.safetensors").items():
-                layer, _, name = key.partition(":")
-                overrides[int(layer), name] = value
+        overrides = _load_overrides(run.work / CORRECTION) if compensation.applied else {}
+        if healed is not None and healed.applied:  # trained from the corrected values, which these replace
+            overrides |= _load_overrides(run.work / HEALED)
         write = _write_streamed if run.config.low_memory else _write_from_memory
         verification, parameters = write(run, removed, overrides, dtype)
         names = legal_texts(path.name for path in source.iterdir())

@@ -20,6 +20,7 @@ NUMERIC = {
     "decoder",
     "evaluation",
     "gguf_source",
+    "heal",
     "pruning",
     "ridge",
     "scoring",
@@ -30,8 +31,9 @@ NUMERIC = {
 }
 # What a numeric module may take from another one: the dataclass that is its input.
 INPUT_TYPES = {"selection": "scoring.LayerScores", "compensation": "calibration.CalibrationRows"}
-# Closed forms that a stage applies, split off because they need no model.
-FORMULAS = {"compensation": {"ridge"}}
+# Closed forms that a stage applies, split off because they need no model; healing goes on where the correction ended,
+# with its rule for what counts as a gain.
+FORMULAS = {"compensation": {"ridge"}, "heal": {"calibration", "compensation"}}
 HUB_USERS = {"pipeline", "cli", "demo"}
 HUB_NAMERS = {"plan", "run"}  # for type checkers only
 HEAVY = ("torch", "transformers", "huggingface_hub", "onnxruntime")

@@ -20,6 +20,8 @@ from gradmap_hub.record import (
     Candidate,
     CompensationRecord,
     EvaluationRecord,
+    HealCheck,
+    HealRecord,
     LayerDecision,
     Parity,
     RunRecord,
@@ -83,6 +85,7 @@ def full() -> RunRecord:
         versions={"torch": "2.13.0"},
         timings={"score": 11.5},
         hardware="x86_64, 2 CPU cores",
+        heal=HealRecord(True, 40, 3e-4, 2.5, 2.25, "lower", [0, 2, 4], [HealCheck(40, 0.125, 2.25)]),
     )  # fmt: skip
 
 
