@@ -324,10 +324,10 @@ class Work:
         return self.store.or_compute(key, lambda: self.measure(removed, Patch()))
 
 
-def cells(work: Work, counts: Sequence[int], draws: int, sleb_draws: int) -> Iterator[Cell]:
+def cells(work: Work, counts: Sequence[int], draws: int, sleb_draws: int, *, first: int = 0) -> Iterator[Cell]:
     """Every cell, dense first; draw by draw, so that an interrupted run has whole tables of the first draws."""
     yield Cell(DENSE, PUBLISHED, 0, 0, [], work.plain([]))
-    for draw in range(draws):
+    for draw in range(first, draws):
         for count in counts:
             for name in (DEFAULT, PAPER, ONE_SHOT, ITERATIVE) if draw == 0 else (DEFAULT,):
                 yield from _our_cells(work, name, draw, count)

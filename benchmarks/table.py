@@ -44,10 +44,10 @@ class Perplexity:
 
 @dataclass(frozen=True)
 class Row:
-    """A method at one count, over its draws: geometric means of perplexities, arithmetic means of costs.
+    """A method at one count, over its draws: geometric means of perplexities; costs of the first draw.
 
     `mean`: exp of the mean log-perplexity over texts; `worst`: that of the worst draw. `by_draw`: draw -> text -> mean
-    NLL in nats. `removed`, `accuracy`: of the first draw. `selection`, `compensation`: seconds.
+    NLL in nats. `removed`, `accuracy` and all costs: of the first draw. `selection`, `compensation`: seconds.
     """
 
     method: str
@@ -131,9 +131,8 @@ def build_rows(
             cell.draw: {text: statistics.fmean(losses) for text, losses in cell.losses.items()} for cell in group
         }
         per_draw = [statistics.fmean(of.values()) for of in by_draw.values()]
-        costs = [[cost for cost in (cell.selection, cell.compensation) if cost is not None] for cell in group]
-        measured = all(costs)
         first = group[0]
+        costs = [cost for cost in (first.selection, first.compensation) if cost is not None]
         rows.append(
             Row(
                 method=method,
@@ -146,10 +145,10 @@ def build_rows(
                 perplexities=perplexities,
                 mean=_exp(statistics.fmean(per_draw)),
                 worst=_exp(max(per_draw)),
-                selection=_mean([cell.selection.seconds for cell in group if cell.selection]),
-                compensation=_mean([cell.compensation.seconds for cell in group if cell.compensation]),
-                memory=statistics.fmean(max(c.memory for c in of) for of in costs) if measured else None,
-                forwards=statistics.fmean(sum(c.forwards for c in of) for of in costs) if measured else None,
+                selection=first.selection.seconds if first.selection else None,
+                compensation=first.compensation.seconds if first.compensation else None,
+                memory=max(cost.memory for cost in costs) if costs else None,
+                forwards=math.fsum(cost.forwards for cost in costs) if costs else None,
                 sites=first.sites,
                 accuracy=(accuracies or {}).get((count, method, variant)),
             )
@@ -346,10 +345,6 @@ def ranges(indices: Sequence[int]) -> str:
         else:
             runs.append([index])
     return ", ".join(f"{run[0]}" if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return statistics.fmean(values) if values else None
 
 
 def _exp(value: float) -> float:
