@@ -14,9 +14,15 @@ enough in 0.36.2: commit addresses are parsed against the global endpoint, so ``
 uploads) raise ``ValueError`` after the commit has landed. In a process that has imported it already, both
 ``huggingface_hub.constants.ENDPOINT`` and ``huggingface_hub.file_download.HUGGINGFACE_CO_URL_TEMPLATE``
 must be replaced; with only the first, downloads go to huggingface.co, token included.
+
+For tests of what goes wrong, arm a fault before the client asks, and read the log afterwards:
+
+>>> hub.faults.add(Fault("commit", "reset-after"))  # the commit lands, its answer does not
+>>> [request.status for request in hub.requests if request.route == "commit"]
 """
 
+from .faults import ROUTES, Fault, Faults
 from .requestlog import Request
 from .server import LocalHub
 
-__all__ = ["LocalHub", "Request"]
+__all__ = ["ROUTES", "Fault", "Faults", "LocalHub", "Request"]

@@ -14,16 +14,59 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
+from urllib.parse import urlencode
 
 from .errors import InvalidName
 from .names import RepoKey, check_owner
 from .objects import write_atomically
 from .store import RepoState, now
 
-Role = Literal["read", "write"]
+Role = Literal["read", "write", "fineGrained"]
 
 #: Served to anybody even where the repository is gated. The real Hub is case sensitive here too.
 UNGATED_FILES = frozenset({"README.md", "LICENSE", "LICENSE.md", "LICENSE.txt"})
+
+
+_ENTITIES = ("user", "org", "model", "dataset", "space")
+_READING = frozenset({"repo.content.read", "repo.access.read", "repo.write"})
+
+
+@dataclass(frozen=True)
+class TokenScope:
+    """What a fine-grained token may do with one entity: a whole namespace, or one repository."""
+
+    entity_type: str
+    entity_name: str
+    permissions: frozenset[str]
+
+    @staticmethod
+    def parse(row: Mapping[str, Any]) -> "TokenScope":
+        """Read a scope as whoami shows it: ``{"entity": {"type", "name"}, "permissions": [...]}``.
+
+        Raises:
+            ValueError: it is none.
+        """
+        entity, permissions = row.get("entity"), row.get("permissions")
+        if (
+            not isinstance(entity, Mapping)
+            or entity.get("type") not in _ENTITIES
+            or not isinstance(entity.get("name"), str)
+            or not isinstance(permissions, list | tuple)
+            or not all(isinstance(permission, str) for permission in permissions)
+        ):
+            kinds = ", ".join(_ENTITIES)
+            raise ValueError(f"A scope needs an entity (type: {kinds}; and name) and permissions, got {row!r}")
+        return TokenScope(entity["type"], entity["name"], frozenset(permissions))
+
+    def to_json(self) -> dict[str, Any]:
+        entity = {"type": self.entity_type, "name": self.entity_name}
+        return {"entity": entity, "permissions": sorted(self.permissions)}
+
+    def covers(self, namespace: str, key: RepoKey | None) -> bool:
+        """Whether it is about this repository, or (None) about the namespace as a whole."""
+        if self.entity_type in ("user", "org"):
+            return self.entity_name == namespace
+        return key is not None and (self.entity_type, self.entity_name) == (key.type, key.id)
 
 
 @dataclass(frozen=True)
@@ -35,26 +78,55 @@ class Identity:
     orgs: tuple[str, ...]
     token_role: Role
     token_created_at: str
+    scopes: tuple[TokenScope, ...] = ()
 
     def is_member(self, namespace: str) -> bool:
         return namespace == self.name or namespace in self.orgs
 
-    def can_write(self, namespace: str) -> bool:
-        return self.token_role == "write" and self.is_member(namespace)
+    def can_read(self, key: RepoKey) -> bool:
+        """Whether the token shows what only members of the namespace see."""
+        if not self.is_member(key.namespace):
+            return False
+        return self.token_role != "fineGrained" or bool(self._permissions(key.namespace, key) & _READING)
+
+    def can_write(self, key: RepoKey) -> bool:
+        """Whether the token may change this repository."""
+        return self._may(key.namespace, key, "repo.write")
+
+    def can_create(self, namespace: str, permission: str = "repo.write") -> bool:
+        """Whether the token may make something new in this namespace."""
+        return self._may(namespace, None, permission)
+
+    def can_propose(self, key: RepoKey) -> bool:
+        """Whether the token may open pull requests: in any repository, or (fine-grained) where its scopes say so."""
+        if self.token_role != "fineGrained":
+            return self.token_role == "write"
+        return bool(self._permissions(key.namespace, key) & {"repo.write", "discussion.write"})
+
+    def _may(self, namespace: str, key: RepoKey | None, permission: str) -> bool:
+        if not self.is_member(namespace):
+            return False
+        if self.token_role == "fineGrained":
+            return permission in self._permissions(namespace, key)
+        return self.token_role == "write"
+
+    def _permissions(self, namespace: str, key: RepoKey | None) -> frozenset[str]:
+        covering = [scope.permissions for scope in self.scopes if scope.covers(namespace, key)]
+        return frozenset[str]().union(*covering)
 
 
 def can_see(identity: Identity | None, key: RepoKey, state: RepoState) -> bool:
     """Whether the repository exists as far as this caller is concerned."""
     if not state.private:
         return True
-    return identity is not None and identity.is_member(key.namespace)
+    return identity is not None and identity.can_read(key)
 
 
 def can_open(identity: Identity | None, key: RepoKey, state: RepoState, path: str) -> bool:
     """Whether a caller who sees the repository may read this file of it."""
     if state.gated is False or path in UNGATED_FILES:
         return True
-    return identity is not None and (identity.is_member(key.namespace) or identity.name in state.granted)
+    return identity is not None and (identity.can_read(key) or identity.name in state.granted)
 
 
 class Accounts:
@@ -74,17 +146,26 @@ class Accounts:
     def _write(self, accounts: Mapping[str, object]) -> None:
         write_atomically(self._file, json.dumps(accounts, indent=1).encode(), self._temporary)
 
-    def add_user(self, name: str, role: Role = "write", orgs: Sequence[str] = ()) -> str:
+    def add_user(
+        self,
+        name: str,
+        role: Role = "write",
+        orgs: Sequence[str] = (),
+        scopes: Sequence[Mapping[str, Any]] = (),
+    ) -> str:
         """The token of a user, who is created, or added to further organisations, as needed.
 
-        A user has one token for each role; asking again returns the same one.
+        A user has one token for each role, and for each set of scopes; asking again returns the same one.
 
         Raises:
             InvalidName: a name that the Hub would refuse, or that is taken by an organisation.
-            ValueError: an unknown role.
+            ValueError: an unknown role; scopes that are none, or for a token that is not fine-grained.
         """
         if role not in get_args(Role):
-            raise ValueError(f"role must be 'read' or 'write', got {role!r}")
+            raise ValueError(f"role must be one of {', '.join(get_args(Role))}, got {role!r}")
+        if scopes and role != "fineGrained":
+            raise ValueError(f"Only fine-grained tokens have scopes, not {role} tokens")
+        parsed = [TokenScope.parse(scope).to_json() for scope in scopes]
         with self._lock:
             accounts = self._read()
             users, known_orgs, tokens = accounts["users"], accounts["orgs"], accounts["tokens"]
@@ -96,10 +177,12 @@ class Accounts:
                 known_orgs.setdefault(check_owner(org), {"id": secrets.token_hex(12)})
             user = users.setdefault(check_owner(name), {"id": secrets.token_hex(12), "orgs": []})
             user["orgs"] = sorted({*user["orgs"], *orgs})
-            token = next((text for text, row in tokens.items() if row["user"] == name and row["role"] == role), None)
+            wanted = (name, role, parsed)
+            known = {text: (row["user"], row["role"], row.get("scopes", [])) for text, row in tokens.items()}
+            token = next((text for text, row in known.items() if row == wanted), None)
             if token is None:
                 token = f"hf_local_{secrets.token_hex(20)}"
-                tokens[token] = {"user": name, "role": role, "created_at": now()}
+                tokens[token] = {"user": name, "role": role, "created_at": now(), "scopes": parsed}
             self._write(accounts)
             return token
 
@@ -109,16 +192,22 @@ class Accounts:
         if row is None:
             return None
         user = accounts["users"][row["user"]]
-        return Identity(row["user"], user["id"], tuple(user["orgs"]), row["role"], row["created_at"])
+        return Identity(
+            name=row["user"],
+            internal_id=user["id"],
+            orgs=tuple(user["orgs"]),
+            token_role=row["role"],
+            token_created_at=row["created_at"],
+            # Hubs of former versions have none.
+            scopes=tuple(TokenScope.parse(scope) for scope in row.get("scopes", [])),
+        )
 
     def org_id(self, org: str) -> str:
         return self._read()["orgs"][org]["id"]
 
 
-class UploadSigner:
-    """Signs upload addresses: the client sends LFS files without its token, as it would to S3."""
-
-    LIFETIME = 24 * 3600
+class Signer:
+    """Signs addresses for which the client shows no token: uploads and downloads of LFS files, as with S3."""
 
     def __init__(self, root: Path) -> None:
         file = root / "upload.key"
@@ -126,19 +215,19 @@ class UploadSigner:
             write_atomically(file, secrets.token_bytes(32), root / "tmp")
         self._key = file.read_bytes()
 
-    def sign(self, key: RepoKey, sha256: str, size: int) -> str:
-        """The query string that allows one object to be stored."""
-        expires = int(time.time()) + self.LIFETIME
-        return f"size={size}&expires={expires}&signature={self._signature(key, sha256, size, expires)}"
+    def sign(self, purpose: str, key: RepoKey, sha256: str, seconds: float, **fields: str | int) -> str:
+        """The query string that allows one thing to be done with one object for so many seconds."""
+        signed = {**{name: str(value) for name, value in fields.items()}, "expires": f"{time.time() + seconds:.3f}"}
+        return urlencode({**signed, "signature": self._signature(purpose, key, sha256, signed)})
 
-    def allows(self, key: RepoKey, sha256: str, query: Mapping[str, str]) -> bool:
-        try:
-            size, expires = int(query["size"]), int(query["expires"])
-        except (KeyError, ValueError):
+    def allows(self, purpose: str, key: RepoKey, sha256: str, query: Mapping[str, str]) -> bool:
+        """Whether a query string is one of ours, unchanged, and has not expired."""
+        signed = {name: value for name, value in query.items() if name != "signature"}
+        expected = self._signature(purpose, key, sha256, signed)
+        if not hmac.compare_digest(expected.encode(), query.get("signature", "").encode()):
             return False
-        expected = self._signature(key, sha256, size, expires)
-        return expires >= time.time() and hmac.compare_digest(expected.encode(), query.get("signature", "").encode())
+        return float(signed["expires"]) >= time.time()
 
-    def _signature(self, key: RepoKey, sha256: str, size: int, expires: int) -> str:
-        text = f"{key.address}\n{sha256}\n{size}\n{expires}"
+    def _signature(self, purpose: str, key: RepoKey, sha256: str, fields: Mapping[str, str]) -> str:
+        text = json.dumps([purpose, key.address, sha256, sorted(fields.items())])
         return hmac.new(self._key, text.encode(), hashlib.sha256).hexdigest()

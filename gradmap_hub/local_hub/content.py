@@ -1,6 +1,7 @@
 """Answering with the content of a file: whole, in part, or (HEAD) not at all."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
@@ -46,21 +47,37 @@ def file_response(
     http: HttpRequest, path: str, entry: Entry, file: Path, commit: str, attachment: bool = True
 ) -> Response:
     """The content of a file with the headers that huggingface_hub downloads by."""
-    name = path.rpartition("/")[2]
+    headers = {"X-Repo-Commit": commit}
+    if entry.sha256:
+        headers |= {"X-Linked-Etag": f'"{entry.sha256}"', "X-Linked-Size": str(entry.size)}
+    return stored_response(http, path.rpartition("/")[2], entry, file, attachment=attachment, extra=headers)
+
+
+def stored_response(
+    http: HttpRequest,
+    name: str,
+    entry: Entry,
+    file: Path,
+    *,
+    attachment: bool = True,
+    extra: Mapping[str, str] | None = None,
+) -> Response:
+    """The content of a file, or the range of it that was asked for.
+
+    Raises:
+        HubError: 416, the range lies outside the file.
+    """
     headers = {
         "ETag": f'"{entry.etag}"',
-        "X-Repo-Commit": commit,
         "Accept-Ranges": "bytes",
         "Content-Type": "application/octet-stream" if entry.sha256 else "text/plain; charset=utf-8",
         # Whatever is in a repository must never run as a page of this address.
         "Content-Security-Policy": "default-src 'none'; sandbox",
         "X-Content-Type-Options": "nosniff",
+        **(extra or {}),
     }
     if attachment or entry.sha256:
         headers["Content-Disposition"] = f"attachment; filename*=UTF-8''{quote(name)}"
-    if entry.sha256:
-        headers["X-Linked-Etag"] = f'"{entry.sha256}"'
-        headers["X-Linked-Size"] = str(entry.size)
     if http.method == "HEAD":
         # The client compares the length of the whole file with what it has, so no range here.
         return Response(headers={**headers, "Content-Length": str(entry.size)})

@@ -1,7 +1,7 @@
 """What every route works with: the hub, the request, and the questions of who may do what."""
 
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,9 +11,11 @@ from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
-from .auth import Accounts, Identity, UploadSigner, can_open, can_see
+from .auth import Accounts, Identity, Signer, can_open, can_see
 from .errors import Forbidden, Gated, HubError, InvalidName, RepoNotFound, Unauthorized
+from .faults import Faults
 from .names import RepoKey, RepoType, check_path, requested_key
+from .shelf import Shelf
 from .store import RepoState, Store
 
 _BODY_LIMIT = 64 * 1024 * 1024
@@ -25,9 +27,15 @@ class Hub:
 
     store: Store
     accounts: Accounts
-    signer: UploadSigner
+    shelf: Shelf
+    signer: Signer
+    faults: Faults
     paid_plan: bool
     browse_private: bool
+    multipart_bytes: int
+    cdn_seconds: float
+    #: None where LFS files are served at the first port.
+    cdn_port: int | None = None
     page_size: int = 1000
 
 
@@ -45,6 +53,11 @@ class Call:
     def base_url(self) -> str:
         """The address under which the client reached the hub, without a trailing slash."""
         return str(self.http.base_url).rstrip("/")
+
+    @property
+    def cdn_url(self) -> str:
+        """The address of the second port, under the name by which the client reached the first."""
+        return str(self.http.base_url.replace(port=self.hub.cdn_port)).rstrip("/")
 
     def param(self, name: str) -> str:
         """A part of the address, fully unquoted (a revision may contain slashes)."""
@@ -115,7 +128,7 @@ class Call:
         """
         self.visible(key)
         user = self.user()
-        if not user.can_write(key.namespace):
+        if not user.can_write(key):
             raise Forbidden
         return user
 
@@ -123,7 +136,7 @@ class Call:
         """The user, who may at least propose changes: a write token and sight of the repository."""
         self.visible(key)
         user = self.user()
-        if user.token_role != "write":
+        if not user.can_propose(key):
             raise Forbidden
         return user
 
@@ -133,7 +146,7 @@ AsyncHandler = Callable[[Call], Awaitable[Response]]
 Endpoint = Callable[[HttpRequest], Awaitable[Response]]
 
 
-def endpoint(hub: Hub, handler: Handler, repo_type: RepoType = "model") -> Endpoint:
+def endpoint(hub: Hub, handler: Handler, repo_type: RepoType = "model", signed: bool = False) -> Endpoint:
     """A handler that gets the whole body and runs in a worker thread, where it may touch the disk."""
 
     async def with_body(call: Call) -> Response:
@@ -144,16 +157,24 @@ def endpoint(hub: Hub, handler: Handler, repo_type: RepoType = "model") -> Endpo
                 raise HubError(413, "The request is too large")
         return await run_in_threadpool(handler, replace(call, body=bytes(body)))
 
-    return streaming_endpoint(hub, with_body, repo_type)
+    return streaming_endpoint(hub, with_body, repo_type, signed)
 
 
-def streaming_endpoint(hub: Hub, handler: AsyncHandler, repo_type: RepoType = "model") -> Endpoint:
-    """A handler that reads the body itself, piece by piece."""
+def streaming_endpoint(
+    hub: Hub, handler: AsyncHandler, repo_type: RepoType = "model", signed: bool = False
+) -> Endpoint:
+    """A handler that reads the body itself, piece by piece.
+
+    ``signed`` is for addresses that stand for storage outside the Hub: a request that shows a token there is
+    refused, as S3 refuses it, and for the same reason a client should never send it.
+    """
 
     async def run(http: HttpRequest) -> Response:
         try:
             try:
-                identity = await run_in_threadpool(_identify, hub, http)
+                identity = None if signed else await run_in_threadpool(_identify, hub, http)
+                if signed and "authorization" in http.headers:
+                    raise HubError(400, "Only one auth mechanism allowed: the address is signed, and there is a token")
                 return await handler(Call(hub, http, identity, repo_type))
             except HubError:
                 # A refusal in the middle of an upload would reach the client as a broken connection.
@@ -166,6 +187,18 @@ def streaming_endpoint(hub: Hub, handler: AsyncHandler, repo_type: RepoType = "m
             return Response(status_code=499)
 
     return run
+
+
+def objects_in(payload: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
+    """The array of objects that a body has under this name.
+
+    Raises:
+        HubError: 400, it has none.
+    """
+    value = payload.get(name)
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        raise HubError(400, f"{name} must be an array of objects")
+    return value
 
 
 def answer(value: object, headers: dict[str, str] | None = None) -> JSONResponse:

@@ -9,7 +9,7 @@ from .cards import RELATIONS, parse_front_matter
 from .gitids import Entry, pointer, tree_ids
 from .names import RepoKey
 from .objects import Commit, Objects
-from .store import RepoState, SpaceSettings, Store
+from .store import RepoState, Store
 
 _ADAPTER_FILES = {"adapter_config.json"}
 
@@ -46,7 +46,7 @@ def repo_info(store: Store, key: RepoKey, state: RepoState, oid: str, blobs: boo
             "sdk": card.get("sdk", state.space.sdk),
             "tags": [card.get("sdk", state.space.sdk), *_texts(card.get("tags")), "region:us"],
             "subdomain": subdomain,
-            "runtime": space_runtime(state.space, card, files),
+            "runtime": space_runtime(state, card, files),
             "models": _texts(card.get("models")),
             "datasets": _texts(card.get("datasets")),
         }
@@ -64,19 +64,29 @@ def read_card(objects: Objects, files: Mapping[str, Entry]) -> dict[str, Any]:
         return {}
 
 
-def space_runtime(space: SpaceSettings, card: Mapping[str, Any], files: Mapping[str, Entry]) -> dict[str, Any]:
-    """The runtime of a Space. Nothing runs here, so a Space that could be built stays BUILDING."""
+def space_runtime(state: RepoState, card: Mapping[str, Any], files: Mapping[str, Entry]) -> dict[str, Any]:
+    """The runtime of a Space, as its build stands; ``state.space`` must be set."""
+    assert state.space is not None
+    space, build = state.space, state.build.of(state.branches["main"])
     sdk = card.get("sdk", space.sdk)
     app_file = card.get("app_file") or {"docker": "Dockerfile", "static": "index.html"}.get(sdk, "app.py")
-    return {
-        "stage": "BUILDING" if app_file in files else "NO_APP_FILE",
-        "hardware": {"current": None, "requested": space.hardware or "cpu-basic"},
+    # There is nothing to build about a static Space.
+    ready = "RUNNING" if sdk == "static" else build.stage
+    stage = ready if app_file in files else "NO_APP_FILE"
+    requested = space.hardware or "cpu-basic"
+    runtime: dict[str, Any] = {
+        "stage": stage,
+        "hardware": {"current": requested if stage in ("APP_STARTING", "RUNNING") else None, "requested": requested},
         "storage": space.storage,
         "gcTimeout": space.sleep_time or 172800,
         "replicas": {"requested": 1},
         "devMode": False,
+        # The Hub names <subdomain>.hf.space here, which would lead to somebody else's Space.
         "domains": [],
     }
+    if stage == "BUILD_ERROR":
+        runtime["errorMessage"] = build.error
+    return runtime
 
 
 def file_row(path: str, entry: Entry) -> dict[str, Any]:

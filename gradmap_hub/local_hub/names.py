@@ -17,6 +17,7 @@ _NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?")
 _RESERVED_NAMESPACES = frozenset({"api", "datasets", "spaces", "models", "lfs", "collections", "docs"})
 _REF_COMPONENT = re.compile(r"[^\x00-\x20\x7f~^:?*\[\\]+")
 _SHA = re.compile(r"[0-9a-f]{40}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -124,3 +125,7 @@ def check_ref_name(name: str) -> str:
 
 def is_sha(text: str) -> bool:
     return _SHA.fullmatch(text) is not None
+
+
+def is_sha256(text: str) -> bool:
+    return _SHA256.fullmatch(text) is not None

@@ -120,6 +120,10 @@ class Objects:
     def lfs_writer(self, sha256: str, size: int) -> LfsWriter:
         return LfsWriter(self._temporary / secrets.token_hex(16), self._path("lfs", sha256), sha256, size)
 
+    def lfs_file(self, sha256: str) -> Path:
+        """Where an LFS object lies, or would."""
+        return self._path("lfs", sha256)
+
     def put_lfs(self, chunks: Iterable[bytes], sha256: str, size: int) -> None:
         with self.lfs_writer(sha256, size) as writer:
             for chunk in chunks:

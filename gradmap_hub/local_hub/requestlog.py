@@ -8,15 +8,26 @@ from pathlib import Path
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from .wire import is_cut
+
 _KEPT = 50_000
+_SIGNED = ("/lfs/", "/cdn/")
 
 
 @dataclass(frozen=True)
 class Request:
     """One answered request. Tokens, signatures and bodies are never recorded.
 
-    ``path`` is as it was sent (still quoted), ``user`` is None for anonymous requests, ``status`` is 499
-    when the client went away before the answer.
+    Args:
+        method: GET, HEAD, POST, ...
+        path: as it was sent, still quoted.
+        status: of the answer; 499 when the client went away before it, 0 when a fault cut the connection
+            instead of answering.
+        user: None for anonymous requests, and for those a fault answered.
+        query: as it was sent; empty where it is a signature.
+        route: one of :data:`~gradmap_hub.local_hub.faults.ROUTES`; "none" where no route was found.
+        received: how many bytes of the body had arrived by the time of the answer.
+        host: the ``Host`` header, which tells the two ports of the hub apart.
     """
 
     method: str
@@ -24,6 +35,9 @@ class Request:
     status: int
     user: str | None
     query: str = ""
+    route: str = "none"
+    received: int = 0
+    host: str = ""
 
 
 class RequestLog:
@@ -60,23 +74,42 @@ class LogMiddleware:
             return
         state: dict[str, object] = scope.setdefault("state", {})
         path = scope["raw_path"].decode("ascii", "replace")
-        # The query of an upload address is its signature.
-        query = "" if path.startswith("/lfs/") else scope["query_string"].decode("ascii", "replace")
+        # The query of these addresses is their signature.
+        query = "" if path.startswith(_SIGNED) else scope["query_string"].decode("ascii", "replace")
+        host = next((value for name, value in scope["headers"] if name == b"host"), b"").decode("ascii", "replace")
         answered = False
+        received = 0
 
         def record(status: int) -> None:
-            user = state.get("user")
-            self.log.add(Request(scope["method"], path, status, user if isinstance(user, str) else None, query))
+            nonlocal answered
+            answered = True
+            user, route = state.get("user"), state.get("route")
+            self.log.add(
+                Request(
+                    method=scope["method"],
+                    path=path,
+                    status=status,
+                    user=user if isinstance(user, str) else None,
+                    query=query,
+                    route=route if isinstance(route, str) else "none",
+                    received=received,
+                    host=host,
+                )
+            )
+
+        async def counting_receive() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            return message
 
         async def logging_send(message: Message) -> None:
-            nonlocal answered
-            if message["type"] == "http.response.start":
-                answered = True
-                record(message["status"])
+            if not answered and (message["type"] == "http.response.start" or is_cut(message)):
+                record(message.get("status", 0))
             await send(message)
 
         try:
-            await self.app(scope, receive, logging_send)
+            await self.app(scope, counting_receive, logging_send)
         finally:
             if not answered:
                 record(499)

@@ -6,21 +6,25 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import IO, Literal, Self
+from typing import IO, Any, Literal, Self
 
 import uvicorn
 
 from .app import build_app
-from .auth import Accounts, Role, UploadSigner
+from .auth import Accounts, Role, Signer
 from .context import Hub
+from .faults import Faults
 from .names import parse_repo_id
 from .requestlog import Request, RequestLog
 from .seeding import seed_folder
+from .shelf import Shelf
+from .spacebuild import SpaceBuild
 from .store import Gated, SpaceSettings, Store
+from .wire import OpenProtocol
 
 _START_SECONDS = 30
 _STOP_SECONDS = 10
@@ -43,9 +47,14 @@ class LocalHub:
         browse_private: show private repositories on the pages for browsers, which carry no token. On, because
             only this machine can connect; switch it off together with ``allow_remote``, or on a machine that
             you share. The API never shows them without a token.
+        multipart_bytes: LFS files larger than this are uploaded in parts of this size, by clients that can.
+        cdn_port: a second port, from which LFS files are downloaded, as from the Hub's CDN: by signed addresses,
+            and refusing whoever shows a token. 0 takes any free one; None serves everything at the first port.
+        cdn_seconds: for how long such an address works.
 
     Raises:
-        ValueError: ``host`` is not a loopback address and ``allow_remote`` is off.
+        ValueError: ``host`` is not a loopback address and ``allow_remote`` is off; ``multipart_bytes`` is not
+            positive.
     """
 
     def __init__(
@@ -58,7 +67,12 @@ class LocalHub:
         *,
         allow_remote: bool = False,
         browse_private: bool = True,
+        multipart_bytes: int = 64 * 1024 * 1024,
+        cdn_port: int | None = 0,
+        cdn_seconds: float = 3600,
     ) -> None:
+        if multipart_bytes < 1:
+            raise ValueError(f"multipart_bytes must be positive, got {multipart_bytes}")
         if not allow_remote and not _is_loopback(host):
             raise ValueError(f"{host!r} can be reached from other machines; pass allow_remote=True if that is meant")
         self.root = Path(root)
@@ -66,14 +80,28 @@ class LocalHub:
         self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.host = host
         self.port = port
+        self.cdn_port = cdn_port
         self._allow_remote = allow_remote
         self._log = RequestLog(log_file)
+        #: Failures to be injected; see :class:`~gradmap_hub.local_hub.faults.Fault`.
+        self.faults = Faults()
         store = Store(self.root)
-        self._hub = Hub(store, Accounts(self.root), UploadSigner(self.root), paid_plan, browse_private)
+        self._hub = Hub(
+            store=store,
+            accounts=Accounts(self.root),
+            shelf=Shelf(self.root, store.temporary),
+            signer=Signer(self.root),
+            faults=self.faults,
+            paid_plan=paid_plan,
+            browse_private=browse_private,
+            multipart_bytes=multipart_bytes,
+            cdn_seconds=cdn_seconds,
+        )
         self._server: uvicorn.Server | None = None
         self._thread: threading.Thread | None = None
         self._lock_file: IO[bytes] | None = None
         self._bound_port: int | None = None
+        self._bound_cdn_port: int | None = None
 
     @property
     def url(self) -> str:
@@ -84,8 +112,18 @@ class LocalHub:
         """
         if self._bound_port is None:
             raise RuntimeError("The hub is not running")
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"http://{host}:{self._bound_port}"
+        return self._address(self._bound_port)
+
+    @property
+    def cdn_url(self) -> str | None:
+        """The address of the second port, without a trailing slash; None where there is none.
+
+        Raises:
+            RuntimeError: the hub is not running.
+        """
+        if self._bound_port is None:
+            raise RuntimeError("The hub is not running")
+        return None if self._bound_cdn_port is None else self._address(self._bound_cdn_port)
 
     @property
     def requests(self) -> list[Request]:
@@ -98,22 +136,30 @@ class LocalHub:
         """Listen, and return once the hub answers. Does nothing if it is running.
 
         Raises:
-            OSError: the port is taken.
+            OSError: a port is taken.
             RuntimeError: another hub uses the same directory, or the server did not come up.
         """
         if self._thread is not None:
             return
         self._lock_file = _lock(self.root / "hub.lock")
+        listeners: list[socket.socket] = []
         try:
             self._hub.store.clear_temporary()
-            # Bound here rather than by uvicorn: the port is known, and the caller gets the error.
-            listener = _listen(self.host, self.port)
+            # Bound here rather than by uvicorn: the ports are known, and the caller gets the error.
+            for port in [self.port] if self.cdn_port is None else [self.port, self.cdn_port]:
+                listeners.append(_listen(self.host, port))
         except BaseException:
+            for listener in listeners:
+                listener.close()
             self._unlock()
             raise
-        app = build_app(self._hub, self._log, host=None if self._allow_remote else self.host)
+        bound, *others = [listener.getsockname()[1] for listener in listeners]
+        cdn_port = others[0] if others else None
+        hub = replace(self._hub, cdn_port=cdn_port)
+        app = build_app(hub, self._log, host=None if self._allow_remote else self.host)
         config = uvicorn.Config(
             app,
+            http=OpenProtocol,
             log_config=None,
             access_log=False,
             lifespan="off",
@@ -122,8 +168,8 @@ class LocalHub:
             timeout_graceful_shutdown=_STOP_SECONDS // 2,
         )
         server = uvicorn.Server(config)
-        thread = threading.Thread(target=server.run, args=([listener],), name="local-hub", daemon=True)
-        self._bound_port = listener.getsockname()[1]
+        thread = threading.Thread(target=server.run, args=(listeners,), name="local-hub", daemon=True)
+        self._bound_port, self._bound_cdn_port = bound, cdn_port
         self._server, self._thread = server, thread
         thread.start()
         deadline = time.monotonic() + _START_SECONDS
@@ -142,7 +188,7 @@ class LocalHub:
             if thread.is_alive():
                 server.force_exit = True
                 thread.join(_STOP_SECONDS)
-        self._server = self._thread = self._bound_port = None
+        self._server = self._thread = self._bound_port = self._bound_cdn_port = None
         self._unlock()
 
     def serve_forever(self) -> None:
@@ -177,16 +223,33 @@ class LocalHub:
 
     # Setting up
 
-    def add_user(self, name: str, role: Role = "write", orgs: Sequence[str] = ()) -> str:
+    def add_user(
+        self,
+        name: str,
+        role: Role = "write",
+        orgs: Sequence[str] = (),
+        scopes: Sequence[Mapping[str, Any]] = (),
+    ) -> str:
         """Create a user, or add one to more organisations; returns a token of that role.
 
-        Organisations are created as needed, and members may write to them. Asking again for the same user and
-        role returns the same token.
+        Organisations are created as needed, and members may write to them. Asking again for the same user, role
+        and scopes returns the same token.
+
+        Args:
+            name: of the user.
+            role: "read", "write" or "fineGrained".
+            orgs: organisations to become a member of.
+            scopes: for a fine-grained token, what it may do, as whoami shows it: ``{"entity": {"type": "model",
+                "name": "ada/tiny"}, "permissions": ["repo.content.read", "repo.write"]}``. An entity is a user,
+                an org, or one model, dataset or space. "repo.write" lets it change and (user, org) create
+                repositories, "repo.content.read" read private ones, "discussion.write" open pull requests,
+                "collection.write" make collections.
 
         Raises:
-            ValueError: a name that the Hub would refuse or that is taken by an organisation; an unknown role.
+            ValueError: a name that the Hub would refuse or that is taken by an organisation; an unknown role;
+                scopes that are none, or for a token that is not fine-grained.
         """
-        return self._hub.accounts.add_user(name, role, orgs)
+        return self._hub.accounts.add_user(name, role, orgs, scopes)
 
     def set_gated(self, repo_id: str, mode: Gated, repo_type: str = "model") -> None:
         """Gate a repository, or (False) open it to everybody.
@@ -208,6 +271,25 @@ class LocalHub:
         """Hide a repository from everybody but its owners, or show it again."""
         key = parse_repo_id(repo_id, repo_type)
         self._hub.store.update(key, lambda state: replace(state, private=private))
+
+    def set_space_build(self, repo_id: str, *, polls: int = 2, error: str | None = None) -> None:
+        """Say how the builds of a Space go, from the next time its runtime is asked for.
+
+        Without this they go as with the defaults. Every commit to ``main`` is a new build.
+
+        Args:
+            repo_id: the Space.
+            polls: how many times the runtime is asked for before the last stage; the first half finds BUILDING,
+                the rest APP_STARTING. With 0 the last stage is there at once.
+            error: end with BUILD_ERROR and this message instead of RUNNING.
+
+        Raises:
+            ValueError: ``polls`` is negative.
+        """
+        if polls < 0:
+            raise ValueError(f"polls must not be negative, got {polls}")
+        key = parse_repo_id(repo_id, "space")
+        self._hub.store.update(key, lambda state: replace(state, build=SpaceBuild(polls, error)))
 
     def seed(
         self,
@@ -237,6 +319,10 @@ class LocalHub:
             elif private:
                 self.set_private(repo_id, True, repo_type)
             return seed_folder(store, key, folder)
+
+    def _address(self, port: int) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{host}:{port}"
 
     def _unlock(self) -> None:
         if self._lock_file is not None:

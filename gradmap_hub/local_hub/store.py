@@ -21,6 +21,7 @@ from .gitids import Entry, commit_id, tree_ids
 from .names import PLURALS, RepoKey, RepoType, check_path, check_ref_name
 from .objects import Commit, Objects, write_atomically
 from .patterns import default_attributes, track
+from .spacebuild import SpaceBuild
 
 Gated = Literal["auto", "manual", False]
 
@@ -47,10 +48,15 @@ class Variable:
 
 @dataclass(frozen=True)
 class PullRequest:
+    """A pull request; ``created_at`` is empty in hubs of former versions."""
+
     number: int
     title: str
     author: str
     head: str
+    description: str = ""
+    created_at: str = ""
+    status: Literal["open", "draft"] = "open"
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,7 @@ class RepoState:
     tags: Mapping[str, str] = field(default_factory=dict)
     pulls: tuple[PullRequest, ...] = ()
     space: SpaceSettings | None = None
+    build: SpaceBuild = field(default_factory=SpaceBuild)
     variables: Mapping[str, Variable] = field(default_factory=dict)
     secrets: Mapping[str, Variable] = field(default_factory=dict)
 
@@ -89,6 +96,8 @@ class RepoState:
                 "granted": tuple(row["granted"]),
                 "pulls": tuple(PullRequest(**pull) for pull in row["pulls"]),
                 "space": SpaceSettings(**row["space"]) if row["space"] else None,
+                # Hubs of former versions have none.
+                "build": SpaceBuild(**row.get("build", {})),
                 "variables": {key: Variable(**value) for key, value in row["variables"].items()},
                 "secrets": {key: Variable(**value) for key, value in row["secrets"].items()},
             }
@@ -229,6 +238,24 @@ class Store:
             self._folder(key).rename(trash)
         shutil.rmtree(trash, ignore_errors=True)
 
+    def move(self, key: RepoKey, new: RepoKey) -> None:
+        """Give a repository another name or owner.
+
+        Raises:
+            RepoNotFound: there is no such repository.
+            RepoExists: the new name is taken.
+        """
+        first, second = sorted((key, new), key=lambda each: each.id)
+        with self.lock(first), self.lock(second):
+            self.state(key)
+            if self.exists(new):
+                raise RepoExists(new.type, new.id)
+            target = self._folder(new)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            # What an upload to a repository that was deleted meanwhile has left there.
+            shutil.rmtree(target, ignore_errors=True)
+            self._folder(key).rename(target)
+
     # History
 
     def resolve(self, key: RepoKey, revision: str) -> str:
@@ -295,12 +322,23 @@ class Store:
                 return Committed(head)
             commit = _write_commit(objects, files, new, (head,))
             if new.create_pr:
-                number = len(state.pulls) + 1
-                pull = PullRequest(number, new.title, new.author, commit.id)
-                self.update(key, lambda old: replace(old, pulls=(*old.pulls, pull)))
-                return Committed(commit.id, number)
+                pull = self._add_pull(key, new.title, new.author, commit.id, new.description, "open")
+                return Committed(commit.id, pull.number)
             self.update(key, lambda old: _move(old, revision, commit.id))
             return Committed(commit.id)
+
+    def open_pull_request(self, key: RepoKey, title: str, author: str, description: str) -> PullRequest:
+        """A draft without changes of its own yet."""
+        with self.lock(key):
+            return self._add_pull(key, title, author, self.state(key).branches["main"], description, "draft")
+
+    def _add_pull(
+        self, key: RepoKey, title: str, author: str, head: str, description: str, status: Literal["open", "draft"]
+    ) -> PullRequest:
+        number = len(self.state(key).pulls) + 1
+        pull = PullRequest(number, title, author, head, description, now(), status)
+        self.update(key, lambda old: replace(old, pulls=(*old.pulls, pull)))
+        return pull
 
     # Branches and tags
 

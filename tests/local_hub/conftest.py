@@ -3,13 +3,15 @@
 import hashlib
 import os
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 from huggingface_hub import HfApi, constants, file_download
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
-from gradmap_hub.local_hub import LocalHub
+from gradmap_hub.local_hub import LocalHub, Request
 
 disable_progress_bars()
 
@@ -32,6 +34,31 @@ def hub(tmp_path: Path, point_client_at: Callable[[str], None]) -> Iterator[Loca
     with LocalHub(tmp_path / "hub") as running:
         point_client_at(running.url)
         yield running
+
+
+@pytest.fixture
+def start_hub(tmp_path: Path, point_client_at: Callable[[str], None]) -> Iterator[Callable[..., LocalHub]]:
+    """Starts a hub with settings of its own; the client is pointed at the last one."""
+    with ExitStack() as stack:
+
+        def start(**settings: Any) -> LocalHub:
+            running = stack.enter_context(LocalHub(tmp_path / "own-hub", **settings))
+            point_client_at(running.url)
+            return running
+
+        yield start
+
+
+@pytest.fixture
+def on() -> Callable[[LocalHub, str], list[Request]]:
+    """The requests that one route of a hub answered."""
+    return lambda hub, route: [request for request in hub.requests if request.route == route]
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client waits a second and more before it tries again."""
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
 
 
 @pytest.fixture

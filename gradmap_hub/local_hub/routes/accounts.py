@@ -7,29 +7,31 @@ from typing import Any
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
+from ..auth import Identity
 from ..cards import SPACE_SDKS, validate_card
-from ..context import Call, Hub, answer, endpoint
+from ..context import Call, Hub, answer
 from ..errors import Forbidden, HubError, InvalidName, RepoExists
-from ..names import PLURALS, RepoKey, RepoType, repo_key
+from ..names import PLURALS, RepoKey, RepoType, parse_repo_id, repo_key
+from ..plan import SPACE_HARDWARE, check_plan
+from ..routing import RouteMaker
 from ..store import RepoState, SpaceSettings, Variable, now
-
-#: What a free account may host: static Spaces, and this many on ZeroGPU.
-_FREE_ZERO_GPU_SPACES = 2
-_ZERO_GPU = "zero-a10g"
 
 
 def routes(hub: Hub) -> list[Route]:
+    make = RouteMaker(hub)
     found = [
-        Route("/api/whoami-v2", endpoint(hub, whoami)),
-        Route("/api/repos/create", endpoint(hub, create_repo), methods=["POST"]),
-        Route("/api/repos/delete", endpoint(hub, delete_repo), methods=["DELETE"]),
-        Route("/api/validate-yaml", endpoint(hub, validate_yaml), methods=["POST"]),
+        make.route("whoami", "/api/whoami-v2", whoami),
+        make.route("repo-create", "/api/repos/create", create_repo, "POST"),
+        make.route("repo-delete", "/api/repos/delete", delete_repo, "DELETE"),
+        make.route("repo-move", "/api/repos/move", move_repo, "POST"),
+        make.route("validate-yaml", "/api/validate-yaml", validate_yaml, "POST"),
     ]
     for repo_type, plural in PLURALS.items():
+        make = RouteMaker(hub, repo_type)
         address = f"/api/{plural}/{{namespace}}/{{name}}"
         found += [
-            Route(f"{address}/settings", endpoint(hub, update_settings, repo_type), methods=["PUT"]),
-            Route(f"{address}/auth-check", endpoint(hub, auth_check, repo_type)),
+            make.route("repo-settings", f"{address}/settings", update_settings, "PUT"),
+            make.route("auth-check", f"{address}/auth-check", auth_check),
         ]
     return found
 
@@ -60,23 +62,28 @@ def whoami(call: Call) -> Response:
                 }
                 for org in user.orgs
             ],
-            "auth": {
-                "type": "access_token",
-                "accessToken": {
-                    "displayName": "local",
-                    "role": user.token_role,
-                    "createdAt": user.token_created_at,
-                },
-            },
+            "auth": {"type": "access_token", "accessToken": _token(user)},
         }
     )
+
+
+def _token(user: Identity) -> dict[str, Any]:
+    token: dict[str, Any] = {
+        "displayName": "local",
+        "role": user.token_role,
+        "createdAt": user.token_created_at,
+    }
+    if user.token_role == "fineGrained":
+        scoped = [scope.to_json() for scope in user.scopes]
+        token["fineGrained"] = {"canReadGatedRepos": True, "global": [], "scoped": scoped}
+    return token
 
 
 def create_repo(call: Call) -> Response:
     user = call.user()
     payload = call.json()
     key = _named_repo(call, payload)
-    if not user.can_write(key.namespace):
+    if not user.can_create(key.namespace):
         raise Forbidden
     url = f"{call.base_url}/{key.address}"
     store = call.hub.store
@@ -84,8 +91,8 @@ def create_repo(call: Call) -> Response:
     if store.exists(key):
         raise _exists(key, url)
     space = _space_settings(payload) if key.type == "space" else None
-    if space is not None and not call.hub.paid_plan:
-        _check_free_plan(call, key, space)
+    if space is not None:
+        check_plan(call.hub, key, space)
     try:
         state = store.create(key, user.name, _is_private(payload), space)
     except RepoExists:
@@ -103,6 +110,19 @@ def delete_repo(call: Call) -> Response:
     key = _named_repo(call, call.json())
     call.writable(key)
     call.hub.store.delete(key)
+    return PlainTextResponse("OK")
+
+
+def move_repo(call: Call) -> Response:
+    payload = call.json()
+    ids, repo_type = (payload.get("fromRepo"), payload.get("toRepo")), _repo_type(payload.get("type"))
+    if not all(isinstance(repo_id, str) for repo_id in ids):
+        raise HubError(400, "fromRepo and toRepo must be strings")
+    key, new = (parse_repo_id(str(repo_id), repo_type) for repo_id in ids)
+    user = call.writable(key)
+    if not user.can_create(new.namespace):
+        raise Forbidden
+    call.hub.store.move(key, new)
     return PlainTextResponse("OK")
 
 
@@ -178,29 +198,13 @@ def _is_private(payload: Mapping[str, Any]) -> bool:
 def _space_settings(payload: Mapping[str, Any]) -> SpaceSettings:
     if payload.get("sdk") not in SPACE_SDKS:
         raise HubError(400, f"sdk must be one of {', '.join(SPACE_SDKS)}")
+    if payload.get("hardware") not in (None, *SPACE_HARDWARE):
+        raise HubError(400, f"hardware must be one of {', '.join(SPACE_HARDWARE)}")
     return SpaceSettings(
         sdk=payload["sdk"],
         hardware=payload.get("hardware"),
         storage=payload.get("storageTier"),
         sleep_time=payload.get("sleepTimeSeconds"),
-    )
-
-
-def _check_free_plan(call: Call, key: RepoKey, space: SpaceSettings) -> None:
-    """Raises HubError 402 where the Hub asks for a paid plan."""
-    if space.sdk == "static":
-        return
-    if space.sdk == "gradio" and space.hardware == _ZERO_GPU:
-        states = [
-            call.hub.store.state(other) for other in call.hub.store.keys("space") if other.namespace == key.namespace
-        ]
-        hosted = sum(state.space is not None and state.space.hardware == _ZERO_GPU for state in states)
-        if hosted < _FREE_ZERO_GPU_SPACES:
-            return
-    raise HubError(
-        402,
-        "Payment required: hosting a Gradio or Docker Space needs a paid plan (PRO, Team or Enterprise)."
-        f" A free account may host {_FREE_ZERO_GPU_SPACES} Gradio Spaces on {_ZERO_GPU}.",
     )
 
 

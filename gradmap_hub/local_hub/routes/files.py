@@ -1,23 +1,32 @@
-"""Downloading files."""
+"""Downloading files: /resolve/ on the first port, the CDN on the second."""
 
-from starlette.responses import Response
+from urllib.parse import quote
+
+from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from ..content import file_response
-from ..context import Call, Hub, endpoint
-from ..errors import EntryNotFound
-from ..names import PREFIXES
+from ..content import file_response, stored_response
+from ..context import Call, Hub
+from ..errors import EntryNotFound, HubError
+from ..gate import CDN_PREFIX
+from ..gitids import Entry
+from ..names import PLURALS, PREFIXES, RepoKey, is_sha256
+from ..routing import RouteMaker
 
 
 def routes(hub: Hub) -> list[Route]:
-    return [
-        Route(
-            f"/{prefix}{{namespace}}/{{name}}/resolve/{{revision}}/{{path:path}}",
-            endpoint(hub, resolve, repo_type),
-        )
-        # "datasets/..." must be tried before a model's owner of that (reserved) name.
-        for repo_type, prefix in sorted(PREFIXES.items(), key=lambda item: item[1], reverse=True)
-    ]
+    found: list[Route] = []
+    # "datasets/..." must be tried before a model's owner of that (reserved) name.
+    for repo_type, prefix in sorted(PREFIXES.items(), key=lambda item: item[1], reverse=True):
+        make = RouteMaker(hub, repo_type)
+        address = f"/{prefix}{{namespace}}/{{name}}/resolve/{{revision}}/{{path:path}}"
+        cdn = f"{CDN_PREFIX}{PLURALS[repo_type]}/{{namespace}}/{{name}}/{{oid}}"
+        found += [
+            make.route("resolve-head", address, resolve, "HEAD"),
+            make.route("resolve-get", address, resolve),
+            make.signed_route("cdn-get", cdn, from_cdn),
+        ]
+    return found
 
 
 def resolve(call: Call) -> Response:
@@ -29,4 +38,35 @@ def resolve(call: Call) -> Response:
     entry = call.hub.store.files(key, oid).get(path)
     if entry is None:
         raise EntryNotFound(commit=oid)
+    if entry.sha256 is not None and call.hub.cdn_port is not None:
+        return _redirect(call, key, path, entry, entry.sha256, oid)
     return file_response(call.http, path, entry, call.hub.store.objects(key).file(entry), oid)
+
+
+def from_cdn(call: Call) -> Response:
+    """The content of an LFS file, for whoever has an address that /resolve/ gave out."""
+    key, oid, query = call.key(), call.param("oid"), call.http.query_params
+    if not is_sha256(oid) or not call.hub.signer.allows("download", key, oid, query):
+        raise HubError(403, "The download address is not valid, or no longer")
+    objects = call.hub.store.objects(key)
+    size = objects.lfs_size(oid)
+    if size is None:
+        raise HubError(404, "There is no such object")
+    entry = Entry(oid, size, oid)
+    return stored_response(call.http, query.get("filename", oid), entry, objects.file(entry))
+
+
+def _redirect(call: Call, key: RepoKey, path: str, entry: Entry, sha256: str, commit: str) -> Response:
+    name = path.rpartition("/")[2]
+    query = call.hub.signer.sign("download", key, sha256, call.hub.cdn_seconds, filename=name)
+    location = f"{call.cdn_url}{CDN_PREFIX}{PLURALS[key.type]}/{quote(key.id)}/{sha256}?{query}"
+    headers = {
+        "Location": location,
+        "X-Repo-Commit": commit,
+        "X-Linked-Etag": f'"{sha256}"',
+        "X-Linked-Size": str(entry.size),
+        "Accept-Ranges": "bytes",
+        # The address is one caller's leave to read, for a while.
+        "Cache-Control": "private, no-store",
+    }
+    return PlainTextResponse(f"Found. Redirecting to {location}", 302, headers)

@@ -9,10 +9,11 @@ from starlette.routing import Route
 
 from ..auth import can_see
 from ..content import file_response
-from ..context import Call, Hub, endpoint
+from ..context import Call, Hub
 from ..errors import EntryNotFound, HubError, RepoNotFound
 from ..gitids import Entry
 from ..names import PREFIXES, RepoKey, RepoType
+from ..routing import RouteMaker
 from ..store import RepoState
 
 _README_LIMIT = 512 * 1024
@@ -37,15 +38,16 @@ _TITLES: dict[RepoType, str] = {"model": "Models", "space": "Spaces", "dataset":
 
 
 def routes(hub: Hub) -> list[Route]:
-    found = [Route("/", endpoint(hub, index))]
+    found = [RouteMaker(hub).route("page", "/", index)]
     for repo_type, prefix in sorted(PREFIXES.items(), key=lambda item: item[1], reverse=True):
+        make = RouteMaker(hub, repo_type)
         address = f"/{prefix}{{namespace}}/{{name}}"
         found += [
-            Route(address, endpoint(hub, repo_page, repo_type)),
-            Route(f"{address}/tree/{{revision}}", endpoint(hub, repo_page, repo_type)),
-            Route(f"{address}/commit/{{revision}}", endpoint(hub, repo_page, repo_type)),
-            Route(f"{address}/discussions/{{pull}}", endpoint(hub, repo_page, repo_type)),
-            Route(f"{address}/blob/{{revision}}/{{path:path}}", endpoint(hub, file_page, repo_type)),
+            make.route("page", address, repo_page),
+            make.route("page", f"{address}/tree/{{revision}}", repo_page),
+            make.route("page", f"{address}/commit/{{revision}}", repo_page),
+            make.route("page", f"{address}/discussions/{{pull}}", repo_page),
+            make.route("page", f"{address}/blob/{{revision}}/{{path:path}}", file_page),
         ]
     return found
 

@@ -8,11 +8,12 @@ from urllib.parse import parse_qs, urlencode
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from ..context import Call, Hub, answer, endpoint
+from ..context import Call, Hub, answer
 from ..errors import EntryNotFound, HubError
 from ..metadata import expanded, repo_info, tree_rows
 from ..names import PLURALS, RepoKey, check_path
 from ..objects import Commit
+from ..routing import RouteMaker
 from ..store import last_commits
 
 _Row = TypeVar("_Row")
@@ -21,20 +22,21 @@ _Row = TypeVar("_Row")
 def routes(hub: Hub) -> list[Route]:
     found: list[Route] = []
     for repo_type, plural in PLURALS.items():
+        make = RouteMaker(hub, repo_type)
         address = f"/api/{plural}/{{namespace}}/{{name}}"
         found += [
-            Route(f"/api/{plural}", endpoint(hub, list_repos, repo_type)),
-            Route(address, endpoint(hub, info, repo_type)),
-            Route(f"{address}/revision/{{revision}}", endpoint(hub, info, repo_type)),
-            Route(f"{address}/tree/{{revision}}", endpoint(hub, tree, repo_type)),
-            Route(f"{address}/tree/{{revision}}/{{path:path}}", endpoint(hub, tree, repo_type)),
-            Route(f"{address}/paths-info/{{revision}}", endpoint(hub, paths_info, repo_type), methods=["POST"]),
-            Route(f"{address}/refs", endpoint(hub, refs, repo_type)),
-            Route(f"{address}/commits/{{revision}}", endpoint(hub, commits, repo_type)),
-            Route(f"{address}/branch/{{branch}}", endpoint(hub, create_branch, repo_type), methods=["POST"]),
-            Route(f"{address}/branch/{{branch}}", endpoint(hub, delete_branch, repo_type), methods=["DELETE"]),
-            Route(f"{address}/tag/{{revision}}", endpoint(hub, create_tag, repo_type), methods=["POST"]),
-            Route(f"{address}/tag/{{revision}}", endpoint(hub, delete_tag, repo_type), methods=["DELETE"]),
+            make.route("repo-list", f"/api/{plural}", list_repos),
+            make.route("repo-info", address, info),
+            make.route("repo-info", f"{address}/revision/{{revision}}", info),
+            make.route("tree", f"{address}/tree/{{revision}}", tree),
+            make.route("tree", f"{address}/tree/{{revision}}/{{path:path}}", tree),
+            make.route("paths-info", f"{address}/paths-info/{{revision}}", paths_info, "POST"),
+            make.route("refs", f"{address}/refs", refs),
+            make.route("commits", f"{address}/commits/{{revision}}", commits),
+            make.route("branch", f"{address}/branch/{{branch}}", create_branch, "POST"),
+            make.route("branch", f"{address}/branch/{{branch}}", delete_branch, "DELETE"),
+            make.route("tag", f"{address}/tag/{{revision}}", create_tag, "POST"),
+            make.route("tag", f"{address}/tag/{{revision}}", delete_tag, "DELETE"),
         ]
     return found
 

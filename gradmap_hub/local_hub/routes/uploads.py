@@ -1,4 +1,4 @@
-"""Uploading: preupload, LFS batch, LFS objects, commit."""
+"""Uploading: preupload and commit. LFS objects, between the two, are in :mod:`.lfs`."""
 
 import base64
 import binascii
@@ -8,20 +8,18 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from starlette.concurrency import run_in_threadpool
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
 from ..auth import Identity
-from ..context import Call, Hub, answer, endpoint, streaming_endpoint
+from ..context import Call, Hub, answer, objects_in
 from ..errors import Forbidden, HubError
 from ..gitids import lfs_entry
-from ..names import PLURALS, PREFIXES, RepoKey, check_path
-from ..objects import CHUNK
+from ..names import PLURALS, RepoKey, check_path, is_sha256
 from ..patterns import REGULAR_LIMIT, default_attributes, is_ignored, upload_mode
+from ..routing import RouteMaker
 from ..store import AddFile, Change, DeleteFile, DeleteFolder, NewCommit
 
-_LFS_JSON = "application/vnd.git-lfs+json"
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 _PARENT = re.compile(r"[0-9a-fA-F]{5,40}")
 #: One line of a commit carries one regular file in base64.
 _LINE_LIMIT = REGULAR_LIMIT * 4 // 3 + 64 * 1024
@@ -29,20 +27,12 @@ _LINE_LIMIT = REGULAR_LIMIT * 4 // 3 + 64 * 1024
 
 def routes(hub: Hub) -> list[Route]:
     found: list[Route] = []
-    for repo_type, prefix in sorted(PREFIXES.items(), key=lambda item: item[1], reverse=True):
-        lfs = f"/{prefix}{{namespace}}/{{name}}/info/lfs/objects"
-        plural = PLURALS[repo_type]
+    for repo_type, plural in PLURALS.items():
+        make = RouteMaker(hub, repo_type)
         api = f"/api/{plural}/{{namespace}}/{{name}}"
         found += [
-            Route(f"{lfs}/batch", endpoint(hub, lfs_batch, repo_type), methods=["POST"]),
-            Route(f"{lfs}/verify", endpoint(hub, lfs_verify, repo_type), methods=["POST"]),
-            Route(
-                f"/lfs/{plural}/{{namespace}}/{{name}}/{{oid}}",
-                streaming_endpoint(hub, lfs_put, repo_type),
-                methods=["PUT"],
-            ),
-            Route(f"{api}/preupload/{{revision}}", endpoint(hub, preupload, repo_type), methods=["POST"]),
-            Route(f"{api}/commit/{{revision}}", streaming_endpoint(hub, commit, repo_type), methods=["POST"]),
+            make.route("preupload", f"{api}/preupload/{{revision}}", preupload, "POST"),
+            make.streaming_route("commit", f"{api}/commit/{{revision}}", commit, "POST"),
         ]
     return found
 
@@ -64,7 +54,7 @@ def preupload(call: Call) -> Response:
     if not isinstance(ignore, str):
         ignore = text(".gitignore", "")
     rows: list[dict[str, Any]] = []
-    for asked in _objects(payload.get("files"), "files"):
+    for asked in objects_in(payload, "files"):
         path, size = asked.get("path"), asked.get("size")
         if not isinstance(path, str) or not isinstance(size, int):
             raise HubError(400, "files need a path and a size")
@@ -79,63 +69,6 @@ def preupload(call: Call) -> Response:
             row["oid"] = files[path].etag
         rows.append(row)
     return answer({"files": rows, "commitOid": oid})
-
-
-def lfs_batch(call: Call) -> Response:
-    key = call.key()
-    # Whoever may open a pull request may upload for it; nothing is visible before a commit.
-    call.contributor(key)
-    payload = call.json()
-    if payload.get("operation") != "upload":
-        raise HubError(400, "Only uploads are offered; files are downloaded from /resolve/")
-    objects = call.hub.store.objects(key)
-    rows: list[dict[str, Any]] = []
-    for asked in _objects(payload.get("objects"), "objects"):
-        oid, size = asked.get("oid"), asked.get("size")
-        if not isinstance(oid, str) or not isinstance(size, int):
-            raise HubError(422, "objects need an oid and a size")
-        row: dict[str, Any] = {"oid": oid, "size": size}
-        stored = objects.lfs_size(oid) if _SHA256.fullmatch(oid) else None
-        if not _SHA256.fullmatch(oid) or size < 0 or stored not in (None, size):
-            row["error"] = {"code": 422, "message": "The oid is not a SHA-256, or the size does not fit it"}
-        elif stored is None:
-            plural = PLURALS[key.type]
-            upload = f"{call.base_url}/lfs/{plural}/{key.id}/{oid}?{call.hub.signer.sign(key, oid, size)}"
-            verify = f"{call.base_url}/{key.address}.git/info/lfs/objects/verify"
-            row["actions"] = {"upload": {"href": upload}, "verify": {"href": verify}}
-        rows.append(row)
-    return JSONResponse({"transfer": "basic", "objects": rows, "hash_algo": "sha256"}, media_type=_LFS_JSON)
-
-
-async def lfs_put(call: Call) -> Response:
-    key = call.key()
-    oid, query = call.param("oid"), call.http.query_params
-    if not _SHA256.fullmatch(oid) or not call.hub.signer.allows(key, oid, query):
-        raise HubError(403, "The upload address is not valid, or no longer")
-    await run_in_threadpool(call.hub.store.state, key)
-    writer = call.hub.store.objects(key).lfs_writer(oid, int(query["size"]))
-    with writer:
-        # Hashing and writing go to a worker thread in pieces large enough to be worth the trip.
-        pending = bytearray()
-        async for chunk in call.http.stream():
-            pending += chunk
-            if len(pending) >= CHUNK:
-                await run_in_threadpool(writer.write, bytes(pending))
-                pending.clear()
-        await run_in_threadpool(writer.write, bytes(pending))
-        await run_in_threadpool(writer.commit)
-    return Response(headers={"ETag": f'"{oid}"'})
-
-
-def lfs_verify(call: Call) -> Response:
-    key = call.key()
-    call.contributor(key)
-    payload = call.json()
-    oid = payload.get("oid")
-    size = call.hub.store.objects(key).lfs_size(oid) if isinstance(oid, str) and _SHA256.fullmatch(oid) else None
-    if size is None or size != payload.get("size"):
-        raise HubError(404, "No object with this oid and size was uploaded")
-    return answer({"message": "OK"})
 
 
 async def commit(call: Call) -> Response:
@@ -190,7 +123,7 @@ def _committer(call: Call, key: RepoKey) -> Identity:
         RepoNotFound, Unauthorized, Forbidden
     """
     user = call.contributor(key)
-    if user.can_write(key.namespace) or _creates_pr(call):
+    if user.can_write(key) or _creates_pr(call):
         return user
     pulls = call.hub.store.state(key).pulls
     if any(call.param("revision") == f"refs/pr/{pull.number}" and pull.author == user.name for pull in pulls):
@@ -236,7 +169,7 @@ def _change(call: Call, key: RepoKey, kind: str, value: dict[str, Any]) -> Chang
             return AddFile(check_path(path), objects.put_blob(_decoded(value.get("content", ""), value)))
         case "lfsFile":
             oid = value.get("oid")
-            size = objects.lfs_size(oid) if isinstance(oid, str) and _SHA256.fullmatch(oid) else None
+            size = objects.lfs_size(oid) if isinstance(oid, str) and is_sha256(oid) else None
             if not isinstance(oid, str) or size is None:
                 raise HubError(
                     400,
@@ -263,9 +196,3 @@ def _decoded(content: object, value: dict[str, Any] | None = None) -> bytes:
         return base64.b64decode(content, validate=True)
     except (binascii.Error, ValueError):
         raise HubError(400, "The content of a file is not valid base64") from None
-
-
-def _objects(value: object, name: str) -> list[dict[str, Any]]:
-    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
-        raise HubError(400, f"{name} must be an array of objects")
-    return value

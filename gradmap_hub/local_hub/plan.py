@@ -1,0 +1,52 @@
+"""What the Hub asks a paid plan for."""
+
+from .context import Hub
+from .errors import HubError
+from .names import RepoKey
+from .store import SpaceSettings
+
+#: The hardware that may be asked for.
+SPACE_HARDWARE = (
+    "cpu-basic",
+    "cpu-upgrade",
+    "cpu-xl",
+    "zero-a10g",
+    "t4-small",
+    "t4-medium",
+    "l4x1",
+    "l4x4",
+    "l40sx1",
+    "l40sx4",
+    "l40sx8",
+    "a10g-small",
+    "a10g-large",
+    "a10g-largex2",
+    "a10g-largex4",
+    "a100-large",
+    "h100",
+    "h100x8",
+)
+
+#: What a free account may host: static Spaces, and this many on ZeroGPU.
+_FREE_ZERO_GPU_SPACES = 2
+_ZERO_GPU = "zero-a10g"
+
+
+def check_plan(hub: Hub, key: RepoKey, space: SpaceSettings) -> None:
+    """Whether the plan of the owner allows a Space with these settings.
+
+    Raises:
+        HubError: 402, it needs a paid one.
+    """
+    if hub.paid_plan or space.sdk == "static":
+        return
+    if space.sdk == "gradio" and space.hardware == _ZERO_GPU:
+        others = [other for other in hub.store.keys("space") if other.namespace == key.namespace and other != key]
+        settings = [hub.store.state(other).space for other in others]
+        if sum(each is not None and each.hardware == _ZERO_GPU for each in settings) < _FREE_ZERO_GPU_SPACES:
+            return
+    raise HubError(
+        402,
+        "Payment required: hosting a Gradio or Docker Space needs a paid plan (PRO, Team or Enterprise)."
+        f" A free account may host {_FREE_ZERO_GPU_SPACES} Gradio Spaces on {_ZERO_GPU}.",
+    )

@@ -1,0 +1,119 @@
+"""Pull requests as discussions: opening, listing and reading them. Nothing is merged or commented here."""
+
+from typing import Any
+
+from starlette.responses import Response
+from starlette.routing import Route
+
+from ..context import Call, Hub, answer
+from ..errors import HubError
+from ..names import PLURALS, RepoKey
+from ..routing import RouteMaker
+from ..store import PullRequest, RepoState
+
+_PAGE = 50
+
+
+def routes(hub: Hub) -> list[Route]:
+    found: list[Route] = []
+    for repo_type, plural in PLURALS.items():
+        make = RouteMaker(hub, repo_type)
+        address = f"/api/{plural}/{{namespace}}/{{name}}/discussions"
+        found += [
+            make.route("discussions", address, list_discussions),
+            make.route("discussions", address, create_discussion, "POST"),
+            make.route("discussions", f"{address}/{{number}}", get_discussion),
+        ]
+    return found
+
+
+def list_discussions(call: Call) -> Response:
+    key = call.key()
+    state = call.visible(key)
+    query = call.http.query_params
+    # Newest first. There is nothing but pull requests, and all of them are open.
+    found = [pull for pull in reversed(state.pulls) if query.get("author") in (None, pull.author)]
+    if query.get("type") == "discussion" or query.get("status") == "closed":
+        found = []
+    page = query.get("p", "0")
+    start = int(page) * _PAGE if page.isdecimal() else 0
+    rows = [_row(key, state, pull) for pull in found[start : start + _PAGE]]
+    return answer({"discussions": rows, "count": len(found), "start": start, "numClosedDiscussions": 0})
+
+
+def create_discussion(call: Call) -> Response:
+    key = call.key()
+    user = call.contributor(key)
+    payload = call.json()
+    title, description = payload.get("title"), payload.get("description", "")
+    if not isinstance(title, str) or len(title.strip()) < 3 or not isinstance(description, str):
+        raise HubError(400, "A discussion needs a title of at least three characters and a description")
+    if payload.get("pullRequest") is not True:
+        raise HubError(400, "Only pull requests are kept here, no discussions without changes")
+    pull = call.hub.store.open_pull_request(key, title.strip(), user.name, description)
+    return answer({**_row(key, call.hub.store.state(key), pull), "url": _page_url(call, key, pull)})
+
+
+def get_discussion(call: Call) -> Response:
+    key = call.key()
+    state = call.visible(key)
+    number = call.param("number")
+    pull = next((pull for pull in state.pulls if str(pull.number) == number), None)
+    if pull is None:
+        raise HubError(404, "Discussion not found")
+    return answer(
+        {
+            **_row(key, state, pull),
+            "url": _page_url(call, key, pull),
+            "events": _events(call, key, state, pull),
+            "changes": {"base": "refs/heads/main"},
+            "filesWithConflicts": [],
+        }
+    )
+
+
+def _row(key: RepoKey, state: RepoState, pull: PullRequest) -> dict[str, Any]:
+    return {
+        "num": pull.number,
+        "title": pull.title,
+        "author": {"name": pull.author},
+        "createdAt": pull.created_at or state.created_at,
+        "status": pull.status,
+        "isPullRequest": True,
+        "repo": {"name": key.id, "type": key.type},
+        "numComments": 1,
+        "pinned": False,
+    }
+
+
+def _events(call: Call, key: RepoKey, state: RepoState, pull: PullRequest) -> list[dict[str, Any]]:
+    """What was said, then the commits that ``main`` does not have, oldest first."""
+    created = pull.created_at or state.created_at
+    store = call.hub.store
+    told: dict[str, Any] = {"raw": pull.description, "html": "", "updatedAt": created, "author": {"name": pull.author}}
+    comment: dict[str, Any] = {
+        "id": f"{key.id}#{pull.number}",
+        "type": "comment",
+        "createdAt": created,
+        "author": {"name": pull.author},
+        "data": {"edited": False, "hidden": False, "latest": told, "history": [told]},
+    }
+    known = {commit.id for commit in store.history(key, state.branches["main"])}
+    commits: list[dict[str, Any]] = []
+    for commit in store.history(key, pull.head):
+        if commit.id in known:
+            break
+        commits.append(
+            {
+                "id": commit.id,
+                "type": "commit",
+                "createdAt": commit.date,
+                "author": {"name": commit.author},
+                "data": {"subject": commit.title, "oid": commit.id},
+            }
+        )
+    return [comment, *reversed(commits)]
+
+
+def _page_url(call: Call, key: RepoKey, pull: PullRequest) -> str:
+    return f"{call.base_url}/{key.address}/discussions/{pull.number}"
