@@ -10,6 +10,8 @@ quality-time.png and cells.jsonl, from which an interrupted run goes on.
 from __future__ import annotations
 
 import argparse
+import hashlib
+import inspect
 import json
 import os
 import platform
@@ -28,6 +30,7 @@ from benchmarks import accuracy, methods, table
 from benchmarks.inputs import SEQ_LEN, data, dtype_of, load, model_and_samples
 from benchmarks.plot import quality_time
 from gradmap_hub.calibration import Rows, sha256_of_ids
+from gradmap_hub.config import PruneConfig
 from gradmap_hub.decoder import Decoder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -163,11 +166,10 @@ def _documents(text: str) -> int:
 
 def _engine_sha256() -> str:
     """Of the code that decides and computes: results of another engine must not be mixed in."""
-    import hashlib
-
     digest = hashlib.sha256()
-    for name in ("compensation", "config", "decoder", "ridge", "scoring", "search", "selection"):
+    for name in ("compensation", "decoder", "ridge", "scoring", "search", "selection"):
         digest.update((ROOT / "gradmap_hub" / f"{name}.py").read_bytes())
+    digest.update(inspect.getsource(PruneConfig).encode())
     digest.update((ROOT / "benchmarks" / "peers.py").read_bytes())
     return digest.hexdigest()[:16]
 
