@@ -54,7 +54,7 @@ class Size:
 
 # Quick: one SLEB run on a few rows is both its quality and its time; it alone is a third of the minutes.
 QUICK = Size(pool=12, evaluation=3, timed=3, draws=1, sleb_draws=1, layers=(7,), sleb_rows=3, sleb_shares=False)
-FULL = Size(pool=36, evaluation=8, timed=4, draws=5, sleb_draws=1, layers=(7, 8), sleb_rows=8, sleb_shares=True)
+FULL = Size(pool=40, evaluation=8, timed=4, draws=5, sleb_draws=1, layers=(7, 8), sleb_rows=8, sleb_shares=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -23,13 +23,14 @@ from rich.table import Table
 from benchmarks.inputs import data, dtype_of, load, model_and_samples
 from benchmarks.methods import split_pool
 from gradmap_hub.calibration import Rows
-from gradmap_hub.compensation import ATTENTION, MLP, Overrides, Site, fit_correction, sites_around_gaps
+from gradmap_hub.compensation import ATTENTION, MLP, Overrides, Site, fit_correction, sites_at_gaps
 from gradmap_hub.config import Compensation, PruneConfig
 from gradmap_hub.decoder import Decoder
 from gradmap_hub.heal import heal
 from gradmap_hub.progress import SilentReporter
 
-DEFAULT = "around the gap, default"
+DEFAULT = "default"
+STRENGTHS = (0.03, 0.003, 0.001, 0.0003)
 
 
 @dataclass(frozen=True)
@@ -45,17 +46,17 @@ class Variant:
 def variants(kept: Sequence[int], removed: Sequence[int]) -> list[Variant]:
     behind = [layer for layer in kept if layer > max(removed)]
     first = [Site(behind[0], MLP, behind[0])]
-    around = sites_around_gaps(kept, removed)
+    around = sites_at_gaps(kept, removed, behind=True)
     further = [Site(layer, part, layer) for layer in behind[1:3] for part in (ATTENTION, MLP)]
     return [
         Variant("projection P, first MLP behind the gap, 0.03", first, 0.03, "projection"),
         Variant("first MLP behind the gap, 0.03", first, 0.03),
         Variant("first MLP behind the gap, 0.0003", first, 0.0003),
-        Variant("last MLP before the gap, 0.0003", around[:1], 0.0003),
+        *(Variant(f"last MLP before the gap, {strength}", around[:1], strength) for strength in STRENGTHS),
         Variant("MLPs of all later layers, 0.03", [Site(layer, MLP, layer) for layer in behind], 0.03),
-        *(Variant(f"around the gap, {strength}", around, strength) for strength in (0.03, 0.003, 0.001, 0.0003)),
+        *(Variant(f"around the gap, {strength}", around, strength) for strength in STRENGTHS),
         Variant(DEFAULT, None, None),
-        Variant("around the gap and two layers on, default", around + further, None),
+        Variant("around the gap and two layers on", around + further, None),
     ]
 
 

@@ -1,16 +1,17 @@
 """Stage 2: linear corrections that undo as much of the drift as linear maps can, folded into weights.
 
 The paper (GradMAP, arXiv 2602.14649) corrects one layer, the one whose mean hidden state moved most, with a projection
-of the MLP output. Here every linear around a gap that writes to the residual stream is a site, in the order of the
-stream; the closed forms are in `ridge`:
+of the MLP output. Here the layer before every gap is a site, in the order of the stream; the closed forms are in
+`ridge`:
 
     the MLP of the layer before the gap          towards the stream behind the gap: what the lost layers added
     attention and MLP of the first layer after   towards the original's stream at the same places
 
-Each site is fitted on the stream as the sites before it left it, so that later sites correct what earlier ones could
-not. A site is kept only if it lowers the loss on held-out rows, by more than the standard error of that gain over the
-rows. Both streams, original and pruned, are carried along the layers once for all sites; Gram matrices are summed row
-by row and no matrix of all tokens is ever kept.
+The second line is for a gap that has no layer before it, and for `site="around-gaps"`: where it lowered the loss on
+text like the fitted one, it raised it on other text. Each site is fitted on the stream as the sites before it left it,
+so that later sites correct what earlier ones could not. A site is kept only if it lowers the loss on held-out rows, by
+more than the standard error of that gain over the rows. Both streams, original and pruned, are carried along the layers
+once for all sites; Gram matrices are summed row by row and no matrix of all tokens is ever kept.
 """
 
 from __future__ import annotations
@@ -95,8 +96,11 @@ def mean_shift(
     return Shift(list(kept), absolute, relative)
 
 
-def sites_around_gaps(kept: Sequence[int], removed: Sequence[int], limit: int = MAX_SITES) -> list[Site]:
-    """Up to three sites per gap, in the order of the stream. If there are too many, small gaps are left out first."""
+def sites_at_gaps(
+    kept: Sequence[int], removed: Sequence[int], *, behind: bool = False, limit: int = MAX_SITES
+) -> list[Site]:
+    """The MLP before each gap, in the order of the stream; with `behind`, and where there is no layer before it, also
+    attention and MLP of the first layer behind. If there are too many sites, small gaps are left out first."""
     gone = set(removed)
     gaps: list[tuple[int, int]] = []  # first and last removed layer of each run
     for layer in sorted(gone):
@@ -104,7 +108,7 @@ def sites_around_gaps(kept: Sequence[int], removed: Sequence[int], limit: int = 
             gaps[-1] = (gaps[-1][0], layer)
         else:
             gaps.append((layer, layer))
-    by_size = sorted(gaps, key=lambda gap: (gap[0] - gap[1], gap[0]))[: max(1, limit // 3)]
+    by_size = sorted(gaps, key=lambda gap: (gap[0] - gap[1], gap[0]))[: max(1, limit // 3 if behind else limit)]
     sites: list[Site] = []
     for first, last in sorted(by_size):
         if first > 0 and Site(first - 1, MLP, first - 1) not in sites:
@@ -112,7 +116,7 @@ def sites_around_gaps(kept: Sequence[int], removed: Sequence[int], limit: int = 
         elif first > 0:
             # The layer between two gaps is the first after one and the last before the next: one fit, for the latter.
             sites[sites.index(Site(first - 1, MLP, first - 1))] = Site(first - 1, MLP, last)
-        if last + 1 in kept:
+        if (behind or first == 0) and last + 1 in kept:
             sites += [Site(last + 1, ATTENTION, last + 1), Site(last + 1, MLP, last + 1)]
     return sites
 
@@ -291,7 +295,7 @@ def fit_correction(
         return record, {}
     kind = "projection" if config.compensation == "projection" else "weight"
     if sites is None:
-        sites = sites_around_gaps(kept, removed) if config.site == "auto" else [largest_shift(shift)]
+        sites = _sites(config.site, kept, removed, shift)
     strengths = list(strengths or STRENGTHS[kind])
     reporter.total(len(sites) * len(rows.fit) + (len(sites) + len(strengths)) * len(rows.selection))
     start = min(*(site.layer for site in sites), min(removed))
@@ -330,6 +334,12 @@ def fit_correction(
             state.overrides.update({(site.layer, name): value for name, value in values.items()})
             state.losses = losses
     return _record(state, baseline, shift), state.overrides
+
+
+def _sites(rule: str, kept: Sequence[int], removed: Sequence[int], shift: Shift) -> list[Site]:
+    if rule == "largest-shift":
+        return [largest_shift(shift)]
+    return sites_at_gaps(kept, removed, behind=rule == "around-gaps")
 
 
 def _solved(

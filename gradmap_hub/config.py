@@ -17,7 +17,7 @@ Metric = Literal["auto", "gradient", "taylor", "block-influence", "gradient-wind
 Schedule = Literal["oneshot", "iterative"]
 Compensation = Literal["auto", "projection", "weight", "none"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
-Site = Literal["auto", "largest-shift"]
+Site = Literal["auto", "around-gaps", "largest-shift"]
 Device = Literal["auto", "cpu", "cuda"]
 Compute = Literal["auto", "float32", "bfloat16"]
 
@@ -80,7 +80,8 @@ class PruneConfig:
     site: Site = _option(
         "auto",
         "Where the correction goes. largest-shift: the layer whose mean hidden state moved most (the paper). "
-        "auto: every layer next to a gap, in attention and MLP, as far as it lowers the held-out loss.",
+        "auto: the MLP before every gap. around-gaps: also attention and MLP behind it. Each as far as it lowers the "
+        "held-out loss.",
     )
     calibration: tuple[str, ...] = _option(
         (DEFAULT_CALIBRATION,),
@@ -129,7 +130,7 @@ class PruneConfig:
             ("schedule", SCHEDULES),
             ("compensation", COMPENSATIONS),
             ("dtype", DTYPES),
-            ("site", ("auto", "largest-shift")),
+            ("site", ("auto", "around-gaps", "largest-shift")),
             ("device", DEVICES),
             ("compute", COMPUTES),
         ):

@@ -24,7 +24,7 @@ from gradmap_hub.compensation import (
     largest_shift,
     lowers,
     mean_shift,
-    sites_around_gaps,
+    sites_at_gaps,
     stream_losses,
 )
 from gradmap_hub.config import PruneConfig
@@ -365,7 +365,7 @@ def test_an_interrupted_fit_leaves_the_original(
     ):
         with pytest.raises(KeyboardInterrupt):
             interrupted()
-    for steps in (4, 9, 14, 19):
+    for steps in (2, 5, 8, 11):
         reporter = Interrupting(steps)
         with pytest.raises(KeyboardInterrupt):
             fit(pair, decoder_of, CalibrationRows(ids, ids, [], []), reporter=reporter)
@@ -388,18 +388,23 @@ class Interrupting(SilentReporter):
 def test_sites() -> None:
     shift = Shift([0, 1, 4, 5, 7, 8], [0.0, 0.0, 2.0, 3.0, 4.0, 9.0], [0.0, 0.0, 0.9, 0.5, 0.4, 0.3])
     assert largest_shift(shift) == Site(8, MLP, 8)
-    assert sites_around_gaps([0, 1, 4, 5, 7, 8], [2, 3, 6]) == [
+    assert sites_at_gaps([0, 1, 4, 5, 7, 8], [2, 3, 6]) == [Site(1, MLP, 3), Site(5, MLP, 6)]
+    # no layer before the first gap: what is behind it is corrected; nothing is behind the last
+    assert sites_at_gaps([1, 2], [0, 3]) == [Site(1, ATTENTION, 1), Site(1, MLP, 1), Site(2, MLP, 3)]
+    # too many gaps: the largest are corrected
+    assert sites_at_gaps([0, 2, 5, 6, 8], [1, 3, 4, 7], limit=1) == [Site(2, MLP, 4)]
+
+
+def test_sites_behind_the_gaps_too() -> None:
+    assert sites_at_gaps([0, 1, 4, 5, 7, 8], [2, 3, 6], behind=True) == [
         Site(1, MLP, 3), Site(4, ATTENTION, 4), Site(4, MLP, 4),
         Site(5, MLP, 6), Site(7, ATTENTION, 7), Site(7, MLP, 7),
     ]  # fmt: skip
     # the layer between two gaps has its MLP fitted once, towards what is behind the second
-    assert sites_around_gaps([0, 2, 4], [1, 3]) == [
+    assert sites_at_gaps([0, 2, 4], [1, 3], behind=True) == [
         Site(0, MLP, 1), Site(2, ATTENTION, 2), Site(2, MLP, 3), Site(4, ATTENTION, 4), Site(4, MLP, 4),
     ]  # fmt: skip
-    # nothing before the first layer, nothing after the last
-    assert sites_around_gaps([1, 2], [0, 3]) == [Site(1, ATTENTION, 1), Site(1, MLP, 1), Site(2, MLP, 3)]
-    # too many gaps: the largest are corrected
-    assert sites_around_gaps([0, 2, 5, 6, 8], [1, 3, 4, 7], limit=3) == [
+    assert sites_at_gaps([0, 2, 5, 6, 8], [1, 3, 4, 7], behind=True, limit=3) == [
         Site(2, MLP, 4), Site(5, ATTENTION, 5), Site(5, MLP, 5),
     ]  # fmt: skip
 
