@@ -156,6 +156,11 @@ Resume = Annotated[bool, typer.Option("--resume", help=help_of(PushConfig, "resu
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=help_of(PushConfig, "model"))]
+License = Annotated[str | None, typer.Option("--license", help=help_of(PushConfig, "license"))]
+LicenseName = Annotated[str | None, typer.Option("--license-name", help=help_of(PushConfig, "license_name"))]
+LicenseLink = Annotated[str | None, typer.Option("--license-link", help=help_of(PushConfig, "license_link"))]
+Update = Annotated[bool, typer.Option("--update", help=help_of(PushConfig, "update"))]
+CreatePr = Annotated[bool, typer.Option("--create-pr", help=help_of(PushConfig, "create_pr"))]
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder made by prune or push.")]
 Host = Annotated[str, typer.Option("--host", help="Address to bind to.")]
 Port = Annotated[int, typer.Option("--port", help="Port; 0 takes any free one.", min=0, max=65535)]
@@ -231,7 +236,7 @@ def _command_line() -> str:
     return shlex.join(["gradmap-hub", *map(_without_folders, words)])
 
 
-_NOT_RECORDED = {"--resume", "--public", "--json", "--quiet", "-q", "--debug"}
+_NOT_RECORDED = {"--resume", "--public", "--update", "--json", "--quiet", "-q", "--debug"}
 
 
 def _without_folders(word: str) -> str:
@@ -261,7 +266,11 @@ def push(
     public: Annotated[bool, typer.Option("--public", help=help_of(PushConfig, "public"))] = False,
     onnx: Annotated[bool, typer.Option("--onnx/--no-onnx", help=help_of(PushConfig, "onnx"))] = True,
     space: Annotated[bool, typer.Option("--space/--no-space", help=help_of(PushConfig, "space"))] = True,
-    license: Annotated[str | None, typer.Option("--license", help=help_of(PushConfig, "license"))] = None,
+    license: License = None,
+    license_name: LicenseName = None,
+    license_link: LicenseLink = None,
+    update: Update = False,
+    create_pr: CreatePr = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and print the plan; no weights.")
     ] = False,
@@ -302,6 +311,10 @@ def push(
         onnx=onnx,
         space=space,
         license=license,
+        license_name=license_name,
+        license_link=license_link,
+        update=update,
+        create_pr=create_pr,
         resume=resume,
         trust_remote_code=trust_remote_code,
     )
@@ -428,6 +441,11 @@ def publish(
     to: Annotated[str | None, typer.Option("--to", help=help_of(PushConfig, "to"))] = None,
     space: Annotated[bool, typer.Option("--space/--no-space", help="Also publish the Space folder beside it.")] = True,
     public: Annotated[bool, typer.Option("--public", help=help_of(PushConfig, "public"))] = False,
+    update: Update = False,
+    create_pr: CreatePr = False,
+    license: License = None,
+    license_name: LicenseName = None,
+    license_link: LicenseLink = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -437,7 +455,10 @@ def publish(
 
     reporter = TerminalReporter(stderr, quiet=quiet)
     try:
-        result = publish_folder(folder, to=to, space=space, public=public, hub=Hub(), reporter=reporter)
+        result = publish_folder(
+            folder, to=to, space=space, public=public, update=update, create_pr=create_pr, license=license,
+            license_name=license_name, license_link=license_link, hub=Hub(), reporter=reporter,
+        )  # fmt: skip
     finally:
         reporter.close()
     if as_json:
@@ -593,8 +614,10 @@ def push_json(result: PushResult) -> dict[str, Any]:
     space: dict[str, Any] = {"reason": result.space_reason}
     if result.space is not None:
         space = {"repo_id": result.space.repo_id, "commit": result.space.commit, "url": result.space.url}
+    proposed = {"pull_request": result.model.pull_request} if result.model.pull_request else {}
     return {
         "model": {"repo_id": result.model.repo_id, "commit": result.model.commit, "url": result.model.url},
+        **proposed,
         "space": space,
         "space_folder": str(result.space_folder) if result.space_folder else None,
         **record_json(result.record, result.folder),
@@ -620,7 +643,9 @@ def _print_plan(plan: PushPlan, as_json: bool) -> None:
         "target": plan.target,
         "space": plan.space_target if plan.space else None,
         "space_original": plan.space.reason if plan.space else None,
-        "visibility": "public" if plan.public else "private",
+        "visibility": "as it is" if plan.create_pr else "public" if plan.public else "private",
+        "upload_bytes": plan.upload_bytes,
+        "checks": [asdict(check) for check in plan.checks],
     }
     if as_json:
         _print_json(facts)
@@ -632,14 +657,16 @@ def _print_plan(plan: PushPlan, as_json: bool) -> None:
         ("type", source.base.model_type),
         ("layers", f"{layers['before']} -> {layers['after']}"),
         ("weights", f"{source.weight_bytes / 1e6:,.1f} MB to fetch"),
-        ("disk", f"about {plan.disk_bytes / 1e9:.1f} GB"),
-        ("licence", f"{plan.license}{', gated' if source.base.gated else ''}"),
         ("folder", str(plan.output)),
         ("target", f"{plan.target} ({facts['visibility']})"),
         ("space", f"{plan.space_target}: {plan.space.reason}" if plan.space else "none"),
     ):
         table.add_row(f"[dim]{name}[/]", escape(str(value)))
     stdout.print(table)
+    checks = Table(show_header=False, box=None, pad_edge=False, title="\nChecked", title_justify="left")
+    for check in plan.checks:
+        checks.add_row("[green]ok[/]", f"[dim]{check.name}[/]", escape(check.result))
+    stdout.print(checks)
     stdout.print("\nNothing was fetched, written or published.")
 
 
@@ -678,6 +705,8 @@ def _print_record(record: RunRecord) -> None:
 
 def _print_published(result: PushResult) -> None:
     stdout.print(f"\nmodel  {result.model.url}  commit {result.model.commit}", highlight=False)
+    if result.model.pull_request is not None:
+        stdout.print(f"pull request  {result.model.pull_request}", highlight=False)
     if result.space is not None:
         stdout.print(f"space  {result.space.url}  commit {result.space.commit}", highlight=False)
     else:

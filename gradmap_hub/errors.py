@@ -123,13 +123,70 @@ class NotAllowed(HubError):
     """The token is valid but may not do this."""
 
 
+class PaymentRequired(HubError):
+    """What was asked needs a paid plan, or more storage than the account has."""
+
+
 class TargetExists(HubError):
     """The target repository holds something that is not this push."""
+
+
+class TargetPublic(HubError):
+    """The target repository is there and public, and nobody said that what is uploaded may be."""
+
+    def __init__(self, repo_id: str) -> None:
+        super().__init__(
+            f"{repo_id} is public: what is uploaded to it is visible to everybody at once. Nothing was uploaded.",
+            hint="Say --public if that is meant, make the repository private, or choose another name with --to.",
+        )
+        self.repo_id = repo_id
+
+
+class TargetChanged(HubError):
+    """Somebody else committed to the target between our look at it and our commit."""
+
+    def __init__(self, repo_id: str, url: str) -> None:
+        super().__init__(
+            f"Somebody else committed to {repo_id} while it was published; their commit stands, ours was not made.",
+            hint=f"Look at {url}/commits/main, then run the same command again: with --update if this is to replace "
+            "what is there, or with another name in --to.",
+        )
+        self.repo_id = repo_id
+
+
+class TargetGone(HubError):
+    """The target repository was there a moment ago, and the Hub finds it no more."""
+
+
+class HubConflict(HubError):
+    """The Hub is in the middle of something else with the same repository (409)."""
+
+
+class RateLimited(HubError):
+    """The Hub asks to be left alone for longer than we wait."""
+
+
+class PublishInterrupted(HubError):
+    """The upload did not finish; everything built is still on disk."""
 
 
 class LicenseUnknown(GradmapError):
     """The base model states no licence, so nothing can be published in its name."""
 
 
-class PublishInterrupted(HubError):
-    """The upload did not finish; everything built is still on disk."""
+class CardInvalid(GradmapError):
+    """The YAML header of a README.md that was to be published is not one that the Hub would take."""
+
+    def __init__(self, path: str, problems: tuple[str, ...], *, hint: str | None = None) -> None:
+        super().__init__(f"The header of {path} is not valid: {problems[0]}. Nothing was uploaded.", hint=hint)
+        self.path = path
+        self.problems = problems
+
+
+class UnsafeToPublish(GradmapError):
+    """A file that was to be published holds something private, or is of a kind that is never published."""
+
+    def __init__(self, path: str, what: str, *, hint: str) -> None:
+        super().__init__(f"{path} {what}. Nothing was uploaded.", hint=hint)
+        self.path = path
+        self.what = what

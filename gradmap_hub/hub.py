@@ -1,4 +1,5 @@
-"""The only module that talks to the Hub: the huggingface_hub client, with its failures turned into ours.
+"""Reading from the Hub: the huggingface_hub client, with its failures turned into ours and passing ones survived.
+`publishing` writes; nothing else talks to a Hub.
 
 Which Hub is decided by the client's own settings (HF_ENDPOINT, HF_TOKEN); nothing here knows whether it is the real
 one or the embedded one.
@@ -6,18 +7,16 @@ one or the embedded one.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from huggingface_hub import CommitOperationAdd, HfApi, get_token
+from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -28,39 +27,35 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import get_session, validate_repo_id  # pyright: ignore[reportPrivateImportUsage]
+from huggingface_hub.utils import (
+    get_session,  # pyright: ignore[reportPrivateImportUsage]
+    hf_raise_for_status,  # pyright: ignore[reportPrivateImportUsage]
+)
 from huggingface_hub.utils.tqdm import disable_progress_bars
 from requests import RequestException
+from requests.exceptions import JSONDecodeError
 
+from gradmap_hub.accounts import Account, account_of
 from gradmap_hub.errors import (
     CalibrationError,
     GatedRepository,
     HubError,
     NotAllowed,
     NotLoggedIn,
-    PublishInterrupted,
+    RateLimited,
     RepositoryNotFound,
     RevisionNotFound,
     SourceError,
-    TargetExists,
-    VerificationError,
 )
 from gradmap_hub.errors import UsageError as Usage
-from gradmap_hub.source import sha256_of
+from gradmap_hub.patience import BRIEF, Patience, Retry, asked_wait, persist
+from gradmap_hub.progress import Reporter, SilentReporter
+from gradmap_hub.transport import Watch, guarded
 
-# Files the Hub itself puts into a new repository, and edits on its own.
-_HUB_OWN_FILES = {".gitattributes"}
-# A new Space also starts with a README that says so; one that holds nothing else has never had an app.
-_PLACEHOLDERS = {"model": _HUB_OWN_FILES, "space": _HUB_OWN_FILES | {"README.md"}}
+T = TypeVar("T")
 
-
-@dataclass(frozen=True)
-class Account:
-    """Who a token belongs to."""
-
-    name: str
-    organizations: tuple[str, ...]
-    role: str
+# Failures of a moment. 501 and 505 are not.
+_PASSING = frozenset({408, 425, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529})
 
 
 @dataclass(frozen=True)
@@ -76,53 +71,64 @@ class RemoteModel:
 
 
 @dataclass(frozen=True)
-class Published:
-    """A repository at the commit that was verified."""
+class RepoState:
+    """A repository as one answer of the Hub described it. `files`: {path: content id}, sha256 for LFS files, git blob
+    id otherwise."""
 
-    repo_id: str
-    commit: str
-    url: str
-    uploaded: bool = field(default=True)
-
-
-class SpaceRefused(HubError):
-    """The Hub does not let this account create the Space; the model is unaffected."""
+    head: str
+    private: bool
+    files: dict[str, str]
 
 
 class Hub:
-    """A thin, typed front of HfApi. The token is held by the client and never shown."""
+    """A thin, typed front of HfApi. The token is held by the client and never shown.
 
-    def __init__(self, endpoint: str | None = None, token: str | None = None) -> None:
+    `reporter` is told when the Hub asks to wait; whoever runs stages sets it to theirs.
+    """
+
+    def __init__(
+        self, endpoint: str | None = None, token: str | None = None, *, patience: Patience | None = None
+    ) -> None:
         # Ours report progress; two progress displays on one terminal destroy each other.
         disable_progress_bars()
         # The client's own "token is invalid" hints would repeat what we say in one line.
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
         self.endpoint = endpoint or os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-        self._token = token or get_token()
-        self._api = HfApi(endpoint=self.endpoint, token=self._token or False)
+        self.token = token or get_token()
+        self.api = HfApi(endpoint=self.endpoint, token=self.token or False)
+        self.reporter: Reporter = SilentReporter()
+        self.patience = patience or Patience()
+        self._brief = patience or BRIEF
 
-    # -- reading ---------------------------------------------------------------------------------------------------
+    def attempt(self, action: Callable[[], T], *, brief: bool = False, watch: Watch | None = None) -> T:
+        """Call the client, again where a failure may pass (see `worth_retrying`); the last failure is raised as the
+        client raised it. `brief` where a user waits for an answer before any work."""
+
+        def once() -> T:
+            with guarded(watch):
+                return action()
+
+        return persist(once, self._brief if brief else self.patience, worth_retrying, self.reporter.note)
 
     def account(self) -> Account:
         """Whose token this is.
 
         Raises:
             NotLoggedIn: no token, or not a valid one.
+            RateLimited, HubError
         """
-        if not self._token:
+        if not self.token:
             raise NotLoggedIn(
                 f"Publishing needs a Hugging Face token, and there is none for {self.endpoint}.",
                 hint="Run `hf auth login`, or set HF_TOKEN to a token with write access.",
             )
         try:
-            answer = self._api.whoami()
+            answer = self.attempt(self.api.whoami, brief=True)
         except OSError as error:  # what requests and the client raise, and the client's offline mode
-            if _status(error) in (401, 403):
-                raise _token_refused(self.endpoint) from error
-            raise _unreachable(self.endpoint, error) from error
-        role = answer.get("auth", {}).get("accessToken", {}).get("role", "")
-        organizations = tuple(entry["name"] for entry in answer.get("orgs", []))
-        return Account(answer["name"], organizations, role)
+            if status_of(error) in (401, 403):
+                raise token_refused(self.endpoint) from error
+            raise _unanswered(self.endpoint, error) from error
+        return account_of(answer)
 
     def model(self, repo_id: str, revision: str | None) -> RemoteModel:
         """Resolve a model id and revision to a commit, its files and its card metadata; weights access is checked.
@@ -130,11 +136,13 @@ class Hub:
         Raises:
             RepositoryNotFound, RevisionNotFound, GatedRepository, HubError
         """
-        with self._translated(repo_id, revision):
-            info = self._api.model_info(repo_id, revision=revision, files_metadata=True)
+        with self.translated(repo_id, revision):
+            info = self.attempt(
+                lambda: self.api.model_info(repo_id, revision=revision, files_metadata=True), brief=True
+            )
             if info.gated:
                 # Metadata of a gated repository is public: only this tells whether its weights are ours to read.
-                self._api.auth_check(repo_id)
+                self.attempt(lambda: self.api.auth_check(repo_id), brief=True)
         card = info.card_data.to_dict() if info.card_data else {}
         files = {entry.rfilename: entry.size or 0 for entry in info.siblings or []}
         if info.sha is None:
@@ -143,8 +151,10 @@ class Hub:
 
     def fetch(self, repo_id: str, commit: str, names: Sequence[str]) -> Path:
         """Download the named files of a model at a commit into the cache; returns the snapshot folder."""
-        with self._translated(repo_id, commit):
-            folder = self._api.snapshot_download(repo_id, revision=commit, allow_patterns=list(names))
+        with self.translated(repo_id, commit):
+            folder = self.attempt(
+                lambda: self.api.snapshot_download(repo_id, revision=commit, allow_patterns=list(names))
+            )
         return Path(folder)
 
     def fetch_dataset_text(self, source: str) -> tuple[list[Path], str]:
@@ -154,14 +164,15 @@ class Hub:
             CalibrationError: no such data set, or no .parquet, .jsonl or .txt file in it that fits.
         """
         repo_id, _, inside = source.partition(":")
+
+        def download(name: str, commit: str | None) -> str:
+            return self.api.hf_hub_download(repo_id, name, repo_type="dataset", revision=commit)
+
         try:
-            with self._translated(repo_id, None):
-                info = self._api.dataset_info(repo_id)
+            with self.translated(repo_id, None):
+                info = self.attempt(lambda: self.api.dataset_info(repo_id))
                 wanted = _dataset_files([entry.rfilename for entry in info.siblings or []], inside)
-                paths = [
-                    Path(self._api.hf_hub_download(repo_id, name, repo_type="dataset", revision=info.sha))
-                    for name in wanted
-                ]
+                paths = [Path(self.attempt(lambda name=name: download(name, info.sha))) for name in wanted]
         except RepositoryNotFound:
             raise CalibrationError(
                 f"There is no text {source}: neither a file here nor a data set on the Hub.",
@@ -175,201 +186,68 @@ class Hub:
             )
         return paths, f"{source}@{info.sha}"
 
-    # -- writing ---------------------------------------------------------------------------------------------------
-
-    def check_target(self, repo_id: str, account: Account, repo_type: str = "model", *, resuming: bool = False) -> None:
-        """Refuse, before any work, a target that cannot be ours. A resumed push may find its own commit there;
-        `publish` compares the content.
-
-        Raises:
-            NotAllowed: read-only token or a foreign namespace.
-            TargetExists: the repository already holds files.
-        """
-        owner, _, name = repo_id.partition("/")
-        if not owner or not name or "/" in name:
-            raise Usage(f"--to takes OWNER/NAME; got {repo_id!r}.")
-        try:
-            validate_repo_id(repo_id)
-        except HFValidationError as error:
-            raise Usage(
-                f"{repo_id!r} cannot be the name of a repository: letters, digits, '-', '_' and '.' only, 96 at most."
-            ) from error
-        if account.role == "read":
-            raise NotAllowed("Your token may only read.", hint="Make one with write access and set HF_TOKEN to it.")
-        if owner != account.name and owner not in account.organizations:
-            raise NotAllowed(
-                f"You are {account.name} and may not write to {owner}.",
-                hint=f"Use --to {account.name}/{name}, or ask for membership of {owner}.",
-            )
-        existing = self.remote_files(repo_id, repo_type)
-        if existing is not None and set(existing) - _PLACEHOLDERS[repo_type] and not resuming:
-            raise TargetExists(
-                f"{repo_id} already exists and is not empty ({len(existing)} files); it is left as it is.",
-                hint="Choose another name with --to, or finish an interrupted push of it with --resume.",
-            )
-
     def check_license(self, license_id: str) -> None:
         """Ask the Hub, which keeps the list of licence ids, before any work: it refuses a card with another.
 
         Raises:
             UsageError: the Hub does not know it.
+            RateLimited, HubError
         """
         card = f"---\nlicense: {json.dumps(license_id)}\n---\n"
-        try:
+
+        def ask() -> int:
             answer = get_session().post(
-                f"{self.endpoint}/api/validate-yaml", json={"content": card, "repoType": "model"}, timeout=30
+                f"{self.endpoint}/api/validate-yaml", json={"content": card, "repoType": "model"}
             )
+            if answer.status_code != 400:
+                hf_raise_for_status(answer)
+            return answer.status_code
+
+        try:
+            status = self.attempt(ask, brief=True)
         except OSError as error:
-            raise _unreachable(self.endpoint, error) from error
-        if answer.status_code == 400:
+            raise _unanswered(self.endpoint, error) from error
+        if status == 400:
             raise Usage(f"The Hub knows no licence {license_id!r}; give its id, such as apache-2.0, or other.")
 
-    def remote_files(self, repo_id: str, repo_type: str, revision: str | None = None) -> dict[str, str] | None:
-        """{path: content id} of a repository (sha256 for LFS, git blob id otherwise), or None if there is none."""
+    def state(
+        self, repo_id: str, repo_type: str, revision: str | None = None, *, brief: bool = False
+    ) -> RepoState | None:
+        """What the Hub holds under a name, read in one request; None if there is nothing that we can see.
+
+        Raises:
+            NotAllowed, NotLoggedIn, RevisionNotFound, RateLimited, HubError
+        """
         try:
-            with self._translated(repo_id, revision):
-                info = self._api.repo_info(repo_id, revision=revision, repo_type=repo_type, files_metadata=True)
+            with self.translated(repo_id, revision):
+                try:
+                    return self.attempt(lambda: self.state_once(repo_id, repo_type, revision), brief=brief)
+                except HfHubHTTPError as error:
+                    if status_of(error) == 403:  # something is there, so it is not for us to create
+                        raise NotAllowed(
+                            f"Your token may not look at {repo_id}{said_by(error)}.",
+                            hint="Use a token with write access to that namespace, or another name with --to.",
+                        ) from error
+                    raise
         except RepositoryNotFound:
             return None
-        return {
+
+    def state_once(self, repo_id: str, repo_type: str, revision: str | None = None) -> RepoState:
+        """As `state`, tried once, with the client's own exceptions: for use within `attempt`."""
+        info = self.api.repo_info(repo_id, revision=revision, repo_type=repo_type, files_metadata=True)
+        if info.sha is None:
+            raise HubError(f"{self.endpoint} did not say at which commit {repo_id} is.")
+        files = {
             entry.rfilename: entry.lfs.sha256 if entry.lfs else (entry.blob_id or "") for entry in info.siblings or []
         }
-
-    def publish(
-        self,
-        folder: Path,
-        repo_id: str,
-        *,
-        repo_type: str,
-        message: str,
-        variables: Mapping[str, str] | None = None,
-    ) -> Published:
-        """Create the repository (private) if needed and put the folder's files into it with one atomic commit.
-
-        Idempotent: equal content makes no second commit, bytes the Hub already has are not sent again.
-
-        Raises:
-            SpaceRefused: the plan of this account does not cover a Space.
-            TargetExists: the repository holds other content.
-            PublishInterrupted: the connection broke or the Hub failed; run again to finish.
-        """
-        local = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-        remote = self.remote_files(repo_id, repo_type)
-        if remote is None:
-            self._create(repo_id, repo_type, variables or {})
-            remote = self.remote_files(repo_id, repo_type) or {}
-        elif repo_type == "space" and variables:
-            self._set_variables(repo_id, variables)
-        foreign = set(remote) - _PLACEHOLDERS[repo_type]
-        url = self.url(repo_id, repo_type)
-        if foreign:
-            if _same_content(local, remote):
-                return Published(repo_id, self._head(repo_id, repo_type), url, uploaded=False)
-            raise TargetExists(
-                f"{repo_id} already holds other content; it is left as it is.",
-                hint="Choose another name with --to.",
-            )
-        head = self._head(repo_id, repo_type)
-        operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in local.items()]
-        try:
-            commit = self._api.create_commit(
-                repo_id, operations, commit_message=message, repo_type=repo_type, parent_commit=head
-            )
-        except (HfHubHTTPError, RequestException, RuntimeError, OSError) as error:
-            landed = self._landed(repo_id, repo_type, local)
-            if landed is not None:  # the answer was lost, not the commit
-                return Published(repo_id, landed, url)
-            raise _interrupted(repo_id, self.endpoint, error) from error
-        except ValueError as error:  # the Hub's judgement of README.md, or of a file
-            raise HubError(
-                f"The Hub refuses what was to be published to {repo_id}: {' '.join(str(error).split())[:300]}",
-                hint="Nothing was committed; what was built is on disk.",
-            ) from error
-        return Published(repo_id, commit.oid, url)
-
-    def verify(self, published: Published, folder: Path, *, repo_type: str) -> int:
-        """Download every file at the published commit into a fresh cache and compare sha256; returns the bytes.
-
-        Raises:
-            VerificationError: a file is missing or differs.
-        """
-        total = 0
-        with tempfile.TemporaryDirectory(prefix="gradmap-verify-") as cache:
-            with self._translated(published.repo_id, published.commit):
-                snapshot = Path(
-                    self._api.snapshot_download(
-                        published.repo_id, repo_type=repo_type, revision=published.commit, cache_dir=cache
-                    )
-                )
-            for path in sorted(folder.rglob("*")):
-                if not path.is_file():
-                    continue
-                name = path.relative_to(folder)
-                copy = snapshot / name
-                if not copy.is_file() or sha256_of(copy) != sha256_of(path):
-                    raise VerificationError(
-                        f"{published.repo_id} at {published.commit[:12]}: {name} is not what was uploaded.",
-                        hint="The repository stays private. Delete it and publish again.",
-                    )
-                total += path.stat().st_size
-        return total
-
-    def make_public(self, repo_id: str, repo_type: str) -> None:
-        """Flip visibility; the last thing a push does."""
-        with self._translated(repo_id, None):
-            self._api.update_repo_settings(repo_id, repo_type=repo_type, private=False)
+        return RepoState(info.sha, bool(info.private), files)
 
     def url(self, repo_id: str, repo_type: str) -> str:
         return f"{self.endpoint}/{'spaces/' if repo_type == 'space' else ''}{repo_id}"
 
-    def _create(self, repo_id: str, repo_type: str, variables: Mapping[str, str]) -> None:
-        space: dict[str, Any] = {}
-        if repo_type == "space":
-            entries = [{"key": key, "value": value} for key, value in variables.items()]
-            space = {"space_sdk": "gradio", "space_variables": entries}
-        try:
-            self._api.create_repo(repo_id, repo_type=repo_type, private=True, exist_ok=True, **space)
-        except HfHubHTTPError as error:
-            status = _status(error)
-            if repo_type == "space" and status in (402, 403):
-                raise SpaceRefused(
-                    f"The Hub does not let this account create the Space {repo_id} (status {status}).",
-                    hint="A CPU Space needs a paid plan (PRO, Team, Enterprise). The Space folder is on disk: "
-                    "run it with `gradmap-hub compare FOLDER`, or upload it from an account with a plan.",
-                ) from error
-            if status == 403:
-                raise NotAllowed(
-                    f"Your token may not create {repo_id}.",
-                    hint="Use a token with write access to that namespace.",
-                ) from error
-            raise _interrupted(repo_id, self.endpoint, error) from error
-        except RequestException as error:
-            raise _interrupted(repo_id, self.endpoint, error) from error
-
-    def _set_variables(self, repo_id: str, variables: Mapping[str, str]) -> None:
-        with self._translated(repo_id, None):
-            present = self._api.get_space_variables(repo_id)
-            for key, value in variables.items():
-                if key not in present or present[key].value != value:
-                    self._api.add_space_variable(repo_id, key, value)
-
-    def _head(self, repo_id: str, repo_type: str) -> str:
-        with self._translated(repo_id, None):
-            sha = self._api.repo_info(repo_id, repo_type=repo_type).sha
-        return sha or ""
-
-    def _landed(self, repo_id: str, repo_type: str, local: Mapping[str, Path]) -> str | None:
-        try:
-            remote = self.remote_files(repo_id, repo_type)
-            if remote and _same_content(local, remote):
-                return self._head(repo_id, repo_type)
-        except (HubError, SourceError):
-            pass
-        return None
-
     @contextmanager
-    def _translated(self, repo_id: str, revision: str | None) -> Iterator[None]:
-        """Turn the client's exceptions into ours. Order matters: gated is a kind of not-found there."""
+    def translated(self, repo_id: str, revision: str | None) -> Iterator[None]:
+        """Turn the client's exceptions on reading into ours. Order matters: gated is a kind of not-found there."""
         try:
             yield
         except HFValidationError as error:
@@ -380,38 +258,105 @@ class Hub:
         except GatedRepoError as error:
             raise GatedRepository(repo_id, self.url(repo_id, "model")) from error
         except RepositoryNotFoundError as error:
-            if _status(error) == 401 and self._token:  # with a valid token it would be 404
-                raise _token_refused(self.endpoint) from error
+            if status_of(error) == 401 and self.token:  # with a valid token it would be 404
+                raise token_refused(self.endpoint) from error
             raise RepositoryNotFound(repo_id) from error
         except RevisionNotFoundError as error:
             raise RevisionNotFound(repo_id, revision or "main") from error
         except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-            cause = error.__cause__ if error.__cause__ is not None else error
-            raise _unreachable(self.endpoint, cause) from error
+            cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+            raise _unanswered(self.endpoint, cause) from error
         except EntryNotFoundError as error:
             raise SourceError(f"{repo_id} lacks a file that its listing names.") from error
         except HfHubHTTPError as error:
-            status = _status(error)
-            if status == 401 and self._token:
-                raise _token_refused(self.endpoint) from error
+            status = status_of(error)
+            if status == 401 and self.token:
+                raise token_refused(self.endpoint) from error
             if status in (401, 403):
                 raise RepositoryNotFound(repo_id) from error
-            raise _unreachable(self.endpoint, error) from error
+            raise _unanswered(self.endpoint, error) from error
         except (RequestException, OSError) as error:
-            raise _unreachable(self.endpoint, error) from error
+            raise _unanswered(self.endpoint, error) from error
 
 
-def _git_blob_id(path: Path) -> str:
-    content = path.read_bytes()
-    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+def worth_retrying(error: Exception) -> Retry | None:
+    """A failure that may pass: the Hub is busy or broken for a moment, or the connection is. Everything that the Hub
+    says no to is not."""
+    for cause in chain_of(error):
+        if isinstance(cause, OfflineModeIsEnabled):
+            return None
+        if isinstance(cause, LocalEntryNotFoundError):  # what a download makes of any failure; the next is the real one
+            continue
+        response = getattr(cause, "response", None)
+        if response is not None:
+            status = response.status_code
+            if status == 429 or status in _PASSING:
+                return Retry(f"status {status}", asked_wait(response.headers))
+            return None
+        if isinstance(cause, RequestException):
+            # Those that are ValueErrors say that a request cannot even be made; an answer cut short is one too.
+            if isinstance(cause, ValueError) and not isinstance(cause, JSONDecodeError):
+                return None
+            return Retry(type(cause).__name__)
+    return None
 
 
-def _same_content(local: Mapping[str, Path], remote: Mapping[str, str]) -> bool:
-    if set(local) != set(remote) - (_HUB_OWN_FILES - set(local)):
-        return False
-    return all(
-        remote[name] == (sha256_of(path) if len(remote[name]) == 64 else _git_blob_id(path))
-        for name, path in local.items()
+def chain_of(error: BaseException) -> Iterator[BaseException]:
+    """An exception and what it was raised from: the client wraps failures of uploads and downloads."""
+    current: BaseException | None = error
+    while current is not None:
+        yield current
+        current = current.__cause__
+
+
+def response_of(error: BaseException) -> Any:
+    """The Hub's answer behind a failure, if there was one."""
+    return next((found for cause in chain_of(error) if (found := getattr(cause, "response", None)) is not None), None)
+
+
+def status_of(error: BaseException) -> int | None:
+    return getattr(response_of(error), "status_code", None)
+
+
+def status_line(error: BaseException) -> str:
+    """One short line about a failed request, without its URL's query or headers."""
+    status = status_of(error)
+    if status is not None:
+        return f"status {status}"
+    return next((type(cause).__name__ for cause in chain_of(error) if isinstance(cause, RequestException)), "") or (
+        type(error).__name__
+    )
+
+
+def said_by(error: BaseException) -> str:
+    """The Hub's own words on a refusal, to be put behind ours; empty if there are none."""
+    response = response_of(error)
+    words = " ".join(str(getattr(response, "headers", {}).get("X-Error-Message") or "").split())
+    return f" ({words[:200].rstrip('.')})" if words else ""
+
+
+def token_refused(endpoint: str, known: str = "") -> NotLoggedIn:
+    return NotLoggedIn(
+        f"{endpoint} does not accept your token.{known}",
+        hint="Make a new one with write access and run `hf auth login` or set HF_TOKEN.",
+    )
+
+
+def rate_limited(endpoint: str, error: BaseException, known: str = "") -> RateLimited:
+    seconds = asked_wait(response_of(error).headers)
+    asked = f" and asks to wait {seconds:.0f} s" if seconds is not None else ""
+    return RateLimited(
+        f"The Hub at {endpoint} takes no more requests for now (status 429){asked}.{known}",
+        hint="Run the same command again later; what the Hub already has is not sent again.",
+    )
+
+
+def _unanswered(endpoint: str, error: BaseException) -> HubError:
+    if status_of(error) == 429:
+        return rate_limited(endpoint, error)
+    return HubError(
+        f"The Hub at {endpoint} did not answer as expected ({status_line(error)}).",
+        hint="Check the connection (and HF_ENDPOINT), then run the same command again.",
     )
 
 
@@ -429,37 +374,3 @@ def _dataset_files(names: Sequence[str], inside: str) -> list[str]:
             continue
         found.append(name)
     return found
-
-
-def _status(error: BaseException) -> int | None:
-    return getattr(getattr(error, "response", None), "status_code", None)
-
-
-def _token_refused(endpoint: str) -> NotLoggedIn:
-    return NotLoggedIn(
-        f"{endpoint} does not accept your token.",
-        hint="Make a new one with write access and run `hf auth login` or set HF_TOKEN.",
-    )
-
-
-def _status_line(error: BaseException) -> str:
-    """One short line about a failed request, without its URL's query or headers."""
-    response = getattr(error, "response", None)
-    if response is not None:
-        return f"status {response.status_code}"
-    return type(error).__name__
-
-
-def _unreachable(endpoint: str, error: BaseException) -> HubError:
-    return HubError(
-        f"The Hub at {endpoint} did not answer as expected ({_status_line(error)}).",
-        hint="Check the connection (and HF_ENDPOINT), then run the same command again.",
-    )
-
-
-def _interrupted(repo_id: str, endpoint: str, error: BaseException) -> PublishInterrupted:
-    return PublishInterrupted(
-        f"The upload to {repo_id} at {endpoint} did not finish ({_status_line(error)}). Nothing was committed; "
-        "what was built is on disk.",
-        hint="Run the same command again (push: with --resume); what the Hub already has is not sent again.",
-    )

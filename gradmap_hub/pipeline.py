@@ -5,33 +5,39 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gradmap_hub import __version__
+from gradmap_hub import plan as planning
+from gradmap_hub.cardcheck import is_known_license
 from gradmap_hub.config import PruneConfig, PushConfig
-from gradmap_hub.errors import LicenseUnknown, OutputExists, SourceError, UsageError
+from gradmap_hub.errors import HubError, OutputExists, SourceError, UsageError
 from gradmap_hub.plan import (
+    PushPlan,
     Targets,
     check_disk,
     check_output,
+    check_pull_request,
+    check_targets,
     check_texts,
     find_source,
-    make_plan,
     space_folder_of,
+    state_license,
     work_folder,
 )
 from gradmap_hub.progress import Reporter, SilentReporter
 from gradmap_hub.record import Candidate, Parity, RunRecord
 from gradmap_hub.run import Run, artifact, inspect_stages, prune_stages, size
-from gradmap_hub.source import COMPANION_FILES, folder_sizes, legal_texts
+from gradmap_hub.source import COMPANION_FILES, legal_texts
 from gradmap_hub.stages import Stages
 
 if TYPE_CHECKING:
-    from gradmap_hub.hub import Hub, Published
+    from gradmap_hub.hub import Hub
+    from gradmap_hub.publishing import Checked, Published, Publisher
     from gradmap_hub.scoring import LayerScores
     from gradmap_hub.space import SpacePlan
 
@@ -86,7 +92,7 @@ def prune(
     Raises:
         GradmapError: one of its subclasses says what is wrong; see errors.py.
     """
-    hub = hub or _default_hub()
+    hub = _reporting(hub or _default_hub(), reporter)
     check_output(output, resume)
     check_texts(config)
     source = find_source(model, revision, hub)
@@ -97,13 +103,27 @@ def prune(
         return _write_card(prune_stages(run), output)
 
 
+def make_plan(config: PushConfig, hub: Hub) -> PushPlan:
+    """Everything that can be known before any work: what --dry-run prints.
+
+    Raises:
+        GradmapError: the first thing that would make the push fail later.
+    """
+    from gradmap_hub.publishing import Publisher
+
+    return planning.make_plan(config, hub, Publisher(hub))
+
+
 def push(config: PushConfig, *, command: str = "", reporter: Reporter | None = None, hub: Hub) -> PushResult:
     """Prune, export, write card and Space, publish both, and verify what was published.
 
     Raises:
         GradmapError: one of its subclasses says what is wrong; see errors.py.
     """
+    from gradmap_hub.publishing import Publisher
+
     reporter = reporter or SilentReporter()
+    _reporting(hub, reporter)
     plan = make_plan(config, hub)
     with _no_empty_folders(plan.output):
         run = Run(plan.source, config.prune, plan.removals, plan.output, command, reporter, hub)
@@ -117,7 +137,7 @@ def push(config: PushConfig, *, command: str = "", reporter: Reporter | None = N
     if plan.space is not None:
         space_folder = space_folder_of(plan.output)
         _write_space(record, plan.space, space_folder, run.checkpoint(), run.stages, plan.target)
-    return _publish_both(record, plan.output, space_folder, plan, hub, reporter, public=config.public)
+    return _publish_both(record, plan.output, space_folder, plan, Publisher(hub), reporter)
 
 
 def inspect(
@@ -132,7 +152,7 @@ def inspect(
     """Score the layers of `model` and find what would go at each ratio; nothing is kept."""
     import tempfile
 
-    hub = hub or _default_hub()
+    hub = _reporting(hub or _default_hub(), reporter)
     check_texts(config)
     source = find_source(model, revision, hub)
     with tempfile.TemporaryDirectory(prefix="gradmap-inspect-") as scratch:
@@ -146,35 +166,49 @@ def publish_folder(
     to: str | None = None,
     space: bool = True,
     public: bool = False,
+    update: bool = False,
+    create_pr: bool = False,
+    license: str | None = None,
+    license_name: str | None = None,
+    license_link: str | None = None,
     hub: Hub,
     reporter: Reporter | None = None,
 ) -> PushResult:
-    """Publish a folder made by `prune` or `push`, and the Space folder beside it if there is one."""
+    """Publish a folder made by `prune` or `push`, and the Space folder beside it if there is one.
+
+    Raises:
+        GradmapError: one of its subclasses says what is wrong; see errors.py.
+    """
+    from gradmap_hub.publishing import Publisher
+
+    check_pull_request(create_pr, to=to, public=public, update=update)
+    reporter = reporter or SilentReporter()
+    publisher = Publisher(_reporting(hub, reporter))
     record = RunRecord.read(folder)
     account = hub.account()
-    if record.base.license is None:
-        raise LicenseUnknown(
-            f"{record.base.name} states no licence, so nothing can be published from it.",
-            hint="Make it again with `gradmap-hub push --license ID`, if you know its licence.",
-        )
-    if public and record.base.gated:
-        raise UsageError(f"{record.base.name} is gated: what is made from it stays private. Leave out --public.")
+    base = state_license(record.base, license, license_name, license_link, hub)
+    if public and base.gated:
+        raise UsageError(f"{base.name} is gated: what is made from it stays private. Leave out --public.")
     target = to or record.target or f"{account.name}/{folder.resolve().name}"
-    # Only where this folder was published before may something lie already; `hub.publish` then compares it.
-    hub.check_target(target, account, resuming=target == record.target)
     space_folder = space_folder_of(folder)
-    plan = _space_plan(record) if space and (space_folder / "app.py").is_file() else None
-    targets = Targets(target, f"{target}-compare", plan)
-    if plan is not None:
-        hub.check_target(targets.space_target, account, "space", resuming=targets.space_target == record.space)
+    plan = None
+    if space and not create_pr and (space_folder / "app.py").is_file():
+        plan = _space_plan(dataclasses.replace(record, base=base))
+    targets = Targets(target, f"{target}-compare", plan, public, update, create_pr)
+    # Only where this folder was published before may something lie already; `Publisher.publish` then compares it.
+    resuming = (target == record.target, targets.space_target == record.space)
+    check_targets(targets, base.name, account, publisher, resuming=resuming)
     elsewhere = target != record.target
     named = dataclasses.replace(
-        record, target=target, space=targets.space_target if plan else None if elsewhere else record.space
+        record,
+        base=base,
+        target=target,
+        space=targets.space_target if plan else None if elsewhere else record.space,
     )
     if named != record:  # the card names the repository it stands in
         record = _write_card(named, folder)
     built = space_folder if plan else None
-    return _publish_both(record, folder, built, targets, hub, reporter or SilentReporter(), public=public)
+    return _publish_both(record, folder, built, targets, publisher, reporter)
 
 
 def export_folder(folder: Path, formats: list[str], *, reporter: Reporter | None = None) -> RunRecord:
@@ -212,7 +246,7 @@ def build_space(
         raise SourceError(
             f"{folder} was made from a local model, {record.base.name}.", hint="Say where it is with --against."
         )
-    hub = hub or _default_hub()
+    hub = _reporting(hub or _default_hub(), reporter)
     source = find_source(model, record.base.commit if against is None else None, hub)
     if not (folder / "onnx" / "model.onnx").is_file():
         record = export_folder(folder, ["onnx"], reporter=reporter)
@@ -302,51 +336,80 @@ def _publish_both(
     folder: Path,
     space_folder: Path | None,
     targets: Targets,
-    hub: Hub,
+    publisher: Publisher,
     reporter: Reporter,
-    *,
-    public: bool,
 ) -> PushResult:
     """The model first; a refused Space never takes it back. Visibility changes last."""
-    from gradmap_hub.hub import SpaceRefused
+    from gradmap_hub.publishing import SpaceRefused
     from gradmap_hub.space import variables
 
+    # Both are looked through before either is uploaded.
+    model_files = _checked(folder, "model", record, targets, publisher)
+    space_files = None
+    if space_folder is not None and targets.space is not None:
+        space_files = _checked(space_folder, "space", record, targets, publisher)
     message = f"Pruned {record.layers_before} -> {record.layers_after} layers with gradmap-hub {record.gradmap_hub}"
-    model = _publish(folder, targets.target, "model", message, hub, reporter)
+    if targets.create_pr:
+        proposed = _publish(lambda: publisher.propose(model_files, targets.target, message=message), model_files,
+                            publisher, reporter)  # fmt: skip
+        return PushResult(record, folder, space_folder, proposed, None, "a pull request carries the model alone")
+    terms = targets.terms(record.base.name, "model")
+    model = _publish(lambda: publisher.publish(model_files, targets.target, terms, message=message), model_files,
+                     publisher, reporter)  # fmt: skip
     space: Published | None = None
     reason = "not asked for"
-    if space_folder is not None and targets.space is not None:
-        wanted = variables(record, targets.target, model.commit, targets.space)
-        message = "Comparison app, written by gradmap-hub"
-        try:
-            space = _publish(space_folder, targets.space_target, "space", message, hub, reporter, wanted)
-        except SpaceRefused as refused:
-            reason = f"{refused.message} {refused.hint or ''}".strip()
-    if public:
-        hub.make_public(targets.target, "model")
-        if space is not None:
-            hub.make_public(targets.space_target, "space")
+    try:
+        if space_files is not None and targets.space is not None:
+            try:
+                wanted = variables(record, targets.target, model.commit, targets.space)
+                space = _publish_space(space_files, record, targets, wanted, publisher, reporter)
+            except SpaceRefused as refused:
+                reason = f"{refused.message} {refused.hint or ''}".strip()
+        if targets.public:
+            publisher.make_public(targets.target, "model")
+            if space is not None:
+                publisher.make_public(targets.space_target, "space")
+    except HubError as error:
+        # The model is safe; whoever reads only the last lines must learn it.
+        error.hint = f"The model is published and verified: {model.url} at {model.commit}. {error.hint or ''}".strip()
+        raise
     return PushResult(record, folder, space_folder, model, space, reason)
 
 
-def _publish(
-    folder: Path,
-    target: str,
-    repo_type: str,
-    message: str,
-    hub: Hub,
-    reporter: Reporter,
-    variables: dict[str, str] | None = None,
-) -> Published:
-    what = "model" if repo_type == "model" else "Space"
+def _checked(folder: Path, kind: str, record: RunRecord, targets: Targets, publisher: Publisher) -> Checked:
+    from gradmap_hub.screening import this_machine
+
     for leftover in folder.glob("*.partial"):  # of an export that was killed
         shutil.rmtree(leftover, ignore_errors=True)
-    reporter.start(f"Publishing the {what}")
-    published = hub.publish(folder, target, repo_type=repo_type, message=message, variables=variables)
-    amount = size(sum(folder_sizes(folder).values()))
-    reporter.finish(f"{target}, {amount}, commit {published.commit[:12]}", reused=not published.uploaded)
-    reporter.start(f"Verifying the published {what}")
-    checked = hub.verify(published, folder, repo_type=repo_type)
+    known = (record.base.name, record.name, targets.target, targets.space_target)
+    private = this_machine(publisher.hub.token, {"the folder it was made in": folder.resolve()}, known)
+    license_id = record.base.license
+    # An id that is not on our list was shown to the Hub before.
+    accepted = (license_id,) if license_id and not is_known_license(license_id) else ()
+    return publisher.check(folder, kind, private, accepted_licenses=accepted)
+
+
+def _publish_space(
+    files: Checked,
+    record: RunRecord,
+    targets: Targets,
+    variables: dict[str, str],
+    publisher: Publisher,
+    reporter: Reporter,
+) -> Published:
+    terms = targets.terms(record.base.name, "space")
+    message = "Comparison app, written by gradmap-hub"
+
+    def publish() -> Published:
+        return publisher.publish(files, targets.space_target, terms, message=message, variables=variables)
+
+    return _publish(publish, files, publisher, reporter)
+
+
+def _publish(publish: Callable[[], Published], files: Checked, publisher: Publisher, reporter: Reporter) -> Published:
+    published = publish()
+    reporter.start(f"Verifying the published {'model' if files.kind == 'model' else 'Space'}")
+    checked = publisher.verify(published, files)
     reporter.finish(f"{size(checked)} downloaded into a fresh cache, sha256 equal")
     return published
 
@@ -368,6 +431,12 @@ def _stages_of(folder: Path, reporter: Reporter, what: str) -> Stages:
     if not folder.is_dir():
         raise OutputExists(f"{folder} is not a folder.")
     return Stages(work_folder(folder), reporter, {"version": __version__, "what": what})
+
+
+def _reporting(hub: Hub, reporter: Reporter | None) -> Hub:
+    """The Hub, telling this reporter when it asks us to wait."""
+    hub.reporter = reporter or SilentReporter()
+    return hub
 
 
 def _default_hub() -> Hub:

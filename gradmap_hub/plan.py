@@ -7,18 +7,31 @@ from __future__ import annotations
 
 import math
 import shutil
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradmap_hub.architectures import Architecture, architecture_of
 from gradmap_hub.config import PruneConfig, PushConfig
 from gradmap_hub.errors import CalibrationError, DiskTooSmall, LicenseUnknown, OutputExists, SourceError, UsageError
-from gradmap_hub.record import FILE_NAME, Base
+from gradmap_hub.record import (
+    FILE_NAME,
+    SCHEMA_VERSION,
+    Base,
+    BeforeAfter,
+    CalibrationRecord,
+    CompensationRecord,
+    LayerDecision,
+    RunRecord,
+)
 from gradmap_hub.source import Files, check_weights, choose_files, folder_sizes, read_config
+from gradmap_hub.targets import Terms, model_mark, space_mark
 
 if TYPE_CHECKING:
+    from gradmap_hub.accounts import Account
     from gradmap_hub.hub import Hub
+    from gradmap_hub.publishing import Publisher
     from gradmap_hub.space import SpacePlan
 
 _TEXT_SUFFIXES = (".txt", ".jsonl", ".utf8", ".raw", ".md")
@@ -59,18 +72,14 @@ def find_source(model: str, revision: str | None, hub: Hub) -> Source:
     config = read_config(hub.fetch(model, remote.commit, ["config.json"]) / "config.json")
     architecture = architecture_of(config)
     files = choose_files(remote.files)
-    license_id = remote.card.get("license")
     base = Base(
         name=model,
         repo_id=model,
         revision=revision or "main",
         commit=remote.commit,
-        license=str(license_id) if isinstance(license_id, str) else None,
-        license_name=remote.card.get("license_name"),
-        license_link=remote.card.get("license_link"),
         gated=remote.gated,
         private=remote.private,
-        language=_languages(remote.card.get("language")),
+        **_card_facts(remote.card),
         model_type=architecture.model_type,
         dtype=_dtype_of(config),
         has_onnx="onnx/model.onnx" in remote.files,
@@ -79,11 +88,18 @@ def find_source(model: str, revision: str | None, hub: Hub) -> Source:
 
 
 def _folder_source(path: Path) -> Source:
+    from gradmap_hub.cardcheck import CARD, header_of
+
     config = read_config(path / "config.json")
     architecture = architecture_of(config)
     files = choose_files(folder_sizes(path))
     check_weights(path, files)
-    base = Base(name=path.resolve().name, model_type=architecture.model_type, dtype=_dtype_of(config))
+    base = Base(
+        name=path.resolve().name,
+        model_type=architecture.model_type,
+        dtype=_dtype_of(config),
+        **_card_facts(header_of(path / CARD) or {}),
+    )
     return Source(base, architecture, int(config["num_hidden_layers"]), files, files.weight_bytes, folder=path)
 
 
@@ -132,12 +148,18 @@ def check_output(output: Path, resume: bool, mark: Path | None = None) -> None:
 
 def check_disk(output: Path, needed: int) -> None:
     """Raises DiskTooSmall: less free space than `needed` bytes where `output` will be."""
-    place = output.absolute()
-    while not place.exists():
-        place = place.parent
+    place = _existing(output)
     free = shutil.disk_usage(place).free
     if free < needed:
         raise DiskTooSmall(str(place), needed, free)
+
+
+def _existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that exists."""
+    place = path.absolute()
+    while not place.exists():
+        place = place.parent
+    return place
 
 
 def is_local_text(source: str) -> bool:
@@ -157,26 +179,42 @@ def check_texts(config: PruneConfig) -> None:
 
 @dataclass(frozen=True)
 class Targets:
-    """Where a push goes."""
+    """Where a push goes, and what the user allows there."""
 
     target: str
     space_target: str
     space: SpacePlan | None
+    public: bool = False
+    update: bool = False
+    create_pr: bool = False
+
+    def terms(self, base_name: str, repo_type: str) -> Terms:
+        mark = (model_mark if repo_type == "model" else space_mark)(base_name, self.target)
+        return Terms(self.public, self.update, mark)
 
 
 @dataclass(frozen=True)
+class Check:
+    """One thing that was looked at before any work, and what was found."""
+
+    name: str
+    result: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class PushPlan(Targets):
-    """Everything known before any work: what --dry-run prints."""
+    """Everything known before any work: what --dry-run prints. `source.base` has the licence as it will be stated."""
 
     source: Source
     output: Path
     removals: int
     license: str
     disk_bytes: int
-    public: bool
+    upload_bytes: int
+    checks: tuple[Check, ...]
 
 
-def make_plan(config: PushConfig, hub: Hub) -> PushPlan:
+def make_plan(config: PushConfig, hub: Hub, publisher: Publisher) -> PushPlan:
     """All checks that need no weights, cheapest first.
 
     Raises:
@@ -186,48 +224,186 @@ def make_plan(config: PushConfig, hub: Hub) -> PushPlan:
 
     if config.trust_remote_code:
         raise UsageError("--trust-remote-code is not available yet: models that need their own code are refused.")
+    check_pull_request(config.create_pr, to=config.to, public=config.public, update=config.update)
     output = config.output or default_output(config.model, config.prune)
     check_output(output, config.resume)
     check_texts(config.prune)
     account = hub.account()
     source = find_source(config.model, config.revision, hub)
     removals = config.prune.removals(source.layer_count)
-    license_id = source.base.license or config.license
-    if license_id is None:
-        raise LicenseUnknown(
-            f"{source.base.name} states no licence, so nothing can be published from it.",
-            hint="If you know its licence, state it with --license (an id such as apache-2.0, or other).",
-        )
-    if source.base.license is None or source.base.repo_id is None:
-        hub.check_license(license_id)
-    if config.public and source.base.gated:
-        raise UsageError(f"{source.base.name} is gated: what is made from it stays private. Leave out --public.")
+    base = state_license(source.base, config.license, config.license_name, config.license_link, hub)
+    source = replace(source, base=base)
+    if config.public and base.gated:
+        raise UsageError(f"{base.name} is gated: what is made from it stays private. Leave out --public.")
     if config.onnx:
         from gradmap_hub.exporters.onnx import require
 
         require()
     target = config.to or f"{account.name}/{output.resolve().name}"
-    space_target = f"{target}-compare"
-    hub.check_target(target, account, resuming=config.resume)
     space = None
-    if config.space:
-        hub.check_target(space_target, account, "space", resuming=config.resume)
+    if config.space and not config.create_pr:
         space = plan_space(
-            license=license_id,
-            gated=source.base.gated,
-            private=source.base.private,
-            has_onnx=source.base.has_onnx,
-            has_repository=source.base.repo_id is not None,
+            license=base.license,
+            gated=base.gated,
+            private=base.private,
+            has_onnx=base.has_onnx,
+            has_repository=base.repo_id is not None,
             onnx=config.onnx,
         )
+    targets = Targets(target, f"{target}-compare", space, config.public, config.update, config.create_pr)
+    found = check_targets(targets, base.name, account, publisher, resuming=(config.resume, config.resume))
     # Checkpoint and its ONNX, each about the original's size in float32; the original's own ONNX for the Space; and
     # once more what is published, for the fresh copy it is verified against.
-    float32 = source.weight_bytes * (2 if source.base.dtype in ("bfloat16", "float16") else 1)
+    float32 = source.weight_bytes * (2 if base.dtype in ("bfloat16", "float16") else 1)
     stored_original = float32 if space is not None and space.original == "space" and config.onnx else 0
     built = source.weight_bytes + (float32 if config.onnx else 0)
     disk = source.weight_bytes + 2 * built + stored_original
     check_disk(output, disk)
-    return PushPlan(target, space_target, space, source, output, removals, license_id, disk, config.public)
+    upload = (float32 if config.prune.dtype == "float32" else source.weight_bytes) + built - source.weight_bytes
+    upload += stored_original
+    free = shutil.disk_usage(_existing(output)).free
+    checks = (
+        Check("account", f"{account.name}, token of role {account.role or 'unknown'}"),
+        *found,
+        Check("weights", _access(source)),
+        Check("licence", _license_words(base)),
+        Check("card", _card_words(source, removals, targets)),
+        Check("disk", f"about {disk / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free"),
+        Check("upload", f"at most about {upload / 1e6:,.1f} MB"),
+    )
+    return PushPlan(
+        target=target,
+        space_target=targets.space_target,
+        space=space,
+        public=config.public,
+        update=config.update,
+        create_pr=config.create_pr,
+        source=source,
+        output=output,
+        removals=removals,
+        license=base.license or "",
+        disk_bytes=disk,
+        upload_bytes=upload,
+        checks=checks,
+    )
+
+
+def check_pull_request(create_pr: bool, *, to: str | None, public: bool, update: bool) -> None:
+    """Raises UsageError: --create-pr together with what it excludes, or without saying to whom."""
+    if not create_pr:
+        return
+    if to is None:
+        raise UsageError("--create-pr needs --to OWNER/NAME: the repository that gets the pull request.")
+    for given, option in ((public, "--public"), (update, "--update")):
+        if given:
+            raise UsageError(f"--create-pr only proposes; leave out {option}, which is for a repository of your own.")
+
+
+def check_targets(
+    targets: Targets, base_name: str, account: Account, publisher: Publisher, *, resuming: tuple[bool, bool]
+) -> list[Check]:
+    """Refuse targets that cannot be ours, before any work. `resuming`: whether the model and the Space may be there
+    already, because an earlier run of the same push put them there.
+
+    Raises:
+        GradmapError: see `Guard.check_target`.
+    """
+    model = publisher.guard.check_target(
+        targets.target,
+        account,
+        "model",
+        targets.terms(base_name, "model"),
+        resuming=resuming[0],
+        pull_request=targets.create_pr,
+    )
+    space = "none"
+    if targets.space is not None:
+        terms = targets.terms(base_name, "space")
+        space = publisher.guard.check_target(targets.space_target, account, "space", terms, resuming=resuming[1])
+    return [Check("target", model), Check("space", space)]
+
+
+def state_license(
+    base: Base, license_id: str | None, license_name: str | None, license_link: str | None, hub: Hub
+) -> Base:
+    """The base with the licence that will be stated: its own, or the one given for an original that states none.
+
+    Raises:
+        LicenseUnknown: there is neither.
+        UsageError: both, and they differ; or an id that the Hub does not know.
+    """
+    from gradmap_hub.cardcheck import is_known_license
+
+    if base.license is None and license_id is None:
+        raise LicenseUnknown(
+            f"{base.name} states no licence, so nothing can be published from it.",
+            hint="If you know its licence, state it with --license (an id such as apache-2.0, or other).",
+        )
+    if base.license_source == "publisher" and license_id is not None:  # stated before, and now anew
+        base = replace(base, license=None, license_name=None, license_link=None)
+    if base.license is not None and license_id not in (None, base.license):
+        raise UsageError(
+            f"{base.name} states its licence, {base.license}; --license is for originals that state none. Leave it out."
+        )
+    if base.license is None:
+        base = replace(base, license=license_id, license_source="publisher")
+    stated = base.license or ""
+    if stated == "other":
+        name, link = base.license_name or license_name, base.license_link or license_link
+        base = replace(base, license_name=name, license_link=link)
+    if not is_known_license(stated):
+        hub.check_license(stated)  # the Hub may know more than the list here
+    return base
+
+
+def _access(source: Source) -> str:
+    size = f"{source.weight_bytes / 1e6:,.1f} MB"
+    if source.base.repo_id is None:
+        return f"on this machine, {size}"
+    kind = "gated, access granted" if source.base.gated else "private, readable" if source.base.private else "open"
+    return f"{kind}, {size} at commit {(source.base.commit or '')[:12]}"
+
+
+def _license_words(base: Base) -> str:
+    named = f" ({base.license_name}, {base.license_link})" if base.license == "other" else ""
+    origin = "from the original" if base.license_source == "original" else "stated with --license"
+    return f"{base.license}{named}, {origin}"
+
+
+def _card_words(source: Source, removals: int, targets: Targets) -> str:
+    """Build the header as it will be, without what is measured, and judge it.
+
+    Raises:
+        CardInvalid
+    """
+    import yaml
+
+    from gradmap_hub.card import front_matter
+    from gradmap_hub.cardcheck import check_card
+
+    layers = [LayerDecision(index, 0.0, index >= removals, "") for index in range(source.layer_count)]
+    record = RunRecord(
+        schema_version=SCHEMA_VERSION,
+        gradmap_hub="",
+        command="",
+        name=targets.target.rpartition("/")[2],
+        base=source.base,
+        layers=layers,
+        removed=list(range(removals)),
+        ratio=removals / source.layer_count,
+        parameters=BeforeAfter(0, 0),
+        bytes=BeforeAfter(0, 0),
+        metric="",
+        schedule="",
+        calibration=CalibrationRecord("", 0, 0, 0, ""),
+        compensation=CompensationRecord(False),
+        seed=0,
+        target=targets.target,
+    )
+    header = front_matter(record)
+    text = f"---\n{yaml.safe_dump(header, sort_keys=False, allow_unicode=True)}---\n"
+    check_card(text, "model", accepted=(source.base.license or "",))
+    return f"the header is valid: {', '.join(header)}"
 
 
 def default_output(model: str, config: PruneConfig) -> Path:
@@ -252,6 +428,13 @@ def space_folder_of(output: Path) -> Path:
 def _dtype_of(config: dict[str, Any]) -> str:
     name = str(config.get("dtype") or config.get("torch_dtype") or "float32")
     return name if name in ("float32", "bfloat16", "float16") else "float32"
+
+
+def _card_facts(card: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a card's header goes into the record, checked for its type: anybody may have written it."""
+    texts = {name: card.get(name) for name in ("license", "license_name", "license_link")}
+    facts: dict[str, Any] = {name: value if isinstance(value, str) else None for name, value in texts.items()}
+    return facts | {"language": _languages(card.get("language"))}
 
 
 def _languages(value: Any) -> list[str]:

@@ -12,8 +12,8 @@ class Reporter(Protocol):
         """A stage begins."""
         ...
 
-    def total(self, steps: int) -> None:
-        """The running stage has this many steps."""
+    def total(self, steps: int, *, unit: str = "") -> None:
+        """The running stage has this many steps; `unit` "bytes" if that is what they are."""
         ...
 
     def advance(self, steps: int = 1) -> None:
@@ -34,7 +34,7 @@ class SilentReporter:
 
     def start(self, title: str) -> None: ...
 
-    def total(self, steps: int) -> None: ...
+    def total(self, steps: int, *, unit: str = "") -> None: ...
 
     def advance(self, steps: int = 1) -> None: ...
 

@@ -8,8 +8,17 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TransferSpeedColumn,
+)
 from rich.progress import TimeElapsedColumn as Elapsed
+from rich.progress import TimeRemainingColumn as Remaining
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -39,15 +48,17 @@ class TerminalReporter:
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             Elapsed(),
-            TimeRemainingColumn(),
+            Remaining(),
             console=self._console,
             transient=True,
         )
         self._task = self._live.add_task(escape(title), total=None)
         self._live.start()
 
-    def total(self, steps: int) -> None:
+    def total(self, steps: int, *, unit: str = "") -> None:
         if self._live is not None and self._task is not None:
+            if unit == "bytes":
+                self._live.columns = (*self._live.columns[:3], DownloadColumn(), TransferSpeedColumn(), Remaining())
             self._live.reset(self._task, total=steps)
 
     def advance(self, steps: int = 1) -> None:
@@ -63,7 +74,7 @@ class TerminalReporter:
         self._console.print(f"[green]done[/]  {escape(self._title)}[dim]{middle}  ({seconds})[/]", highlight=False)
 
     def note(self, text: str) -> None:
-        self.close()
+        # A live bar stays: the console prints above it.
         if not self._quiet:
             self._console.print(f"[yellow]note[/]  {escape(text)}", highlight=False)
 

@@ -13,7 +13,20 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "gradmap_hub"
-LEAVES = {"errors", "config", "record", "architectures", "progress", "source", "stages"}
+LEAVES = {
+    "accounts",
+    "architectures",
+    "config",
+    "contents",
+    "errors",
+    "patience",
+    "progress",
+    "record",
+    "screening",
+    "source",
+    "stages",
+    "targets",
+}
 NUMERIC = {
     "calibration",
     "compensation",
@@ -34,8 +47,10 @@ INPUT_TYPES = {"selection": "scoring.LayerScores", "compensation": "calibration.
 # Closed forms that a stage applies, split off because they need no model; healing goes on where the correction ended,
 # with its rule for what counts as a gain.
 FORMULAS = {"compensation": {"ridge"}, "heal": {"calibration", "compensation"}}
-HUB_USERS = {"pipeline", "cli", "demo"}
+HUB_USERS = {"pipeline", "publishing", "guard", "refusals", "cli", "demo"}
 HUB_NAMERS = {"plan", "run"}  # for type checkers only
+# Who writes to the Hub, and who may have it written.
+WRITERS = {"pipeline"}
 HEAVY = ("torch", "transformers", "huggingface_hub", "onnxruntime")
 
 
@@ -125,6 +140,12 @@ def test_only_those_who_tell_the_story_talk_to_the_hub() -> None:
         for name, typing_only in ours(path):
             if name == "hub":
                 assert path.stem in HUB_USERS or (path.stem in HUB_NAMERS and typing_only), path.stem
+
+
+def test_only_the_pipeline_has_something_published() -> None:
+    for path in modules():
+        found = {typing_only for name, typing_only in ours(path) if name == "publishing"}
+        assert not found or path.stem in WRITERS or (path.stem in HUB_NAMERS and found == {True}), path.stem
 
 
 def test_only_main_imports_the_command_line() -> None:

@@ -1,0 +1,132 @@
+"""Whether a target may be written to: its name, the token, and what lies there already."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Collection
+from pathlib import Path
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # pyright: ignore[reportPrivateImportUsage]
+
+from gradmap_hub.accounts import Account, check_owner, check_scopes
+from gradmap_hub.contents import HUB_OWN_FILES, PLACEHOLDERS
+from gradmap_hub.errors import NotAllowed, RepositoryNotFound, TargetExists, TargetPublic, UsageError
+from gradmap_hub.hub import Hub, RepoState
+from gradmap_hub.targets import Mark, Terms, is_ours
+
+
+class Guard:
+    """Looks at targets; changes nothing."""
+
+    def __init__(self, hub: Hub) -> None:
+        self.hub = hub
+
+    def check_target(
+        self,
+        repo_id: str,
+        account: Account,
+        repo_type: str,
+        terms: Terms,
+        *,
+        resuming: bool = False,
+        pull_request: bool = False,
+    ) -> str:
+        """Refuse, before any work, a target that cannot be ours; says in words what is there. A resumed push may find
+        its own commit: `Publisher.publish` compares the content.
+
+        Raises:
+            UsageError: not the name of a repository.
+            NotAllowed: read-only token or a foreign namespace.
+            TargetExists: the repository already holds files.
+            TargetPublic: it is there, empty and public.
+        """
+        owner = check_name(repo_id)
+        if account.role == "read":
+            raise NotAllowed("Your token may only read.", hint="Make one with write access and set HF_TOKEN to it.")
+        if not pull_request:
+            check_owner(repo_id, owner, account)
+        state = self.hub.state(repo_id, repo_type, brief=True)
+        check_scopes(repo_id, owner, account, repo_type, exists=state is not None, pull_request=pull_request)
+        if pull_request:
+            if state is None:
+                raise RepositoryNotFound(repo_id, hint="A pull request needs a repository that exists.")
+            return f"{repo_id} gets a pull request; nothing else in it changes"
+        if state is None:
+            return f"{repo_id} is not there yet; it is created private"
+        visibility = "private" if state.private else "public"
+        count = len(set(state.files) - HUB_OWN_FILES)
+        if not set(state.files) - PLACEHOLDERS[repo_type]:
+            self.check_visibility(repo_id, state, terms)
+            return f"{repo_id} is there, empty and {visibility}"
+        if terms.update:
+            self.check_replaceable(repo_id, repo_type, state, terms, ())
+            self.check_visibility(repo_id, state, terms)
+            return f"{repo_id} holds an earlier push of {count} files, {visibility}; one commit replaces it"
+        if not resuming:
+            raise self.taken(repo_id, repo_type, state, terms)
+        return f"{repo_id} holds {count} files, {visibility}; only if they are these, nothing is left to do"
+
+    def check_visibility(self, repo_id: str, state: RepoState, terms: Terms) -> None:
+        """Raises TargetPublic: what would be uploaded is visible at once, and nobody said that it may be."""
+        if not state.private and not terms.public:
+            raise TargetPublic(repo_id)
+
+    def _is_earlier(self, repo_id: str, kind: str, state: RepoState, mark: Mark | None) -> bool:
+        if mark is None or mark.file not in state.files:
+            return False
+        with tempfile.TemporaryDirectory(prefix="gradmap-mark-") as cache, self.hub.translated(repo_id, state.head):
+            path = self.hub.attempt(
+                lambda: self.hub.api.hf_hub_download(
+                    repo_id, mark.file, repo_type=kind, revision=state.head, cache_dir=cache
+                )
+            )
+            return mark.fits(Path(path).read_bytes())
+
+    def taken(self, repo_id: str, kind: str, state: RepoState, terms: Terms) -> TargetExists:
+        """The refusal to write to a repository that holds something; names --update where that would help."""
+        if self._is_earlier(repo_id, kind, state, terms.mark):
+            hint = "It is an earlier push of the same model: replace it with --update, or choose another --to."
+        else:
+            hint = "Choose another name with --to, or finish an interrupted push of it with --resume."
+        count = len(set(state.files) - HUB_OWN_FILES)
+        return TargetExists(
+            f"{repo_id} already exists and is not empty ({count} files); it is left as it is.", hint=hint
+        )
+
+    def check_replaceable(
+        self, repo_id: str, kind: str, state: RepoState, terms: Terms, local: Collection[str]
+    ) -> list[str]:
+        """The files that are there and would go; raises TargetExists where not all that is there is ours."""
+        if not self._is_earlier(repo_id, kind, state, terms.mark):
+            raise TargetExists(
+                f"{repo_id} does not hold an earlier push of the same model; it is left as it is.",
+                hint="--update replaces only what gradmap-hub made from the same original for the same name. Choose "
+                "another name with --to.",
+            )
+        gone = sorted(set(state.files) - set(local) - HUB_OWN_FILES)
+        foreign = [name for name in gone if not is_ours(name, kind)]
+        if foreign:
+            raise TargetExists(
+                f"{repo_id} holds {foreign[0]}, which gradmap-hub did not put there; it is left as it is.",
+                hint="Move that file away on the Hub and run the same command again, or choose another name with --to.",
+            )
+        return gone
+
+
+def check_name(repo_id: str) -> str:
+    """The owner in OWNER/NAME.
+
+    Raises:
+        UsageError: it cannot be the name of a repository.
+    """
+    owner, _, name = repo_id.partition("/")
+    if not owner or not name or "/" in name:
+        raise UsageError(f"--to takes OWNER/NAME; got {repo_id!r}.")
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise UsageError(
+            f"{repo_id!r} cannot be the name of a repository: letters, digits, '-', '_' and '.' only, 96 at most."
+        ) from error
+    return owner

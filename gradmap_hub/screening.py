@@ -1,0 +1,144 @@
+"""The last look at files before they leave the machine: is each of a kind that we make, and does it hold anything that
+belongs to this machine or its user alone?
+
+Tensor data is not read; headers, graphs, texts and images are.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from gradmap_hub.errors import UnsafeToPublish
+from gradmap_hub.source import COMPANION_FILES, legal_texts
+
+_MODEL_SUFFIXES = (
+    ".safetensors", ".onnx", ".onnx_data", ".json", ".md", ".txt", ".jinja", ".model", ".png", ".svg", ".jpg", ".webp",
+)  # fmt: skip
+_SUFFIXES = {"model": _MODEL_SUFFIXES, "space": (*_MODEL_SUFFIXES, ".py", ".css")}
+_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".dill", ".npy", ".npz", ".msgpack", ".h5")
+# Numbers, gigabytes of them, and nothing else.
+_DATA_ONLY = (".onnx_data",)
+# hf_ and 34 letters on the real Hub; organisations once had api_org_. An embedded Hub says that a token is its own.
+_TOKEN = re.compile(rb"(?<![A-Za-z0-9_])(?:hf_[A-Za-z0-9]{30,}|api_org_[A-Za-z0-9]{30,}|hf_local_[0-9a-f]{40})")
+_BLOCK = 1 << 24
+# Longer than anything that is looked for.
+_OVERLAP = 1 << 13
+_HEADER_LIMIT = 100_000_000
+_REMOVE = "Take it out of the folder, then publish again."
+# Words that cards and apps hold anyway; a machine that is called so gives nothing away.
+_OUR_WORDS = ("gradmap-hub", "transformers", "safetensors", "onnxruntime", "huggingface", "tokenizers", "original")
+
+
+@dataclass(frozen=True)
+class Private:
+    """What must not be published: the token, and the places on this machine by what they are ("your home folder")."""
+
+    token: str | None = None
+    places: Mapping[str, Path] | None = None
+    host: str | None = None
+
+
+def this_machine(token: str | None, places: Mapping[str, Path], known: Iterable[str] = ()) -> Private:
+    """What is private here. `known`: names that are published on purpose; a host called as one of them is no secret."""
+    host = socket.gethostname()
+    if not _is_distinctive(host) or any(host.lower() in name.lower() for name in (*known, *_OUR_WORDS)):
+        host = None
+    return Private(token, {"your home folder": Path(os.path.expanduser("~")), **places}, host)
+
+
+def screen(folder: Path, kind: str, private: Private) -> None:
+    """Look at every file below `folder`. `kind`: "model" or "space".
+
+    Raises:
+        UnsafeToPublish: names the file and what is wrong with it.
+    """
+    patterns = list(_patterns(private))
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
+            raise UnsafeToPublish(name, "is a link to a place outside the folder", hint=_REMOVE)
+        if path.is_dir():
+            continue
+        _check_kind(name, kind)
+        if path.suffix in _DATA_ONLY:
+            continue
+        original = path.name in COMPANION_FILES or bool(legal_texts([path.name]))
+        for what, pattern in patterns:
+            # Copied from the original byte for byte: a word in its vocabulary is not the name of this machine.
+            if original and what == _HOST:
+                continue
+            if any(pattern.search(block) for block in _blocks(path)):
+                raise UnsafeToPublish(
+                    name, f"holds {what}", hint="Take it out, or make the folder again; what is published stays known."
+                )
+
+
+def publishable(name: str, kind: str) -> bool:
+    """Whether a file of this name is of a kind that we make."""
+    path = PurePosixPath(name)
+    hidden = any(part.startswith(".") for part in path.parts)
+    return not hidden and (path.suffix.lower() in _SUFFIXES[kind] or bool(legal_texts([path.name])))
+
+
+def _check_kind(name: str, kind: str) -> None:
+    suffix = PurePosixPath(name).suffix.lower()
+    if suffix in _PICKLES:
+        raise UnsafeToPublish(
+            name, f"may run code when it is loaded ({suffix} files can hold pickled objects)", hint=_REMOVE
+        )
+    if not publishable(name, kind):
+        raise UnsafeToPublish(name, "is not of a kind that gradmap-hub makes", hint=_REMOVE)
+
+
+_HOST = "the name of this machine"
+
+
+def _patterns(private: Private) -> Iterator[tuple[str, re.Pattern[bytes]]]:
+    if private.token:
+        yield "your token", re.compile(re.escape(private.token.encode()))
+    yield "what looks like a Hugging Face token", _TOKEN
+    for what, place in (private.places or {}).items():
+        pattern = _place_pattern(place)
+        if pattern is not None:
+            yield f"the path of {what}", pattern
+    if private.host:
+        yield _HOST, re.compile(rb"(?<![\w.-])" + re.escape(private.host.encode()) + rb"(?![\w-])", re.IGNORECASE)
+
+
+def _place_pattern(place: Path) -> re.Pattern[bytes] | None:
+    """The absolute path as a whole. A short one such as /data is a common word, and only counts with more behind it."""
+    parts = place.absolute().parts[1:]
+    if not parts:
+        return None
+    text = str(place.absolute())
+    written = {re.escape(form.encode()) for form in (text, json.dumps(text)[1:-1])}  # as in a text, as in JSON
+    after = rb"(?![\w-])" if len(parts) > 1 else rb"[/\\]+[\w.]"
+    return re.compile(rb"(?<![\w./-])(?:" + b"|".join(sorted(written)) + rb")" + after)
+
+
+def _is_distinctive(host: str) -> bool:
+    """Whether a host name is more than a word that may stand in any text."""
+    return host not in ("localhost", "localhost.localdomain") and (
+        len(host) > 7 or (len(host) > 3 and bool(re.search(r"[\d-]", host)))
+    )
+
+
+def _blocks(path: Path) -> Iterator[bytes]:
+    """The parts of a file that are looked at, in overlapping blocks."""
+    with path.open("rb") as stream:
+        if path.suffix == ".safetensors":
+            start = stream.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+            yield stream.read(min(length, _HEADER_LIMIT))
+            return
+        before = b""
+        while block := stream.read(_BLOCK):
+            yield before + block
+            before = block[-_OVERLAP:]

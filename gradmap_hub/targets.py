@@ -1,0 +1,73 @@
+"""What a push may find where it goes: an earlier push of ours is known by what it says of itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from gradmap_hub.record import FILE_NAME, RunRecord, from_json
+from gradmap_hub.source import COMPANION_FILES, WEIGHTS, WEIGHTS_INDEX, legal_texts
+
+CARD = "README.md"
+_COMPARE = "compare.json"
+# The names that we write; a repository with others holds somebody else's work too.
+_OURS = {
+    "model": (
+        CARD, FILE_NAME, "config.json", "generation_config.json", WEIGHTS, "model-*-of-*.safetensors", WEIGHTS_INDEX,
+        *COMPANION_FILES, "onnx/*", "assets/*.png", "assets/*.svg",
+    ),
+    "space": (CARD, _COMPARE, "requirements.txt", "*.py", "*.css", "original/*"),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What tells an earlier push of ours: a file at the head whose content `fits`."""
+
+    file: str
+    fits: Callable[[bytes], bool]
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What the user allows with a target: `public`: that it is or becomes visible to all; `update`: that an earlier
+    push of ours, known by its `mark`, is replaced."""
+
+    public: bool = False
+    update: bool = False
+    mark: Mark | None = None
+
+
+def model_mark(base_name: str, target: str) -> Mark:
+    """A model repository is ours if its gradmap.json names the same base, and itself as the target."""
+
+    def fits(content: bytes) -> bool:
+        try:
+            record = from_json(RunRecord, json.loads(content))
+            return record.target == target and record.base.name == base_name
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return False
+
+    return Mark(FILE_NAME, fits)
+
+
+def space_mark(base_name: str, model_target: str) -> Mark:
+    """A Space is ours if its compare.json compares the same base with that model."""
+
+    def fits(content: bytes) -> bool:
+        try:
+            facts = json.loads(content)
+            return facts["pruned"]["repo_id"] == model_target and facts["original"]["name"] == base_name
+        except (ValueError, KeyError, TypeError):
+            return False
+
+    return Mark(_COMPARE, fits)
+
+
+def is_ours(name: str, kind: str) -> bool:
+    """Whether a file of this name is one that we write."""
+    nested = "/" in name
+    matching = (pattern for pattern in _OURS[kind] if nested == ("/" in pattern) and fnmatchcase(name, pattern))
+    return any(matching) or bool(legal_texts([name]))

@@ -1,0 +1,209 @@
+"""A Hub of its own for every test, our side of it with waits that are written down instead of waited, and small folders
+as `prune` writes them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from huggingface_hub import HfApi, constants, file_download
+from huggingface_hub.utils import _http
+
+from gradmap_hub import __version__
+from gradmap_hub.hub import Hub
+from gradmap_hub.local_hub import LocalHub, Request
+from gradmap_hub.patience import Patience
+from gradmap_hub.record import Base, BeforeAfter, CalibrationRecord, CompensationRecord, LayerDecision, RunRecord
+
+BASE = "acme/base"
+TARGET = "ada/small"
+SPACE = "ada/small-compare"
+CARD = f"""---
+base_model: {BASE}
+base_model_relation: finetune
+license: apache-2.0
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- pruned
+model-index:
+- name: small
+  results:
+  - task:
+      type: text-generation
+    dataset:
+      name: wiki
+      type: wiki
+    metrics:
+    - type: perplexity
+      value: 12.5
+---
+
+# small
+"""
+SPACE_CARD = """---
+title: small
+sdk: gradio
+sdk_version: "6.17.3"
+app_file: app.py
+---
+"""
+
+
+class Heard:
+    """A reporter that remembers: `lines` of finished stages, `notes`, and bytes that were told while they went."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.notes: list[str] = []
+        self.told = 0
+        self._title = ""
+
+    def start(self, title: str) -> None:
+        self._title = title
+
+    def total(self, steps: int, *, unit: str = "") -> None: ...
+
+    def advance(self, steps: int = 1) -> None:
+        self.told += steps
+
+    def finish(self, note: str = "", *, reused: bool = False) -> None:
+        self.lines.append(f"{self._title}: {note}")
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+@dataclasses.dataclass
+class Side:
+    """Our side of a Hub: one user's, with the waits it would have made."""
+
+    hub: Hub
+    api: HfApi
+    heard: Heard
+    waits: list[float]
+
+
+def tensors(seed: int, size: int = 60_000) -> bytes:
+    """A safetensors file of one random tensor."""
+    header = json.dumps({"w": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}).encode()
+    return struct.pack("<Q", len(header)) + header + random.Random(seed).randbytes(size)
+
+
+def record_of(**changes: Any) -> RunRecord:
+    """The record of a run that took one of three layers out."""
+    record = RunRecord(
+        schema_version=1,
+        gradmap_hub=__version__,
+        command="gradmap-hub push acme/base --layers 1",
+        name="small",
+        base=Base(BASE, BASE, "main", "c" * 40, "apache-2.0"),
+        layers=[LayerDecision(index, 1.0 + index, index != 1, "") for index in range(3)],
+        removed=[1],
+        ratio=1 / 3,
+        parameters=BeforeAfter(300, 200),
+        bytes=BeforeAfter(600, 400),
+        metric="gradient",
+        schedule="oneshot",
+        calibration=CalibrationRecord("wiki", 4, 128, 32, "0" * 64),
+        compensation=CompensationRecord(False),
+        seed=0,
+        target=TARGET,
+        space=SPACE,
+    )
+    return dataclasses.replace(record, **changes)
+
+
+def write_folders(root: Path, *, seed: int = 0, record: RunRecord | None = None, name: str = "small") -> Path:
+    """A model folder and the Space folder beside it, with files of every kind that is published."""
+    model, space = root / name, root / f"{name}-space"
+    (model / "onnx").mkdir(parents=True)
+    (model / "assets").mkdir()
+    (space / "original").mkdir(parents=True)
+    (record or record_of()).write(model)
+    (model / "README.md").write_text(CARD)
+    (model / "LICENSE").write_text("You may do with it what you like.\n")
+    (model / "config.json").write_text('{"model_type": "llama"}')
+    (model / "tokenizer.json").write_text(json.dumps({"vocab": {f"w{i}": i for i in range(500)}}))
+    (model / "model.safetensors").write_bytes(tensors(seed))
+    (model / "onnx" / "model.onnx").write_bytes(random.Random(seed + 1).randbytes(20_000))
+    (model / "assets" / "layers.png").write_bytes(b"\x89PNG\r\n\x1a\n\x00" + random.Random(seed + 2).randbytes(500))
+    (space / "README.md").write_text(SPACE_CARD)
+    (space / "app.py").write_text("print('hello')\n")
+    (space / "requirements.txt").write_text("onnxruntime\n")
+    facts = {"pruned": {"repo_id": TARGET}, "original": {"name": BASE}}
+    (space / "compare.json").write_text(json.dumps(facts))
+    (space / "original" / "LICENSE").write_text("You may do with it what you like.\n")
+    (space / "original" / "model.onnx").write_bytes(random.Random(seed + 3).randbytes(15_000))
+    return model
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_folders(tmp_path)
+
+
+@pytest.fixture
+def point_client_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Does what HF_ENDPOINT does when it is set before huggingface_hub is imported, and takes its own waits away."""
+
+    def point(url: str) -> None:
+        template = url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(_http, "time", SimpleNamespace(sleep=lambda seconds: None))
+        monkeypatch.setattr(file_download, "time", SimpleNamespace(sleep=lambda seconds: None, time=lambda: 0.0))
+
+    return point
+
+
+@pytest.fixture
+def server(tmp_path: Path, point_client_at: Callable[[str], None]) -> Iterator[LocalHub]:
+    with LocalHub(tmp_path / "hub") as running:
+        point_client_at(running.url)
+        running.add_user("acme-owner", orgs=["acme"])
+        yield running
+
+
+@pytest.fixture
+def as_user(server: LocalHub) -> Callable[..., Side]:
+    def side(name: str = "ada", role: Any = "write", *, scopes: Any = (), **patience: Any) -> Side:
+        token = server.add_user(name, role, scopes=scopes)
+        waits: list[float] = []
+        hub = Hub(server.url, token, patience=Patience(sleep=waits.append, draw=lambda: 0.0, **patience))
+        heard = Heard()
+        hub.reporter = heard
+        return Side(hub, HfApi(endpoint=server.url, token=token), heard, waits)
+
+    return side
+
+
+@pytest.fixture
+def ada(as_user: Callable[..., Side]) -> Side:
+    return as_user()
+
+
+@pytest.fixture
+def sent() -> Callable[[list[Request]], list[Request]]:
+    """The requests that carried an LFS object."""
+    return lambda requests: [entry for entry in requests if entry.route in ("lfs-put", "lfs-part")]
+
+
+def remote_bytes(side: Side, repo_id: str, kind: str, cache: Path, revision: str | None = None) -> dict[str, bytes]:
+    """Every file of a repository, fetched afresh, without what the Hub puts there."""
+    copy = Path(side.api.snapshot_download(repo_id, repo_type=kind, revision=revision, cache_dir=cache))
+    found = {path.relative_to(copy).as_posix(): path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    found.pop(".gitattributes", None)
+    return found
+
+
+def local_bytes(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
