@@ -58,7 +58,13 @@ TYPED: dict[int, type[GradmapError]] = {
     409: HubConflict,
     412: HubConflict,
 }
+# One of each kind of ending at every route; `make test-all` runs the whole matrix.
+QUICK = ("429 Retry-After", "503", "reset-after", 403)
 OUTCOMES: dict[str, dict[str, str]] = defaultdict(dict)
+
+
+def _weighed(value: Any, quick: bool) -> Any:
+    return value if quick else pytest.param(value, marks=pytest.mark.slow)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -129,7 +135,7 @@ def test_these_are_the_routes_of_a_publish(server: LocalHub, ada: Side, folder: 
     assert set(USED) <= set(ROUTES)
 
 
-@pytest.mark.parametrize("name", PASSING)
+@pytest.mark.parametrize("name", [_weighed(name, name in QUICK) for name in PASSING])
 @pytest.mark.parametrize("route", [route for route in ROUTES if route in USED])
 def test_what_passes_is_survived(
     server: LocalHub, ada: Side, folder: Path, tmp_path: Path, route: str, name: str
@@ -146,7 +152,7 @@ def test_what_passes_is_survived(
         assert all(wait <= 16 for wait in ada.waits)
 
 
-@pytest.mark.parametrize("status", REFUSALS)
+@pytest.mark.parametrize("status", [_weighed(status, status in QUICK) for status in REFUSALS])
 @pytest.mark.parametrize("route", [route for route in ROUTES if route in USED])
 def test_refusals_are_told_and_the_next_run_finishes(
     server: LocalHub, ada: Side, folder: Path, tmp_path: Path, route: str, status: int
