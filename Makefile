@@ -10,10 +10,10 @@ DEMO := build/demo
 install: $(STAMP)
 
 # torch goes first and alone: asked for together with the rest, pip may take a build with gigabytes of CUDA packages.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt Makefile
 	$(PYTHON) -m venv .venv
 	$(PIP) install --quiet --constraint constraints.txt torch
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[cpu,onnx,space,dev]'
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[cpu,onnx,space,dev,eval]'
 	@touch $(STAMP)
 
 demo: install
