@@ -20,7 +20,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.inputs import data, dtype_of, load, model_and_samples
+from benchmarks.inputs import data, opened
 from benchmarks.methods import split_pool
 from gradmap_hub.calibration import Rows
 from gradmap_hub.compensation import ATTENTION, MLP, Overrides, Site, fit_correction, sites_at_gaps
@@ -80,9 +80,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of all passes")
     parser.add_argument("--output", type=Path, default=Path("build/bench"))
     arguments = parser.parse_args()
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    folder, samples = model_and_samples(None, arguments.output)
-    decoder, tokenizer = load(folder, dtype_of(arguments.dtype, "cpu"), "cpu")
+    decoder, tokenizer, samples = opened(arguments.output, arguments.dtype)
     removed = [int(part) for part in arguments.drop.split(",")]
     heal_steps = [int(part) for part in arguments.heal.split(",") if part]
     kept = [layer for layer in range(decoder.count) if layer not in set(removed)]

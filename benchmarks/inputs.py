@@ -52,6 +52,13 @@ def load(folder: Path, dtype: torch.dtype, device: str) -> tuple[Decoder, Any]:
     return Decoder(model, architecture_of(model.config.to_dict()), SEQ_LEN), AutoTokenizer.from_pretrained(folder)
 
 
+def opened(output: Path, dtype: str) -> tuple[Decoder, Any, dict[str, Path]]:
+    """The demo's model on the CPU, its tokenizer, and the sample texts, kept below `output`."""
+    output.mkdir(parents=True, exist_ok=True)
+    folder, samples = model_and_samples(None, output)
+    return *load(folder, dtype_of(dtype, "cpu"), "cpu"), samples
+
+
 def data(
     samples: dict[str, Path], tokenizer: Any, *, pool: int, evaluation: int, draws: int
 ) -> tuple[list[Tensor], list[Rows], dict[str, str]]:

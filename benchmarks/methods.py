@@ -43,7 +43,7 @@ from gradmap_hub.progress import SilentReporter
 from gradmap_hub.record import Candidate, CompensationRecord
 from gradmap_hub.scoring import iterative_removals, score_layers
 from gradmap_hub.search import search_layers
-from gradmap_hub.selection import candidates, finalists
+from gradmap_hub.selection import candidates, finalists, stems
 
 RANDOM_SEEDS = (0, 1, 2)
 PUBLISHED, OWN, STAGE_2 = "as published", "+ own compensation", "+ our stage 2"
@@ -260,12 +260,11 @@ def ours(decoder: Decoder, pool: Tensor, config: PruneConfig, count: int, *, sco
     with Meter(decoder, len(pool)) as choosing:
         if config.schedule == "iterative":
             # A run scores once before, for its record; what decides is this alone.
-            sets = {"gradient, iterative": iterative_removals(decoder, score_rows, count)}
+            sets, grown = {"gradient, iterative": iterative_removals(decoder, score_rows, count)}, {}
         else:
             scores = score_layers(decoder, score_rows)
-            sets = candidates(scores, count, config.metric)
-        swaps = config.metric == "auto" and config.schedule == "oneshot"
-        found = search_layers(decoder, rows.selection, sets, swaps=swaps)
+            sets, grown = candidates(scores, count, config.metric), stems(scores, count, config.metric)
+        found = search_layers(decoder, rows.selection, sets, stems=grown, swaps=config.swaps)
     with Meter(decoder, len(pool)) as correcting:
         results = []
         for candidate in finalists(found, config.compensation != "none"):

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from benchmarks.inputs import SEQ_LEN, data, dtype_of, load, model_and_samples
+from benchmarks.inputs import SEQ_LEN, data, opened
 from benchmarks.table import ranges
 from gradmap_hub.calibration import Rows, read_text, tokenize
 from gradmap_hub.decoder import Decoder
@@ -164,9 +164,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of all passes")
     parser.add_argument("--output", type=Path, default=Path("build/bench"))
     arguments = parser.parse_args()
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    folder, samples = model_and_samples(None, arguments.output)
-    decoder, tokenizer = load(folder, dtype_of(arguments.dtype, "cpu"), "cpu")
+    decoder, tokenizer, samples = opened(arguments.output, arguments.dtype)
     pools, texts, _ = data(samples, tokenizer, pool=arguments.rows, evaluation=arguments.evaluation, draws=1)
     calibration = {MIXTURE: pools[0]}
     generator = torch.Generator().manual_seed(0)

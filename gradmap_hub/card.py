@@ -21,10 +21,19 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from gradmap_hub.plots import layers_plot, save_plot, shift_plot
-from gradmap_hub.record import SWAPPED, Artifact, Candidate, LayerDecision, RunRecord, SiteCorrection, TextPerplexity
+from gradmap_hub.record import (
+    GROWN,
+    SWAPPED,
+    Artifact,
+    Candidate,
+    LayerDecision,
+    RunRecord,
+    SiteCorrection,
+    TextPerplexity,
+)
+from gradmap_hub.source import CARD
 
 TEMPLATE = "card.md.jinja"
-CARD = "README.md"
 LAYERS_PLOT = "assets/layers.png"
 SHIFT_PLOT = "assets/shift.png"
 CALIBRATION_KIND = "calibration (held out)"
@@ -133,7 +142,7 @@ def _context(record: RunRecord) -> dict[str, Any]:
         "positions": {row.layer.index: row.position for row in _layer_rows(record)},
         "chosen": _chosen(record),
         "lowest_loss": min((candidate.loss for candidate in record.candidates), default=math.inf),
-        "swapped": sum(candidate.name.endswith(SWAPPED) for candidate in record.candidates),
+        "made": sum(candidate.name.endswith((SWAPPED, GROWN)) for candidate in record.candidates),
         "finalists": _finalists(record),
         "lowest_corrected": min((loss for _, loss in _finalists(record)), default=math.inf),
         "corrections": record.compensation.corrections,

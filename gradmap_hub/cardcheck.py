@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from gradmap_hub.errors import CardInvalid
+from gradmap_hub.source import CARD
 
-CARD = "README.md"
 _OTHER_HINT = "Name the licence and say where it stands, with --license-name and --license-link."
 
 

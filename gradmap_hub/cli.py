@@ -691,8 +691,10 @@ def _print_record(record: RunRecord) -> None:
     removed = ", ".join(map(str, record.removed))
     stdout.print(f"Removed layers {removed} ({record.metric}).", highlight=False)
     if correction.applied:
-        places = ", ".join(f"{entry.layer} ({entry.part})" for entry in correction.corrections)
-        stdout.print(f"Corrected by {correction.kind} fits, folded into layers {places}.", highlight=False)
+        places = [f"{entry.layer} ({entry.part})" for entry in correction.corrections]
+        fits = f"a {correction.kind} fit" if len(places) == 1 else f"{correction.kind} fits"
+        layers = f"layer{'s' if len(places) > 1 else ''} {', '.join(places)}"
+        stdout.print(f"Corrected by {fits}, folded into {layers}.", highlight=False)
     else:
         stdout.print(f"No correction applied: {correction.reason}.", highlight=False)
     if record.heal is not None and record.heal.applied:

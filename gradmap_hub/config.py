@@ -65,8 +65,8 @@ class PruneConfig:
     drop: tuple[int, ...] | None = _option(None, "Indices of the decoder layers to remove, such as 12,13,14.")
     metric: Metric = _option(
         "auto",
-        "How layers are ranked. auto: several rankings from one scoring pass and swaps of single layers, decided by "
-        "loss on held-out rows. "
+        "How layers are chosen. auto: several rankings of one scoring pass propose sets, the best window is tried with "
+        "every further layer, and the held-out loss decides. "
         "gradient: GradMAP's gradient L1. Others: taylor, block-influence, gradient-window, cosine-window.",
     )
     schedule: Schedule = _option(
@@ -160,6 +160,13 @@ class PruneConfig:
     def selection_rows(self) -> int:
         """Held-out rows that decide between candidates and between ridge strengths."""
         return max(4, self.samples // 4)
+
+    @property
+    def swaps(self) -> bool:
+        """Whether the search exchanges single layers of the best set. Only where nothing is corrected: swaps scatter
+        the gaps, and what they gained before the correction they lost after it (docs/method.md)."""
+        searched = self.metric == "auto" and self.schedule == "oneshot" and self.drop is None
+        return searched and self.compensation == "none"
 
     def removals(self, layer_count: int) -> int:
         """How many of `layer_count` layers go: round half up, at least one, at most all but one.

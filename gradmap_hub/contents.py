@@ -6,12 +6,12 @@ import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
-from gradmap_hub.source import sha256_of
+from gradmap_hub.source import CARD, sha256_of
 
 # Files the Hub itself puts into a new repository, and edits on its own.
 HUB_OWN_FILES = frozenset({".gitattributes"})
 # A new Space also starts with a README that says so; one that holds nothing else has never had an app.
-PLACEHOLDERS = {"model": HUB_OWN_FILES, "space": HUB_OWN_FILES | {"README.md"}}
+PLACEHOLDERS = {"model": HUB_OWN_FILES, "space": HUB_OWN_FILES | {CARD}}
 
 
 def same_content(local: Mapping[str, Path], remote: Mapping[str, str]) -> bool:

@@ -25,7 +25,7 @@ from gradmap_hub.record import (
     LayerDecision,
     RunRecord,
 )
-from gradmap_hub.source import Files, check_weights, choose_files, folder_sizes, read_config
+from gradmap_hub.source import CARD, Files, check_weights, choose_files, folder_sizes, read_config
 from gradmap_hub.targets import Terms, model_mark, space_mark
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def find_source(model: str, revision: str | None, hub: Hub) -> Source:
 
 
 def _folder_source(path: Path) -> Source:
-    from gradmap_hub.cardcheck import CARD, header_of
+    from gradmap_hub.cardcheck import header_of
 
     config = read_config(path / "config.json")
     architecture = architecture_of(config)

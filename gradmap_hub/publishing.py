@@ -20,7 +20,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.errors import HfHubHTTPError
 from requests import RequestException
 
-from gradmap_hub.cardcheck import CARD, CardFacts, check_card
+from gradmap_hub.cardcheck import CardFacts, check_card
 from gradmap_hub.contents import HUB_OWN_FILES, PLACEHOLDERS, holds, same_content
 from gradmap_hub.errors import (
     HubError,
@@ -35,7 +35,7 @@ from gradmap_hub.guard import Guard
 from gradmap_hub.hub import Hub, RepoState, status_of, worth_retrying
 from gradmap_hub.refusals import AGAIN, CLIENT_ERRORS, refusal, step
 from gradmap_hub.screening import Private, screen
-from gradmap_hub.source import sha256_of
+from gradmap_hub.source import CARD, sha256_of
 from gradmap_hub.targets import Terms
 from gradmap_hub.transport import Watch
 
@@ -419,7 +419,7 @@ class Publisher:
                 create_pr=pull_request,
             )
         for warning in said:
-            if "README.md" in str(warning.message):  # the Hub's remarks on the card
+            if CARD in str(warning.message):  # the Hub's remarks on the card
                 self.hub.reporter.note(" ".join(str(warning.message).split()))
         return made
 

@@ -54,6 +54,7 @@ class LayerDecision:
 
 # What the name of a set ends in that came from another by exchanging single layers.
 SWAPPED = ", swapped"
+GROWN = " and one more"
 
 
 @dataclass(frozen=True)

@@ -335,12 +335,13 @@ def _select(run: Run, rows: CalibrationRows, scores: LayerScores) -> _Selected:
     from gradmap_hub.calibration import sha256_of_ids
     from gradmap_hub.scoring import iterative_removals
     from gradmap_hub.search import SWAPS_MEASURED, search_layers
-    from gradmap_hub.selection import candidates
+    from gradmap_hub.selection import candidates, stems
 
     config = run.config
 
     def compute() -> _Selected:
         decoder = run.decoder()
+        grown: dict[str, list[int]] = {}
         if config.drop is not None:
             sets: dict[str, list[int]] = {"chosen by hand": sorted(config.drop)}
         elif config.schedule == "iterative":
@@ -349,10 +350,12 @@ def _select(run: Run, rows: CalibrationRows, scores: LayerScores) -> _Selected:
             sets = {"gradient, iterative": iterative_removals(decoder, scoring, run.removals, row_done=run.step)}
         else:
             sets = candidates(scores, run.removals, config.metric)
-        swaps = config.metric == "auto" and config.drop is None and config.schedule == "oneshot"
+            grown = stems(scores, run.removals, config.metric)
         count = len(rows.selection)
-        run.reporter.total(count * (len(sets) + (SWAPS_MEASURED + 2 if swaps else 0)))
-        found = search_layers(decoder, rows.selection, sets, swaps=swaps, rows_done=run.reporter.advance)
+        run.reporter.total(count * (len(sets) + (2 if grown else 0) + (SWAPS_MEASURED + 2 if config.swaps else 0)))
+        found = search_layers(
+            decoder, rows.selection, sets, stems=grown, swaps=config.swaps, rows_done=run.reporter.advance
+        )
         return _Selected(found, by_hand=config.drop is not None)
 
     return run.stages.run(
@@ -365,6 +368,7 @@ def _select(run: Run, rows: CalibrationRows, scores: LayerScores) -> _Selected:
             "removals": run.removals,
             "metric": config.metric,
             "schedule": config.schedule,
+            "swaps": config.swaps,
             "rows": sha256_of_ids(rows.selection),
         },
         describe=lambda found: f"{len(found.candidates)} sets measured, best {_ranges(found.candidates[0].removed)}",

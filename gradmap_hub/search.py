@@ -1,11 +1,15 @@
 """Stage 1, second half: which set of layers goes, decided by the loss on held-out rows.
 
 Any single ranking is fragile, and greedy search on the loss (SLEB) is slow and fits its own rows. Here the rankings of
-one scoring pass propose sets; the loss on rows they never saw compares them; the best is improved by
+one scoring pass propose sets; the loss on rows they never saw compares them; others are made from them by
 
+    grow       L(S + m)             one more kept layer removed, from a set of one layer less
     add-back   b[l] = L(S - l)      one removed layer put back
     remove     a[m] = L(S + m)      one more kept layer removed
     swap       L(S - l + m)  ~  b[l] + a[m] - L(S)       predicted from the two, then measured for the best few
+
+A window and one layer elsewhere often loses less than the window that is one longer, and two corrections mend much of
+it; no ranking of single layers proposes such a set.
 
 All trials of a sweep share one walk along the layers: a trial starts from the residual stream where it differs, so it
 costs the layers behind that point only. Sets and sweeps race: all see a quarter of the rows, the best few the rest.
@@ -20,7 +24,7 @@ import torch
 from torch import Tensor
 
 from gradmap_hub.decoder import Decoder
-from gradmap_hub.record import SWAPPED, Candidate
+from gradmap_hub.record import GROWN, SWAPPED, Candidate
 
 # Sets, and trials of a sweep, that go on to all rows; swaps that are measured after being predicted.
 SURVIVING_SETS = 3
@@ -89,18 +93,31 @@ class Search:
         """Rows that everything sees."""
         return max(1, len(self._ids) // 4)
 
+    def _best(self, sets: Mapping[str, Sequence[int]], count: int) -> list[str]:
+        """Names of the `count` sets of the lowest loss on a quarter of the rows, lowest first."""
+        if len(sets) <= count:
+            return list(sets)
+        heat = self._ids[: self._heat]
+        first = {
+            name: math.fsum(self._decoder.losses(heat, self._live(set(removed)), self._rows_done))
+            for name, removed in sets.items()
+        }
+        return sorted(sets, key=lambda name: first[name])[:count]
+
     def best_seeds(self, seeds: Mapping[str, Sequence[int]]) -> None:
         """Measure the sets that a quarter of the rows did not rule out."""
-        names = list(seeds)
-        if len(names) > SURVIVING_SETS:
-            heat = self._ids[: self._heat]
-            first = {
-                name: math.fsum(self._decoder.losses(heat, self._live(set(seeds[name])), self._rows_done))
-                for name in names
-            }
-            names = sorted(names, key=lambda name: first[name])[:SURVIVING_SETS]
-        for name in names:
+        for name in self._best(seeds, SURVIVING_SETS):
             self.loss(seeds[name], name)
+
+    def grow(self, stems: Mapping[str, Sequence[int]]) -> None:
+        """Measure the best of `stems` with one more layer removed: all of them on a quarter of the rows, the best few
+        on all."""
+        for name in self._best(stems, 1):
+            stem = stems[name]
+            for layer, loss in self.race(stem, self._live(set(stem))).items():
+                key = frozenset({*stem, layer})
+                self._known.setdefault(key, loss)
+                self._names.setdefault(key, f"{name}{GROWN}")
 
     def race(self, removed: Sequence[int], layers: Sequence[int]) -> dict[int, float]:
         """Mean loss with each of `layers` flipped, for those that a quarter of the rows did not rule out."""
@@ -138,12 +155,15 @@ def search_layers(
     ids: Tensor,
     seeds: Mapping[str, Sequence[int]],
     *,
+    stems: Mapping[str, Sequence[int]] | None = None,
     swaps: bool,
     rows_done: Callable[[int], None] = lambda _rows: None,
 ) -> list[Candidate]:
-    """The sets measured on all rows, lowest loss first. `seeds`: named sets of one size. `swaps`: improve the best."""
+    """The sets measured on all rows, lowest loss first. `seeds`: named sets of one size; `stems`: named sets of one
+    layer less, the best of which is tried with every further layer. `swaps`: improve the best."""
     search = Search(decoder, ids, rows_done)
     search.best_seeds(seeds)
+    search.grow(stems or {})
     if swaps:
         leader = search.ranked()[0]
         search.swap(leader.removed, leader.name)

@@ -12,6 +12,7 @@ from typing import Any
 
 from gradmap_hub.errors import BrokenCheckpointError, SourceError
 
+CARD = "README.md"
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 # Copied byte for byte from the original to the result; re-saving a tokenizer changes it.

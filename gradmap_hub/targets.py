@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from gradmap_hub.record import FILE_NAME, RunRecord, from_json
-from gradmap_hub.source import COMPANION_FILES, WEIGHTS, WEIGHTS_INDEX, legal_texts
+from gradmap_hub.source import CARD, COMPANION_FILES, WEIGHTS, WEIGHTS_INDEX, legal_texts
 
-CARD = "README.md"
 _COMPARE = "compare.json"
 # The names that we write; a repository with others holds somebody else's work too.
 _OURS = {

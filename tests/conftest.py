@@ -148,6 +148,20 @@ def build_folder(folder: Path, family: str = "llama", **overrides: Any) -> Path:
     return folder
 
 
+@pytest.fixture
+def point_client_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Does what HF_ENDPOINT does when it is set before huggingface_hub is imported."""
+    from huggingface_hub import constants, file_download
+
+    def point(url: str) -> None:
+        template = url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+
+    return point
+
+
 @pytest.fixture(params=FAMILIES)
 def family(request: pytest.FixtureRequest) -> str:
     return request.param

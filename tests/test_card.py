@@ -344,7 +344,7 @@ def test_wording_follows_the_facts() -> None:
     assert "| Why this one | lowest held-out loss |" in pages["earlier version"]
     assert "After correction" not in pages["earlier version"] and "swapping" not in pages["earlier version"]
     assert "After correction" not in pages["no correction"] and "`block-influence`, was removed" in pages["full"]
-    assert "2 from rankings, and 1 made from the best of them by swapping single layers" in pages["full"]
+    assert "2 from rankings, and 1 made from the best of them by adding or swapping single layers" in pages["full"]
     assert "12 to 19 | 4.8044 | - | |" in pages["full"]
     assert "lowest loss, `block-influence`, was taken" in pages["one finalist"]
     assert "The set `block-influence` was taken" in pages["not the lowest"]

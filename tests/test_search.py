@@ -87,6 +87,20 @@ def test_many_seeds_race(searched: tuple[Any, Any, Any]) -> None:
     assert found[0].loss <= everything[2]
 
 
+def test_the_best_stem_grows_by_its_best_layers(searched: tuple[Any, Any, Any]) -> None:
+    _, decoder, ids = searched
+    found = search_layers(decoder, ids, {"seed": [0, 1]}, stems={"poor": [0], "good": [3]}, swaps=False)
+    search = Search(decoder, ids)
+    stem = min(
+        ([0], [3]), key=lambda removed: sum(decoder.losses(ids[:1], [i for i in range(LAYERS) if i != removed[0]]))
+    )
+    name = "poor" if stem == [0] else "good"
+    grown = {tuple(entry.removed): entry for entry in found if entry.name == f"{name} and one more"}
+    assert len(grown) == len(found) - 1 >= 3
+    for removed, entry in grown.items():
+        assert set(stem) < set(removed) and entry.loss == pytest.approx(search.loss(removed, "x"), abs=1e-5)
+
+
 def test_without_swaps_only_the_seeds_are_measured(searched: tuple[Any, Any, Any]) -> None:
     _, decoder, ids = searched
     found = search_layers(decoder, ids, {"a": [0, 1], "b": [1, 2]}, swaps=False)

@@ -12,7 +12,7 @@ from gradmap_hub.config import PruneConfig, help_of, paper_preset
 from gradmap_hub.errors import UsageError
 from gradmap_hub.record import Candidate
 from gradmap_hub.scoring import LayerScores
-from gradmap_hub.selection import candidates, decide, finalists, lowest, lowest_window
+from gradmap_hub.selection import candidates, decide, finalists, gaps, lowest, lowest_window, stems
 
 
 def distances(influence: list[float], windows: list[float]) -> list[list[float]]:
@@ -90,11 +90,23 @@ def test_auto_gives_every_distinct_set_once() -> None:
     }
 
 
-def test_finalists_are_the_best_and_its_near_rivals() -> None:
-    found = [Candidate("a", [1], 3.0), Candidate("b", [2], 3.1), Candidate("c", [3], 3.12)]
-    assert [c.name for c in finalists(found, True)] == ["a", "b"]
-    assert [c.name for c in finalists([found[0], Candidate("far", [2], 3.2)], True)] == ["a"]
+def test_stems_are_windows_of_one_layer_less() -> None:
+    found = stems(SCORES, 3, "auto")
+    assert list(found.values()) == [list(range(at, at + 2)) for at in (3, 4, 2)]
+    assert stems(SCORES, 1, "auto") == stems(SCORES, 3, "gradient") == {}
+
+
+def test_finalists_are_the_best_of_each_number_of_gaps_then_the_next_best() -> None:
+    sets = {"a": [1, 5], "b": [2, 6], "c": [3, 7], "d": [1, 2], "e": [3, 4]}
+    found = [Candidate(name, removed, 3.0 + 0.05 * at) for at, (name, removed) in enumerate(sets.items())]
+    assert [c.name for c in finalists(found, True)] == ["a", "d", "b"]
+    assert [c.name for c in finalists([found[0], Candidate("far", [2, 3], 3.3)], True)] == ["a"]
     assert [c.name for c in finalists(found, False)] == ["a"]  # nothing is corrected, so nothing can change
+
+
+@pytest.mark.parametrize(("removed", "count"), [([], 0), ([3], 1), ([4, 3], 1), ([1, 3, 4, 8], 3)])
+def test_gaps_are_runs_of_missing_layers(removed: list[int], count: int) -> None:
+    assert gaps(removed) == count
 
 
 def test_decisions_say_score_fate_and_reason() -> None:

@@ -10,8 +10,9 @@ RepoType = Literal["model", "dataset", "space"]
 
 #: Repository type -> its plural in API addresses.
 PLURALS: dict[RepoType, str] = {"model": "models", "dataset": "datasets", "space": "spaces"}
-#: Repository type -> what stands before the id in file and page addresses.
-PREFIXES: dict[RepoType, str] = {"model": "", "dataset": "datasets/", "space": "spaces/"}
+#: Repository type -> what stands before the id in file and page addresses. Models come last: routes are tried in
+#: this order, and "datasets/..." could be a model whose owner has that (reserved) name.
+PREFIXES: dict[RepoType, str] = {"space": "spaces/", "dataset": "datasets/", "model": ""}
 
 _NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?")
 _RESERVED_NAMESPACES = frozenset({"api", "datasets", "spaces", "models", "lfs", "collections", "docs"})

@@ -8,25 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_hub import HfApi, constants, file_download
+from huggingface_hub import HfApi
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from gradmap_hub.local_hub import LocalHub, Request
 
 disable_progress_bars()
-
-
-@pytest.fixture
-def point_client_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Does what HF_ENDPOINT does when it is set before huggingface_hub is imported."""
-
-    def point(url: str) -> None:
-        template = url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "ENDPOINT", url)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-
-    return point
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from huggingface_hub import HfApi, constants, file_download
+from huggingface_hub import HfApi, file_download
 from huggingface_hub.utils import _http
 
 from gradmap_hub import __version__
@@ -150,19 +150,11 @@ def folder(tmp_path: Path) -> Path:
     return write_folders(tmp_path)
 
 
-@pytest.fixture
-def point_client_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Does what HF_ENDPOINT does when it is set before huggingface_hub is imported, and takes its own waits away."""
-
-    def point(url: str) -> None:
-        template = url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "ENDPOINT", url)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(_http, "time", SimpleNamespace(sleep=lambda seconds: None))
-        monkeypatch.setattr(file_download, "time", SimpleNamespace(sleep=lambda seconds: None, time=lambda: 0.0))
-
-    return point
+@pytest.fixture(autouse=True)
+def client_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Takes the client's own waits away; ours are written down."""
+    monkeypatch.setattr(_http, "time", SimpleNamespace(sleep=lambda seconds: None))
+    monkeypatch.setattr(file_download, "time", SimpleNamespace(sleep=lambda seconds: None, time=lambda: 0.0))
 
 
 @pytest.fixture

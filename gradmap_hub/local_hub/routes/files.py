@@ -16,8 +16,7 @@ from ..routing import RouteMaker
 
 def routes(hub: Hub) -> list[Route]:
     found: list[Route] = []
-    # "datasets/..." must be tried before a model's owner of that (reserved) name.
-    for repo_type, prefix in sorted(PREFIXES.items(), key=lambda item: item[1], reverse=True):
+    for repo_type, prefix in PREFIXES.items():
         make = RouteMaker(hub, repo_type)
         address = f"/{prefix}{{namespace}}/{{name}}/resolve/{{revision}}/{{path:path}}"
         cdn = f"{CDN_PREFIX}{PLURALS[repo_type]}/{{namespace}}/{{name}}/{{oid}}"

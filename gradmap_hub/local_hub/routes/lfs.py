@@ -20,8 +20,7 @@ _UPLOAD_SECONDS = 24 * 3600
 
 def routes(hub: Hub) -> list[Route]:
     found: list[Route] = []
-    # "datasets/..." must be tried before a model's owner of that (reserved) name.
-    for repo_type, prefix in sorted(PREFIXES.items(), key=lambda item: item[1], reverse=True):
+    for repo_type, prefix in PREFIXES.items():
         make = RouteMaker(hub, repo_type)
         api = f"/{prefix}{{namespace}}/{{name}}/info/lfs/objects"
         storage = f"/lfs/{PLURALS[repo_type]}/{{namespace}}/{{name}}/{{oid}}"

@@ -39,7 +39,7 @@ _TITLES: dict[RepoType, str] = {"model": "Models", "space": "Spaces", "dataset":
 
 def routes(hub: Hub) -> list[Route]:
     found = [RouteMaker(hub).route("page", "/", index)]
-    for repo_type, prefix in sorted(PREFIXES.items(), key=lambda item: item[1], reverse=True):
+    for repo_type, prefix in PREFIXES.items():
         make = RouteMaker(hub, repo_type)
         address = f"/{prefix}{{namespace}}/{{name}}"
         found += [
