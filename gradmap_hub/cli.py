@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from gradmap_hub import __version__
+from gradmap_hub import __version__, cli_generate
 from gradmap_hub.config import (
     DEFAULT_CALIBRATION,
     PRESETS,
@@ -530,6 +530,9 @@ def compare(
     finally:
         reporter.close()
     run_space(built, {"PRUNED_MODEL": str(folder.resolve())}, host=host, port=port, open_browser=open_browser)
+
+
+cli_generate.register(app)
 
 
 @app.command(epilog="Example: gradmap-hub hub --root ./my-hub --port 8900")

@@ -31,6 +31,10 @@ REDISTRIBUTABLE = frozenset(
         "cc0-1.0", "isc", "mit", "openmdw-1.0", "unlicense", "wtfpl", "zlib",
     }
 )  # fmt: skip
+# The app's one module that is ours as well: standalone, and copied beside the others.
+_PROMPTING = Path(__file__).parent / "prompting.py"
+# Only in Spaces on ZeroGPU; zerogpu.py puts it there.
+ZERO_GPU_MODULE = "zero_gpu.py"
 _ENGINES = {"onnx": "onnx_engine.py", "transformers": "transformers_engine.py"}
 
 OriginalSource = Literal["hub", "space", "transformers"]
@@ -93,13 +97,13 @@ def write_space(
     original) beside an original that is stored there. Returns what it wrote."""
     destination.mkdir(parents=True, exist_ok=True)
     content = content_folder()
-    unwanted = {name for runtime, name in _ENGINES.items() if runtime != plan.runtime}
+    unwanted = {name for runtime, name in _ENGINES.items() if runtime != plan.runtime} | {ZERO_GPU_MODULE}
     for name in unwanted:  # an earlier plan's
         (destination / name).unlink(missing_ok=True)
     if plan.original != "space":
         shutil.rmtree(destination / ORIGINAL_FOLDER, ignore_errors=True)
     written: list[Path] = []
-    for path in sorted(content.iterdir()):
+    for path in [*sorted(content.iterdir()), _PROMPTING]:
         if path.suffix in (".py", ".css") and path.name not in unwanted:
             written.append(Path(shutil.copyfile(path, destination / path.name)))
     requirements = destination / "requirements.txt"

@@ -14,6 +14,8 @@ from typing import Any, Literal
 from uuid import uuid4
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+if os.environ.get("SPACES_ZERO_GPU"):  # before anything imports torch
+    import zero_gpu  # noqa: F401
 
 import gradio as gr
 import render

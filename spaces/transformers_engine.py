@@ -7,6 +7,7 @@ both models run from their own repositories' safetensors. It offers the same as 
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,9 @@ class TransformersModel:
         # Logits of the last position are enough; not every architecture can be told so.
         known = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.options: dict[str, Any] = {"logits_to_keep": 1} if known else {}
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        # ZeroGPU shows a GPU that only some functions may use (zero_gpu.py).
+        gpu = torch.cuda.is_available() and not os.environ.get("SPACES_ZERO_GPU")
+        self.device = "cuda" if gpu else "cpu"
         self.model = model.to(self.device).eval()
         context = getattr(model.config, "max_position_embeddings", None)
         self.context_length: int | None = context if isinstance(context, int) else None

@@ -10,6 +10,7 @@ import json
 import random
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -251,3 +252,91 @@ def prune_copy() -> Callable[..., Any]:
         return pruned
 
     return prune
+
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<s>{{ message['role'] }}: {{ message['content'] }}</s>"
+    "{% endfor %}{% if add_generation_prompt %}<s>assistant:{% endif %}"
+)
+SENTENCES = [
+    "The capital of France is Paris, and the river through it is the Seine.",
+    "Gravity pulls things together; that is why an apple falls to the ground.",
+    "A paper clip holds sheets of paper, opens a lock and marks a page.",
+]
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """Two checkpoints (three layers and two) and their ONNX exports."""
+
+    original: Path
+    pruned: Path
+    original_onnx: Path
+    pruned_onnx: Path
+
+
+def _save_tokenizer(folder: Path) -> int:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<unk>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(SENTENCES, trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    configuration = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": {"content": "<s>", "special": True, "__type": "AddedToken"},
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "model_max_length": 512,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(configuration), encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    return tokenizer.get_vocab_size()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    import torch
+    from optimum.exporters.onnx import main_export
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    root = tmp_path_factory.mktemp("tiny")
+    tiny = Tiny(root / "original", root / "pruned", root / "original-onnx", root / "pruned-onnx")
+    for folder, layers in ((tiny.original, 3), (tiny.pruned, 2)):
+        folder.mkdir()
+        vocabulary = _save_tokenizer(folder)
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=vocabulary,
+                hidden_size=64,
+                intermediate_size=128,
+                num_hidden_layers=layers,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                max_position_embeddings=1024,
+                initializer_range=0.4,  # Wide, so that the likeliest token is clear of the next.
+                bos_token_id=1,
+                eos_token_id=2,
+                tie_word_embeddings=True,
+            )
+        )
+        model.save_pretrained(folder)
+    for source, target in ((tiny.original, tiny.original_onnx), (tiny.pruned, tiny.pruned_onnx)):
+        main_export(
+            str(source),
+            output=str(target),
+            task="text-generation-with-past",
+            local_files_only=True,
+            do_validation=False,
+            dtype="fp32",
+            device="cpu",
+        )
+    return tiny

@@ -21,6 +21,7 @@ LEAVES = {
     "errors",
     "patience",
     "progress",
+    "prompting",
     "record",
     "screening",
     "source",
@@ -81,7 +82,7 @@ def _imports(node: ast.AST, package: str, typing_only: bool) -> Iterator[tuple[s
 
 def ours(path: Path, package: str = "gradmap_hub") -> Iterator[tuple[str, bool]]:
     """The modules of this package that a file imports, by their name in it; the package itself is ''."""
-    modules = {p.stem for p in PACKAGE.glob("*.py")} | {"local_hub", "exporters", "model_cards", "spaces"}
+    modules = {p.stem for p in PACKAGE.glob("*.py")} | {"local_hub", "exporters", "model_cards", "runtime", "spaces"}
     for name, typing_only in imports(path, package):
         head, *rest = name.split(".")
         if head != "gradmap_hub":
@@ -163,8 +164,22 @@ def test_the_embedded_hub_stands_alone() -> None:
         assert {name for name, _ in ours(path, package)} <= {"local_hub"}, path
 
 
+def test_the_runtime_needs_leaves_and_for_repositories_the_hub() -> None:
+    files = list((PACKAGE / "runtime").glob("*.py"))
+    assert len(files) > 4
+    for path in files:
+        allowed = LEAVES | {"runtime"} | ({"hub"} if path.stem == "loading" else set())
+        assert {name for name, _ in ours(path, "gradmap_hub.runtime") if name} <= allowed, path
+
+
+def test_the_runtime_starts_without_torch() -> None:
+    heavy = ("torch", "transformers", "optimum", "huggingface_hub")
+    done = run("-c", f"import sys, gradmap_hub.runtime as r; r.load; print([n for n in {heavy!r} if n in sys.modules])")
+    assert done.stdout.strip() == "[]", done.stderr
+
+
 def test_the_space_imports_nothing_of_ours() -> None:
-    files = list((ROOT / "spaces").glob("*.py"))
+    files = [*(ROOT / "spaces").glob("*.py"), PACKAGE / "prompting.py"]
     assert len(files) > 4
     for path in files:
         assert not list(ours(path)), path
@@ -186,7 +201,7 @@ def test_the_command_line_starts_without_the_heavy_packages() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["compare", "demo", "export", "hub", "inspect", "prune", "publish", "push", "space"]
+    "command", ["compare", "demo", "export", "generate", "hub", "inspect", "prune", "publish", "push", "space"]
 )
 def test_every_command_explains_itself(command: str) -> None:
     done = run("-m", "gradmap_hub", command, "-h")

@@ -19,16 +19,10 @@ from typing import Any
 
 import pytest
 
-SPACES = Path(__file__).resolve().parents[2] / "spaces"
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<s>{{ message['role'] }}: {{ message['content'] }}</s>"
-    "{% endfor %}{% if add_generation_prompt %}<s>assistant:{% endif %}"
-)
-SENTENCES = [
-    "The capital of France is Paris, and the river through it is the Seine.",
-    "Gravity pulls things together; that is why an apple falls to the ground.",
-    "A paper clip holds sheets of paper, opens a lock and marks a page.",
-]
+ROOT = Path(__file__).resolve().parents[2]
+SPACES = ROOT / "spaces"
+# Copied into every Space beside what lies in spaces/.
+PROMPTING = ROOT / "gradmap_hub" / "prompting.py"
 
 
 def load_module(name: str) -> ModuleType:
@@ -39,93 +33,19 @@ def load_module(name: str) -> ModuleType:
     """
     if name in sys.modules:
         return sys.modules[name]
-    specification = importlib.util.spec_from_file_location(name, SPACES / f"{name}.py")
+    file = PROMPTING if name == PROMPTING.stem else SPACES / f"{name}.py"
+    specification = importlib.util.spec_from_file_location(name, file)
     assert specification is not None and specification.loader is not None
     module = importlib.util.module_from_spec(specification)
     sys.path.insert(0, str(SPACES))
+    if name != PROMPTING.stem:
+        load_module(PROMPTING.stem)  # found by its name from then on
     try:
         sys.modules[name] = module
         specification.loader.exec_module(module)
     finally:
         sys.path.remove(str(SPACES))
     return module
-
-
-@dataclass(frozen=True)
-class Tiny:
-    """Two checkpoints (three layers and two) and their ONNX exports."""
-
-    original: Path
-    pruned: Path
-    original_onnx: Path
-    pruned_onnx: Path
-
-
-def _save_tokenizer(folder: Path) -> int:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<unk>", "<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(SENTENCES, trainer)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    configuration = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": {"content": "<s>", "special": True, "__type": "AddedToken"},
-        "eos_token": "</s>",
-        "unk_token": "<unk>",
-        "model_max_length": 512,
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(configuration), encoding="utf-8")
-    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
-    return tokenizer.get_vocab_size()
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    import torch
-    from optimum.exporters.onnx import main_export
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    root = tmp_path_factory.mktemp("tiny")
-    tiny = Tiny(root / "original", root / "pruned", root / "original-onnx", root / "pruned-onnx")
-    for folder, layers in ((tiny.original, 3), (tiny.pruned, 2)):
-        folder.mkdir()
-        vocabulary = _save_tokenizer(folder)
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=vocabulary,
-                hidden_size=64,
-                intermediate_size=128,
-                num_hidden_layers=layers,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                max_position_embeddings=1024,
-                initializer_range=0.4,  # Wide, so that the likeliest token is clear of the next.
-                bos_token_id=1,
-                eos_token_id=2,
-                tie_word_embeddings=True,
-            )
-        )
-        model.save_pretrained(folder)
-    for source, target in ((tiny.original, tiny.original_onnx), (tiny.pruned, tiny.pruned_onnx)):
-        main_export(
-            str(source),
-            output=str(target),
-            task="text-generation-with-past",
-            local_files_only=True,
-            do_validation=False,
-            dtype="fp32",
-            device="cpu",
-        )
-    return tiny
 
 
 def facts(**changes: Any) -> dict[str, Any]:
@@ -150,12 +70,12 @@ def facts(**changes: Any) -> dict[str, Any]:
     } | changes  # fmt: skip
 
 
-def deploy(folder: Path, tiny: Tiny, content: dict[str, Any] | None = None) -> Path:
+def deploy(folder: Path, tiny: Any, content: dict[str, Any] | None = None) -> Path:
     """The folder as it lies in a Space, with one of the engines."""
     content = facts() if content is None else content
     folder.mkdir(parents=True)
     unused = {"onnx": "transformers", "transformers": "onnx"}[content["runtime"]]
-    for file in [*SPACES.glob("*.py"), SPACES / "style.css"]:
+    for file in [*SPACES.glob("*.py"), SPACES / "style.css", PROMPTING]:
         if file.name != f"{unused}_engine.py":
             shutil.copy(file, folder)
     shutil.copytree(tiny.original_onnx, folder / "original")
@@ -215,7 +135,7 @@ def stop_app(app: App) -> int:
 
 
 @pytest.fixture(scope="session")
-def running(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Iterator[App]:
+def running(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[App]:
     """One app with both models, shared by the tests that only ask it something."""
     folder = deploy(tmp_path_factory.mktemp("space") / "app", tiny)
     app = start_app(folder, PRUNED_MODEL=str(tiny.pruned_onnx))

@@ -147,3 +147,23 @@ def test_live_regions_and_names(visit: Visit) -> None:
     assert visit.page.locator("#spoken [aria-live=polite]").count() == 1
     assert visit.page.locator("#notice [role=alert]").count() == 1
     assert visit.page.get_by_role("heading", level=1).inner_text() == "Tiny, one layer lighter"
+
+
+@pytest.mark.parametrize("visit", [(1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")], indirect=True)
+def test_axe_finds_nothing_serious(visit: Visit) -> None:
+    """Before, and with two answers and the settings open."""
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe is not installed").Axe()
+    assert _serious(axe, visit.page) == []
+    visit.page.get_by_role("button", name="Settings").first.click()
+    visit.compare("What is the capital of France?")
+    visit.wait_until_finished()
+    assert _serious(axe, visit.page) == []
+
+
+def _serious(axe: Any, page: Any) -> list[tuple[str, list[str]]]:
+    """Findings of axe-core that are serious or critical: the rule, and where."""
+    return [
+        (finding["id"], [node["html"][:160] for node in finding["nodes"]])
+        for finding in axe.run(page).response["violations"]
+        if finding["impact"] in ("serious", "critical")
+    ]

@@ -140,7 +140,7 @@ def test_text_comes_whole_when_a_character_takes_several_tokens(model: Any) -> N
 )
 def test_the_chat_template_stays_in_its_sandbox(prompting: Any, template: str) -> None:
     with pytest.raises(prompting.ModelError, match="chat template"):
-        prompting.render_chat(template, PROMPT, {})
+        prompting.render_chat(template, [{"role": "user", "content": PROMPT}], {})
 
 
 def test_the_chat_template_has_what_templates_use(prompting: Any) -> None:
@@ -150,7 +150,7 @@ def test_the_chat_template_has_what_templates_use(prompting: Any) -> None:
         "    {% generation %}{{ message | tojson }}{% endgeneration %}\n"
         "{% endfor %}{{ strftime_now('%Y') | length }}"
     )
-    text = prompting.render_chat(template, "<é>", {"bos_token": "<s>"})
+    text = prompting.render_chat(template, [{"role": "user", "content": "<é>"}], {"bos_token": "<s>"})
     assert text == '<s>{"role": "user", "content": "<é>"}4'
 
 

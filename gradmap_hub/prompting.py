@@ -1,12 +1,13 @@
 """From a visitor's words to token ids and back: the tokenizer, the chat template and the end-of-text ids.
 
-Shared by both engines, so that the two models are prompted the same way whatever runs them.
+Standalone: `runtime` uses it, and it is copied into every Space folder, where both engines use it, so that a model is
+prompted the same way whatever runs it.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -79,8 +80,8 @@ class GenerationTag(Extension):
         return nodes.Scope(body, lineno=line)
 
 
-def render_chat(template: str, prompt: str, tokens: Mapping[str, str]) -> str:
-    """One user message through a chat template.
+def render_chat(template: str, messages: Sequence[Mapping[str, Any]], tokens: Mapping[str, str]) -> str:
+    """Messages ({"role", "content"}) through a chat template, up to where the answer begins.
 
     The template comes with somebody's model, so it runs in jinja2's sandbox: no access to Python's
     attributes, no changes to what it is given.
@@ -101,7 +102,7 @@ def render_chat(template: str, prompt: str, tokens: Mapping[str, str]) -> str:
     environment.filters["tojson"] = to_json
     try:
         return environment.from_string(template).render(
-            messages=[{"role": "user", "content": prompt}],
+            messages=[dict(message) for message in messages],
             add_generation_prompt=True,
             tools=None,
             documents=None,
@@ -148,12 +149,22 @@ class TextCodec:
         )
 
     def encode(self, prompt: str) -> list[int]:
+        """A prompt as one user message, or as it stands for a model without a chat template."""
         if self.chat_template is None:
-            ids = self.tokenizer.encode(prompt).ids
-        else:
-            # The template has already written the special tokens.
-            text = render_chat(self.chat_template, prompt, self.tokens)
-            ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+            return self.encode_text(prompt)
+        return self.encode_chat([{"role": "user", "content": prompt}])
+
+    def encode_text(self, text: str) -> list[int]:
+        return self._some(self.tokenizer.encode(text).ids)
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        if self.chat_template is None:
+            raise ModelError("This model has no chat template.")
+        # The template has already written the special tokens.
+        text = render_chat(self.chat_template, messages, self.tokens)
+        return self._some(self.tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def _some(self, ids: list[int]) -> list[int]:
         if not ids:
             raise ModelError("The tokenizer made no tokens of this prompt.")
         return ids

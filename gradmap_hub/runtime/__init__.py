@@ -1,0 +1,25 @@
+"""Text from a published folder, with ONNX Runtime and without torch.
+
+from gradmap_hub import runtime
+
+model = runtime.load("me/model-gradmap-25")
+answer = model.start(model.encode_chat([{"role": "user", "content": "Hello"}]), max_tokens=64)
+for piece in answer:
+    print(piece, end="", flush=True)
+"""
+
+from gradmap_hub.runtime.artifacts import Artifact, available_artifacts, choose_artifact
+from gradmap_hub.runtime.generation import Generation, PromptError, TextModel
+from gradmap_hub.runtime.loading import load
+from gradmap_hub.runtime.sampling import Sampling
+
+__all__ = [
+    "Artifact",
+    "Generation",
+    "PromptError",
+    "Sampling",
+    "TextModel",
+    "available_artifacts",
+    "choose_artifact",
+    "load",
+]

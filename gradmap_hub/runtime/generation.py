@@ -1,0 +1,244 @@
+"""One model, and answers in the making."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from gradmap_hub.errors import GradmapError
+from gradmap_hub.prompting import ModelError, TextCodec
+from gradmap_hub.runtime.artifacts import Artifact
+from gradmap_hub.runtime.sampling import Sampler, Sampling
+from gradmap_hub.runtime.stopping import StopText
+
+if TYPE_CHECKING:  # importing it needs ONNX Runtime, which `load` asks for in words
+    from gradmap_hub.runtime.session import Session, Steps
+
+# Prompt tokens read in one step: bounds the logits in memory (tokens x vocabulary) and how long others wait.
+PREFILL_TOKENS = 256
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+class PromptError(GradmapError):
+    """A prompt that this model cannot take. `tokens` and `limit`, if it is too long."""
+
+    def __init__(self, message: str, *, tokens: int | None = None, limit: int | None = None) -> None:
+        super().__init__(message)
+        self.tokens = tokens
+        self.limit = limit
+
+
+class TextModel:
+    """A loaded model: text in, `Generation` out. Loading it costs; a generation only its cache."""
+
+    def __init__(
+        self, name: str, artifact: Artifact, session: Session, codec: TextCodec, context_length: int, threads: int
+    ) -> None:
+        self.name = name
+        self.artifact = artifact.path
+        self.provider = session.provider
+        self.context_length = context_length
+        self.threads = threads
+        self._session = session
+        self._codec = codec
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._codec.chat_template is not None
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """The token ids that end an answer."""
+        return self._codec.ends
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of plain text, with the special tokens that the tokenizer adds by itself.
+
+        Raises:
+            PromptError: nothing is left of it.
+        """
+        return self._encoded(lambda: self._codec.encode_text(text))
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Token ids of messages ({"role", "content"}) in the model's chat template, run in a sandbox.
+
+        Raises:
+            PromptError: the model has no template, or it refuses these messages.
+        """
+        return self._encoded(lambda: self._codec.encode_chat(messages))
+
+    def _encoded(self, encode: Any) -> list[int]:
+        try:
+            return encode()
+        except ModelError as error:
+            raise PromptError(str(error)) from error
+        except (UnicodeError, OverflowError) as error:
+            raise PromptError(f"This text cannot be encoded: {error}") from error
+
+    def start(
+        self,
+        prompt_ids: Sequence[int],
+        *,
+        max_tokens: int,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
+        ignore_end: bool = False,
+    ) -> Generation:
+        """Begin an answer of at most `max_tokens` tokens, fewer where the context ends; nothing is computed yet.
+
+        `ignore_end`: go on behind the end of the text, for measurements.
+
+        Raises:
+            PromptError: the prompt leaves no room in the context, or is empty.
+        """
+        count = len(prompt_ids)
+        if not count or max_tokens < 1:
+            raise PromptError("There is nothing to do: no prompt, or no token to write.")
+        if count >= self.context_length:
+            raise PromptError(
+                f"The prompt is {count} tokens long; with room for an answer at most {self.context_length - 1} fit.",
+                tokens=count,
+                limit=self.context_length - 1,
+            )
+        limit = min(max_tokens, self.context_length - count)
+        # Neither the last token written nor the end needs a place in the cache, but a full one is simpler to reason of.
+        steps = self._session.start(count + limit)
+        ends = frozenset() if ignore_end else self.end_ids
+        return Generation(steps, self._codec, list(prompt_ids), limit, sampling or Sampling(), stop, ends)
+
+    def losses(self, token_ids: Sequence[int]) -> np.ndarray:
+        """Negative log-likelihood in nats of each token but the first, given those before it: (tokens - 1,) float64.
+
+        Raises:
+            PromptError: fewer than two tokens, or more than the context holds.
+        """
+        count = len(token_ids)
+        if not 2 <= count <= self.context_length:
+            raise PromptError(f"Between 2 and {self.context_length} tokens can be measured, these are {count}.")
+        steps = self._session.start(count)
+        found: list[np.ndarray] = []
+        for start in range(0, count, PREFILL_TOKENS):
+            part = list(token_ids[start : start + PREFILL_TOKENS])
+            wanted = np.asarray(token_ids[start + 1 : start + 1 + PREFILL_TOKENS], dtype=np.int64)
+            logits = steps.run(part)[: len(wanted)].astype(np.float64)
+            highest = logits.max(axis=1)
+            normaliser = highest + np.log(np.exp(logits - highest[:, None]).sum(axis=1))
+            found.append(normaliser - logits[np.arange(len(wanted)), wanted])
+        return np.concatenate(found)
+
+    def warm_up(self) -> None:
+        """One step nobody sees: the first run of a session also allocates."""
+        answer = self.start([min(self.end_ids, default=0)], max_tokens=1)
+        answer.advance()
+        answer.close()
+
+
+class Generation:
+    """An answer in the making. Iterate over it for its text, or call `advance` yourself.
+
+    Not thread safe; the generations of one model must be advanced by one thread at a time.
+    """
+
+    def __init__(
+        self,
+        steps: Steps,
+        codec: TextCodec,
+        prompt_ids: list[int],
+        limit: int,
+        sampling: Sampling,
+        stop: Sequence[str],
+        ends: frozenset[int],
+    ) -> None:
+        self.token_ids: list[int] = []
+        self.text = ""
+        self.finish_reason: FinishReason | None = None
+        self.first_token_seconds: float | None = None
+        self._steps: Steps | None = steps
+        self._ends = ends
+        self._next_piece = codec.stream()
+        self._prompt = prompt_ids
+        self._read = 0
+        self._limit = limit
+        self._sampler = Sampler(sampling, prompt_ids)
+        self._stop = StopText(stop)
+        # Seconds of the steps alone: while others have their turn, this one's clock stands.
+        self._prompt_seconds = self._token_seconds = 0.0
+
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self._prompt)
+
+    @property
+    def completion_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Of the tokens after the first, in this generation's own steps."""
+        count = len(self.token_ids) - 1
+        return count / self._token_seconds if count > 0 and self._token_seconds > 0 else None
+
+    def advance(self) -> str:
+        """One step: a part of the prompt, or one token. Returns the text that became final, which may be none."""
+        if self._steps is None:
+            return ""
+        began = time.perf_counter()
+        if self._read < len(self._prompt):
+            part = self._prompt[self._read : self._read + PREFILL_TOKENS]
+            logits = self._steps.run(part)
+            self._read += len(part)
+            if self._read < len(self._prompt):
+                self._prompt_seconds += time.perf_counter() - began
+                return ""
+        else:
+            logits = self._steps.run(self.token_ids[-1:])
+        token = self._sampler.take(logits[-1].astype(np.float32))
+        seconds = time.perf_counter() - began
+        if self.first_token_seconds is None:
+            self.first_token_seconds = self._prompt_seconds + seconds
+        else:
+            self._token_seconds += seconds
+        return self._write(token)
+
+    def _write(self, token: int) -> str:
+        if token in self._ends:
+            return self._finish("stop")
+        self.token_ids.append(token)
+        final = self._stop.add(self._next_piece(token))
+        self.text += final
+        if self._stop.met:
+            return final + self._finish("stop")
+        if len(self.token_ids) >= self._limit:
+            return final + self._finish("length")
+        return final
+
+    def _finish(self, reason: FinishReason) -> str:
+        self.finish_reason = reason
+        final = self._stop.rest()
+        self.text += final
+        self.close()
+        return final
+
+    def cancel(self) -> None:
+        """End it where it stands."""
+        if self.finish_reason is None:
+            self.finish_reason = "cancelled"
+        self.close()
+
+    def close(self) -> None:
+        """Give the cache back; the text stays."""
+        self._steps = None
+
+    def __iter__(self) -> Iterator[str]:
+        """The text, piece by piece, until the end."""
+        try:
+            while self.finish_reason is None:
+                piece = self.advance()
+                if piece:
+                    yield piece
+        finally:
+            self.cancel()

@@ -1,0 +1,101 @@
+"""From a folder or a repository id to a model that answers."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+
+from gradmap_hub.errors import MissingExtra, SourceError, UsageError
+from gradmap_hub.runtime.artifacts import Artifact, available_artifacts, choose_artifact, cpu_count
+from gradmap_hub.runtime.generation import TextModel
+
+# Tokens of prompt and answer together, unless the model holds fewer or the user says otherwise: the cache of a request
+# is allocated for all that may come.
+DEFAULT_CONTEXT = 4096
+# What is read beside the graph; absent ones may be.
+TEXT_FILES = (
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "generation_config.json",
+    "chat_template.jinja",
+)
+_GRAPH_COMPANIONS = ("_data", ".data")
+
+
+def load(
+    model: str | Path,
+    *,
+    artifact: str = "auto",
+    provider: str = "auto",
+    threads: int | None = None,
+    context: int | None = None,
+    revision: str | None = None,
+) -> TextModel:
+    """Load a published folder, or a repository of the Hub by its id, for text generation on ONNX Runtime.
+
+    `artifact`: auto, or int8, fp32, ... (see `artifacts`); `provider`: auto, cpu, cuda; `threads`: of one step, default
+    all processors this process may use; `context`: the most tokens of prompt and answer together.
+
+    Raises:
+        MissingExtra: ONNX Runtime is not installed.
+        SourceError: no such folder or repository, or nothing in it that can be run.
+        UsageError: an artifact that is not there, or a number out of range.
+        GradmapError: the provider asked for is not usable.
+    """
+    if importlib.util.find_spec("onnxruntime") is None:
+        raise MissingExtra("Text generation", "cpu")
+    for name, value in (("threads", threads), ("context", context)):
+        if value is not None and value < 1:
+            raise UsageError(f"--{name} must be at least 1, it is {value}.")
+    from gradmap_hub.prompting import ModelError, TextCodec, read_json
+    from gradmap_hub.runtime.session import CUDA, Session, provider_named
+
+    chosen = provider_named(provider)
+    folder, found = _local(Path(model), artifact, chosen == CUDA) or _remote(
+        str(model), revision, artifact, chosen == CUDA
+    )
+    graph = folder / found.path
+    text = folder if (folder / "tokenizer.json").is_file() else graph.parent
+    try:
+        codec = TextCodec.from_folder(text)
+        stated = read_json(text / "config.json").get("max_position_embeddings")
+    except ModelError as error:
+        raise SourceError(f"{model}: {error}") from error
+    longest = stated if isinstance(stated, int) else DEFAULT_CONTEXT
+    count = threads or cpu_count()
+    session = Session(graph, chosen, count)
+    name = Path(model).resolve().name if folder == Path(model) else str(model)
+    return TextModel(name, found, session, codec, min(longest, context or DEFAULT_CONTEXT), count)
+
+
+def _local(folder: Path, wanted: str, cuda: bool) -> tuple[Path, Artifact] | None:
+    if not folder.is_dir():
+        return None
+    sizes = {
+        path.relative_to(folder).as_posix(): path.stat().st_size
+        for parent in (folder, folder / "onnx")
+        for path in parent.glob("*.onnx*")
+        if path.is_file()
+    }
+    return folder, choose_artifact(available_artifacts(sizes), wanted, cuda=cuda)
+
+
+def _remote(repo_id: str, revision: str | None, wanted: str, cuda: bool) -> tuple[Path, Artifact]:
+    """Download the chosen graph and the tokenizer, nothing else, into the Hub's cache."""
+    if repo_id.count("/") != 1 or repo_id.startswith((".", "/", "~")):
+        raise SourceError(f"There is no folder {repo_id}.", hint="Give a model folder or a Hub id, OWNER/NAME.")
+    from gradmap_hub.hub import Hub
+
+    hub = Hub()
+    remote = hub.model(repo_id, revision)
+    found = choose_artifact(available_artifacts(remote.files), wanted, cuda=cuda)
+    return hub.fetch(repo_id, remote.commit, _files_of(found, remote.files)), found
+
+
+def _files_of(artifact: Artifact, files: Mapping[str, int]) -> list[str]:
+    parent = artifact.path.rpartition("/")[0]
+    beside = [f"{parent}/{name}" if parent else name for name in (*TEXT_FILES, "genai_config.json")]
+    wanted = {artifact.path, *(artifact.path + ending for ending in _GRAPH_COMPANIONS), *TEXT_FILES, *beside}
+    return sorted(wanted & set(files))

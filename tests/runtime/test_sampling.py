@@ -1,0 +1,82 @@
+"""One token from logits: each filter against its definition, and draws against their probabilities."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gradmap_hub.errors import UsageError
+from gradmap_hub.runtime.sampling import Sampler, Sampling
+
+LOGITS = np.log(np.array([0.05, 0.4, 0.1, 0.25, 0.2], dtype=np.float32))
+
+
+def drawn(sampling: Sampling, count: int = 4000, prompt: tuple[int, ...] = ()) -> np.ndarray:
+    """How often each token came. The penalty sees the prompt alone: a sampler of its own for every draw."""
+    taken = [Sampler(Sampling(**{**vars(sampling), "seed": seed}), prompt).take(LOGITS.copy()) for seed in range(count)]
+    return np.bincount(taken, minlength=len(LOGITS)) / count
+
+
+def test_zero_temperature_takes_the_likeliest() -> None:
+    assert [Sampler(Sampling(seed=seed), []).take(LOGITS) for seed in range(5)] == [1] * 5
+
+
+@pytest.mark.parametrize(
+    ("sampling", "wanted"),
+    [
+        (Sampling(1.0), [0.05, 0.4, 0.1, 0.25, 0.2]),
+        (Sampling(0.5), np.array([0.0025, 0.16, 0.01, 0.0625, 0.04]) / 0.275),
+        (Sampling(1.0, top_k=2), [0, 0.4 / 0.65, 0, 0.25 / 0.65, 0]),
+        (Sampling(1.0, top_k=99), [0.05, 0.4, 0.1, 0.25, 0.2]),
+        (Sampling(1.0, top_p=0.6), [0, 0.4 / 0.65, 0, 0.25 / 0.65, 0]),
+        (Sampling(1.0, top_p=0.0), [0, 1, 0, 0, 0]),
+        (Sampling(1.0, min_p=0.45), [0, 0.4 / 0.85, 0, 0.25 / 0.85, 0.2 / 0.85]),
+        (Sampling(1.0, min_p=1.0), [0, 1, 0, 0, 0]),
+    ],
+)
+def test_draws_follow_the_probabilities(sampling: Sampling, wanted: Any) -> None:
+    found, wanted = drawn(sampling), np.asarray(wanted)
+    assert (found[wanted == 0] == 0).all()
+    assert found == pytest.approx(wanted, abs=0.03)  # four standard errors of 4,000 draws
+
+
+def test_the_penalty_is_that_of_transformers() -> None:
+    import torch
+    from transformers import RepetitionPenaltyLogitsProcessor
+
+    logits = np.array([2.0, -1.0, 0.5, 3.0], dtype=np.float32)
+    reference = RepetitionPenaltyLogitsProcessor(penalty=1.7)(torch.tensor([[1, 3]]), torch.tensor(logits)[None])
+    sampler = Sampler(Sampling(repetition_penalty=1.7), [1, 3])
+    assert sampler.take(logits) == int(reference.argmax())
+    assert logits.tolist() == [2.0, -1.0, 0.5, 3.0]  # the caller's are untouched
+    assert sampler.take(logits) == int(
+        RepetitionPenaltyLogitsProcessor(penalty=1.7)(torch.tensor([[0, 1, 3]]), torch.tensor(logits)[None]).argmax()
+    )
+
+
+def test_a_seed_gives_the_same_tokens_and_none_gives_others() -> None:
+    def tokens(seed: int | None) -> list[int]:
+        sampler = Sampler(Sampling(1.0, seed=seed), [])
+        return [sampler.take(LOGITS) for _ in range(64)]
+
+    assert tokens(7) == tokens(7) != tokens(8)
+    assert tokens(None) != tokens(None)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"temperature": -0.1},
+        {"temperature": float("nan")},
+        {"top_p": 1.1},
+        {"min_p": -1.0},
+        {"top_k": -1},
+        {"repetition_penalty": 0.0},
+        {"seed": -1},
+    ],
+)
+def test_what_cannot_be_meant_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=next(iter(wrong)).split("_")[0]):
+        Sampling(**wrong)
