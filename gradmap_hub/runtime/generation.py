@@ -36,12 +36,20 @@ class TextModel:
     """A loaded model: text in, `Generation` out. Loading it costs; a generation only its cache."""
 
     def __init__(
-        self, name: str, artifact: Artifact, session: Session, codec: TextCodec, context_length: int, threads: int
+        self,
+        name: str,
+        artifact: Artifact,
+        session: Session,
+        codec: TextCodec,
+        context_length: int,
+        vocabulary: int,
+        threads: int,
     ) -> None:
         self.name = name
         self.artifact = artifact.path
         self.provider = session.provider
         self.context_length = context_length
+        self.vocabulary = vocabulary
         self.threads = threads
         self._session = session
         self._codec = codec
@@ -93,11 +101,14 @@ class TextModel:
         `ignore_end`: go on behind the end of the text, for measurements.
 
         Raises:
-            PromptError: the prompt leaves no room in the context, or is empty.
+            PromptError: the prompt leaves no room in the context, is empty, or holds what is no token id.
         """
         count = len(prompt_ids)
         if not count or max_tokens < 1:
             raise PromptError("There is nothing to do: no prompt, or no token to write.")
+        strange = next((token for token in prompt_ids if not 0 <= token < self.vocabulary), None)
+        if strange is not None:
+            raise PromptError(f"{strange} is no token id of this model: they go from 0 to {self.vocabulary - 1}.")
         if count >= self.context_length:
             raise PromptError(
                 f"The prompt is {count} tokens long; with room for an answer at most {self.context_length - 1} fit.",

@@ -60,14 +60,17 @@ def load(
     text = folder if (folder / "tokenizer.json").is_file() else graph.parent
     try:
         codec = TextCodec.from_folder(text)
-        stated = read_json(text / "config.json").get("max_position_embeddings")
+        config = read_json(text / "config.json")
     except ModelError as error:
         raise SourceError(f"{model}: {error}") from error
+    stated, vocabulary = config.get("max_position_embeddings"), config.get("vocab_size")
     longest = stated if isinstance(stated, int) else DEFAULT_CONTEXT
+    if not isinstance(vocabulary, int):
+        vocabulary = codec.tokenizer.get_vocab_size()
     count = threads or cpu_count()
     session = Session(graph, chosen, count)
     name = Path(model).resolve().name if folder == Path(model) else str(model)
-    return TextModel(name, found, session, codec, min(longest, context or DEFAULT_CONTEXT), count)
+    return TextModel(name, found, session, codec, min(longest, context or DEFAULT_CONTEXT), vocabulary, count)
 
 
 def _local(folder: Path, wanted: str, cuda: bool) -> tuple[Path, Artifact] | None:

@@ -108,6 +108,9 @@ def test_an_answer_ends_where_the_context_does(published: Path) -> None:
     assert (caught.value.tokens, caught.value.limit) == (32, 31)
     with pytest.raises(runtime.PromptError, match="nothing"):
         small.start([], max_tokens=1)
+    for strange in (-1, small.vocabulary):
+        with pytest.raises(runtime.PromptError, match="no token id"):
+            small.start([5, strange], max_tokens=1)
 
 
 def test_chat_goes_through_the_template(model: TextModel, tiny: Any) -> None:
