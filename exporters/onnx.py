@@ -6,6 +6,7 @@ The export runs in a process of its own: its memory is given back, its prints st
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
@@ -53,7 +54,7 @@ def _importable(module: str) -> bool:
 def export_onnx(source: Path, destination: Path) -> list[Path]:
     """Export the checkpoint in `source` (float32, text generation with past) into `destination`.
 
-    The destination appears only when the export is whole.
+    Its files appear in the destination only when the export is whole; files of other formats there are left alone.
 
     Raises:
         VerificationError: Optimum failed; its last words are in the message.
@@ -79,8 +80,13 @@ def export_onnx(source: Path, destination: Path) -> list[Path]:
         else:
             path.unlink()
     clean_config(partial / "config.json")
-    shutil.rmtree(destination, ignore_errors=True)
-    partial.rename(destination)
+    # Other formats of the same checkpoint stay; the graph comes last, when what it needs is there.
+    destination.mkdir(exist_ok=True)
+    for name in reversed(_KEPT):
+        (destination / name).unlink(missing_ok=True)
+        if (partial / name).is_file():
+            os.replace(partial / name, destination / name)
+    partial.rmdir()
     return sorted(destination / name for name in (MODEL, MODEL_DATA) if (destination / name).is_file())
 
 

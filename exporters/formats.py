@@ -1,0 +1,372 @@
+"""The formats a checkpoint can be exported to, and the one function that exports to each.
+
+- `onnx`: Optimum's graph, float32 (onnx/model.onnx), as transformers.js and Optimum load it.
+- `genai`: GenAI's graph, float32 (onnx/model_genai.onnx).
+- `int8`, `int4`: weight-only, of GenAI's graph where its builder knows the model, else of Optimum's.
+
+The float32 graphs and the PyTorch numbers are made once and shared by all formats through the folder `work`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gradmap_hub.errors import UsageError, VerificationError
+from gradmap_hub.exporters import gate, genai, onnx
+from gradmap_hub.exporters.gate import LIMITS, GateResult
+from gradmap_hub.exporters.graph import Graph, files_of
+from gradmap_hub.exporters.processes import WorkerFailed, call
+from gradmap_hub.exporters.recipes import GPTQ, LADDERS, Recipe
+from gradmap_hub.progress import Reporter, SilentReporter
+
+FORMATS = ("onnx", "int8", "int4", "genai")
+FILE_NAMES = {
+    "onnx": onnx.MODEL,
+    "int8": "model_int8.onnx",
+    "int4": "model_int4.onnx",
+    "genai": "model_genai.onnx",
+}
+# The graph that genai_config.json names, if it is there: int4 only where nothing else is.
+_PREFERRED = ("int8", "genai", "int4")
+
+Rows = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Try:
+    """One recipe, the file it gave and how that was checked; `perplexity_ratio` is None if the graph did not run."""
+
+    recipe: str
+    settings: dict[str, Any]
+    bytes: int
+    perplexity_ratio: float | None
+    check: GateResult
+
+
+@dataclass(frozen=True)
+class Exported:
+    """`files`: names in the destination folder, none if nothing passed. `base`: whose graph, "genai" or "optimum".
+    `settings`: of the recipe that won. `tries`: all, in the order they were made. `note`: a sentence for the user."""
+
+    format: str
+    files: list[str]
+    bytes: int
+    base: str
+    settings: dict[str, Any]
+    check: GateResult
+    tries: list[Try] = field(default_factory=list)
+    note: str = ""
+
+
+def require(name: str, config: Mapping[str, Any]) -> None:
+    """Raise before anything expensive if the format cannot be written for a model with this config.json.
+
+    Raises:
+        UsageError: there is no such format, or it has no way of writing this model.
+        MissingExtra: a package is not installed.
+    """
+    if name not in FORMATS:
+        raise UsageError(f"Cannot export to {name!r}; formats: {', '.join(FORMATS)}.")
+    reason = supported(name, config)
+    if reason is not None:
+        raise UsageError(f"This model cannot be exported to {name}: {reason}.")
+    if name == "onnx" or _base_of(name, config) == "optimum":
+        onnx.require()
+    else:
+        genai.require()
+
+
+def supported(name: str, config: Mapping[str, Any]) -> str | None:
+    """Why a model with this config.json cannot be written in the format, or None. Told before anything is pruned."""
+    if name == "genai":
+        return genai.unsupported(config)
+    if name in LADDERS and int(config.get("hidden_size") or 0) % LADDERS[name][0].block:
+        return f"its width is not a multiple of {LADDERS[name][0].block}"
+    return None
+
+
+def export(
+    name: str,
+    checkpoint: Path,
+    destination: Path,
+    *,
+    rows: Rows,
+    work: Path,
+    fit: Rows | None = None,
+    optimum: Path | None = None,
+    keep_failing: bool = False,
+    reporter: Reporter | None = None,
+) -> Exported:
+    """Write format `name` into the folder `destination`, checked against the checkpoint.
+
+    Args:
+        rows: held-out tokens (rows, tokens) that perplexity is measured on.
+        work: keeps the float32 graph and the PyTorch numbers for the next format; give it to `clear` in the end.
+        fit: other rows, which the rounding is fitted on.
+        optimum: Optimum's export of this very checkpoint, if there is one already.
+        keep_failing: leave the best file in place although it did not pass.
+
+    A file that does not pass is not left behind, nor is an earlier one of the same name; the result says why.
+
+    Raises:
+        VerificationError: the float32 graph could not be built.
+    """
+    reporter = reporter or SilentReporter()
+    require(name, json.loads((checkpoint / "config.json").read_text(encoding="utf-8")))
+    _remove(destination, name)
+    shared = _Shared(checkpoint, work, rows, fit, optimum)
+    with _partial(destination) as partial:
+        if name in LADDERS:
+            exported = _export_quantised(name, shared, partial, destination, keep_failing, reporter)
+        else:
+            exported = _export_float(name, shared, partial, destination, keep_failing)
+    _write_genai_config(destination, shared)
+    return exported
+
+
+def clear(work: Path) -> None:
+    """Remove what `export` keeps for the next format."""
+    shutil.rmtree(work, ignore_errors=True)
+
+
+class _Shared:
+    """What the formats of one checkpoint have in common, each made when it is first asked for and kept in `work` under
+    the checkpoint's fingerprint."""
+
+    def __init__(self, checkpoint: Path, work: Path, rows: Rows, fit: Rows | None, optimum: Path | None) -> None:
+        self.checkpoint = checkpoint
+        self.config: dict[str, Any] = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+        self.layers = int(self.config["num_hidden_layers"])
+        self.head_size = int(
+            self.config.get("head_dim") or self.config["hidden_size"] // self.config["num_attention_heads"]
+        )
+        self._optimum = optimum
+        self._rows, self._fit = rows, fit
+        self.folder = work / _fingerprint(checkpoint, rows, fit)
+        if not self.folder.is_dir():
+            clear(work)  # of another checkpoint
+            self.folder.mkdir(parents=True)
+
+    @property
+    def kind(self) -> str:
+        return _base_of("int8", self.config)
+
+    def base(self) -> Path:
+        """The float32 graph."""
+        if self.kind == "genai":
+            folder = self.folder / "genai"
+            return folder / genai.MODEL if folder.is_dir() else genai.build(self.checkpoint, folder)
+        return self.optimum()
+
+    def optimum(self) -> Path:
+        """Optimum's graph."""
+        if self._optimum is not None:
+            return self._optimum
+        path = self.folder / "optimum" / onnx.MODEL
+        if not path.is_file():
+            onnx.export_onnx(self.checkpoint, path.parent)
+        return path
+
+    def rows(self) -> Path:
+        return self._saved("rows.npy", self._rows)
+
+    def hessians(self) -> Path | None:
+        """The folder that `calibrate` writes; None without rows to fit on, or if it would be too large."""
+        folder = self.folder / "hessians"
+        if self._fit is None or folder.is_dir():
+            return folder if folder.is_dir() else None
+        partial = self.folder / "hessians.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        fit = self._saved("fit.npy", self._fit)
+        arguments = {"base": str(self.base()), "rows": str(fit), "destination": str(partial)}
+        if not _called("calibrate", {**arguments, "head_size": self.head_size}):
+            return None
+        partial.rename(folder)
+        return folder
+
+    def check(self, graph: Path, name: str) -> GateResult:
+        return gate.check(graph, self._reference(), self.rows(), self.layers, self.head_size, LIMITS[name])
+
+    def _reference(self) -> Path:
+        path = self.folder / "reference.npz"
+        if not path.is_file():
+            partial = self.folder / "partial.npz"
+            arguments = {"checkpoint": str(self.checkpoint), "rows": str(self.rows()), "destination": str(partial)}
+            _called("reference", arguments)
+            os.replace(partial, path)
+        return path
+
+    def _saved(self, name: str, rows: Rows) -> Path:
+        path = self.folder / name
+        if not path.is_file():
+            np.save(path, np.ascontiguousarray(rows, np.int64))
+        return path
+
+
+def _export_float(name: str, shared: _Shared, partial: Path, destination: Path, keep_failing: bool) -> Exported:
+    """Either float32 graph, as it was built."""
+    path = partial / FILE_NAMES[name]
+    if name == "onnx":
+        for file in onnx.file_names(shared.optimum().parent):
+            _link(file, partial / file.name)
+    else:
+        Graph.load(shared.base()).save(path)
+    result = shared.check(path, name)
+    size = sum(file.stat().st_size for file in files_of(path))
+    kept = _install(path, destination) if result.passed or keep_failing else []
+    note = "" if result.passed else _failure(name, result, bool(kept))
+    base = "optimum" if name == "onnx" else "genai"
+    return Exported(name, kept, size if kept else 0, base, {"precision": "float32"}, result, note=note)
+
+
+def _export_quantised(
+    name: str, shared: _Shared, partial: Path, destination: Path, keep_failing: bool, reporter: Reporter
+) -> Exported:
+    """Try the recipes until one passes."""
+    tries: list[Try] = []
+    best: Path | None = None
+    for number, recipe in enumerate(LADDERS[name]):
+        folder = partial / str(number)
+        folder.mkdir()
+        tried = _try(name, recipe, shared, folder / FILE_NAMES[name])
+        if tried is None:
+            continue
+        better = _ratio(tried) < min((_ratio(entry) for entry in tries), default=math.inf)
+        tries.append(tried)
+        reporter.note(_in_words(tried))
+        if better or tried.check.passed:
+            if best is not None:
+                shutil.rmtree(best.parent)
+            best = folder / FILE_NAMES[name]
+        else:
+            shutil.rmtree(folder)
+        if tried.check.passed:
+            break
+    winner = tries[-1] if tries[-1].check.passed else min(tries, key=_ratio)
+    kept = _install(best, destination) if best is not None and (winner.check.passed or keep_failing) else []
+    note = "" if winner.check.passed else _failure(name, winner.check, bool(kept))
+    return Exported(name, kept, winner.bytes if kept else 0, shared.kind, winner.settings, winner.check, tries, note)
+
+
+def _try(name: str, recipe: Recipe, shared: _Shared, path: Path) -> Try | None:
+    """None if the recipe is not for weights such as these."""
+    hessians = shared.hessians() if recipe.rounding == GPTQ else None
+    done = _called(
+        "quantized",
+        {
+            "base": str(shared.base()),
+            "destination": str(path),
+            "recipe": dataclasses.asdict(recipe),
+            "hessians": None if hessians is None else str(hessians),
+        },
+    )
+    if done is None:
+        return None
+    settings = dataclasses.asdict(recipe) | {"rounding": done["rounding"], "matrices_in_8_bits": done["eight_bit"]}
+    result = shared.check(path, name)
+    ratio = result.ratio if math.isfinite(result.ratio) else None
+    return Try(recipe.name, settings, done["bytes"], ratio, result)
+
+
+def _called(module: str, arguments: Mapping[str, Any]) -> Any:
+    try:
+        return call(module, arguments)
+    except WorkerFailed as error:
+        raise VerificationError(
+            f"The export failed ({module}): {error}", hint="The pruned checkpoint is whole; leave this format out."
+        ) from error
+
+
+def _ratio(tried: Try) -> float:
+    return math.inf if tried.perplexity_ratio is None else tried.perplexity_ratio
+
+
+def _in_words(tried: Try) -> str:
+    if tried.perplexity_ratio is None:
+        return f"{tried.recipe}: {tried.check.reason}"
+    change = (tried.perplexity_ratio - 1) * 100
+    verdict = "passes" if tried.check.passed else "does not pass"
+    return f"{tried.recipe}: {tried.bytes / 1e6:.1f} MB, perplexity {change:+.1f} %, {verdict}"
+
+
+def _failure(name: str, result: GateResult, kept: bool) -> str:
+    advice = " int8 is the better artifact for this model." if name == "int4" else ""
+    fate = "It was kept all the same, as asked." if kept else "It was deleted."
+    return f"{name} does not pass its check: {result.reason}. {fate}{advice}"
+
+
+def _base_of(name: str, config: Mapping[str, Any]) -> str:
+    return "genai" if name == "genai" or genai.unsupported(config) is None else "optimum"
+
+
+def _fingerprint(checkpoint: Path, rows: Rows, fit: Rows | None) -> str:
+    digest = hashlib.sha256()
+    for path in [checkpoint / "config.json", *sorted(checkpoint.glob("*.safetensors"))]:
+        state = path.stat()
+        digest.update(f"{path.name} {state.st_size} {state.st_mtime_ns} ".encode())
+    for ids in (rows, fit):
+        digest.update(b"none" if ids is None else np.ascontiguousarray(ids, np.int64).tobytes())
+    return digest.hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def _partial(destination: Path) -> Iterator[Path]:
+    """A folder beside the destination, on the same file system, that is gone whatever happens."""
+    folder = destination.with_name(destination.name + ".partial")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _install(path: Path, destination: Path) -> list[str]:
+    """Move a graph into place with what lies beside it, itself last: a graph that can be seen can be loaded."""
+    destination.mkdir(exist_ok=True)
+    files = files_of(path)
+    beside = sorted(file for file in path.parent.iterdir() if file.is_file() and file not in files)
+    for file in (*beside, *reversed(files)):
+        os.replace(file, destination / file.name)
+    return [file.name for file in files]
+
+
+def _link(source: Path, target: Path) -> None:
+    """The same file under a second name, or a copy where the file system has no links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _remove(destination: Path, name: str) -> None:
+    for file in files_of(destination / FILE_NAMES[name]):
+        file.unlink()
+
+
+def _write_genai_config(destination: Path, shared: _Shared) -> None:
+    """genai_config.json beside the graphs, naming the one to load; none without a graph of GenAI's builder. The others
+    can be loaded with a configuration overlay."""
+    path = destination / genai.CONFIG
+    path.unlink(missing_ok=True)
+    source = shared.folder / "genai" / genai.CONFIG
+    present = [name for name in _PREFERRED if (destination / FILE_NAMES[name]).is_file()]
+    if shared.kind != "genai" or not present or not source.is_file():
+        return
+    config = json.loads(source.read_text(encoding="utf-8"))
+    config["model"]["decoder"]["filename"] = FILE_NAMES[present[0]]
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    path.chmod(0o644)

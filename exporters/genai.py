@@ -1,0 +1,111 @@
+"""The graph of ONNX Runtime GenAI's model builder: attention as one GroupQueryAttention node per layer, with rotary
+embedding and KV cache in it, float32. Twice as fast to decode as Optimum's graph, and plain onnxruntime runs it too.
+
+The builder only ever writes float32 here. Its own int8, and its asymmetric int4, of a model with tied embeddings are
+invalid graphs that it reports as success (0.15.2); `quantized` works on its float32 graph instead.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gradmap_hub.errors import MissingExtra, VerificationError
+from gradmap_hub.exporters.processes import WorkerFailed, call
+
+MODEL = "model.onnx"
+CONFIG = "genai_config.json"
+# A key of the graph's metadata, which gradmap_hub.runtime reads.
+SHARED_BUFFER = "past_present_share_buffer"
+_MODEL_TYPES = ("gemma", "llama", "mistral", "phi3", "qwen2", "qwen3")
+_ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh")
+
+
+def require() -> None:
+    """Raise before anything expensive if the builder cannot run.
+
+    Raises:
+        MissingExtra: the extra `onnx` or a runtime is not installed.
+    """
+    if any(importlib.util.find_spec(module) is None for module in ("onnx", "onnx_ir")):
+        raise MissingExtra("The GenAI export", "onnx")
+    if any(importlib.util.find_spec(module) is None for module in ("onnxruntime", "onnxruntime_genai")):
+        raise MissingExtra("ONNX Runtime GenAI", "cpu")
+
+
+def unsupported(config: Mapping[str, Any]) -> str | None:
+    """Why the builder has no right graph for this config.json, or None. Known before a weight is read: what it gets
+    wrong beyond the length of a test (a window, long-context rotary embeddings) no test of ours would show."""
+    kind = str(config.get("model_type"))
+    if kind not in _MODEL_TYPES:
+        return f"the builder does not know model type {kind!r}"
+    activation = config.get("hidden_activation") or config.get("hidden_act") or "silu"
+    if activation not in _ACTIVATIONS:
+        return f"the builder does not know the activation {activation!r}"
+    if float(config.get("partial_rotary_factor") or 1.0) != 1.0:
+        return "its rotary embedding covers only a part of each head"
+    return _window_reason(config) or _rotary_reason(kind, config)
+
+
+def _window_reason(config: Mapping[str, Any]) -> str | None:
+    """The builder gives every layer the same window."""
+    if not config.get("sliding_window") or config.get("use_sliding_window") is False:
+        return None
+    types = set(config.get("layer_types") or ())
+    if not types and config.get("model_type") in ("qwen2", "qwen3") and config.get("use_sliding_window"):
+        # transformers derives the types: full below max_window_layers, sliding from there on.
+        first = int(config.get("max_window_layers", 28))
+        types = {"sliding_attention"} if first <= 0 else {"full_attention", "sliding_attention"}
+    if "full_attention" in types:
+        return "some of its layers attend to a window and some to everything"
+    return None
+
+
+def _rotary_reason(kind: str, config: Mapping[str, Any]) -> str | None:
+    scaling = config.get("rope_scaling") or {}
+    name = scaling.get("rope_type") or scaling.get("type") or "default"
+    if kind == "phi3":
+        original = config.get("original_max_position_embeddings", 4096)
+        if name != "default" or config.get("max_position_embeddings", 4096) != original:
+            return "its rotary embedding changes with the length of the text (LongRoPE)"
+        return None
+    if name == "default" or (name == "llama3" and kind == "llama") or (name == "linear" and kind != "llama"):
+        return None
+    return f"the builder ignores rotary scaling of type {name!r} for {kind}"
+
+
+def build(checkpoint: Path, destination: Path) -> Path:
+    """Build the float32 graph of the checkpoint folder into `destination` (model.onnx, its data, genai_config.json).
+    The destination appears only when it is whole.
+
+    Raises:
+        VerificationError: the builder failed; its last words are in the message.
+    """
+    partial = destination.with_name(destination.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        call("genai_worker", {"source": str(checkpoint), "destination": str(partial)})
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, WorkerFailed):
+            raise VerificationError(
+                f"The GenAI export failed: {error}", hint="The pruned checkpoint is whole; leave this format out."
+            ) from error
+        raise
+    _mark(partial / MODEL)
+    shutil.rmtree(destination, ignore_errors=True)
+    partial.rename(destination)
+    return destination / MODEL
+
+
+def _mark(graph: Path) -> None:
+    """Say in the graph itself that past and present may be one buffer; every graph made from this one says so too."""
+    import onnx
+
+    model = onnx.load(graph, load_external_data=False)
+    properties = {entry.key: entry.value for entry in model.metadata_props} | {SHARED_BUFFER: "true"}
+    onnx.helper.set_model_props(model, properties)
+    graph.write_bytes(model.SerializeToString())

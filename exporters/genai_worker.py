@@ -1,0 +1,26 @@
+"""The process that runs ONNX Runtime GenAI's model builder."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from gradmap_hub.exporters.genai import CONFIG, MODEL
+
+_KEPT = (MODEL, MODEL + ".data", CONFIG)
+
+
+def main(source: str, destination: str) -> list[str]:
+    """Build the float32 graph of `source` for the CPU into `destination`; returns the names of what is there."""
+    from onnxruntime_genai.models import builder
+
+    cache = str(Path(destination) / "cache")
+    # hf_token=false: the builder would read the user's own token otherwise, for a folder on disk.
+    options = builder.parse_extra_options(None, source, destination, "fp32", "cpu", cache, ["hf_token=false"])
+    builder.create_model(None, source, destination, "fp32", "cpu", cache, **options)
+    for path in Path(destination).iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name not in _KEPT:
+            path.unlink()  # tokenizer files: saved anew, and the originals stay at the top of the folder
+    return sorted(path.name for path in Path(destination).iterdir())

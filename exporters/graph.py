@@ -1,0 +1,134 @@
+"""An ONNX model as its nodes and its weights: read without holding the weights twice, written as one file or, from
+2 GB on, as one file and one with the weights beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from onnx import ModelProto, NodeProto, TensorProto
+
+Weight = npt.NDArray[np.generic]
+
+# Protobuf cannot write a message of 2 GiB; the rest is for the nodes.
+SINGLE_FILE_LIMIT = 1_900_000_000
+# Shapes and other small constants stay in the graph, where shape inference reads them.
+_INLINE = 1024
+# Pages are mapped from here; ONNX Runtime maps a tensor only if it begins on one.
+_ALIGNMENT = 4096
+
+
+class Graph:
+    """`model` holds no weight data; `weights` are the initialisers by name, memory-mapped where the file allows."""
+
+    def __init__(self, model: ModelProto, weights: dict[str, Weight]) -> None:
+        self.model = model
+        self.weights = weights
+
+    @classmethod
+    def load(cls, path: Path) -> Graph:
+        import onnx
+        from onnx import numpy_helper
+
+        model = onnx.load(path, load_external_data=False)
+        weights: dict[str, Weight] = {}
+        for tensor in model.graph.initializer:
+            external = tensor.data_location == onnx.TensorProto.EXTERNAL
+            weights[tensor.name] = _mapped(tensor, path.parent) if external else numpy_helper.to_array(tensor)
+        del model.graph.initializer[:]
+        return cls(model, weights)
+
+    def save(self, path: Path, *, single_file_limit: int = SINGLE_FILE_LIMIT) -> list[Path]:
+        """Write `path`, and `path`_data beside it if the weights are too large for one file; returns what was written.
+        The weights that no node uses are dropped."""
+        import onnx
+        from onnx import numpy_helper
+
+        used = {name for node in self.model.graph.node for name in node.input}
+        kept = {name: weight for name, weight in self.weights.items() if name in used}
+        del self.model.graph.value_info[:]  # shapes of values that rewritten nodes no longer make
+        data_path = path.with_name(path.name + "_data")
+        outside = sum(weight.nbytes for weight in kept.values()) > single_file_limit
+        tensors: list[TensorProto] = []
+        if not outside:
+            tensors = [numpy_helper.from_array(np.ascontiguousarray(weight), name) for name, weight in kept.items()]
+        else:
+            with data_path.open("wb") as stream:
+                for name, weight in kept.items():
+                    if weight.nbytes <= _INLINE:
+                        tensors.append(numpy_helper.from_array(np.ascontiguousarray(weight), name))
+                        continue
+                    stream.write(b"\0" * (-stream.tell() % _ALIGNMENT))
+                    tensor = onnx.TensorProto(
+                        name=name,
+                        data_type=onnx.helper.np_dtype_to_tensor_dtype(weight.dtype),
+                        dims=weight.shape,
+                        data_location=onnx.TensorProto.EXTERNAL,
+                    )
+                    place = {"location": data_path.name, "offset": stream.tell(), "length": weight.nbytes}
+                    for key, value in place.items():
+                        tensor.external_data.add(key=key, value=str(value))
+                    stream.write(np.ascontiguousarray(weight).view(np.uint8).data)
+                    tensors.append(tensor)
+        self.model.graph.initializer.extend(tensors)
+        path.write_bytes(self.model.SerializeToString())
+        del self.model.graph.initializer[:]
+        written = [path, data_path] if outside else [path]
+        for file in written:
+            file.chmod(0o644)
+        return written
+
+    def producers(self) -> dict[str, int]:
+        """The place in the list of nodes of the one behind every value."""
+        return {name: place for place, node in enumerate(self.model.graph.node) for name in node.output}
+
+    def drop_unused_nodes(self) -> None:
+        """Remove nodes that no output of the graph needs."""
+        producers = self.producers()
+        needed = [output.name for output in self.model.graph.output]
+        kept: set[int] = set()
+        while needed:
+            place = producers.get(needed.pop())
+            if place is not None and place not in kept:
+                kept.add(place)
+                needed.extend(self.model.graph.node[place].input)
+        self.replace_nodes([node for place, node in enumerate(self.model.graph.node) if place in kept])
+
+    def replace_nodes(self, nodes: list[NodeProto]) -> None:
+        """Make `nodes`, in this order, those of the graph."""
+        copies = [_copy(node) for node in nodes]
+        del self.model.graph.node[:]
+        self.model.graph.node.extend(copies)
+
+    def use_runtime_operators(self) -> None:
+        """Declare the operator set of ONNX Runtime's own operators, if it is not yet."""
+        import onnx
+
+        if all(entry.domain != "com.microsoft" for entry in self.model.opset_import):
+            self.model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
+
+
+def files_of(path: Path) -> list[Path]:
+    """A graph that was written here, with its weight file if it has one."""
+    return [file for file in (path, path.with_name(path.name + "_data")) if file.is_file()]
+
+
+def _copy(node: NodeProto) -> NodeProto:
+    result = type(node)()
+    result.CopyFrom(node)
+    return result
+
+
+def _mapped(tensor: TensorProto, folder: Path) -> Weight:
+    import onnx
+
+    place = {entry.key: entry.value for entry in tensor.external_data}
+    kind = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    shape = tuple(tensor.dims)
+    if 0 in shape:
+        return np.zeros(shape, kind)
+    return np.memmap(folder / place["location"], kind, "r", int(place.get("offset", 0)), shape)

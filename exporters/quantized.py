@@ -1,0 +1,340 @@
+"""Weight-only int8 and int4 of any text-generation graph: MatMul becomes MatMulNBits, the token embedding becomes
+GatherBlockQuantized, activations stay float32.
+
+A tied embedding and head share one tensor of codes. The graph may be GenAI's or Optimum's: what is looked for is a
+product with a constant matrix, stored as it is or transposed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gradmap_hub.exporters.blockwise import Blocks, block_sums, gptq, nearest, regridded, search
+from gradmap_hub.exporters.graph import Graph
+from gradmap_hub.exporters.recipes import GATES_ONLY, GPTQ, MIXED, NEAREST, NONE, REGRID, SEARCH, Recipe
+
+if TYPE_CHECKING:
+    from onnx import NodeProto
+
+# Activations go into the product as int8, block by block: the fast kernel of every recent CPU.
+_ACCURACY_LEVEL = 4
+_LAYER = re.compile(r"layers\.(\d+)/.*?(\w+?)_proj")
+_SENSITIVE_ROLES = ("qkv", "v", "down")
+_GATE_ROLES = ("gate", "up", "gate_up")
+# More than this in 8 bits, and the weights do not come from a grid of 4 bits.
+_LARGEST_REST = 0.5
+# Below this a matrix is not worth a node of its own.
+_LEAST_WEIGHTS = 1024
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A product with a constant matrix: node at `place`, initialiser `weight`, stored (outputs, inputs) if `rows_out`.
+    `layer` and `role` ("down", "qkv", ...) are read from the node's name; the head has role "head" and no layer."""
+
+    place: int
+    name: str
+    input: str
+    weight: str
+    rows_out: bool
+    outputs: int
+    inputs: int
+    layer: int | None
+    role: str
+
+    @property
+    def size(self) -> int:
+        return self.outputs * self.inputs
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """The token embedding: a Gather of rows of the initialiser `weight`, stored (vocabulary, width) if `rows_out`."""
+
+    place: int
+    weight: str
+    rows_out: bool
+    width: int
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Codes that are in the graph: `inputs` as the product takes them, more than the matrix has if it was regridded."""
+
+    bits: int
+    inputs: int
+    has_zeros: bool
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """`linears` products were quantised, those named in `eight_bit` with 8 bits where the others have 4; `rounding` as
+    it was really done."""
+
+    files: list[str]
+    bytes: int
+    linears: int
+    eight_bit: list[str]
+    rounding: str
+
+
+def main(base: str, destination: str, recipe: dict[str, Any], hessians: str | None = None) -> dict[str, Any] | None:
+    """Quantise the graph `base` into the file `destination`. `hessians`: a folder as `calibrate` writes it.
+
+    Returns what was done, see `Quantised`; None, having written nothing, if the recipe is not for these weights.
+    """
+    moments = Path(hessians) if hessians else None
+    done = quantise(Path(base), Path(destination), Recipe(**recipe), moments)
+    return None if done is None else dataclasses.asdict(done)
+
+
+def quantise(base: Path, destination: Path, recipe: Recipe, hessians: Path | None) -> Quantised | None:
+    """See `main`. Products whose inputs are not a multiple of the block stay as they are."""
+    graph = Graph.load(base)
+    linears = [entry for entry in find_linears(graph) if entry.inputs % recipe.block == 0]
+    moments = _Moments(hessians) if hessians else None
+    rounding = SEARCH if recipe.rounding == GPTQ and moments is None else recipe.rounding
+    chosen = _eight_bit(linears, recipe)
+    nodes: list[NodeProto] = list(graph.model.graph.node)
+    replaced: dict[int, list[NodeProto]] = {}
+    stored: dict[str, Stored] = {}
+    summed: set[str] = set()
+    for entry in linears:
+        if entry.weight not in stored:
+            blocks, eight_bit = _blocks_of(graph, entry, recipe, moments, eight_bit=entry.name in chosen)
+            stored[entry.weight] = _store(graph, entry.weight, blocks)
+            if eight_bit:
+                chosen.add(entry.name)
+        before = []
+        if stored[entry.weight].inputs > entry.inputs and entry.input not in summed:
+            before = _with_sums(graph, entry, recipe.block)
+            summed.add(entry.input)
+        replaced[entry.place] = [*before, _product(nodes[entry.place], entry, stored[entry.weight], recipe.block)]
+    if recipe.rounding == REGRID and _share(linears, chosen) > _LARGEST_REST:
+        return None
+    for lookup in find_lookups(graph):
+        if lookup.width % recipe.block:
+            continue
+        if lookup.weight not in stored:
+            weight = _matrix(graph, lookup.weight, lookup.rows_out)
+            blocks = nearest(weight, recipe.head_bits, recipe.block, symmetric=True)
+            stored[lookup.weight] = _store(graph, lookup.weight, blocks)
+        node = nodes[lookup.place]
+        replaced[lookup.place] = list(_gathered(graph, node, lookup, stored[lookup.weight], recipe.block))
+    graph.replace_nodes([new for place, node in enumerate(nodes) for new in replaced.get(place, [node])])
+    graph.drop_unused_nodes()
+    graph.use_runtime_operators()
+    files = graph.save(destination)
+    size = sum(file.stat().st_size for file in files)
+    return Quantised([file.name for file in files], size, len(linears), sorted(chosen), rounding)
+
+
+def find_linears(graph: Graph) -> list[Linear]:
+    """Products with a constant matrix that is worth quantising."""
+    return list(_linears(graph))
+
+
+def _linears(graph: Graph) -> Iterator[Linear]:
+    producers = graph.producers()
+    nodes = graph.model.graph.node
+    embedded = {lookup.weight for lookup in find_lookups(graph)}
+    for place, node in enumerate(nodes):
+        if node.op_type != "MatMul":
+            continue
+        found = _constant(graph, producers, node.input[1])
+        if found is None:
+            continue
+        weight, transposed = found
+        rows, columns = graph.weights[weight].shape
+        outputs, inputs = (rows, columns) if transposed else (columns, rows)
+        if outputs * inputs < _LEAST_WEIGHTS:
+            continue
+        match = _LAYER.search(node.name)
+        head = weight in embedded or "lm_head" in node.name
+        yield Linear(
+            place, node.name, node.input[0], weight, transposed, outputs, inputs,
+            int(match[1]) if match and not head else None,
+            "head" if head else match[2] if match else "",
+        )  # fmt: skip
+
+
+def find_lookups(graph: Graph) -> list[Lookup]:
+    """Gathers of rows of a constant matrix by input_ids."""
+    producers = graph.producers()
+    found: list[Lookup] = []
+    for place, node in enumerate(graph.model.graph.node):
+        if node.op_type != "Gather" or node.input[1] != "input_ids":
+            continue
+        constant = _constant(graph, producers, node.input[0])
+        if constant is not None:
+            weight, transposed = constant
+            shape = graph.weights[weight].shape
+            found.append(Lookup(place, weight, not transposed, shape[0] if transposed else shape[1]))
+    return found
+
+
+def _constant(graph: Graph, producers: Mapping[str, int], value: str) -> tuple[str, bool] | None:
+    """The two-dimensional initialiser behind `value`, and whether it comes transposed."""
+    transposed = False
+    place = producers.get(value)
+    if place is not None:
+        node = graph.model.graph.node[place]
+        permutation = [list(entry.ints) for entry in node.attribute if entry.name == "perm"]
+        if node.op_type != "Transpose" or permutation not in ([], [[1, 0]]):
+            return None
+        value, transposed = node.input[0], True
+    weight = graph.weights.get(value)
+    if weight is None or weight.ndim != 2 or not np.issubdtype(weight.dtype, np.floating):
+        return None
+    return value, transposed
+
+
+def _matrix(graph: Graph, name: str, rows_out: bool) -> npt.NDArray[np.float32]:
+    weight = graph.weights[name]
+    return np.ascontiguousarray(weight if rows_out else weight.T, np.float32)
+
+
+def _blocks_of(
+    graph: Graph, entry: Linear, recipe: Recipe, moments: _Moments | None, *, eight_bit: bool
+) -> tuple[Blocks, bool]:
+    """The codes of a matrix, and whether it is one that was put in 8 bits where others have 4."""
+    weight = _matrix(graph, entry.weight, entry.rows_out)
+    if entry.role == "head" and recipe.head_bits != recipe.bits:
+        return nearest(weight, recipe.head_bits, recipe.block, symmetric=True), False
+    if recipe.rounding == REGRID:
+        blocks = regridded(weight, recipe.block)
+        return (nearest(weight, 8, recipe.block, symmetric=True), True) if blocks is None else (blocks, False)
+    if eight_bit:
+        return nearest(weight, 8, recipe.block, symmetric=True), True
+    if recipe.rounding == NEAREST:
+        return nearest(weight, recipe.bits, recipe.block, recipe.symmetric), False
+    hessian = moments.of(entry.input) if moments is not None else None
+    if recipe.rounding == GPTQ and hessian is not None:
+        return gptq(weight, hessian, recipe.bits, recipe.block, recipe.symmetric), False
+    importance = None if hessian is None else np.diag(hessian).astype(np.float32)
+    return search(weight, recipe.bits, recipe.block, recipe.symmetric, importance), False
+
+
+def _share(linears: Sequence[Linear], chosen: set[str]) -> float:
+    """How much of the weights of the layers is in 8 bits."""
+    inner = [entry for entry in linears if entry.role != "head"]
+    return sum(entry.size for entry in inner if entry.name in chosen) / max(sum(entry.size for entry in inner), 1)
+
+
+def _eight_bit(linears: Sequence[Linear], recipe: Recipe) -> set[str]:
+    """The names of the matrices that an int4 recipe keeps in 8 bits."""
+    inner = [entry for entry in linears if entry.layer is not None]
+    if recipe.bits == 8 or recipe.eight_bit == NONE or not inner:
+        return set()
+    if recipe.eight_bit == GATES_ONLY:
+        return {entry.name for entry in inner if entry.role not in _GATE_ROLES}
+    assert recipe.eight_bit == MIXED
+    count = 1 + max(entry.layer for entry in inner if entry.layer is not None)
+    layers = {layer for layer in range(count) if _is_mixed(layer, count)}
+    return {entry.name for entry in inner if entry.layer in layers and entry.role in _SENSITIVE_ROLES}
+
+
+def _is_mixed(layer: int, count: int) -> bool:
+    """llama.cpp's rule for the layers whose value and down projections get more bits."""
+    return layer < count / 8 or layer >= 7 * count / 8 or (layer - round(count / 8)) % 3 == 2
+
+
+def _store(graph: Graph, name: str, blocks: Blocks) -> Stored:
+    graph.weights[name + ".codes"] = blocks.packed_codes()
+    graph.weights[name + ".scales"] = blocks.scales
+    zeros = blocks.packed_zeros()
+    if zeros is not None:
+        graph.weights[name + ".zeros"] = zeros
+    return Stored(blocks.bits, blocks.codes.shape[1] * blocks.codes.shape[2], zeros is not None)
+
+
+def _with_sums(graph: Graph, entry: Linear, block: int) -> list[NodeProto]:
+    """The input with the sums of its blocks behind it: (batch, tokens, inputs + further columns)."""
+    from onnx import helper
+
+    sums = f"gradmap.block_sums_{entry.inputs}"
+    graph.weights.setdefault(sums, block_sums(entry.inputs, block))
+    value = entry.input
+    return [
+        helper.make_node("MatMul", [value, sums], [value + ".sums"], name=value + "/sums"),
+        helper.make_node("Concat", [value, value + ".sums"], [value + ".summed"], name=value + "/summed", axis=-1),
+    ]
+
+
+def _product(node: NodeProto, entry: Linear, stored: Stored, block: int) -> NodeProto:
+    from onnx import helper
+
+    value = entry.input + ".summed" if stored.inputs > entry.inputs else entry.input
+    inputs = [value, entry.weight + ".codes", entry.weight + ".scales"]
+    if stored.has_zeros:
+        inputs.append(entry.weight + ".zeros")
+    return helper.make_node(
+        "MatMulNBits",
+        inputs,
+        list(node.output),
+        name=f"{node.name}_NBits",
+        domain="com.microsoft",
+        K=stored.inputs,
+        N=entry.outputs,
+        bits=stored.bits,
+        block_size=block,
+        accuracy_level=_ACCURACY_LEVEL,
+    )
+
+
+def _gathered(graph: Graph, node: NodeProto, lookup: Lookup, stored: Stored, block: int) -> Iterator[NodeProto]:
+    """Rows of codes (vocabulary, blocks, bytes) to (batch, tokens, blocks, block), then to (batch, tokens, width). The
+    codes are gathered in the shape that MatMulNBits wants, so that a tied head uses the same tensor."""
+    from onnx import helper
+
+    weight = lookup.weight
+    count = lookup.width // block
+    vocabulary = graph.weights[weight + ".codes"].shape[0]
+    graph.weights["gradmap.scales_shape"] = np.array([vocabulary, count, 1], np.int64)
+    graph.weights["gradmap.embedding_shape"] = np.array([0, 0, lookup.width], np.int64)
+    yield helper.make_node(
+        "Reshape", [weight + ".scales", "gradmap.scales_shape"], [weight + ".scales3"], name=node.name + "_scales"
+    )
+    inputs = [weight + ".codes", "input_ids", weight + ".scales3"]
+    if stored.has_zeros:
+        if stored.bits == 4:
+            raise ValueError("a 4-bit embedding with zeros packs two blocks to a byte, which cannot be gathered here")
+        yield helper.make_node(
+            "Reshape", [weight + ".zeros", "gradmap.scales_shape"], [weight + ".zeros3"], name=node.name + "_zeros"
+        )
+        inputs.append(weight + ".zeros3")
+    yield helper.make_node(
+        "GatherBlockQuantized",
+        inputs,
+        [node.output[0] + "_blocks"],
+        name=f"{node.name}_NBits",
+        domain="com.microsoft",
+        bits=stored.bits,
+        block_size=block,
+        gather_axis=0,
+        quantize_axis=2,
+    )
+    yield helper.make_node(
+        "Reshape", [node.output[0] + "_blocks", "gradmap.embedding_shape"], [node.output[0]], name=node.name + "_rows"
+    )
+
+
+class _Moments:
+    """E[x x^T] of the inputs of products, one file each (see calibrate.py)."""
+
+    def __init__(self, folder: Path) -> None:
+        from gradmap_hub.exporters.calibrate import read_index
+
+        self._files = read_index(folder)
+
+    def of(self, value: str) -> npt.NDArray[np.float32] | None:
+        path = self._files.get(value)
+        return None if path is None else np.load(path)

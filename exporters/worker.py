@@ -1,0 +1,31 @@
+"""The other end of `processes.call`: `python -m gradmap_hub.exporters.worker`, the task as JSON on stdin."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib
+import json
+import signal
+import sys
+import warnings
+from pathlib import Path
+
+
+def main() -> None:
+    _end_with_parent()
+    warnings.filterwarnings("ignore")
+    task = json.load(sys.stdin)
+    module = importlib.import_module(f"gradmap_hub.exporters.{task['module']}")
+    result = module.main(**task["arguments"])
+    Path(task["result"]).write_text(json.dumps(result, allow_nan=False), encoding="utf-8")
+
+
+def _end_with_parent() -> None:
+    """Have Linux kill this process when its parent is killed: nobody would remove what it goes on to write."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+if __name__ == "__main__":
+    main()
