@@ -1,0 +1,344 @@
+"""The routes: what the OpenAI API says, for one model."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Mapping
+from concurrent.futures import Executor
+from functools import partial
+from typing import Any
+
+from pydantic import BaseModel
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from gradmap_hub.serving import gate, schemas
+from gradmap_hub.serving.delivery import Delivery, Disconnected
+from gradmap_hub.serving.gate import Door, Gate
+from gradmap_hub.serving.metrics import CONTENT_TYPE, Metrics
+from gradmap_hub.serving.openapi import document
+from gradmap_hub.serving.problems import ApiError, unknown_model
+from gradmap_hub.serving.prompts import work_for
+from gradmap_hub.serving.scheduler import Engine, Finished, Scheduler
+from gradmap_hub.serving.schemas import ChatRequest, CompletionRequest
+from gradmap_hub.serving.settings import BODY_SECONDS, Settings
+
+# Proxies must neither keep nor gather the events.
+_EVENT_HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache",
+                  "X-Accel-Buffering": "no"}  # fmt: skip
+
+
+def build_app(engine: Engine, settings: Settings, scheduler: Scheduler, executor: Executor, door: Door) -> Starlette:
+    """The ASGI application.
+
+    Args:
+        engine: the model; only its `encode` methods are called from here, on the executor.
+        settings: limits and keys.
+        scheduler: started, with the same engine.
+        executor: for tokenising, one call at a time.
+        door: closed by the server when it shuts down.
+    """
+    name = settings.name or engine.name
+    metrics = Metrics(engine, scheduler, model=name, slots=settings.slots)
+    routes = _Routes(name, engine, settings, scheduler, metrics, executor, door)
+    middleware = [Middleware(Gate, settings=settings, scheduler=scheduler, metrics=metrics, door=door)]
+    if settings.allow_origins:
+        middleware.insert(
+            0,
+            Middleware(
+                CORSMiddleware,
+                allow_origins=list(settings.allow_origins),
+                allow_methods=["GET", "POST"],
+                allow_headers=["*"],
+                expose_headers=["Retry-After"],
+            ),
+        )
+    app = Starlette(
+        routes=[
+            Route(gate.CHAT, _Generate(routes, ChatRequest), methods=["POST"]),
+            Route(gate.COMPLETIONS, _Generate(routes, CompletionRequest), methods=["POST"]),
+            Route(gate.MODELS, routes.models, methods=["GET"]),
+            Route(gate.MODELS + "/{id:path}", routes.model, methods=["GET"]),
+            Route(gate.HEALTH, routes.health, methods=["GET"]),
+            Route(gate.READY, routes.ready, methods=["GET"]),
+            Route(gate.METRICS, routes.metrics, methods=["GET"]),
+            Route(gate.OPENAPI, routes.openapi, methods=["GET"]),
+        ],
+        middleware=middleware,
+        exception_handlers={ApiError: _refused, HTTPException: _http_error},
+    )
+    app.router.redirect_slashes = False
+    return app
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return error.response()
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    """What Starlette itself refuses: unknown paths and methods."""
+    assert isinstance(error, HTTPException)
+    if error.status_code == 404:
+        message, code = "There is nothing at this path.", "unknown_url"
+    elif error.status_code == 405:
+        message, code = "This path does not have this method.", "method_not_allowed"
+    else:
+        message, code = error.detail, None
+    return ApiError(error.status_code, message, code=code, headers=error.headers).response()
+
+
+class _Routes:
+    """What all routes know, and those that only read."""
+
+    def __init__(
+        self,
+        name: str,
+        engine: Engine,
+        settings: Settings,
+        scheduler: Scheduler,
+        metrics: Metrics,
+        executor: Executor,
+        door: Door,
+    ) -> None:
+        self.name = name
+        self.engine = engine
+        self.settings = settings
+        self.scheduler = scheduler
+        self.counters = metrics
+        self.executor = executor
+        self._door = door
+        owner, slash, _ = name.partition("/")
+        self._info = schemas.ModelInfo(
+            id=name,
+            object="model",
+            created=int(time.time()),
+            owned_by=owner if slash and owner else "gradmap-hub",
+            context_length=engine.context_length,
+            artifact=engine.artifact,
+            provider=engine.provider,
+        )
+        self._openapi = document(name)
+
+    async def models(self, request: Request) -> Response:
+        return _answer(schemas.ModelList(object="list", data=[self._info]))
+
+    async def model(self, request: Request) -> Response:
+        asked = request.path_params["id"]
+        if asked != self.name:
+            raise unknown_model(asked, self.name)
+        return _answer(self._info)
+
+    async def health(self, request: Request) -> Response:
+        if self.scheduler.alive:
+            return _answer(schemas.Health(status="ok"))
+        return _answer(schemas.Health(status="failed"), 503)
+
+    async def ready(self, request: Request) -> Response:
+        status = "stopping" if self._door.closing else "ready" if self.scheduler.alive else "failed"
+        answer = schemas.Ready(
+            status=status, model=self.name, active=self.scheduler.active, waiting=self.scheduler.waiting
+        )
+        return _answer(answer, 200 if status == "ready" else 503)
+
+    async def metrics(self, request: Request) -> Response:
+        return Response(self.counters.text(), headers={"Content-Type": CONTENT_TYPE})
+
+    async def openapi(self, request: Request) -> Response:
+        return JSONResponse(self._openapi)
+
+
+class _Generate:
+    """POST of a request of one kind. An ASGI application rather than a function: it sends as the text comes."""
+
+    def __init__(self, routes: _Routes, kind: type[ChatRequest] | type[CompletionRequest]) -> None:
+        self._routes = routes
+        self._kind = kind
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        routes = self._routes
+        settings, name = routes.settings, routes.name
+        try:
+            body = await _read(Request(scope, receive), settings.max_body)
+            asked = schemas.parse(self._kind, body)
+            if asked.model != name:
+                raise unknown_model(asked.model, name)
+            async with Delivery(routes.scheduler, routes.counters, receive, settings.timeout) as delivery:
+                await delivery.prepare(routes.executor, partial(work_for, routes.engine, asked))
+                shape = _Chat(name) if isinstance(asked, ChatRequest) else _Plain(name)
+                if asked.stream:
+                    usage = asked.stream_options is not None and bool(asked.stream_options.include_usage)
+                    await _stream(delivery, shape, send, with_usage=usage)
+                else:
+                    text = "".join([piece async for piece in delivery.pieces()])
+                    await _answer(shape.whole(text, delivery.finished()))(scope, receive, send)
+        except (Disconnected, ClientDisconnect):
+            pass  # nobody is there to be answered
+
+
+async def _read(request: Request, limit: int) -> bytes:
+    """The body of a request.
+
+    Raises:
+        ApiError: it is too large (413), too slow (408) or not declared as JSON (415).
+    """
+    # A web page may send any other type across origins without asking; this one needs CORS.
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise ApiError(415, "Send the request as Content-Type: application/json.", code="unsupported_media_type")
+    too_large = ApiError(413, f"The body is larger than {limit} bytes.", code="body_too_large")
+    length = request.headers.get("content-length", "")
+    if length.isascii() and length.isdigit() and (len(length) > 18 or int(length) > limit):
+        raise too_large
+    body = bytearray()
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for part in request.stream():
+                body += part
+                if len(body) > limit:
+                    raise too_large
+    except TimeoutError:
+        raise ApiError(408, "The body did not arrive in time.", kind="timeout", code="request_timeout",
+                       headers={"Connection": "close"}) from None  # fmt: skip
+    return bytes(body)
+
+
+def _answer(model: BaseModel, status: int = 200) -> Response:
+    # Unset fields are left out, those set to None are null: the OpenAI API tells the two apart.
+    return Response(model.model_dump_json(exclude_unset=True), status, media_type="application/json")
+
+
+# -- shapes of answers ---------------------------------------------------------------------------------------------
+
+
+def _usage(finished: Finished) -> schemas.Usage:
+    prompt, completion = finished.prompt_tokens, finished.completion_tokens
+    return schemas.Usage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
+
+
+class _Shape:
+    """The answers to one request: whole, or in events. Every event of a request bears the same id."""
+
+    prefix: str
+    object: str
+    event: type[BaseModel]
+
+    def __init__(self, model: str) -> None:
+        self._model = model
+        self._id = f"{self.prefix}-{secrets.token_hex(12)}"
+        self._created = int(time.time())
+
+    def head(self) -> list[Any] | None:
+        """Choices of the event that comes before any text."""
+        raise NotImplementedError
+
+    def piece(self, text: str) -> list[Any]:
+        raise NotImplementedError
+
+    def tail(self, finished: Finished) -> list[Any]:
+        raise NotImplementedError
+
+    def whole(self, text: str, finished: Finished) -> BaseModel:
+        raise NotImplementedError
+
+    def fields(self) -> dict[str, Any]:
+        return {"id": self._id, "object": self.object, "created": self._created, "model": self._model}
+
+    def chunk(self, choices: list[Any], extra: Mapping[str, Any]) -> BaseModel:
+        return self.event(**self.fields(), choices=choices, **extra)
+
+
+class _Chat(_Shape):
+    prefix = "chatcmpl"
+    object = "chat.completion.chunk"
+    event = schemas.ChatChunk
+
+    def head(self) -> list[schemas.ChunkChoice]:
+        return [self._choice(schemas.Delta(role="assistant", content=""))]
+
+    def piece(self, text: str) -> list[schemas.ChunkChoice]:
+        return [self._choice(schemas.Delta(content=text))]
+
+    def tail(self, finished: Finished) -> list[schemas.ChunkChoice]:
+        return [self._choice(schemas.Delta(), finished.reason)]
+
+    def whole(self, text: str, finished: Finished) -> schemas.ChatCompletion:
+        choice = schemas.ChatChoice(
+            index=0,
+            message=schemas.ChatMessage(role="assistant", content=text, refusal=None),
+            logprobs=None,
+            finish_reason=finished.reason,
+        )
+        return schemas.ChatCompletion(
+            id=self._id,
+            object="chat.completion",
+            created=self._created,
+            model=self._model,
+            choices=[choice],
+            usage=_usage(finished),
+        )
+
+    @staticmethod
+    def _choice(delta: schemas.Delta, reason: schemas.Reason | None = None) -> schemas.ChunkChoice:
+        return schemas.ChunkChoice(index=0, delta=delta, logprobs=None, finish_reason=reason)
+
+
+class _Plain(_Shape):
+    prefix = "cmpl"
+    object = "text_completion"
+    event = schemas.TextCompletion
+
+    def head(self) -> None:
+        return None
+
+    def piece(self, text: str) -> list[schemas.TextChoice]:
+        return [self._choice(text)]
+
+    def tail(self, finished: Finished) -> list[schemas.TextChoice]:
+        return [self._choice("", finished.reason)]
+
+    def whole(self, text: str, finished: Finished) -> schemas.TextCompletion:
+        return schemas.TextCompletion(
+            **self.fields(), choices=[self._choice(text, finished.reason)], usage=_usage(finished)
+        )
+
+    @staticmethod
+    def _choice(text: str, reason: schemas.Reason | None = None) -> schemas.TextChoice:
+        return schemas.TextChoice(index=0, text=text, logprobs=None, finish_reason=reason)
+
+
+async def _stream(delivery: Delivery, shape: _Shape, send: Send, *, with_usage: bool) -> None:
+    """Send an answer as server-sent events; what goes wrong on the way is an event too, and the last one."""
+    # The field is there in every event once it is asked for, as the OpenAI API has it.
+    extra: dict[str, Any] = {"usage": None} if with_usage else {}
+
+    async def event(data: str, more: bool = True) -> None:
+        await send({"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": more})
+
+    async def chunk(choices: list[Any], **changes: Any) -> None:
+        await event(shape.chunk(choices, extra | changes).model_dump_json(exclude_unset=True))
+
+    headers = [(name.lower().encode(), value.encode()) for name, value in _EVENT_HEADERS.items()]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    try:
+        head = shape.head()
+        if head is not None:
+            await chunk(head)
+        async for piece in delivery.pieces():
+            await chunk(shape.piece(piece))
+        finished = delivery.finished()
+    except ApiError as error:
+        await event(schemas.ProblemAnswer.model_validate(error.body()).model_dump_json(), more=False)
+        return
+    await chunk(shape.tail(finished))
+    if with_usage:
+        await chunk([], usage=_usage(finished))
+    await event("[DONE]", more=False)

@@ -1,0 +1,129 @@
+"""/openapi.json: OpenAPI 3.1, generated from the models that requests are checked with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from gradmap_hub import __version__
+from gradmap_hub.serving import gate, schemas
+
+_REFERENCE = "#/components/schemas/{model}"
+_REFUSALS = {
+    400: "The request cannot be meant, or asks for something that is not supported.",
+    401: "The API key is missing or wrong.",
+    404: "No such model or path.",
+    405: "The path does not have this method.",
+    408: "The body did not arrive in time.",
+    413: "The body is too large.",
+    415: "The body is not declared as JSON.",
+    429: "All slots and the queue are full; see Retry-After.",
+    500: "The server had an error.",
+    503: "The server is shutting down; see Retry-After.",
+    504: "The answer was not finished in time.",
+}
+_GENERATION = (400, 401, 404, 408, 413, 415, 429, 500, 503, 504)
+
+
+def document(model: str) -> dict[str, Any]:
+    """The description of a server that has this model."""
+    requests: tuple[type[BaseModel], ...] = (schemas.ChatRequest, schemas.CompletionRequest)
+    answers: tuple[type[BaseModel], ...] = (
+        schemas.ChatCompletion,
+        schemas.ChatChunk,
+        schemas.TextCompletion,
+        schemas.ModelList,
+        schemas.ModelInfo,
+        schemas.Health,
+        schemas.Ready,
+        schemas.ProblemAnswer,
+    )
+    _, described = models_json_schema(
+        [*((kind, "validation") for kind in requests), *((kind, "validation") for kind in answers)],
+        ref_template=_REFERENCE,
+    )
+    components = described["$defs"]
+    for kind in requests:  # the one value that is not answered with 404
+        components[kind.__name__]["properties"]["model"] = {"type": "string", "enum": [model]}
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "gradmap-hub serve",
+            "version": __version__,
+            "description": "The OpenAI API for one model on ONNX Runtime.",
+        },
+        "paths": {
+            gate.CHAT: {"post": _generation("chat", schemas.ChatRequest, schemas.ChatCompletion, schemas.ChatChunk)},
+            gate.COMPLETIONS: {
+                "post": _generation(
+                    "completion", schemas.CompletionRequest, schemas.TextCompletion, schemas.TextCompletion
+                )
+            },
+            gate.MODELS: {"get": _reading("models", "The served model.", schemas.ModelList, (400, 401))},
+            gate.MODELS + "/{id}": {
+                "get": {
+                    **_reading("model", "The served model.", schemas.ModelInfo, (400, 401, 404)),
+                    "parameters": [
+                        {"name": "id", "in": "path", "required": True, "schema": {"type": "string", "enum": [model]}}
+                    ],
+                }
+            },
+            gate.HEALTH: {"get": _state("health", "Whether the process works.", schemas.Health)},
+            gate.READY: {"get": _state("ready", "Whether requests are taken.", schemas.Ready)},
+            gate.METRICS: {
+                "get": {
+                    "operationId": "metrics",
+                    "summary": "For Prometheus.",
+                    "responses": {
+                        "200": {"description": "Metrics.", "content": {"text/plain": {"schema": {"type": "string"}}}},
+                        **_refusals((400, 401)),
+                    },
+                }
+            },
+        },
+        "components": {
+            "schemas": components,
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
+        "security": [{}, {"key": []}],
+    }
+
+
+def _json(kind: type[BaseModel]) -> dict[str, Any]:
+    return {"schema": {"$ref": _REFERENCE.format(model=kind.__name__)}}
+
+
+def _refusals(statuses: Sequence[int]) -> dict[str, Any]:
+    content = {"application/json": _json(schemas.ProblemAnswer)}
+    return {str(status): {"description": _REFUSALS[status], "content": content} for status in statuses}
+
+
+def _generation(name: str, asked: type[BaseModel], answer: type[BaseModel], event: type[BaseModel]) -> dict[str, Any]:
+    return {
+        "operationId": name,
+        "summary": (asked.__doc__ or "").strip(),
+        "requestBody": {"required": True, "content": {"application/json": _json(asked)}},
+        "responses": {
+            "200": {
+                "description": f"The answer; with stream: true, server-sent events that hold a {event.__name__} each, "
+                "then [DONE].",
+                "content": {"application/json": _json(answer), "text/event-stream": {}},
+            },
+            **_refusals(_GENERATION),
+        },
+    }
+
+
+def _reading(name: str, summary: str, answer: type[BaseModel], refusals: Sequence[int]) -> dict[str, Any]:
+    found = {"description": summary, "content": {"application/json": _json(answer)}}
+    return {"operationId": name, "summary": summary, "responses": {"200": found, **_refusals(refusals)}}
+
+
+def _state(name: str, summary: str, answer: type[BaseModel]) -> dict[str, Any]:
+    """For probes: no key, and 503 has the body of 200."""
+    described = _reading(name, summary, answer, (400,))
+    responses = described["responses"]
+    return {**described, "security": [], "responses": {**responses, "503": responses["200"]}}

@@ -1,0 +1,88 @@
+"""From a validated request to what the engine takes: token ids, sampling, stop strings, most tokens."""
+
+from __future__ import annotations
+
+from gradmap_hub.errors import GradmapError
+from gradmap_hub.runtime import Sampling
+from gradmap_hub.serving.problems import ApiError
+from gradmap_hub.serving.scheduler import Engine, Work
+from gradmap_hub.serving.schemas import ChatRequest, CompletionRequest
+
+_COMPLETION_TOKENS = 16  # the default of /v1/completions in the OpenAI API; a chat goes on to the end of the context
+
+
+def work_for(engine: Engine, asked: ChatRequest | CompletionRequest) -> Work:
+    """Tokenise and check. Slow for a long prompt: not for the event loop.
+
+    Raises:
+        ApiError: 400, the prompt cannot be used.
+    """
+    if isinstance(asked, ChatRequest):
+        param, ids = "messages", _chat_ids(engine, asked)
+        wanted = asked.max_completion_tokens or asked.max_tokens
+    else:
+        param, ids = "prompt", _prompt_ids(engine, asked)
+        wanted = asked.max_tokens or _COMPLETION_TOKENS
+    if not ids:
+        raise ApiError(400, "The prompt has no tokens.", param=param, code="invalid_value")
+    room = engine.context_length - len(ids)
+    if room < 1:
+        raise ApiError(
+            400,
+            f"The prompt has {len(ids)} tokens; the context is {engine.context_length} tokens, the answer included.",
+            param=param,
+            code="context_length_exceeded",
+        )
+    return Work(
+        prompt=ids,
+        max_tokens=room if wanted is None else min(wanted, room),
+        sampling=_sampling(asked),
+        stop=_stops(asked.stop),
+    )
+
+
+def _chat_ids(engine: Engine, asked: ChatRequest) -> list[int]:
+    # What OpenAI calls developer is the system role in the templates of open models.
+    turns = [
+        {"role": "system" if turn.role == "developer" else turn.role, "content": turn.text} for turn in asked.messages
+    ]
+    try:
+        return engine.encode_chat(turns)
+    except GradmapError as error:
+        raise ApiError(400, error.message, param="messages", code="invalid_value") from error
+
+
+def _prompt_ids(engine: Engine, asked: CompletionRequest) -> list[int]:
+    prompt = asked.prompt
+    if isinstance(prompt, list):
+        first = prompt[0]
+        if isinstance(first, int):
+            return [int(token) for token in prompt if isinstance(token, int)]
+        if isinstance(first, list):
+            return list(first)
+        prompt = first
+    try:
+        return engine.encode(prompt)
+    except GradmapError as error:
+        raise ApiError(400, error.message, param="prompt", code="invalid_value") from error
+
+
+def _sampling(asked: ChatRequest | CompletionRequest) -> Sampling:
+    temperature = 1.0 if asked.temperature is None else asked.temperature
+    top_p = 1.0 if asked.top_p is None else asked.top_p
+    if top_p == 0:  # nothing but the likeliest token
+        temperature, top_p = 0.0, 1.0
+    return Sampling(
+        temperature=temperature,
+        top_k=asked.top_k or 0,
+        top_p=top_p,
+        min_p=asked.min_p or 0.0,
+        repetition_penalty=1.0 if asked.repetition_penalty is None else asked.repetition_penalty,
+        seed=None if asked.seed is None else asked.seed % 2**63,  # generators take no negative ones
+    )
+
+
+def _stops(stop: str | list[str] | None) -> tuple[str, ...]:
+    if stop is None:
+        return ()
+    return (stop,) if isinstance(stop, str) else tuple(stop)

@@ -1,0 +1,80 @@
+"""HTTP/1.1 as uvicorn speaks it, with an end to patience: for a head that does not come, for an answer not read.
+
+A generation never waits for its client, so neither can hold a slot; but connections are not without end either.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from gradmap_hub.serving.problems import ApiError
+from gradmap_hub.serving.settings import HEAD_SECONDS, STALL_SECONDS
+
+
+class PatientProtocol(H11Protocol):
+    """One connection."""
+
+    _head_timer: asyncio.TimerHandle | None = None
+    _stall_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        super().connection_made(transport)
+        self._expect_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._head_timer = _cancelled(self._head_timer)
+        self._stall_timer = _cancelled(self._stall_timer)
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._head_timer = _cancelled(self._head_timer)
+        else:  # part of a head, or the rest of a body that nobody wanted
+            self._expect_head()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self._stall_timer is None:
+            self._stall_timer = self.loop.call_later(STALL_SECONDS, self._give_up)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._stall_timer = _cancelled(self._stall_timer)
+
+    def send_400_response(self, msg: str) -> None:
+        """What is not HTTP is refused in the same format as everything else."""
+        try:
+            body = json.dumps(ApiError(400, msg, code="invalid_http").body()).encode()
+            head = h11.Response(
+                status_code=400,
+                reason=b"Bad Request",
+                headers=[
+                    (b"content-type", b"application/json"),
+                    (b"content-length", str(len(body)).encode()),
+                    (b"connection", b"close"),
+                ],
+            )
+            for event in (head, h11.Data(data=body), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event) or b"")
+        except h11.LocalProtocolError:  # an answer is under way; it ends here
+            pass
+        self.transport.close()
+
+    def _expect_head(self) -> None:
+        if self._head_timer is None:
+            self._head_timer = self.loop.call_later(HEAD_SECONDS, self._give_up)
+
+    def _give_up(self) -> None:
+        self._head_timer = self._stall_timer = None
+        if not self.transport.is_closing() or self.flow.write_paused:
+            self.transport.abort()
+
+
+def _cancelled(timer: asyncio.TimerHandle | None) -> None:
+    if timer is not None:
+        timer.cancel()

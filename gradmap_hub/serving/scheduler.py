@@ -1,0 +1,338 @@
+"""Slots and a bounded queue around one decode thread. No asyncio and no HTTP here.
+
+The one thread steps every active generation in turn, one token each, and every step is a batch of one: a stream gets
+the tokens that it would get alone, whatever else runs. Whoever asks for more than slots and queue hold is refused
+at once rather than kept waiting for an unknown time.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import TYPE_CHECKING, Literal, Protocol
+
+if TYPE_CHECKING:
+    from gradmap_hub.runtime import Sampling
+
+log = logging.getLogger("gradmap_hub.serving")
+
+_FIRST_GUESS_SECONDS = 2.0  # how long a generation takes, before one has been seen
+_SMOOTHING = 0.2  # weight of the latest generation in the mean duration
+_MAX_RETRY_SECONDS = 60  # clients such as openai-python ignore a longer Retry-After
+
+
+class Answer(Protocol):
+    """A generation of `gradmap_hub.runtime`; stepped by one thread."""
+
+    @property
+    def prompt_tokens(self) -> int: ...
+    @property
+    def completion_tokens(self) -> int: ...
+    @property
+    def finish_reason(self) -> Literal["stop", "length", "cancelled"] | None: ...
+    @property
+    def tokens_per_second(self) -> float | None: ...
+    def advance(self) -> str: ...
+    def cancel(self) -> None: ...
+    def close(self) -> None: ...
+
+
+class Engine(Protocol):
+    """What is needed of a `gradmap_hub.runtime.TextModel`."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def artifact(self) -> str: ...
+    @property
+    def provider(self) -> str: ...
+    @property
+    def context_length(self) -> int: ...
+    @property
+    def has_chat_template(self) -> bool: ...
+    def encode(self, text: str) -> list[int]: ...
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]: ...
+    def start(
+        self, prompt_ids: Sequence[int], *, max_tokens: int, sampling: Sampling = ..., stop: Sequence[str] = ()
+    ) -> Answer: ...
+
+
+class Busy(Exception):
+    """Slots and queue are full; `retry_seconds` is about how long the queue takes to be worked off."""
+
+    def __init__(self, retry_seconds: int) -> None:
+        super().__init__(f"full for about {retry_seconds} s")
+        self.retry_seconds = retry_seconds
+
+
+class Stopped(Exception):
+    """The scheduler has ended, and with it every job that was not done."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """One generation to be made."""
+
+    prompt: Sequence[int]
+    max_tokens: int
+    sampling: Sampling
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Finished:
+    """How a generation ended by itself."""
+
+    reason: Literal["stop", "length"]
+    prompt_tokens: int
+    completion_tokens: int
+    tokens_per_second: float | None
+
+
+class _State(Enum):
+    PREPARING = auto()  # admitted, the prompt is being tokenised
+    QUEUED = auto()
+    ACTIVE = auto()
+    DONE = auto()
+
+
+class Job:
+    """A place in the scheduler, from admission to the end of the generation.
+
+    The attributes are written by the decode thread and may be read by any. `wake` is called on the decode thread
+    whenever there is something new; it must return at once. Text is complete once `ended` is true: read `ended`
+    first, then `take()`.
+    """
+
+    def __init__(self, scheduler: Scheduler, wake: Callable[[], None]) -> None:
+        self._scheduler = scheduler
+        self.wake = wake
+        self.admitted_at = time.monotonic()
+        self.state = _State.PREPARING
+        self.work: Work | None = None
+        self.answer: Answer | None = None
+        self.activated_at: float | None = None
+        self.pieces: deque[str] = deque()
+        self.cancelled = False
+        self.started = False
+        self.first_token_seconds: float | None = None  # from admission: what the client waited
+        self.prompt_tokens = 0
+        self.completion_tokens = 0
+        self.finished: Finished | None = None
+        self.error: Exception | None = None
+
+    @property
+    def ended(self) -> bool:
+        return self.finished is not None or self.error is not None
+
+    def take(self) -> str:
+        """The text that became final since the last call."""
+        taken: list[str] = []
+        while self.pieces:
+            taken.append(self.pieces.popleft())
+        return "".join(taken)
+
+    def begin(self, work: Work) -> None:
+        """Wait for a slot, then decode.
+
+        Raises:
+            Stopped: the scheduler has ended.
+        """
+        self._scheduler.enqueue(self, work)
+
+    def cancel(self) -> None:
+        """Give the place back: at once if it has no slot yet, after the current step otherwise. Idempotent."""
+        self._scheduler.withdraw(self)
+
+
+class Scheduler:
+    """Runs the generations of one engine.
+
+    Args:
+        engine: used by the decode thread only, as far as `start` and what it returns go.
+        slots: generations stepped in turns.
+        queue: jobs admitted beyond those.
+    """
+
+    def __init__(self, engine: Engine, *, slots: int, queue: int) -> None:
+        self._engine = engine
+        self._slots = slots
+        self._capacity = slots + queue
+        self._changed = threading.Condition()
+        # All four under `_changed`. What is admitted and neither queued nor active is being prepared.
+        self._admitted = 0
+        self._queued: deque[Job] = deque()
+        self._active: list[Job] = []
+        self._stopping = False
+        self._mean_seconds = _FIRST_GUESS_SECONDS
+        self._thread = threading.Thread(target=self._run, name="decode", daemon=True)
+
+    # What other threads call
+
+    def start(self) -> None:
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    @property
+    def active(self) -> int:
+        """Slots in use."""
+        return len(self._active)
+
+    @property
+    def waiting(self) -> int:
+        """Admitted jobs without a slot."""
+        return max(0, self._admitted - len(self._active))
+
+    @property
+    def full(self) -> bool:
+        return self._admitted >= self._capacity
+
+    def retry_seconds(self) -> int:
+        """How long the queue, as it stands, takes to be worked off at the recent speed: 1 to 60 s."""
+        seconds = self._mean_seconds * max(1, self.waiting) / self._slots
+        return min(_MAX_RETRY_SECONDS, max(1, math.ceil(seconds)))
+
+    def admit(self, wake: Callable[[], None]) -> Job:
+        """Take a place. The caller must end it: by `Job.begin` and the end of the generation, or by `Job.cancel`.
+
+        Raises:
+            Busy: there is none.
+            Stopped: the scheduler has ended.
+        """
+        with self._changed:
+            if self._stopping:
+                raise Stopped
+            if self.full:
+                raise Busy(self.retry_seconds())
+            self._admitted += 1
+        return Job(self, wake)
+
+    def enqueue(self, job: Job, work: Work) -> None:
+        """See `Job.begin`."""
+        with self._changed:
+            if self._stopping:
+                raise Stopped
+            if job.state is not _State.PREPARING:
+                raise RuntimeError("A job begins once")
+            job.work = work
+            job.state = _State.QUEUED
+            self._queued.append(job)
+            self._changed.notify()
+
+    def withdraw(self, job: Job) -> None:
+        """See `Job.cancel`."""
+        with self._changed:
+            if job.state is _State.ACTIVE:
+                job.cancelled = True
+                return
+            if job.state is _State.DONE:
+                return
+            if job.state is _State.QUEUED:
+                self._queued.remove(job)
+            job.state = _State.DONE
+            self._admitted -= 1
+
+    def stop(self, seconds: float = 10.0) -> None:
+        """End every job with `Stopped`, then the thread; waits for the step under way. Idempotent."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        if self._thread.is_alive():
+            self._thread.join(seconds)
+
+    # The decode thread
+
+    def _run(self) -> None:
+        while self._next_round():
+            for job in tuple(self._active):
+                self._step(job)
+        for job in (*self._active, *self._queued):
+            self._end(job, error=Stopped())
+
+    def _next_round(self) -> bool:
+        """Fill free slots from the queue, sleep while there is nothing to do; False once the scheduler stops."""
+        with self._changed:
+            while not (self._stopping or self._queued or self._active):
+                self._changed.wait()
+            while self._queued and len(self._active) < self._slots:
+                job = self._queued.popleft()
+                job.state = _State.ACTIVE
+                job.activated_at = time.monotonic()
+                self._active.append(job)
+            return not self._stopping
+
+    def _step(self, job: Job) -> None:
+        """One step of one generation. Whatever goes wrong ends this job and no other."""
+        if job.cancelled:
+            self._end(job)
+            return
+        try:
+            answer = job.answer
+            if answer is None:
+                work = job.work
+                assert work is not None
+                job.answer = self._engine.start(
+                    work.prompt, max_tokens=work.max_tokens, sampling=work.sampling, stop=work.stop
+                )
+                job.started = True
+                self._wake(job)
+                return
+            piece = answer.advance()
+            job.prompt_tokens, job.completion_tokens = answer.prompt_tokens, answer.completion_tokens
+            if job.first_token_seconds is None and job.completion_tokens:
+                job.first_token_seconds = time.monotonic() - job.admitted_at
+            if piece:
+                job.pieces.append(piece)
+            reason = answer.finish_reason
+            if reason is not None:
+                self._end(job, reason=reason)
+            elif piece:
+                self._wake(job)
+        except Exception as error:
+            self._end(job, error=error)
+
+    def _end(
+        self, job: Job, *, reason: Literal["stop", "length", "cancelled"] | None = None, error: Exception | None = None
+    ) -> None:
+        """Free the slot, then tell whoever waits: a client that has its answer finds the slot free."""
+        answer, job.answer = job.answer, None
+        speed = None
+        if answer is not None:
+            try:
+                speed = answer.tokens_per_second
+                if answer.finish_reason is None:
+                    answer.cancel()
+                answer.close()
+            except Exception:  # the slot must be freed all the same
+                log.exception("A generation could not be closed")
+        with self._changed:
+            if job in self._active:
+                self._active.remove(job)
+            elif job in self._queued:
+                self._queued.remove(job)
+            job.state = _State.DONE
+            self._admitted -= 1
+            if reason in ("stop", "length") and job.activated_at is not None:
+                seconds = time.monotonic() - job.activated_at
+                self._mean_seconds += _SMOOTHING * (seconds - self._mean_seconds)
+        if reason == "stop" or reason == "length":
+            job.finished = Finished(reason, job.prompt_tokens, job.completion_tokens, speed)
+        else:
+            job.error = error or Stopped()
+        self._wake(job)
+
+    @staticmethod
+    def _wake(job: Job) -> None:
+        try:
+            job.wake()
+        except Exception:  # the event loop has gone: nobody waits for this any more
+            log.debug("Nobody to wake", exc_info=True)

@@ -1,0 +1,330 @@
+"""Requests and answers of the OpenAI API, as far as this server goes.
+
+Requests are strict: a number in quotes is refused, not guessed at. Fields that ask for something the server cannot do
+are declared here with the one value that asks for nothing, so that they are refused by name; fields that are not
+declared are ignored (`user`, `metadata`, `store`, ...).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeVar
+
+import pydantic_core
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
+
+from gradmap_hub.serving.problems import ApiError
+from gradmap_hub.serving.settings import MAX_MESSAGES, MAX_STOP_CHARACTERS, MAX_STOPS
+
+_TAG = "~"  # marks the names of union branches in the location of an error; they are no part of the parameter
+_MAX_TOKENS = 2**31 - 1
+_MAX_PROMPT_IDS = 1_000_000
+
+# -- requests ------------------------------------------------------------------------------------------------------
+
+
+class _Request(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True, allow_inf_nan=False)
+
+
+def _is_list(value: Any) -> str:
+    return "~list" if isinstance(value, list) else "~text"
+
+
+def _kind_of_prompt(value: Any) -> str:
+    if not isinstance(value, list):
+        return "~text"
+    first = value[0] if value else None
+    if isinstance(first, list):
+        return "~id lists"
+    return "~texts" if isinstance(first, str) else "~ids"
+
+
+class TextPart(_Request):
+    type: Literal["text"]
+    text: str
+
+
+Content = Annotated[
+    Annotated[str, Tag("~text")] | Annotated[list[TextPart], Field(min_length=1), Tag("~list")],
+    Discriminator(_is_list),
+]
+_Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
+Stop = Annotated[
+    Annotated[_Stop, Tag("~text")] | Annotated[list[_Stop], Field(max_length=MAX_STOPS), Tag("~list")],
+    Discriminator(_is_list),
+]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=_MAX_PROMPT_IDS)]
+Prompt = Annotated[
+    Annotated[str, Tag("~text")]
+    | Annotated[list[str], Field(min_length=1, max_length=1), Tag("~texts")]
+    | Annotated[TokenIds, Tag("~ids")]
+    | Annotated[list[TokenIds], Field(min_length=1, max_length=1), Tag("~id lists")],
+    Discriminator(_kind_of_prompt),
+]
+Nothing = Annotated[list[Any], Field(max_length=0)] | None
+One = Annotated[int, Field(ge=1, le=1)] | None
+Zero = Annotated[float, Field(ge=0, le=0)] | None
+MaxTokens = Annotated[int, Field(ge=1, le=_MAX_TOKENS)] | None
+
+
+class Message(_Request):
+    """One turn of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Content
+    tool_calls: Nothing = None
+    function_call: None = None
+    audio: None = None
+
+    @property
+    def text(self) -> str:
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part.text for part in self.content)
+
+
+class StreamOptions(_Request):
+    include_usage: bool | None = None
+
+
+class TextFormat(_Request):
+    type: Literal["text"]
+
+
+class _Generation(_Request):
+    """What chat and plain completions have in common."""
+
+    model: str
+    max_tokens: MaxTokens = Field(None, description="Most tokens to generate; never beyond the context.")
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(None, description="Default 1; 0 is greedy.")
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = Field(None, description="Default 1 (off).")
+    top_k: Annotated[int, Field(ge=0, le=_MAX_TOKENS)] | None = Field(None, description="Extension. Default 0 (off).")
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = Field(None, description="Extension. Default 0 (off).")
+    repetition_penalty: Annotated[float, Field(ge=0.1, le=10)] | None = Field(
+        None, description="Extension. Default 1 (off)."
+    )
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: Stop | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    # Only these values are possible; see `_REFUSED`.
+    n: One = None
+    presence_penalty: Zero = None
+    frequency_penalty: Zero = None
+    logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
+
+
+class ChatRequest(_Generation):
+    """POST /v1/chat/completions"""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    max_completion_tokens: MaxTokens = Field(None, description="Goes before max_tokens.")
+    logprobs: Literal[False] | None = None
+    top_logprobs: Zero = None
+    tools: Nothing = None
+    tool_choice: Literal["none", "auto"] | None = None
+    functions: Nothing = None
+    function_call: Literal["none", "auto"] | None = None
+    response_format: TextFormat | None = None
+    modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
+    audio: None = None
+    prediction: None = None
+    web_search_options: None = None
+
+
+class CompletionRequest(_Generation):
+    """POST /v1/completions"""
+
+    prompt: Prompt
+    echo: Literal[False] | None = None
+    logprobs: None = None
+    suffix: Literal[""] | None = None
+    best_of: One = None
+
+
+_REFUSED = {
+    "n": "n must be 1: this server gives one choice a request.",
+    "best_of": "best_of must be 1: this server gives one choice a request.",
+    "echo": "echo is not supported.",
+    "suffix": "suffix is not supported: the model only goes on with a text.",
+    "logprobs": "logprobs are not supported.",
+    "top_logprobs": "logprobs are not supported.",
+    "logit_bias": "logit_bias is not supported.",
+    "presence_penalty": "presence_penalty is not supported; see repetition_penalty.",
+    "frequency_penalty": "frequency_penalty is not supported; see repetition_penalty.",
+    "tools": "Tools are not supported.",
+    "tool_choice": "Tools are not supported.",
+    "tool_calls": "Tools are not supported.",
+    "functions": "Function calling is not supported.",
+    "function_call": "Function calling is not supported.",
+    "response_format": "The only response_format is text.",
+    "modalities": "The only modality is text.",
+    "audio": "Audio is not supported.",
+    "prediction": "prediction is not supported.",
+    "web_search_options": "Web search is not supported.",
+}
+
+Asked = TypeVar("Asked", bound=_Generation)
+
+
+def parse(kind: type[Asked], body: bytes) -> Asked:
+    """Read a request body.
+
+    Raises:
+        ApiError: 400, with the parameter that is wrong.
+    """
+    try:
+        # Checked before validation, since fields that are ignored must be JSON too: no NaN, no lone surrogates, no
+        # nesting without end.
+        pydantic_core.from_json(body, allow_inf_nan=False, cache_strings="none")
+    except ValueError as error:
+        raise ApiError(400, f"The body is not valid JSON: {error}.", code="invalid_json") from None
+    try:
+        asked = kind.model_validate_json(body)
+    except ValidationError as error:
+        raise _problem(error) from None
+    if asked.stream_options is not None and not asked.stream:
+        raise ApiError(400, "stream_options is only for stream: true.", param="stream_options", code="invalid_value")
+    return asked
+
+
+def _problem(error: ValidationError) -> ApiError:
+    """The first thing that is wrong, in one line."""
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    places = [place for place in first["loc"] if not (isinstance(place, str) and place.startswith(_TAG))]
+    param = ""
+    for place in places:
+        param += f"[{place}]" if isinstance(place, int) else f".{place}" if param else place
+    for place in places:
+        if place in _REFUSED:
+            return ApiError(400, _REFUSED[str(place)], param=param, code="unsupported_parameter")
+    if not places:
+        return ApiError(400, "The body must be a JSON object.", code="invalid_type")
+    if first["type"] == "missing":
+        return ApiError(400, f"Missing required parameter: {param}.", param=param, code="missing_required_parameter")
+    if places[-1] == "type" and "content" in places:
+        return ApiError(400, f"{param}: the only kind of content is text.", param=param, code="unsupported_value")
+    code = "invalid_type" if first["type"].endswith("_type") else "invalid_value"
+    said = first["msg"].replace(" after validation", "")
+    return ApiError(400, f"{param}: {said[:1].lower()}{said[1:]}.", param=param, code=code)
+
+
+# -- answers -------------------------------------------------------------------------------------------------------
+
+
+class Usage(BaseModel):
+    """Tokens of a request and its answer."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+Reason = Literal["stop", "length"]
+
+
+class ChatMessage(BaseModel):
+    role: Literal["assistant"]
+    content: str
+    refusal: None
+
+
+class ChatChoice(BaseModel):
+    index: int
+    message: ChatMessage
+    logprobs: None
+    finish_reason: Reason
+
+
+class ChatCompletion(BaseModel):
+    """The answer to a chat request."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class Delta(BaseModel):
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+
+class ChunkChoice(BaseModel):
+    index: int
+    delta: Delta
+    logprobs: None
+    finish_reason: Reason | None
+
+
+class ChatChunk(BaseModel):
+    """One event of a streamed chat answer."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChunkChoice]
+    usage: Usage | None = None
+
+
+class TextChoice(BaseModel):
+    index: int
+    text: str
+    logprobs: None
+    finish_reason: Reason | None
+
+
+class TextCompletion(BaseModel):
+    """The answer to a completion request, and each event of a streamed one."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[TextChoice]
+    usage: Usage | None = None
+
+
+class ModelInfo(BaseModel):
+    """The served model; the last three fields are extensions."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    context_length: int
+    artifact: str
+    provider: str
+
+
+class ModelList(BaseModel):
+    object: Literal["list"]
+    data: list[ModelInfo]
+
+
+class Health(BaseModel):
+    status: Literal["ok", "failed"]
+
+
+class Ready(BaseModel):
+    status: Literal["ready", "stopping", "failed"]
+    model: str
+    active: int
+    waiting: int
+
+
+class Problem(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ProblemAnswer(BaseModel):
+    """What every refusal looks like."""
+
+    error: Problem

@@ -1,0 +1,70 @@
+"""What a server is told. One place for every limit, its unit and its default."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass, field
+
+from gradmap_hub.errors import UsageError
+
+MAX_MESSAGES = 1024  # in one chat request
+MAX_STOPS = 4  # as the OpenAI API
+MAX_STOP_CHARACTERS = 512
+BODY_SECONDS = 30.0  # for a request body to arrive
+HEAD_SECONDS = 30.0  # for the head of a request to arrive
+STALL_SECONDS = 30.0  # for a client to read something of what is waiting for it
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a model is served.
+
+    Args:
+        host: address to bind to.
+        port: 0 takes any free one.
+        slots: generations that are decoded at the same time, in turns.
+        queue: requests that may wait for a slot; those beyond are refused with 429.
+        timeout: seconds for a request, waiting included.
+        drain: seconds that running and waiting requests are given at shutdown.
+        max_body: bytes of a request body.
+        name: the model id that clients must give; None takes the engine's.
+        api_key: what clients must send as a bearer token; None asks for none.
+        allow_origins: origins whose web pages may call the server from a browser (CORS); none by default.
+        allow_hosts: further names in the Host header, for a server on loopback behind a proxy.
+        log_requests: one line per request on stderr.
+
+    Raises:
+        UsageError: a number that cannot be meant.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    slots: int = 8
+    queue: int = 64
+    timeout: float = 300.0
+    drain: float = 60.0
+    max_body: int = 1024 * 1024
+    name: str | None = None
+    api_key: str | None = field(default=None, repr=False)
+    allow_origins: tuple[str, ...] = ()
+    allow_hosts: tuple[str, ...] = ()
+    log_requests: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in (("slots", 1), ("queue", 0), ("drain", 0), ("max_body", 1024)):
+            if not getattr(self, name) >= least:
+                raise UsageError(f"{name} must be at least {least}; got {getattr(self, name)}.")
+        if not 0 < self.timeout < float("inf"):
+            raise UsageError(f"timeout must be a positive number of seconds; got {self.timeout}.")
+        if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable() and self.api_key):
+            raise UsageError("The API key must be one line of printable ASCII characters.")
+
+    @property
+    def loopback(self) -> bool:
+        """Whether only this machine can connect."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
