@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 PIP := $(BIN)/pip --disable-pip-version-check
 DEMO := build/demo
 
-.PHONY: install demo test test-all check bench clean
+.PHONY: install demo test test-all reliability check bench bench-inference clean
 
 install: $(STAMP)
 
@@ -13,7 +13,7 @@ install: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt Makefile
 	$(PYTHON) -m venv .venv
 	$(PIP) install --quiet --constraint constraints.txt torch
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[cpu,onnx,space,dev,eval]'
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[cpu,onnx,serve,space,dev,eval]'
 	@touch $(STAMP)
 
 demo: install
@@ -26,6 +26,10 @@ test: install
 test-all: install
 	$(BIN)/python -m pytest -m ''
 
+# Every fault and every kill of docs/reliability.md, whose tables it writes anew.
+reliability: install
+	RELIABILITY=docs/reliability.md $(BIN)/python -m pytest -m '' tests/publish/test_faults.py tests/cli/test_kill.py
+
 check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -33,6 +37,10 @@ check: install
 
 bench: install
 	$(BIN)/python -m benchmarks
+
+# Of the folders that `make demo` leaves; export int8 and others into them first, to have them in the table.
+bench-inference: install
+	$(BIN)/python -m benchmarks.inference $(wildcard $(DEMO)/*-gradmap-*[0-9]) --original $(DEMO)/original
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache

@@ -154,12 +154,33 @@ def _context(record: RunRecord) -> dict[str, Any]:
         "graphs": graphs,
         "main_graph": _main_graph(graphs),
         "onnx_files": _onnx_files(record),
+        "quality_known": any(entry.quality for entry in record.artifacts),
         "calibration_kind": CALIBRATION_KIND,
         "target": record.target or f"path/to/{record.name}",
+        "repeat_command": Safe(_repeat_command(record)),
+        "local_texts": _local_texts(record, "calibration", "eval_text"),
+        "text_options": [
+            f"--{name.replace('_', '-')}" for name in ("calibration", "eval_text") if _local_texts(record, name)
+        ],
         "layers_plot": Safe(LAYERS_PLOT),
         "shift_plot": Safe(SHIFT_PLOT),
         "hub": Safe(HUB),
     }
+
+
+def _repeat_command(record: RunRecord) -> str:
+    """The command that makes the same again from the record."""
+    model = "" if record.base.repo_id else " MODEL"
+    if record.target is None:  # made by prune: there is nothing to publish again
+        return f"gradmap-hub prune{model} OUTPUT --from gradmap.json"
+    return f"gradmap-hub push{model} --from gradmap.json"
+
+
+def _local_texts(record: RunRecord, *uses: str) -> list[str]:
+    """The names of texts that were files of the first machine; a data set is recorded with its commit."""
+    settings = record.settings or {}
+    names = [str(name) for use in uses for name in settings.get(use, ())]
+    return list(dict.fromkeys(name for name in names if not re.search(r"@[0-9a-f]{40}$", name)))
 
 
 def _texts(record: RunRecord) -> list[TextPerplexity]:
@@ -261,6 +282,11 @@ def code(text: str) -> Safe:
     if re.fullmatch(r"[\w./:@=+,()<>\- ]+", line) and line.isascii():
         return Safe(f"`{line}`")
     return Safe(f"<code>{escape(line)}</code>")
+
+
+def codes(texts: Sequence[str]) -> Safe:
+    """Several of them, with commas."""
+    return Safe(", ".join(map(code, texts)))
 
 
 def fenced(text: str, language: str = "") -> Safe:
@@ -377,7 +403,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         autoescape=False,  # the output is Markdown; `_finalize` escapes
     )
-    escaping = (code, fenced, link, literal)
+    escaping = (code, codes, fenced, link, literal)
     wording = (change, duration, less_than, loss, number, part_word, plural, ranges, size, small, strength)
     environment.filters |= {function.__name__: function for function in (*escaping, *wording)}
     environment.filters["count"] = lambda value: f"{value:,}"

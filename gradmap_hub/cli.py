@@ -8,6 +8,7 @@ import shlex
 import signal
 import sys
 import traceback
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
@@ -17,18 +18,16 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from gradmap_hub import __version__, cli_generate
+from gradmap_hub import __version__, cli_generate, cli_serve
 from gradmap_hub.config import (
     DEFAULT_CALIBRATION,
     PRESETS,
-    Compensation,
+    QUANTIZED,
     Compute,
     Device,
-    DType,
-    Metric,
     PruneConfig,
+    PublishConfig,
     PushConfig,
-    Schedule,
     help_of,
     paper_preset,
 )
@@ -38,8 +37,11 @@ from gradmap_hub.terminal import TerminalReporter, inspect_table
 
 if TYPE_CHECKING:
     from gradmap_hub.demo import DemoResult
+    from gradmap_hub.hub import Hub
     from gradmap_hub.pipeline import PushResult
-    from gradmap_hub.plan import PushPlan
+    from gradmap_hub.plan import Check, PushPlan
+    from gradmap_hub.publishplan import PublishPlan
+    from gradmap_hub.repeat import Repeat
 
 app = typer.Typer(
     name="gradmap-hub",
@@ -156,17 +158,37 @@ Resume = Annotated[bool, typer.Option("--resume", help=help_of(PushConfig, "resu
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=help_of(PushConfig, "model"))]
+ModelOrRecord = Annotated[
+    str | None, typer.Argument(metavar="MODEL", help=help_of(PushConfig, "model") + " Not needed with --from.")
+]
+From = Annotated[
+    str | None,
+    typer.Option(
+        "--from",
+        metavar="RECORD",
+        help="Make an earlier run again: its gradmap.json, a folder that holds one, or a model on the Hub. Same "
+        "original at the same commit, same settings, same texts (looked for beside the record, here, and with -c). "
+        "Options given besides go before the record's.",
+    ),
+]
 License = Annotated[str | None, typer.Option("--license", help=help_of(PushConfig, "license"))]
 LicenseName = Annotated[str | None, typer.Option("--license-name", help=help_of(PushConfig, "license_name"))]
 LicenseLink = Annotated[str | None, typer.Option("--license-link", help=help_of(PushConfig, "license_link"))]
 Update = Annotated[bool, typer.Option("--update", help=help_of(PushConfig, "update"))]
 CreatePr = Annotated[bool, typer.Option("--create-pr", help=help_of(PushConfig, "create_pr"))]
+CollectionOption = Annotated[
+    str | None, typer.Option("--collection", metavar="NAME", help=escape(help_of(PushConfig, "collection")))
+]
+WaitSpace = Annotated[
+    int, typer.Option("--wait-space", metavar="SECONDS", help=help_of(PushConfig, "wait_space"), min=0)
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and print the plan; nothing is changed.")]
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder made by prune or push.")]
 Host = Annotated[str, typer.Option("--host", help="Address to bind to.")]
 Port = Annotated[int, typer.Option("--port", help="Port; 0 takes any free one.", min=0, max=65535)]
 
 
-def _prune_config(
+def _prune_values(
     ratio: float | None,
     layers: int | None,
     drop: str | None,
@@ -185,29 +207,48 @@ def _prune_config(
     low_memory: bool,
     device: str,
     compute: str,
-) -> PruneConfig:
+) -> dict[str, Any]:
+    """The options as fields of PruneConfig."""
     if preset not in PRESETS:
         raise UsageError(f"--preset must be one of {', '.join(PRESETS)}; got {preset!r}.")
-    config = PruneConfig(
-        ratio=ratio,
-        layers=layers,
-        drop=_indices(drop) if drop is not None else None,
-        metric=cast("Metric", metric),
-        schedule=cast("Schedule", schedule),
-        compensation=cast("Compensation", compensation),
-        calibration=tuple(calibration or (DEFAULT_CALIBRATION,)),
-        eval_text=tuple(eval_text or ()),
-        samples=samples,
-        seq_len=seq_len,
-        eval_rows=eval_rows,
-        dtype=cast("DType", dtype),
-        seed=seed,
-        heal=heal,
-        low_memory=low_memory,
-        device=cast("Device", device),
-        compute=cast("Compute", compute),
-    )
+    return {
+        "ratio": ratio,
+        "layers": layers,
+        "drop": _indices(drop) if drop is not None else None,
+        "metric": metric,
+        "schedule": schedule,
+        "compensation": compensation,
+        "calibration": tuple(calibration or (DEFAULT_CALIBRATION,)),
+        "eval_text": tuple(eval_text or ()),
+        "samples": samples,
+        "seq_len": seq_len,
+        "eval_rows": eval_rows,
+        "dtype": dtype,
+        "seed": seed,
+        "heal": heal,
+        "low_memory": low_memory,
+        "device": device,
+        "compute": compute,
+    }
+
+
+def _given(context: typer.Context) -> set[str]:
+    """The names of the options that stand on the command line."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+
+
+def _with_preset(config: PruneConfig, preset: str) -> PruneConfig:
     return paper_preset(config) if preset == "paper" else config
+
+
+def _repeat(
+    context: typer.Context, record: str, model: str | None, revision: str | None, values: dict[str, Any], hub: Hub
+) -> Repeat:
+    from gradmap_hub.repeat import repeat
+
+    given = {name: value for name, value in values.items() if name in _given(context)}
+    return repeat(record, model=model, revision=revision, given=given, hub=hub)
 
 
 def _indices(text: str) -> tuple[int, ...]:
@@ -215,6 +256,10 @@ def _indices(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise UsageError(f"--drop takes layer indices such as 12,13,14; got {text!r}.") from None
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
 
 
 def _ratios(text: str) -> tuple[float, ...]:
@@ -232,11 +277,18 @@ def _command_line() -> str:
 
     What says nothing about the result is left out: going on with a run must not change what it publishes.
     """
-    words = [word for word in sys.argv[1:] if word not in _NOT_RECORDED]
+    words: list[str] = []
+    before = ""
+    for word in sys.argv[1:]:
+        unwanted = word in _NOT_RECORDED or word.partition("=")[0] in _NOT_RECORDED_WITH_VALUE
+        if not unwanted and before not in _NOT_RECORDED_WITH_VALUE:
+            words.append(word)
+        before = word
     return shlex.join(["gradmap-hub", *map(_without_folders, words)])
 
 
 _NOT_RECORDED = {"--resume", "--public", "--update", "--json", "--quiet", "-q", "--debug"}
+_NOT_RECORDED_WITH_VALUE = ("--collection", "--wait-space")
 
 
 def _without_folders(word: str) -> str:
@@ -256,7 +308,9 @@ def _without_folders(word: str) -> str:
     epilog="Example: gradmap-hub push HuggingFaceTB/SmolLM2-135M-Instruct --ratio 0.25 --dry-run",
 )
 def push(
-    model: Model,
+    context: typer.Context,
+    model: ModelOrRecord = None,
+    from_: From = None,
     ratio: Ratio = None,
     layers: Layers = None,
     drop: Drop = None,
@@ -265,15 +319,16 @@ def push(
     output: Annotated[Path | None, typer.Option("--output", "-o", help=help_of(PushConfig, "output"))] = None,
     public: Annotated[bool, typer.Option("--public", help=help_of(PushConfig, "public"))] = False,
     onnx: Annotated[bool, typer.Option("--onnx/--no-onnx", help=help_of(PushConfig, "onnx"))] = True,
+    quantize: Annotated[str, typer.Option("--quantize", help=help_of(PushConfig, "quantize"))] = "",
     space: Annotated[bool, typer.Option("--space/--no-space", help=help_of(PushConfig, "space"))] = True,
     license: License = None,
     license_name: LicenseName = None,
     license_link: LicenseLink = None,
     update: Update = False,
     create_pr: CreatePr = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything and print the plan; no weights.")
-    ] = False,
+    collection: CollectionOption = None,
+    wait_space: WaitSpace = 300,
+    dry_run: DryRun = False,
     resume: Resume = False,
     metric: MetricOption = "auto",
     schedule: ScheduleOption = "oneshot",
@@ -297,36 +352,60 @@ def push(
     quiet: Quiet = False,
 ) -> None:
     """Prune, verify, measure, export, write the card and the Space, publish, and verify what was published."""
-    prune_config = _prune_config(
+    from gradmap_hub.hub import Hub
+    from gradmap_hub.pipeline import make_plan
+    from gradmap_hub.pipeline import push as run_push
+
+    values = _prune_values(
         ratio, layers, drop, metric, schedule, compensation, calibration, eval_text, samples, seq_len, eval_rows,
         dtype, seed, preset, heal, low_memory, device, compute,
     )  # fmt: skip
+    reporter = TerminalReporter(stderr, quiet=quiet)
+    hub = Hub()
+    repeats = None
+    if from_ is not None:
+        again = _repeat(context, from_, model, revision, values, hub)
+        model, revision, prune_config, repeats = again.model, again.revision, again.prune, again.expected
+        given, record = _given(context), again.record
+        if record.target is not None:  # published, so that it says what was
+            made = {entry.format for entry in record.artifacts}
+            onnx = onnx if "onnx" in given else "onnx" in made
+            quantize = quantize if "quantize" in given else ",".join(name for name in QUANTIZED if name in made)
+            space = space if "space" in given else record.space is not None
+        if license is None and record.base.license_source == "publisher":
+            license = record.base.license
+        license_name = license_name or record.base.license_name
+        license_link = license_link or record.base.license_link
+        for remark in again.remarks:
+            reporter.note(remark)
+    elif model is None:
+        raise UsageError("Say what to push: MODEL, or --from with the record of an earlier run.")
+    else:
+        prune_config = PruneConfig(**values)
     config = PushConfig(
         model=model,
-        prune=prune_config,
+        prune=_with_preset(prune_config, preset),
         revision=revision,
         output=output,
         to=to,
         public=public,
         onnx=onnx,
+        quantize=_words(quantize),
         space=space,
         license=license,
         license_name=license_name,
         license_link=license_link,
         update=update,
         create_pr=create_pr,
+        collection=collection,
+        wait_space=wait_space,
         resume=resume,
         trust_remote_code=trust_remote_code,
+        repeats=repeats,
     )
-    from gradmap_hub.hub import Hub
-    from gradmap_hub.pipeline import make_plan
-    from gradmap_hub.pipeline import push as run_push
-
-    hub = Hub()
     if dry_run:
         _print_plan(make_plan(config, hub), as_json)
         return
-    reporter = TerminalReporter(stderr, quiet=quiet)
     try:
         result = run_push(config, command=_command_line(), reporter=reporter, hub=hub)
     finally:
@@ -340,8 +419,12 @@ def push(
 
 @app.command(epilog="Example: gradmap-hub prune HuggingFaceTB/SmolLM2-135M-Instruct small --layers 8")
 def prune(
-    model: Model,
-    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder for the result; new or empty.")],
+    context: typer.Context,
+    model: ModelOrRecord = None,
+    output: Annotated[
+        Path | None, typer.Argument(metavar="OUTPUT", help="Folder for the result; new or empty.")
+    ] = None,
+    from_: From = None,
     ratio: Ratio = None,
     layers: Layers = None,
     drop: Drop = None,
@@ -366,16 +449,38 @@ def prune(
     quiet: Quiet = False,
 ) -> None:
     """Prune MODEL into the folder OUTPUT: checkpoint, tokenizer, card and gradmap.json. Publishes nothing."""
-    config = _prune_config(
+    from gradmap_hub.hub import Hub
+    from gradmap_hub.pipeline import prune as run_prune
+
+    values = _prune_values(
         ratio, layers, drop, metric, schedule, compensation, calibration, eval_text, samples, seq_len, eval_rows,
         dtype, seed, preset, heal, low_memory, device, compute,
     )  # fmt: skip
-    from gradmap_hub.pipeline import prune as run_prune
-
+    if from_ is not None and output is None and model is not None:  # with a record, one word is where it goes
+        model, output = None, Path(model)
+    if output is None or (model is None and from_ is None):
+        raise UsageError("prune takes MODEL and OUTPUT, or --from RECORD and OUTPUT.")
     reporter = TerminalReporter(stderr, quiet=quiet)
+    hub = Hub()
+    repeats = None
+    if from_ is not None:
+        again = _repeat(context, from_, model, revision, values, hub)
+        model, revision, config, repeats = again.model, again.revision, again.prune, again.expected
+        for remark in again.remarks:
+            reporter.note(remark)
+    else:
+        config = PruneConfig(**values)
     try:
         record = run_prune(
-            model, output, config, revision=revision, resume=resume, command=_command_line(), reporter=reporter
+            model or "",
+            output,
+            _with_preset(config, preset),
+            revision=revision,
+            resume=resume,
+            command=_command_line(),
+            reporter=reporter,
+            hub=hub,
+            repeats=repeats,
         )
     finally:
         reporter.close()
@@ -446,19 +551,26 @@ def publish(
     license: License = None,
     license_name: LicenseName = None,
     license_link: LicenseLink = None,
+    collection: CollectionOption = None,
+    wait_space: WaitSpace = 300,
+    dry_run: DryRun = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Upload what is already built and verify it. Nothing is computed again; running it twice does nothing new."""
     from gradmap_hub.hub import Hub
-    from gradmap_hub.pipeline import publish_folder
+    from gradmap_hub.pipeline import plan_publish, publish_folder
 
+    config = PublishConfig(
+        to=to, space=space, public=public, update=update, create_pr=create_pr, license=license,
+        license_name=license_name, license_link=license_link, collection=collection, wait_space=wait_space,
+    )  # fmt: skip
+    if dry_run:
+        _print_publish_plan(plan_publish(folder, config, Hub()), as_json)
+        return
     reporter = TerminalReporter(stderr, quiet=quiet)
     try:
-        result = publish_folder(
-            folder, to=to, space=space, public=public, update=update, create_pr=create_pr, license=license,
-            license_name=license_name, license_link=license_link, hub=Hub(), reporter=reporter,
-        )  # fmt: skip
+        result = publish_folder(folder, config, hub=Hub(), reporter=reporter)
     finally:
         reporter.close()
     if as_json:
@@ -467,19 +579,33 @@ def publish(
         _print_published(result)
 
 
-@app.command(epilog="Example: gradmap-hub export small --to onnx")
+@app.command(epilog="Example: gradmap-hub export small --to onnx,int8 --text notes.txt")
 def export(
     folder: Folder,
-    to: Annotated[str, typer.Option("--to", help="Formats, comma-separated: onnx.")] = "onnx",
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to", help=f"Formats, comma-separated: onnx (float32, Optimum's graph), {', '.join(QUANTIZED)}."
+        ),
+    ] = "onnx",
+    text: Annotated[
+        str,
+        typer.Option(
+            "--text", help="What the perplexity of int8, int4 and genai is measured on: a file, or a data set."
+        ),
+    ] = DEFAULT_CALIBRATION,
+    keep_failing: Annotated[
+        bool, typer.Option("--keep-failing", help="Keep a quantised file that costs more perplexity than it may.")
+    ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Export a pruned folder to ONNX with KV cache and compare the file with PyTorch."""
+    """Export a pruned folder to ONNX with KV cache, and compare every file with PyTorch."""
     from gradmap_hub.pipeline import export_folder
 
     reporter = TerminalReporter(stderr, quiet=quiet)
     try:
-        record = export_folder(folder, to.split(","), reporter=reporter)
+        record = export_folder(folder, _words(to), text=text, keep_failing=keep_failing, reporter=reporter)
     finally:
         reporter.close()
     exported = [asdict(artifact) for artifact in record.artifacts if artifact.format != "safetensors"]
@@ -487,7 +613,10 @@ def export(
         _print_json({"folder": str(folder), "artifacts": exported})
     else:
         for artifact in exported:
-            stdout.print(f"{artifact['path']}  {artifact['bytes']:,} bytes  sha256 {artifact['sha256']}")
+            quality = artifact["quality"]
+            ratio = quality["perplexity"] / quality["checkpoint_perplexity"] if quality else None
+            cost = f"  perplexity {100 * (ratio - 1):+.1f} %" if ratio else ""
+            stdout.print(f"{artifact['path']}  {artifact['bytes']:,} bytes{cost}  sha256 {artifact['sha256']}")
 
 
 @app.command(epilog="Example: gradmap-hub space small --against HuggingFaceTB/SmolLM2-135M-Instruct")
@@ -533,6 +662,7 @@ def compare(
 
 
 cli_generate.register(app)
+cli_serve.register(app)
 
 
 @app.command(epilog="Example: gradmap-hub hub --root ./my-hub --port 8900")
@@ -542,6 +672,12 @@ def hub(
     ),
     host: Host = "127.0.0.1",
     port: Port = 0,
+    cdn_port: Annotated[
+        int,
+        typer.Option(
+            "--cdn-port", help="Port of large downloads, without tokens; 0 takes any free one.", min=0, max=65535
+        ),
+    ] = 0,
     user: Annotated[
         str, typer.Option("--user", help="User to create if there is none; its token is printed.")
     ] = "local",
@@ -550,7 +686,7 @@ def hub(
     from gradmap_hub.local_hub import LocalHub
 
     try:
-        server = LocalHub(root, host=host, port=port)
+        server = LocalHub(root, host=host, port=port, cdn_port=cdn_port)
         token = server.add_user(user)
         server.start()
     except (OSError, RuntimeError, ValueError) as error:
@@ -617,10 +753,18 @@ def push_json(result: PushResult) -> dict[str, Any]:
     space: dict[str, Any] = {"reason": result.space_reason}
     if result.space is not None:
         space = {"repo_id": result.space.repo_id, "commit": result.space.commit, "url": result.space.url}
-    proposed = {"pull_request": result.model.pull_request} if result.model.pull_request else {}
+        if result.space_state is not None:
+            space |= {"stage": result.space_state.stage, "state": result.space_state.words}
+    further: dict[str, Any] = {}
+    if result.model.pull_request:
+        further["pull_request"] = result.model.pull_request
+    if result.collection is not None:
+        further["collection"] = asdict(result.collection)
+    elif result.collection_reason:
+        further["collection"] = {"reason": result.collection_reason}
     return {
         "model": {"repo_id": result.model.repo_id, "commit": result.model.commit, "url": result.model.url},
-        **proposed,
+        **further,
         "space": space,
         "space_folder": str(result.space_folder) if result.space_folder else None,
         **record_json(result.record, result.folder),
@@ -666,11 +810,44 @@ def _print_plan(plan: PushPlan, as_json: bool) -> None:
     ):
         table.add_row(f"[dim]{name}[/]", escape(str(value)))
     stdout.print(table)
+    _print_checks(plan.checks)
+    stdout.print("\nNothing was fetched, written or published.")
+
+
+def _print_publish_plan(plan: PublishPlan, as_json: bool) -> None:
+    facts: dict[str, Any] = {
+        "folder": str(plan.folder),
+        "model": plan.record.base.name,
+        "license": plan.record.base.license,
+        "gated": plan.record.base.gated,
+        "target": plan.target,
+        "space": plan.space_target if plan.space_folder else None,
+        "visibility": "as it is" if plan.create_pr else "public" if plan.public else "private",
+        "rewrites_card": plan.rewrites,
+        "upload_bytes": plan.upload_bytes,
+        "checks": [asdict(check) for check in plan.checks],
+    }
+    if as_json:
+        _print_json(facts)
+        return
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for name, value in (
+        ("folder", f"{plan.folder}, made from {plan.record.base.name}"),
+        ("target", f"{plan.target} ({facts['visibility']})"),
+        ("space", facts["space"] or "none"),
+        ("card", "is written anew, for this target" if plan.rewrites else "as it is"),
+    ):
+        table.add_row(f"[dim]{name}[/]", escape(str(value)))
+    stdout.print(table)
+    _print_checks(plan.checks)
+    stdout.print("\nNothing was written or published.")
+
+
+def _print_checks(found: Sequence[Check]) -> None:
     checks = Table(show_header=False, box=None, pad_edge=False, title="\nChecked", title_justify="left")
-    for check in plan.checks:
+    for check in found:
         checks.add_row("[green]ok[/]", f"[dim]{check.name}[/]", escape(check.result))
     stdout.print(checks)
-    stdout.print("\nNothing was fetched, written or published.")
 
 
 def _print_record(record: RunRecord) -> None:
@@ -714,8 +891,14 @@ def _print_published(result: PushResult) -> None:
         stdout.print(f"pull request  {result.model.pull_request}", highlight=False)
     if result.space is not None:
         stdout.print(f"space  {result.space.url}  commit {result.space.commit}", highlight=False)
+        if result.space_state is not None:
+            stdout.print(f"       {escape(result.space_state.words)}", highlight=False)
     else:
         stdout.print(f"space  none: {escape(result.space_reason)}", highlight=False)
+    if result.collection is not None:
+        stdout.print(f"collection  {escape(result.collection.url)}", highlight=False)
+    elif result.collection_reason:
+        stdout.print(f"collection  not done: {escape(result.collection_reason)}", highlight=False)
     stdout.print(f"folder {escape(str(result.folder))}", highlight=False)
 
 

@@ -34,6 +34,8 @@ COMPENSATIONS: tuple[str, ...] = ("auto", "projection", "weight", "none")
 DTYPES: tuple[str, ...] = ("auto", "float32", "bfloat16", "float16")
 DEVICES: tuple[str, ...] = ("auto", "cpu", "cuda")
 COMPUTES: tuple[str, ...] = ("auto", "float32", "bfloat16")
+# What is exported beside Optimum's float32 graph.
+QUANTIZED: tuple[str, ...] = ("int8", "int4", "genai")
 PRESETS: tuple[str, ...] = ("default", "paper")
 
 # WikiText as the Hub serves it: the default when no text is given.
@@ -196,23 +198,71 @@ def paper_preset(config: PruneConfig) -> PruneConfig:
 
 
 @dataclass(frozen=True)
-class PushConfig:
-    """Where a pruned model goes."""
+class Expected:
+    """What a run that repeats an earlier one must find again, or it would make another model; None: anything will do.
+
+    `commit`: of the original on the Hub. `weights_sha256`: of a local original. `rows_sha256`: of the calibration rows.
+    """
+
+    commit: str | None = None
+    weights_sha256: str | None = None
+    rows_sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class PublishConfig:
+    """Where a model that is built goes, and what is allowed there.
+
+    Raises:
+        UsageError: a number outside its range.
+    """
+
+    to: str | None = _option(None, "Target repository OWNER/NAME; default: your account, name of the output folder.")
+    space: bool = _option(True, "Build and publish the comparison Space.")
+    public: bool = _option(False, "Make both repositories public, after everything is verified.")
+    update: bool = _option(False, "Replace an earlier push of the same model to the same target, in one commit.")
+    create_pr: bool = _option(
+        False, "Propose the model to a repository of somebody else (--to) as a pull request; no Space, nothing else."
+    )
+    license: str | None = _option(None, "Licence id for the card, when the original states none.")
+    license_name: str | None = _option(None, "Name of the licence, with --license other or an original that says so.")
+    license_link: str | None = _option(None, "Where that licence stands: an address, or a file such as LICENSE.")
+    collection: str | None = _option(
+        None,
+        "Also add model and Space to this collection, OWNER/SLUG or [OWNER/]TITLE; one that is not there is created, "
+        "private.",
+    )
+    wait_space: int = _option(
+        300, "Seconds to wait for the published Space to build and start; it goes on without us. 0: do not look."
+    )
+
+    def __post_init__(self) -> None:
+        if self.wait_space < 0:
+            raise UsageError(f"--wait-space takes seconds, 0 or more; got {self.wait_space}.")
+
+
+@dataclass(frozen=True)
+class PushConfig(PublishConfig):
+    """What is pruned, and where the result goes. `repeats`: what must be found again (`--from`)."""
 
     model: str = _option("", "A Hub id (org/model), a local folder, or a .gguf file.")
     prune: PruneConfig = field(default_factory=lambda: PruneConfig(ratio=0.25))
     revision: str | None = _option(None, "Branch, tag or commit of the original.")
     output: Path | None = _option(None, "Folder for the result; default: NAME-gradmap-PERCENT here.")
-    to: str | None = _option(None, "Target repository OWNER/NAME; default: your account, name of the output folder.")
-    public: bool = _option(False, "Make both repositories public, after everything is verified.")
     onnx: bool = _option(True, "Export to ONNX with KV cache.")
-    space: bool = _option(True, "Build and publish the comparison Space.")
-    license: str | None = _option(None, "Licence id for the card, when the original states none.")
-    license_name: str | None = _option(None, "Name of the licence, with --license other or an original that says so.")
-    license_link: str | None = _option(None, "Where that licence stands: an address, or a file such as LICENSE.")
-    update: bool = _option(False, "Replace an earlier push of the same model to the same target, in one commit.")
-    create_pr: bool = _option(
-        False, "Propose the model to a repository of somebody else (--to) as a pull request; no Space, nothing else."
+    quantize: tuple[str, ...] = _option(
+        (),
+        "Further ONNX files, comma-separated: int8 (weights in 8 bits), int4, genai. Each is compared with PyTorch; "
+        "one that costs more than 2 % (int8) or 10 % (int4) of perplexity is not published.",
     )
     resume: bool = _option(False, "Go on with an unfinished run in the output folder.")
     trust_remote_code: bool = _option(False, "Not available yet: models that need their own code are refused.")
+    repeats: Expected | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        strange = [name for name in self.quantize if name not in QUANTIZED]
+        if strange:
+            raise UsageError(f"--quantize takes {', '.join(QUANTIZED)}; got {strange[0]!r}.")
+        if self.quantize and not self.onnx:
+            raise UsageError("--quantize makes ONNX files; leave out --no-onnx.")

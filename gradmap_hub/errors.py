@@ -158,6 +158,10 @@ class TargetGone(HubError):
     """The target repository was there a moment ago, and the Hub finds it no more."""
 
 
+class CollectionNotFound(HubError):
+    """There is no such collection, and what was given is no title to make one of."""
+
+
 class HubConflict(HubError):
     """The Hub is in the middle of something else with the same repository (409)."""
 

@@ -73,11 +73,12 @@ class RemoteModel:
 @dataclass(frozen=True)
 class RepoState:
     """A repository as one answer of the Hub described it. `files`: {path: content id}, sha256 for LFS files, git blob
-    id otherwise."""
+    id otherwise. `hardware`: what a Space was given, or asked for."""
 
     head: str
     private: bool
     files: dict[str, str]
+    hardware: str | None = None
 
 
 class Hub:
@@ -158,19 +159,20 @@ class Hub:
         return Path(folder)
 
     def fetch_dataset_text(self, source: str) -> tuple[list[Path], str]:
-        """Download the text files of `owner/name[:config[/split]]`; returns them and `source@commit`.
+        """Download the text files of `owner/name[:config[/split]][@commit]`; returns them and `source@commit`.
 
         Raises:
             CalibrationError: no such data set, or no .parquet, .jsonl or .txt file in it that fits.
         """
+        source, _, revision = source.partition("@")
         repo_id, _, inside = source.partition(":")
 
         def download(name: str, commit: str | None) -> str:
             return self.api.hf_hub_download(repo_id, name, repo_type="dataset", revision=commit)
 
         try:
-            with self.translated(repo_id, None):
-                info = self.attempt(lambda: self.api.dataset_info(repo_id))
+            with self.translated(repo_id, revision or None):
+                info = self.attempt(lambda: self.api.dataset_info(repo_id, revision=revision or None))
                 wanted = _dataset_files([entry.rfilename for entry in info.siblings or []], inside)
                 paths = [Path(self.attempt(lambda name=name: download(name, info.sha))) for name in wanted]
         except RepositoryNotFound:
@@ -240,7 +242,9 @@ class Hub:
         files = {
             entry.rfilename: entry.lfs.sha256 if entry.lfs else (entry.blob_id or "") for entry in info.siblings or []
         }
-        return RepoState(info.sha, bool(info.private), files)
+        runtime = getattr(info, "runtime", None)
+        hardware = (runtime.requested_hardware or runtime.hardware) if runtime is not None else None
+        return RepoState(info.sha, bool(info.private), files, hardware)
 
     def url(self, repo_id: str, repo_type: str) -> str:
         return f"{self.endpoint}/{'spaces/' if repo_type == 'space' else ''}{repo_id}"

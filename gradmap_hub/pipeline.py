@@ -9,37 +9,40 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from gradmap_hub import __version__
+from gradmap_hub import __version__, publishplan
 from gradmap_hub import plan as planning
-from gradmap_hub.cardcheck import is_known_license
-from gradmap_hub.config import PruneConfig, PushConfig
-from gradmap_hub.errors import HubError, OutputExists, SourceError, UsageError
+from gradmap_hub.config import DEFAULT_CALIBRATION, QUANTIZED, Expected, PruneConfig, PublishConfig, PushConfig
+from gradmap_hub.errors import HubError, OutputExists, SourceError
+from gradmap_hub.exporting import export_checked, remove_exports
 from gradmap_hub.plan import (
     PushPlan,
     Targets,
     check_disk,
     check_output,
-    check_pull_request,
-    check_targets,
     check_texts,
     find_source,
+    is_local_text,
     space_folder_of,
-    state_license,
     work_folder,
 )
 from gradmap_hub.progress import Reporter, SilentReporter
+from gradmap_hub.publishplan import PublishPlan, look_through, space_plan_of
 from gradmap_hub.record import Candidate, Parity, RunRecord
-from gradmap_hub.run import Run, artifact, inspect_stages, prune_stages, size
-from gradmap_hub.source import COMPANION_FILES, legal_texts
+from gradmap_hub.repeat import check_expected
+from gradmap_hub.run import Run, artifact, export_rows, inspect_stages, prune_stages, size
+from gradmap_hub.source import COMPANION_FILES, legal_texts, read_config
 from gradmap_hub.stages import Stages
 
 if TYPE_CHECKING:
+    from gradmap_hub.calibration import Rows
+    from gradmap_hub.collecting import Collected
     from gradmap_hub.hub import Hub
     from gradmap_hub.publishing import Checked, Published, Publisher
     from gradmap_hub.scoring import LayerScores
     from gradmap_hub.space import SpacePlan
+    from gradmap_hub.spacewatch import SpaceState
 
 __all__ = [
     "Inspection",
@@ -48,17 +51,20 @@ __all__ = [
     "export_folder",
     "inspect",
     "make_plan",
+    "plan_publish",
     "prune",
     "publish_folder",
     "push",
 ]
 
-EXPORTS = ("onnx",)
+# Held-out rows that an export of a finished folder is measured on.
+EXPORT_ROWS, EXPORT_TOKENS = 8, 512
 
 
 @dataclass(frozen=True)
 class PushResult:
-    """What a push built and published. `space` is None if there is none, and `space_reason` says why."""
+    """What a push built and published. `space` is None if there is none, and `space_reason` says why; `space_state` is
+    None if it was not looked at. `collection` is None if none was asked for, or `collection_reason` says why."""
 
     record: RunRecord
     folder: Path
@@ -66,6 +72,9 @@ class PushResult:
     model: Published
     space: Published | None
     space_reason: str
+    space_state: SpaceState | None = None
+    collection: Collected | None = None
+    collection_reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -86,8 +95,10 @@ def prune(
     command: str = "",
     reporter: Reporter | None = None,
     hub: Hub | None = None,
+    repeats: Expected | None = None,
 ) -> RunRecord:
-    """Prune `model` into the folder `output`: checkpoint, tokenizer, card, gradmap.json.
+    """Prune `model` into the folder `output`: checkpoint, tokenizer, card, gradmap.json. `repeats`: what must be found
+    again for the result to be that of an earlier run.
 
     Raises:
         GradmapError: one of its subclasses says what is wrong; see errors.py.
@@ -96,10 +107,11 @@ def prune(
     check_output(output, resume)
     check_texts(config)
     source = find_source(model, revision, hub)
+    check_expected(source, repeats)
     removals = config.removals(source.layer_count)
     check_disk(output, source.weight_bytes * 2)
     with _no_empty_folders(output):
-        run = Run(source, config, removals, output, command, reporter or SilentReporter(), hub)
+        run = Run(source, config, removals, output, command, reporter or SilentReporter(), hub, expected=repeats)
         return _write_card(prune_stages(run), output)
 
 
@@ -111,7 +123,9 @@ def make_plan(config: PushConfig, hub: Hub) -> PushPlan:
     """
     from gradmap_hub.publishing import Publisher
 
-    return planning.make_plan(config, hub, Publisher(hub))
+    plan = planning.make_plan(config, hub, Publisher(hub))
+    check_expected(plan.source, config.repeats)
+    return plan
 
 
 def push(config: PushConfig, *, command: str = "", reporter: Reporter | None = None, hub: Hub) -> PushResult:
@@ -126,10 +140,16 @@ def push(config: PushConfig, *, command: str = "", reporter: Reporter | None = N
     _reporting(hub, reporter)
     plan = make_plan(config, hub)
     with _no_empty_folders(plan.output):
-        run = Run(plan.source, config.prune, plan.removals, plan.output, command, reporter, hub)
+        run = Run(
+            plan.source, config.prune, plan.removals, plan.output, command, reporter, hub, expected=config.repeats
+        )
         record = prune_stages(run, target=plan.target, license=plan.license)
     if config.onnx:
         record = _export_onnx(plan.output, record, run.stages)
+        remove_exports(plan.output, [name for name in QUANTIZED if name not in config.quantize])
+        if config.quantize:
+            rows, fit = export_rows(run)
+            record = export_checked(plan.output, record, run.stages, config.quantize, rows, fit=fit)
     else:  # an earlier run's, perhaps of other layers: what is published is what this run was asked for
         _remove_onnx(plan.output)
     record = _write_card(dataclasses.replace(record, space=plan.space_target if plan.space else None), plan.output)
@@ -137,7 +157,7 @@ def push(config: PushConfig, *, command: str = "", reporter: Reporter | None = N
     if plan.space is not None:
         space_folder = space_folder_of(plan.output)
         _write_space(record, plan.space, space_folder, run.checkpoint(), run.stages, plan.target)
-    return _publish_both(record, plan.output, space_folder, plan, Publisher(hub), reporter)
+    return _publish_both(record, plan.output, space_folder, plan, config, Publisher(hub))
 
 
 def inspect(
@@ -160,19 +180,19 @@ def inspect(
         return Inspection(*inspect_stages(run, ratios))
 
 
+def plan_publish(folder: Path, config: PublishConfig, hub: Hub) -> PublishPlan:
+    """Everything that can be known before anything is written or published: what `publish --dry-run` prints.
+
+    Raises:
+        GradmapError: the first thing that would make it fail.
+    """
+    from gradmap_hub.publishing import Publisher
+
+    return publishplan.plan_publish(folder, config, hub, Publisher(hub))
+
+
 def publish_folder(
-    folder: Path,
-    *,
-    to: str | None = None,
-    space: bool = True,
-    public: bool = False,
-    update: bool = False,
-    create_pr: bool = False,
-    license: str | None = None,
-    license_name: str | None = None,
-    license_link: str | None = None,
-    hub: Hub,
-    reporter: Reporter | None = None,
+    folder: Path, config: PublishConfig | None = None, *, hub: Hub, reporter: Reporter | None = None
 ) -> PushResult:
     """Publish a folder made by `prune` or `push`, and the Space folder beside it if there is one.
 
@@ -181,47 +201,62 @@ def publish_folder(
     """
     from gradmap_hub.publishing import Publisher
 
-    check_pull_request(create_pr, to=to, public=public, update=update)
+    config = config or PublishConfig()
     reporter = reporter or SilentReporter()
     publisher = Publisher(_reporting(hub, reporter))
+    _remove_leftovers(folder)
+    plan = publishplan.plan_publish(folder, config, hub, publisher)
+    if plan.rewrites:  # the card names the repository it stands in
+        _write_card(plan.record, folder)
+    return _publish_both(plan.record, folder, plan.space_folder, plan, config, publisher)
+
+
+def export_folder(
+    folder: Path,
+    formats: Sequence[str],
+    *,
+    text: str = DEFAULT_CALIBRATION,
+    keep_failing: bool = False,
+    reporter: Reporter | None = None,
+    hub: Hub | None = None,
+) -> RunRecord:
+    """Export a pruned folder; its record and card are written anew with what was exported.
+
+    `text`: what perplexity of the formats beside `onnx` is measured on, a file or a data set of the Hub; better none
+    that the model was calibrated on. `keep_failing`: leave quantised files in place that cost too much of it.
+
+    Raises:
+        GradmapError: a format is unknown, or not for this model; a package or the text is missing; a check failed.
+    """
+    from gradmap_hub.exporters.formats import require
+
     record = RunRecord.read(folder)
-    account = hub.account()
-    base = state_license(record.base, license, license_name, license_link, hub)
-    if public and base.gated:
-        raise UsageError(f"{base.name} is gated: what is made from it stays private. Leave out --public.")
-    target = to or record.target or f"{account.name}/{folder.resolve().name}"
-    space_folder = space_folder_of(folder)
-    plan = None
-    if space and not create_pr and (space_folder / "app.py").is_file():
-        plan = _space_plan(dataclasses.replace(record, base=base))
-    targets = Targets(target, f"{target}-compare", plan, public, update, create_pr)
-    # Only where this folder was published before may something lie already; `Publisher.publish` then compares it.
-    resuming = (target == record.target, targets.space_target == record.space)
-    check_targets(targets, base.name, account, publisher, resuming=resuming)
-    elsewhere = target != record.target
-    named = dataclasses.replace(
-        record,
-        base=base,
-        target=target,
-        space=targets.space_target if plan else None if elsewhere else record.space,
-    )
-    if named != record:  # the card names the repository it stands in
-        record = _write_card(named, folder)
-    built = space_folder if plan else None
-    return _publish_both(record, folder, built, targets, publisher, reporter)
+    config = read_config(folder / "config.json")
+    for name in formats:
+        require(name, config)
+    reporter = reporter or SilentReporter()
+    checked = [name for name in formats if name in QUANTIZED]
+    rows = _export_rows(folder, text, _reporting(hub or _default_hub(), reporter)) if checked else None
+    stages = _stages_of(folder, reporter, "export")
+    if "onnx" in formats:
+        record = _export_onnx(folder, record, stages)
+    if rows is not None:
+        record = export_checked(folder, record, stages, checked, rows, keep_failing=keep_failing)
+    return _write_card(record, folder)
 
 
-def export_folder(folder: Path, formats: list[str], *, reporter: Reporter | None = None) -> RunRecord:
-    """Export a pruned folder; its record and card are written anew with what was exported."""
-    from gradmap_hub.exporters.onnx import require
+def _export_rows(folder: Path, source: str, hub: Hub) -> Rows:
+    from transformers import AutoTokenizer
 
-    unknown = sorted(set(formats) - set(EXPORTS))
-    if unknown:
-        raise UsageError(f"Cannot export to {unknown[0]!r}; formats: {', '.join(EXPORTS)}.")
-    record = RunRecord.read(folder)
-    require()
-    stages = _stages_of(folder, reporter or SilentReporter(), "export")
-    return _write_card(_export_onnx(folder, record, stages), folder)
+    from gradmap_hub.calibration import evaluation_rows, read_text
+
+    if is_local_text(source):
+        text = read_text(Path(source).expanduser())
+    else:
+        paths, name = hub.fetch_dataset_text(source)
+        text = read_text(paths[0], name)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    return evaluation_rows(text, tokenizer, seq_len=EXPORT_TOKENS, rows=EXPORT_ROWS)
 
 
 def build_space(
@@ -251,7 +286,7 @@ def build_space(
     if not (folder / "onnx" / "model.onnx").is_file():
         record = export_folder(folder, ["onnx"], reporter=reporter)
     run = Run(source, PruneConfig(layers=1), 1, folder, record.command, reporter, hub, stages="space")
-    plan = SpacePlan("space", "for this machine only") if local else _space_plan(record)
+    plan = SpacePlan("space", "for this machine only") if local else space_plan_of(record)
     destination = work_folder(folder) / "compare" if local else space_folder_of(folder)
     original = run.checkpoint() if plan.original == "space" else folder
     return _write_space(record, plan, destination, original, run.stages, record.target)
@@ -336,95 +371,141 @@ def _publish_both(
     folder: Path,
     space_folder: Path | None,
     targets: Targets,
+    config: PublishConfig,
     publisher: Publisher,
-    reporter: Reporter,
 ) -> PushResult:
     """The model first; a refused Space never takes it back. Visibility changes last."""
     from gradmap_hub.publishing import SpaceRefused
-    from gradmap_hub.space import variables
+    from gradmap_hub.spacewatch import watch_space
 
     # Both are looked through before either is uploaded.
-    model_files = _checked(folder, "model", record, targets, publisher)
-    space_files = None
+    _remove_leftovers(folder)
+    model_files = look_through(folder, "model", record, targets, publisher)
     if space_folder is not None and targets.space is not None:
-        space_files = _checked(space_folder, "space", record, targets, publisher)
+        look_through(space_folder, "space", record, targets, publisher)
     message = f"Pruned {record.layers_before} -> {record.layers_after} layers with gradmap-hub {record.gradmap_hub}"
     if targets.create_pr:
         proposed = _publish(lambda: publisher.propose(model_files, targets.target, message=message), model_files,
-                            publisher, reporter)  # fmt: skip
+                            publisher)  # fmt: skip
         return PushResult(record, folder, space_folder, proposed, None, "a pull request carries the model alone")
     terms = targets.terms(record.base.name, "model")
     model = _publish(lambda: publisher.publish(model_files, targets.target, terms, message=message), model_files,
-                     publisher, reporter)  # fmt: skip
-    space: Published | None = None
-    reason = "not asked for"
+                     publisher)  # fmt: skip
+    result = PushResult(record, folder, space_folder, model, None, "not asked for")
     try:
-        if space_files is not None and targets.space is not None:
+        if space_folder is not None and targets.space is not None:
             try:
-                wanted = variables(record, targets.target, model.commit, targets.space)
-                space = _publish_space(space_files, record, targets, wanted, publisher, reporter)
+                space = _publish_space(space_folder, record, targets, model, publisher)
+                result = dataclasses.replace(result, space=space, space_reason="")
             except SpaceRefused as refused:
                 reason = f"{refused.message} {refused.hint or ''}".strip()
+                result = dataclasses.replace(result, space_reason=reason)
+        if config.collection is not None:
+            result = _collect(result, config.collection, publisher.hub)
+        if result.space is not None and config.wait_space:
+            state = watch_space(publisher.hub, result.space.repo_id, result.space.commit, config.wait_space)
+            result = dataclasses.replace(result, space_state=state)
         if targets.public:
             publisher.make_public(targets.target, "model")
-            if space is not None:
+            if result.space is not None and not (result.space_state and result.space_state.failed):
                 publisher.make_public(targets.space_target, "space")
+            elif result.space is not None:
+                publisher.hub.reporter.note(f"{targets.space_target} stays private, as it does not run.")
     except HubError as error:
         # The model is safe; whoever reads only the last lines must learn it.
         error.hint = f"The model is published and verified: {model.url} at {model.commit}. {error.hint or ''}".strip()
         raise
-    return PushResult(record, folder, space_folder, model, space, reason)
+    return result
 
 
-def _checked(folder: Path, kind: str, record: RunRecord, targets: Targets, publisher: Publisher) -> Checked:
-    from gradmap_hub.screening import this_machine
+def _collect(result: PushResult, collection: str, hub: Hub) -> PushResult:
+    """Add what was published to the collection; a failure is told and undoes nothing."""
+    from gradmap_hub.collecting import add_to_collection
 
-    for leftover in folder.glob("*.partial"):  # of an export that was killed
-        shutil.rmtree(leftover, ignore_errors=True)
-    known = (record.base.name, record.name, targets.target, targets.space_target)
-    private = this_machine(publisher.hub.token, {"the folder it was made in": folder.resolve()}, known)
-    license_id = record.base.license
-    # An id that is not on our list was shown to the Hub before.
-    accepted = (license_id,) if license_id and not is_known_license(license_id) else ()
-    return publisher.check(folder, kind, private, accepted_licenses=accepted)
+    published: list[tuple[str, Literal["model", "space"]]] = [(result.model.repo_id, "model")]
+    if result.space is not None:
+        published.append((result.space.repo_id, "space"))
+    hub.reporter.start("Adding to the collection")
+    try:
+        collected = add_to_collection(hub, collection, hub.account(), published)
+    except HubError as error:
+        hub.reporter.finish("not done")
+        hub.reporter.note(f"The collection: {error.message} What is published stands; add it by hand, or run again.")
+        return dataclasses.replace(result, collection_reason=error.message)
+    hub.reporter.finish(collected.url)
+    return dataclasses.replace(result, collection=collected)
 
 
 def _publish_space(
-    files: Checked,
-    record: RunRecord,
-    targets: Targets,
-    variables: dict[str, str],
-    publisher: Publisher,
-    reporter: Reporter,
+    folder: Path, record: RunRecord, targets: Targets, model: Published, publisher: Publisher
 ) -> Published:
+    """The Space on the hardware that it has; a new one on a CPU, or where that needs a paid plan, on ZeroGPU.
+
+    Raises:
+        SpaceRefused: the account may have neither.
+        GradmapError: see `Publisher.publish`.
+    """
+    from gradmap_hub.publishing import SpaceNeedsPlan, SpaceRefused
+    from gradmap_hub.zerogpu import ZERO_GPU, is_zero, set_hardware
+
+    there = publisher.hub.state(targets.space_target, "space")
+    if there is not None:
+        return _publish_space_on(folder, record, targets, model, publisher, zero=is_zero(there.hardware))
+    try:
+        return _publish_space_on(folder, record, targets, model, publisher, zero=False)
+    except SpaceNeedsPlan as on_cpu:
+        publisher.hub.reporter.note(f"{on_cpu.message} Trying {ZERO_GPU}, of which a free account may have two.")
+        try:
+            return _publish_space_on(folder, record, targets, model, publisher, zero=True)
+        except SpaceRefused as on_zero:
+            set_hardware(folder, zero=False)
+            if not isinstance(on_zero, SpaceNeedsPlan):
+                raise
+            raise SpaceRefused(
+                f"The Hub does not let this account create the Space {targets.space_target}: neither on a CPU nor on "
+                "ZeroGPU (status 402).",
+                hint=on_cpu.hint,
+            ) from on_zero
+
+
+def _publish_space_on(
+    folder: Path, record: RunRecord, targets: Targets, model: Published, publisher: Publisher, *, zero: bool
+) -> Published:
+    from gradmap_hub.space import variables
+    from gradmap_hub.zerogpu import ZERO_GPU, set_hardware
+
+    assert targets.space is not None
+    set_hardware(folder, zero=zero)
+    files = look_through(folder, "space", record, targets, publisher)
     terms = targets.terms(record.base.name, "space")
-    message = "Comparison app, written by gradmap-hub"
+    wanted = variables(record, targets.target, model.commit, targets.space)
 
     def publish() -> Published:
-        return publisher.publish(files, targets.space_target, terms, message=message, variables=variables)
+        return publisher.publish(
+            files,
+            targets.space_target,
+            terms,
+            message="Comparison app, written by gradmap-hub",
+            variables=wanted,
+            hardware=ZERO_GPU if zero else None,
+        )
 
-    return _publish(publish, files, publisher, reporter)
+    return _publish(publish, files, publisher)
 
 
-def _publish(publish: Callable[[], Published], files: Checked, publisher: Publisher, reporter: Reporter) -> Published:
+def _publish(publish: Callable[[], Published], files: Checked, publisher: Publisher) -> Published:
     published = publish()
+    reporter = publisher.hub.reporter
     reporter.start(f"Verifying the published {'model' if files.kind == 'model' else 'Space'}")
     checked = publisher.verify(published, files)
     reporter.finish(f"{size(checked)} downloaded into a fresh cache, sha256 equal")
     return published
 
 
-def _space_plan(record: RunRecord) -> SpacePlan:
-    from gradmap_hub.space import plan_space
-
-    return plan_space(
-        license=record.base.license,
-        gated=record.base.gated,
-        private=record.base.private,
-        has_onnx=record.base.has_onnx,
-        has_repository=record.base.repo_id is not None,
-        onnx=any(entry.format == "onnx" for entry in record.artifacts),
-    )
+def _remove_leftovers(folder: Path) -> None:
+    """What an export left that was killed."""
+    for leftover in folder.glob("*.partial"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _stages_of(folder: Path, reporter: Reporter, what: str) -> Stages:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradmap_hub.architectures import Architecture, architecture_of
-from gradmap_hub.config import PruneConfig, PushConfig
+from gradmap_hub.config import PruneConfig, PublishConfig, PushConfig
 from gradmap_hub.errors import CalibrationError, DiskTooSmall, LicenseUnknown, OutputExists, SourceError, UsageError
 from gradmap_hub.record import (
     FILE_NAME,
@@ -51,6 +51,7 @@ class Source:
     folder: Path | None = None
     gguf: Path | None = None
     sizes: dict[str, int] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
 
 
 def find_source(model: str, revision: str | None, hub: Hub) -> Source:
@@ -84,7 +85,15 @@ def find_source(model: str, revision: str | None, hub: Hub) -> Source:
         dtype=_dtype_of(config),
         has_onnx="onnx/model.onnx" in remote.files,
     )
-    return Source(base, architecture, int(config["num_hidden_layers"]), files, files.weight_bytes, sizes=remote.files)
+    return Source(
+        base,
+        architecture,
+        int(config["num_hidden_layers"]),
+        files,
+        files.weight_bytes,
+        sizes=remote.files,
+        config=config,
+    )
 
 
 def _folder_source(path: Path) -> Source:
@@ -100,7 +109,9 @@ def _folder_source(path: Path) -> Source:
         dtype=_dtype_of(config),
         **_card_facts(header_of(path / CARD) or {}),
     )
-    return Source(base, architecture, int(config["num_hidden_layers"]), files, files.weight_bytes, folder=path)
+    return Source(
+        base, architecture, int(config["num_hidden_layers"]), files, files.weight_bytes, folder=path, config=config
+    )
 
 
 def _gguf_source(path: Path) -> Source:
@@ -148,10 +159,18 @@ def check_output(output: Path, resume: bool, mark: Path | None = None) -> None:
 
 def check_disk(output: Path, needed: int) -> None:
     """Raises DiskTooSmall: less free space than `needed` bytes where `output` will be."""
-    place = _existing(output)
-    free = shutil.disk_usage(place).free
+    free = free_bytes(output)
     if free < needed:
-        raise DiskTooSmall(str(place), needed, free)
+        raise DiskTooSmall(str(_existing(output)), needed, free)
+
+
+def free_bytes(path: Path) -> int:
+    """The free space where a path is, or will be."""
+    return shutil.disk_usage(_existing(path)).free
+
+
+def disk_words(needed: int, path: Path) -> str:
+    return f"about {needed / 1e9:.2f} GB needed, {free_bytes(path) / 1e9:.2f} GB free"
 
 
 def _existing(path: Path) -> Path:
@@ -224,7 +243,7 @@ def make_plan(config: PushConfig, hub: Hub, publisher: Publisher) -> PushPlan:
 
     if config.trust_remote_code:
         raise UsageError("--trust-remote-code is not available yet: models that need their own code are refused.")
-    check_pull_request(config.create_pr, to=config.to, public=config.public, update=config.update)
+    check_pull_request(config)
     output = config.output or default_output(config.model, config.prune)
     check_output(output, config.resume)
     check_texts(config.prune)
@@ -236,9 +255,10 @@ def make_plan(config: PushConfig, hub: Hub, publisher: Publisher) -> PushPlan:
     if config.public and base.gated:
         raise UsageError(f"{base.name} is gated: what is made from it stays private. Leave out --public.")
     if config.onnx:
-        from gradmap_hub.exporters.onnx import require
+        from gradmap_hub.exporters.formats import require
 
-        require()
+        for name in ("onnx", *config.quantize):
+            require(name, source.config)
     target = config.to or f"{account.name}/{output.resolve().name}"
     space = None
     if config.space and not config.create_pr:
@@ -252,6 +272,10 @@ def make_plan(config: PushConfig, hub: Hub, publisher: Publisher) -> PushPlan:
         )
     targets = Targets(target, f"{target}-compare", space, config.public, config.update, config.create_pr)
     found = check_targets(targets, base.name, account, publisher, resuming=(config.resume, config.resume))
+    if config.collection is not None:
+        from gradmap_hub.collecting import check_collection
+
+        found.append(Check("collection", check_collection(hub, config.collection, account)))
     # Checkpoint and its ONNX, each about the original's size in float32; the original's own ONNX for the Space; and
     # once more what is published, for the fresh copy it is verified against.
     float32 = source.weight_bytes * (2 if base.dtype in ("bfloat16", "float16") else 1)
@@ -261,14 +285,13 @@ def make_plan(config: PushConfig, hub: Hub, publisher: Publisher) -> PushPlan:
     check_disk(output, disk)
     upload = (float32 if config.prune.dtype == "float32" else source.weight_bytes) + built - source.weight_bytes
     upload += stored_original
-    free = shutil.disk_usage(_existing(output)).free
     checks = (
         Check("account", f"{account.name}, token of role {account.role or 'unknown'}"),
         *found,
         Check("weights", _access(source)),
-        Check("licence", _license_words(base)),
+        Check("licence", license_words(base)),
         Check("card", _card_words(source, removals, targets)),
-        Check("disk", f"about {disk / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free"),
+        Check("disk", disk_words(disk, output)),
         Check("upload", f"at most about {upload / 1e6:,.1f} MB"),
     )
     return PushPlan(
@@ -288,13 +311,14 @@ def make_plan(config: PushConfig, hub: Hub, publisher: Publisher) -> PushPlan:
     )
 
 
-def check_pull_request(create_pr: bool, *, to: str | None, public: bool, update: bool) -> None:
+def check_pull_request(config: PublishConfig) -> None:
     """Raises UsageError: --create-pr together with what it excludes, or without saying to whom."""
-    if not create_pr:
+    if not config.create_pr:
         return
-    if to is None:
+    if config.to is None:
         raise UsageError("--create-pr needs --to OWNER/NAME: the repository that gets the pull request.")
-    for given, option in ((public, "--public"), (update, "--update")):
+    own = ((config.public, "--public"), (config.update, "--update"), (config.collection is not None, "--collection"))
+    for given, option in own:
         if given:
             raise UsageError(f"--create-pr only proposes; leave out {option}, which is for a repository of your own.")
 
@@ -364,7 +388,7 @@ def _access(source: Source) -> str:
     return f"{kind}, {size} at commit {(source.base.commit or '')[:12]}"
 
 
-def _license_words(base: Base) -> str:
+def license_words(base: Base) -> str:
     named = f" ({base.license_name}, {base.license_link})" if base.license == "other" else ""
     origin = "from the original" if base.license_source == "original" else "stated with --license"
     return f"{base.license}{named}, {origin}"

@@ -63,6 +63,10 @@ class SpaceRefused(HubError):
     """The Hub does not let this account create the Space; the model is unaffected."""
 
 
+class SpaceNeedsPlan(SpaceRefused):
+    """It would, for a paid plan (402)."""
+
+
 @dataclass(frozen=True)
 class Checked:
     """A folder whose every file may be published, with its card's facts. Only `Publisher.check` makes one."""
@@ -85,18 +89,25 @@ class Publisher:
         self.guard = Guard(hub)
 
     def check(
-        self, folder: Path, repo_type: str, private: Private, *, accepted_licenses: Collection[str] = ()
+        self,
+        folder: Path,
+        repo_type: str,
+        private: Private,
+        *,
+        accepted_licenses: Collection[str] = (),
+        card: str | None = None,
     ) -> Checked:
-        """Look through everything in `folder` before any of it leaves the machine.
+        """Look through everything in `folder` before any of it leaves the machine. `card`: what README.md will be, if
+        that is still to be written.
 
         Raises:
             UnsafeToPublish, CardInvalid
         """
         screen(folder, repo_type, private)
         files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-        text = files[CARD].read_text(encoding="utf-8") if CARD in files else ""
-        card = check_card(text, repo_type, shown_as=f"{folder.name}/{CARD}", accepted=accepted_licenses)
-        return Checked(folder, repo_type, files, card)
+        text = card if card is not None else files[CARD].read_text(encoding="utf-8") if CARD in files else ""
+        facts = check_card(text, repo_type, shown_as=f"{folder.name}/{CARD}", accepted=accepted_licenses)
+        return Checked(folder, repo_type, files, facts)
 
     # -- publishing ------------------------------------------------------------------------------------------------
 
@@ -108,13 +119,16 @@ class Publisher:
         *,
         message: str,
         variables: Mapping[str, str] | None = None,
+        hardware: str | None = None,
     ) -> Published:
-        """Create the repository (private) if needed and put the files into it with one atomic commit.
+        """Create the repository (private) if needed and put the files into it with one atomic commit. `hardware`: of a
+        Space that is created; None leaves it to the Hub, which takes a CPU.
 
         Idempotent: equal content makes no second commit, bytes the Hub already has are not sent again.
 
         Raises:
-            SpaceRefused: the plan of this account does not cover a Space.
+            SpaceNeedsPlan: the plan of this account does not cover a Space on this hardware.
+            SpaceRefused: this account may have no Space there.
             TargetExists, TargetPublic: what is there is not to be touched.
             TargetChanged: somebody else committed at the same time.
             PublishInterrupted: the connection broke or the Hub failed; run again to finish.
@@ -123,7 +137,7 @@ class Publisher:
         kind, local = checked.kind, checked.files
         state = self.hub.state(repo_id, kind)
         if state is None:
-            self._create(repo_id, kind, variables or {})
+            self._create(repo_id, kind, variables or {}, hardware)
             state = self.hub.state(repo_id, kind)
             if state is None:
                 raise PublishInterrupted(f"{repo_id} was created and is not to be seen yet.", hint=AGAIN)
@@ -149,7 +163,7 @@ class Publisher:
     def propose(self, checked: Checked, repo_id: str, *, message: str) -> Published:
         """Open a pull request with the files in one commit; nothing is created, deleted or made visible.
 
-        A pull request that proposes the same already is returned instead of opening a second.
+        An open pull request that proposes the same already is returned instead of opening a second.
 
         Raises:
             RepositoryNotFound: there is no such repository.
@@ -164,7 +178,11 @@ class Publisher:
             return self._said(checked, Published(repo_id, state.head, url, uploaded=False))
         doing = "read the pull requests of"
         known = step(self.hub, doing, repo_id, lambda: self._pull_requests(repo_id, kind))
+        # One that was closed was turned down, or withdrawn: what it proposed is proposed no more.
+        open_ = step(self.hub, doing, repo_id, lambda: self._open_numbers(repo_id, kind)) if known else set[int]()
         for number, commit in known.items():
+            if number not in open_:
+                continue
             if step(self.hub, doing, repo_id, lambda commit=commit: self._proposes(repo_id, kind, commit, local)):
                 address = f"{url}/discussions/{number}"
                 return self._said(checked, Published(repo_id, commit, url, uploaded=False, pull_request=address))
@@ -232,11 +250,12 @@ class Publisher:
 
     # -- steps -----------------------------------------------------------------------------------------------------
 
-    def _create(self, repo_id: str, kind: str, variables: Mapping[str, str]) -> None:
+    def _create(self, repo_id: str, kind: str, variables: Mapping[str, str], hardware: str | None) -> None:
         space: dict[str, Any] = {}
         if kind == "space":
             entries = [{"key": key, "value": value} for key, value in variables.items()]
             space = {"space_sdk": "gradio", "space_variables": entries}
+            space |= {"space_hardware": hardware} if hardware else {}
 
         def create() -> None:
             try:
@@ -252,11 +271,13 @@ class Publisher:
         except (PaymentRequired, NotAllowed) as refused:
             if kind != "space":
                 raise
-            status = 402 if isinstance(refused, PaymentRequired) else 403
-            raise SpaceRefused(
-                f"The Hub does not let this account create the Space {repo_id} (status {status}).",
-                hint="A CPU Space needs a paid plan (PRO, Team, Enterprise). The Space folder is on disk: "
-                "run it with `gradmap-hub compare FOLDER`, or upload it from an account with a plan.",
+            needs_plan = isinstance(refused, PaymentRequired)
+            kind_of = SpaceNeedsPlan if needs_plan else SpaceRefused
+            raise kind_of(
+                f"The Hub does not let this account create the Space {repo_id} (status {402 if needs_plan else 403}).",
+                hint=("A CPU Space needs a paid plan (PRO, Team, Enterprise). " if needs_plan else "")
+                + "The Space folder is on disk: run it with `gradmap-hub compare FOLDER`, publish it from another "
+                "account, or leave it out with --no-space.",
             ) from refused
 
     def _set_variables(self, repo_id: str, kind: str, variables: Mapping[str, str]) -> None:
@@ -428,6 +449,13 @@ class Publisher:
         refs = self.hub.api.list_repo_refs(repo_id, repo_type=kind, include_pull_requests=True).pull_requests or []
         numbered = {int(ref.ref.rpartition("/")[2]): ref.target_commit for ref in refs}
         return dict(sorted(numbered.items(), reverse=True)[:_PULL_REQUESTS_READ])
+
+    def _open_numbers(self, repo_id: str, kind: str) -> set[int]:
+        """The numbers of the pull requests that are neither closed nor merged."""
+        listed = self.hub.api.get_repo_discussions(
+            repo_id, repo_type=kind, discussion_type="pull_request", discussion_status="open"
+        )
+        return {entry.num for entry in listed if entry.status in ("open", "draft")}
 
     def _proposes(self, repo_id: str, kind: str, commit: str, local: Mapping[str, Path]) -> bool:
         return holds(local, self.hub.state_once(repo_id, kind, commit).files)

@@ -17,13 +17,15 @@ from gradmap_hub.errors import SourceError
 
 T = TypeVar("T")
 
-SCHEMA_VERSION = 1
+# 2: `settings`, all that decides a run.
+SCHEMA_VERSION = 2
 FILE_NAME = "gradmap.json"
 
 
 @dataclass(frozen=True)
 class Base:
-    """The original model. `commit` is None for a local folder or file."""
+    """The original model. `commit` is None for a local folder or file; `weights_sha256` is that of a local one (see
+    `source.weights_sha256`), and None for a model from the Hub, whose commit says it."""
 
     name: str
     repo_id: str | None = None
@@ -40,6 +42,7 @@ class Base:
     model_type: str = ""
     dtype: str = ""
     has_onnx: bool = False
+    weights_sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -213,17 +216,38 @@ class Parity:
 
 
 @dataclass(frozen=True)
+class Quality:
+    """What a quantised export costs: token perplexity of the graph on ONNX Runtime and of the checkpoint in float32, on
+    the same rows. `recipe`: the settings that won; `base`: whose graph, "genai" or "optimum"."""
+
+    perplexity: float
+    checkpoint_perplexity: float
+    text: str
+    tokens: int
+    recipe: str
+    base: str
+
+    @property
+    def ratio(self) -> float:
+        return self.perplexity / self.checkpoint_perplexity
+
+
+@dataclass(frozen=True)
 class Artifact:
     path: str
     bytes: int
     sha256: str
     format: str
     parity: Parity | None = None
+    quality: Quality | None = None
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """See DESIGN: this is the contract between stages and with whoever reads the published repository."""
+    """See DESIGN: this is the contract between stages and with whoever reads the published repository.
+
+    `settings`: the fields of PruneConfig as the run used them, with what "auto" came to on that machine and texts by
+    their recorded names; None in records of version 1. With `base` it is all that `--from` needs."""
 
     schema_version: int
     gradmap_hub: str
@@ -251,6 +275,7 @@ class RunRecord:
     timings: dict[str, float] = field(default_factory=dict)
     hardware: str = ""
     heal: HealRecord | None = None
+    settings: dict[str, Any] | None = None
 
     @property
     def layers_before(self) -> int:
@@ -271,16 +296,26 @@ class RunRecord:
         Raises:
             SourceError: there is none, or it is not one.
         """
-        path = folder / FILE_NAME
         try:
-            return from_json(RunRecord, json.loads(path.read_text(encoding="utf-8")))
+            return read_record(folder / FILE_NAME)
         except FileNotFoundError:
             raise SourceError(
                 f"{folder} has no {FILE_NAME}: it was not made by gradmap-hub.",
                 hint="Make it with `gradmap-hub prune MODEL OUTPUT` or `gradmap-hub push MODEL`.",
             ) from None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise SourceError(f"{path} cannot be read: {error}") from error
+
+
+def read_record(path: Path) -> RunRecord:
+    """A record, whatever the file is called.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        SourceError: it is not a record.
+    """
+    try:
+        return from_json(RunRecord, json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SourceError(f"{path} cannot be read as a record of gradmap-hub: {error}") from error
 
 
 def to_json(value: Any) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradmap_hub import __version__
-from gradmap_hub.config import PruneConfig
+from gradmap_hub.config import Expected, PruneConfig
 from gradmap_hub.errors import CalibrationError, SourceError
 from gradmap_hub.plan import Source, is_local_text, work_folder
 from gradmap_hub.progress import Reporter
@@ -35,10 +35,12 @@ from gradmap_hub.record import (
     TextSource,
     VerificationRecord,
 )
-from gradmap_hub.source import COMPANION_FILES, check_weights, legal_texts, sha256_of
+from gradmap_hub.source import COMPANION_FILES, check_weights, legal_texts, sha256_of, weights_sha256
 from gradmap_hub.stages import Stages
 
 if TYPE_CHECKING:  # torch is only imported once there is something to compute
+    from torch import Tensor
+
     from gradmap_hub.calibration import CalibrationRows, Rows
     from gradmap_hub.decoder import Decoder
     from gradmap_hub.hub import Hub
@@ -63,8 +65,10 @@ class Run:
         hub: Hub,
         *,
         stages: str = "prune",
+        expected: Expected | None = None,
     ) -> None:
         self.source = source
+        self.expected = expected or Expected()
         self.config = config
         self.removals = removals
         self.output = output
@@ -144,7 +148,10 @@ class Run:
 
 @dataclass(frozen=True)
 class _Fetched:
+    """`sha256`: of local weights, which no commit names."""
+
     bytes: int
+    sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -192,13 +199,14 @@ def prune_stages(run: Run, *, target: str | None = None, license: str | None = N
     run.precision()  # refuses what cannot be, before anything is fetched
     run.output.mkdir(parents=True, exist_ok=True)
     rows, extra = _calibrate(run)
-    run.stages.run(
+    fetched = run.stages.run(
         "pull",
         f"Fetching {run.source.base.name}",
         _Fetched,
         lambda: _pull(run),
         describe=lambda f: size(f.bytes),
     )
+    _check_weights_expected(run, fetched)
     scores = _score(run, rows)
     chosen = _correct(run, rows, _select(run, rows, scores))
     compensation = chosen.compensation
@@ -209,7 +217,7 @@ def prune_stages(run: Run, *, target: str | None = None, license: str | None = N
     compensated = _evaluate_written(run, [row for row, _ in texts])
     winner = chosen.winner
     why = "lowest held-out loss of the candidates" if len(chosen.candidates) > 1 else "lowest score"
-    base = run.source.base
+    base = dataclasses.replace(run.source.base, weights_sha256=fetched.sha256)
     record = RunRecord(
         schema_version=SCHEMA_VERSION,
         gradmap_hub=__version__,
@@ -236,8 +244,31 @@ def prune_stages(run: Run, *, target: str | None = None, license: str | None = N
         timings=dict(run.stages.timings),
         hardware=f"{platform.machine()}, {len(os.sched_getaffinity(0))} CPU cores",
         heal=healed,
+        settings=_settings(run, rows, extra),
     )
     return record
+
+
+def _settings(run: Run, rows: CalibrationRows, extra: Sequence[Rows]) -> dict[str, Any]:
+    """Every option of the run, for `--from`: texts by the names that are published, and what "auto" came to here."""
+    dtype, device = run.precision()
+    settings = dataclasses.asdict(run.config) | {
+        "calibration": [text.name for text in rows.sources],
+        "eval_text": [text.name for text in extra],
+        "compute": str(dtype).removeprefix("torch."),
+        "device": device,
+    }
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
+
+
+def _check_weights_expected(run: Run, fetched: _Fetched) -> None:
+    expected = run.expected.weights_sha256
+    if expected is not None and fetched.sha256 != expected:
+        raise SourceError(
+            f"{run.source.base.name} is not the original that the record was made from: the sha256 of its weights "
+            "differs.",
+            hint="Give the folder or file that the first run had, or leave out --from to make another model.",
+        )
 
 
 def _calibrate(run: Run) -> tuple[CalibrationRows, list[Rows]]:
@@ -271,6 +302,11 @@ def _calibrate(run: Run) -> tuple[CalibrationRows, list[Rows]]:
         held_out=config.eval_rows,
         seed=config.seed,
     )
+    if run.expected.rows_sha256 not in (None, rows.sha256):
+        raise CalibrationError(
+            "The calibration rows drawn here are not those of the record: text, tokenizer or their versions differ.",
+            hint="Use the texts and the versions that the record names, or leave out --from to make another model.",
+        )
     extra = [evaluation_rows(text, tokenizer, seq_len=config.seq_len, rows=config.eval_rows) for text in extra_texts]
     run.reporter.finish(f"{rows.fit.numel():,} tokens from {', '.join(text.name for text in texts)}")
     return rows, extra
@@ -282,6 +318,13 @@ def _texts(run: Run, source: str, read_text: Callable[..., Any]) -> list[Any]:
     paths, name = run.hub.fetch_dataset_text(source)
     # One text per data set: its first file is far more than calibration needs.
     return [read_text(paths[0], name)]
+
+
+def export_rows(run: Run) -> tuple[Rows, Tensor]:
+    """What an export is measured on (text of another source if there is some, else held-out rows of the first text),
+    and what it may be fitted on."""
+    rows, extra = _calibrate(run)
+    return (extra or rows.held_out)[0], rows.fit
 
 
 def inspect_stages(run: Run, ratios: Sequence[float]) -> tuple[LayerScores, dict[float, Candidate]]:
@@ -307,7 +350,9 @@ def inspect_stages(run: Run, ratios: Sequence[float]) -> tuple[LayerScores, dict
 
 def _pull(run: Run) -> _Fetched:
     folder = run.checkpoint()
-    return _Fetched(sum(path.stat().st_size for path in folder.glob("*.safetensors")))
+    weights = list(folder.glob("*.safetensors"))
+    local = [run.source.gguf] if run.source.gguf else weights if run.source.folder else []
+    return _Fetched(sum(path.stat().st_size for path in weights), weights_sha256(local) if local else None)
 
 
 def _score(run: Run, rows: CalibrationRows) -> LayerScores:

@@ -160,6 +160,11 @@ def read_safetensors_header(path: Path) -> dict[str, Any]:
     return header
 
 
+def weights_sha256(paths: Iterable[Path]) -> str:
+    """One sum over weight files, whatever they are called."""
+    return hashlib.sha256("\n".join(sorted(map(sha256_of, paths))).encode()).hexdigest()
+
+
 def sha256_of(path: Path) -> str:
     """Hex sha256 of a file, read in blocks."""
     with path.open("rb") as stream:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import random
 import sys
 from collections.abc import Callable, Sequence
@@ -340,3 +341,39 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
             device="cpu",
         )
     return tiny
+
+
+# -- the tables of docs/reliability.md --------------------------------------------------------------------------------
+
+
+def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:
+    """Prints what `record_property("reliability", (table, row, column, outcome))` told with -v; with RELIABILITY=FILE
+    writes it there, between the two marks of its table."""
+    found: dict[str, dict[str, dict[str, str]]] = {}
+    for report in terminalreporter.stats.get("passed", []):
+        for name, value in report.user_properties:
+            if name == "reliability":
+                table, row, column, outcome = value
+                found.setdefault(table, {}).setdefault(row, {})[column] = outcome
+    file = os.environ.get("RELIABILITY")
+    text = Path(file).read_text(encoding="utf-8") if file else ""
+    for table, rows in found.items():
+        lines = markdown_table(rows)
+        if config.get_verbosity() > 0:
+            terminalreporter.write_line("")
+            terminalreporter.write_line(table)
+            for line in lines:
+                terminalreporter.write_line(line)
+        before, start, after = text.partition(f"<!-- {table} -->\n")
+        if start:
+            text = before + start + "\n".join(["", *lines, ""]) + "\n" + after[after.index("<!-- end -->") :]
+    if file:
+        Path(file).write_text(text, encoding="utf-8")
+
+
+def markdown_table(rows: dict[str, dict[str, str]]) -> list[str]:
+    """{row: {column: cell}} as Markdown; `-` where there is no cell."""
+    columns = list(dict.fromkeys(column for cells in rows.values() for column in cells))
+    lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    lines += [f"| {row} | {' | '.join(cells.get(column, '-') for column in columns)} |" for row, cells in rows.items()]
+    return lines

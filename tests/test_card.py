@@ -154,6 +154,10 @@ def make_record() -> RunRecord:
         versions={"torch": "2.13.0", "transformers": "4.57.6"},
         timings={"score": 61.2, "compensate": 133.0, "evaluate": 80.4},
         hardware="2 CPU cores",
+        settings={
+            "ratio": 0.25, "samples": 32, "seed": 0, "eval_text": ["c4.txt"],
+            "calibration": [f"Salesforce/wikitext:wikitext-2-raw-v1/train@{'b' * 40}"],
+        },
     )  # fmt: skip
 
 
@@ -174,6 +178,7 @@ def earlier_version(record: RunRecord) -> RunRecord:
             trials=[Trial(18, "weight", 0.03, 3.9127), Trial(18, "projection", 0.003, 4.0611)],
         ),
         candidates=[Candidate("gradient", REMOVED, 4.2513), Candidate("cosine-window", list(range(12, 20)), 4.8044)],
+        settings=None,
     )  # fmt: skip
 
 
@@ -243,8 +248,10 @@ def variants() -> dict[str, RunRecord]:
         "bare": replace(
             record, base=Base(name="m"), calibration=CalibrationRecord("t.txt", 4, 64, 16, ""), candidates=[],
             compensation=CompensationRecord(applied=False), verification=None, evaluation=None, artifacts=[],
-            target=None, space=None, dtype="", versions={}, timings={}, hardware="",
+            target=None, space=None, dtype="", versions={}, timings={}, hardware="", settings=None,
         ),
+        "own texts": replace(record, settings={"calibration": ["a.txt", "b|`c`.jsonl"], "eval_text": ["a.txt"]}),
+        "made again": replace(record, command="gradmap-hub push --from gradmap.json -o again"),
         "not finite": replace(
             record,
             evaluation=replace(evaluation, texts=[replace(other_only[0], compensated=float("inf"), interval=[])]),
@@ -259,6 +266,29 @@ def test_golden() -> None:
         GOLDEN.parent.mkdir(exist_ok=True)
         GOLDEN.write_text(text, encoding="utf-8", newline="\n")
     assert text == GOLDEN.read_text(encoding="utf-8")
+
+
+def reproduction(record: RunRecord) -> str:
+    """The part of the page about making it again."""
+    return card_text(record).partition("## How to reproduce it\n")[2].partition("\n| | |")[0]
+
+
+def test_how_to_make_it_again() -> None:
+    record = make_record()
+    text = reproduction(record)
+    assert text.startswith("\n```bash\ngradmap-hub push --from gradmap.json\n```\n")
+    assert record.command in text and "--revision" not in text
+    assert "`c4.txt` is not published here" in text and "say where with `--eval-text`." in text
+    assert "wikitext" not in text
+    own = reproduction(variants()["own texts"])
+    assert "`a.txt`, <code>" in own and "are not published here: put them beside" in own
+    assert "say where with `--calibration`, `--eval-text`." in own
+    assert "started with" not in reproduction(variants()["made again"])
+    local = reproduction(variants()["local base"])
+    assert "gradmap-hub prune MODEL OUTPUT --from gradmap.json" in local and "the place of `MODEL`" in local
+    # A record of before does not hold the settings: only the command is known.
+    before = reproduction(variants()["earlier version"])
+    assert "--from" not in before and f"--revision {record.base.commit}" in before
 
 
 def test_metadata_as_the_hub_client_reads_it() -> None:
@@ -392,6 +422,7 @@ def test_hostile_strings_stay_text() -> None:
         ),
         artifacts=[replace(artifact, path=f"onnx/{NASTY}.onnx") for artifact in record.artifacts],
         target=NASTY, space=NASTY, dtype=NASTY, versions={NASTY: NASTY}, hardware=NASTY,
+        settings={"calibration": [NASTY], "eval_text": [NASTY]},
     )  # fmt: skip
     text = card_text(nasty)
     text.encode("utf-8")
@@ -403,7 +434,7 @@ def test_hostile_strings_stay_text() -> None:
     assert isinstance(parsed, ModelCardData) and len(parsed.eval_results or []) == 2
     assert_tables_whole(text)
     fences = re.findall(r"(?m)^(`{3,})", body)
-    assert fences[0::2] == fences[1::2] and len(fences) == 8
+    assert fences[0::2] == fences[1::2] and len(fences) == 10
     outside = without_code(body)
     assert "<script" not in outside and "](javascript" not in outside.replace("\\](javascript", "")
     assert not re.search(r"(?<!\\)\{\{", outside)

@@ -48,8 +48,8 @@ INPUT_TYPES = {"selection": "scoring.LayerScores", "compensation": "calibration.
 # Closed forms that a stage applies, split off because they need no model; healing goes on where the correction ended,
 # with its rule for what counts as a gain.
 FORMULAS = {"compensation": {"ridge"}, "heal": {"calibration", "compensation"}}
-HUB_USERS = {"pipeline", "publishing", "guard", "refusals", "cli", "demo"}
-HUB_NAMERS = {"plan", "run"}  # for type checkers only
+HUB_USERS = {"pipeline", "publishing", "guard", "refusals", "collecting", "spacewatch", "cli", "demo"}
+HUB_NAMERS = {"plan", "publishplan", "repeat", "run"}  # for type checkers only
 # Who writes to the Hub, and who may have it written.
 WRITERS = {"pipeline"}
 HEAVY = ("torch", "transformers", "huggingface_hub", "onnxruntime")
@@ -201,7 +201,7 @@ def test_the_command_line_starts_without_the_heavy_packages() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["compare", "demo", "export", "generate", "hub", "inspect", "prune", "publish", "push", "space"]
+    "command", ["compare", "demo", "export", "generate", "hub", "inspect", "prune", "publish", "push", "serve", "space"]
 )
 def test_every_command_explains_itself(command: str) -> None:
     done = run("-m", "gradmap_hub", command, "-h")

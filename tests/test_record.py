@@ -55,6 +55,7 @@ def full() -> RunRecord:
             model_type="llama",
             dtype="bfloat16",
             has_onnx=True,
+            weights_sha256="9" * 64,
         ),
         layers=[LayerDecision(i, 1.5 * i, i not in (1, 3), "kept" if i not in (1, 3) else "removed") for i in range(5)],
         removed=[1, 3],
@@ -86,6 +87,7 @@ def full() -> RunRecord:
         timings={"score": 11.5},
         hardware="x86_64, 2 CPU cores",
         heal=HealRecord(True, 40, 3e-4, 2.5, 2.25, "lower", [0, 2, 4], [HealCheck(40, 0.125, 2.25)]),
+        settings={"ratio": 0.4, "drop": None, "calibration": ["a", "b"], "seed": 7},
     )  # fmt: skip
 
 

@@ -21,8 +21,8 @@ For tests of what goes wrong, arm a fault before the client asks, and read the l
 >>> [request.status for request in hub.requests if request.route == "commit"]
 """
 
-from .faults import ROUTES, Fault, Faults
+from .faults import ANY, ROUTES, Fault, Faults
 from .requestlog import Request
 from .server import LocalHub
 
-__all__ = ["ROUTES", "Fault", "Faults", "LocalHub", "Request"]
+__all__ = ["ANY", "ROUTES", "Fault", "Faults", "LocalHub", "Request"]

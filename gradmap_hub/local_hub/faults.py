@@ -54,6 +54,9 @@ ROUTES = (
     "page",
 )
 
+#: For a fault that hits whatever is asked, counted over all routes.
+ANY = "*"
+
 Kind = Literal["status", "reset-before", "reset-after", "slow", "truncate"]
 
 _SLICES = 20
@@ -64,7 +67,7 @@ class Fault:
     """One way to fail, at one route.
 
     Args:
-        route: one of :data:`ROUTES`.
+        route: one of :data:`ROUTES`, or :data:`ANY` of them.
         kind: "status" answers with an error and does nothing else. "reset-before" cuts the connection before
             anything has happened, "reset-after" once everything has (a commit lands, its answer does not).
             "slow" spreads the body of the answer over ``seconds`` (an answer without a body starts late).
@@ -76,6 +79,8 @@ class Fault:
         times: how many requests it hits.
         skip: how many requests to the route it lets through before.
         seconds: for "slow".
+        then: called when it hits: before the effect of the request, or with "reset-after" once everything has happened.
+            Such as: kill the client. Nothing else is served meanwhile.
 
     Raises:
         ValueError: an unknown route or kind, or a number that makes no sense.
@@ -90,9 +95,10 @@ class Fault:
     times: int = 1
     skip: int = 0
     seconds: float = 1.0
+    then: Callable[[], None] | None = None
 
     def __post_init__(self) -> None:
-        if self.route not in ROUTES:
+        if self.route not in (*ROUTES, ANY):
             raise ValueError(f"There is no route {self.route!r}; routes are {', '.join(ROUTES)}")
         if self.kind not in get_args(Kind):
             raise ValueError(f"There is no kind of fault {self.kind!r}; kinds are {', '.join(get_args(Kind))}")
@@ -139,7 +145,7 @@ class Faults:
         """The fault that hits this request, if any; counts the request."""
         with self._lock:
             hit: Fault | None = None
-            for armed in [armed for armed in self._armed if armed.fault.route == route]:
+            for armed in [armed for armed in self._armed if armed.fault.route in (route, ANY)]:
                 if armed.skip:
                     armed.skip -= 1
                 elif hit is None:
@@ -161,6 +167,9 @@ class FaultPoint:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope.setdefault("state", {})["route"] = self.route
         fault = self.faults.take(self.route)
+        then = (fault and fault.then) or _nothing
+        if fault and fault.kind != "reset-after":
+            then()
         match fault.kind if fault else None:
             case "status":
                 assert fault is not None
@@ -170,6 +179,7 @@ class FaultPoint:
                 await cut(send, reset=True)
             case "reset-after":
                 await self.app(scope, receive, _nowhere)
+                then()
                 await cut(send, reset=True)
             case "slow":
                 assert fault is not None
@@ -236,6 +246,9 @@ class _Half:
             if not self._left or not message.get("more_body", False):
                 self._closed = True
                 await cut(self._send, reset=False)
+
+
+def _nothing() -> None: ...
 
 
 async def _nowhere(message: Message) -> None:

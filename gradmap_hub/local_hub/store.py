@@ -56,7 +56,7 @@ class PullRequest:
     head: str
     description: str = ""
     created_at: str = ""
-    status: Literal["open", "draft"] = "open"
+    status: Literal["open", "draft", "closed"] = "open"
 
 
 @dataclass(frozen=True)

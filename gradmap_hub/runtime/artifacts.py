@@ -11,8 +11,14 @@ from gradmap_hub.errors import SourceError, UsageError
 
 # File name -> what users call it. In the order of preference on a CPU: int8 costs under 2 % of perplexity and is the
 # fastest that does; int4 costs more than a reader would expect of a small model, so it must be asked for.
-NAMES = {"int8": "model_int8.onnx", "fp32": "model.onnx", "fp16": "model_fp16.onnx", "int4": "model_int4.onnx"}
-ON_CPU = ("int8", "fp32", "int4")
+NAMES = {
+    "int8": "model_int8.onnx",
+    "genai": "model_genai.onnx",
+    "fp32": "model.onnx",
+    "fp16": "model_fp16.onnx",
+    "int4": "model_int4.onnx",
+}
+ON_CPU = ("int8", "genai", "fp32", "int4")
 # Graphs of weight-only integers are made for the CPU's kernels; a GPU prefers half precision.
 ON_CUDA = ("fp16", "fp32", "int8", "int4")
 # A session needs the file's bytes, as much again while it repacks the weights, and the cache.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from gradmap_hub.errors import MissingExtra, SourceError, UsageError
 from gradmap_hub.runtime.artifacts import Artifact, available_artifacts, choose_artifact, cpu_count
@@ -68,9 +69,18 @@ def load(
     if not isinstance(vocabulary, int):
         vocabulary = codec.tokenizer.get_vocab_size()
     count = threads or cpu_count()
-    session = Session(graph, chosen, count)
+    session = Session(graph, chosen, count, _head_size(config))
     name = Path(model).resolve().name if folder == Path(model) else str(model)
     return TextModel(name, found, session, codec, min(longest, context or DEFAULT_CONTEXT), vocabulary, count)
+
+
+def _head_size(config: Mapping[str, Any]) -> int:
+    """Of keys and values, as transformers reads it from config.json; 0 if it does not say."""
+    stated = config.get("head_dim")
+    if isinstance(stated, int):
+        return stated
+    width, heads = config.get("hidden_size"), config.get("num_attention_heads")
+    return width // heads if isinstance(width, int) and isinstance(heads, int) and heads else 0
 
 
 def _local(folder: Path, wanted: str, cuda: bool) -> tuple[Path, Artifact] | None:

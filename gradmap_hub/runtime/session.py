@@ -32,9 +32,11 @@ class Steps(Protocol):
 
 
 class Session:
-    """A graph, loaded. `provider`: the execution provider that it really runs on."""
+    """A graph, loaded. `provider`: the execution provider that it really runs on. `head_size`: of keys and values, for
+    graphs that leave it open."""
 
-    def __init__(self, graph: Path, provider: str, threads: int) -> None:
+    def __init__(self, graph: Path, provider: str, threads: int, head_size: int) -> None:
+        self._head_size = head_size
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
@@ -79,7 +81,10 @@ class Session:
         return self._session.io_binding()
 
     def run(self, binding: ort.IOBinding) -> None:
-        self._session.run_with_iobinding(binding)
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as error:  # onnxruntime's own exceptions have no common base class
+            raise GradmapError(f"ONNX Runtime failed: {' '.join(str(error).split())[:300]}") from error
 
     def feeds(self, token_ids: Sequence[int], length: int) -> dict[str, np.ndarray]:
         """The plain inputs of a step behind `length` tokens; batch 1."""
@@ -94,8 +99,11 @@ class Session:
     def empty(self, name: str, tokens: int) -> ort.OrtValue:
         """A cache tensor of a batch of one and so many tokens, zeros."""
         shape, kind = self.past[name]
-        # Fixed sizes are numbers; of the two open ones, the batch is called so.
-        sizes = [size if isinstance(size, int) else 1 if "batch" in str(size) else tokens for size in shape]
+        # (batch, heads, tokens, head size); a graph may fix any but the tokens.
+        if len(shape) != 4 or not isinstance(shape[1], int):
+            raise SourceError(f"The cache input {name} has an unknown shape: {shape}.")
+        own = (1, shape[1], tokens, self._head_size)
+        sizes = [given if isinstance(given, int) else size for given, size in zip(shape, own, strict=True)]
         return ort.OrtValue.ortvalue_from_numpy(np.zeros(sizes, dtype=kind), self.device, 0)
 
 

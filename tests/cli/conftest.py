@@ -216,6 +216,12 @@ def sums() -> Callable[[Path], dict[str, str]]:
 
 
 @pytest.fixture(scope="session")
+def sums_of_folder() -> Callable[[Path], dict[str, str]]:
+    """As `sums`, for fixtures that outlive a test."""
+    return sums_of
+
+
+@pytest.fixture(scope="session")
 def variant(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """A copy of the base model: `change(folder)` edits it, `config` values replace its own."""
 

@@ -77,8 +77,9 @@ def either(request: pytest.FixtureRequest) -> Pushed:
 
 def test_answer(either: Pushed) -> None:
     answer = either.answer
-    for kind in ("model", "space"):
-        assert set(answer[kind]) == {"repo_id", "commit", "url"}
+    assert answer["space"]["stage"] == "RUNNING" and answer["space"]["state"].startswith("running on cpu-basic")
+    for kind, further in (("model", set[str]()), ("space", {"stage", "state"})):
+        assert set(answer[kind]) == {"repo_id", "commit", "url"} | further
         assert len(answer[kind]["commit"]) == 40
     name = either.folder.name
     assert answer["model"]["repo_id"] == f"ada/{name}"

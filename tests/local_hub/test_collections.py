@@ -122,3 +122,25 @@ def test_drafts_and_filters(ada: HfApi, bob: HfApi) -> None:
     assert not list(ada.get_repo_discussions("ada/rows", repo_type="dataset", discussion_status="closed"))
     with pytest.raises(HfHubHTTPError, match="Only pull requests"):
         ada.create_discussion("ada/rows", "Just talk", repo_type="dataset")
+
+
+def test_closing_and_opening_again(ada: HfApi, bob: HfApi, hub: LocalHub) -> None:
+    ada.create_repo("ada/tiny")
+    carl = HfApi(endpoint=hub.url, token=hub.add_user("carl"))
+    bob.create_pull_request("ada/tiny", "First")
+    bob.create_pull_request("ada/tiny", "Second")
+    assert bob.change_discussion_status("ada/tiny", 1, "closed").new_status == "closed"  # its author
+    assert ada.change_discussion_status("ada/tiny", 2, "closed").new_status == "closed"  # the owner
+    with pytest.raises(HfHubHTTPError) as refused:
+        carl.change_discussion_status("ada/tiny", 1, "open")
+    assert status_of(refused.value) == 403
+    ada.change_discussion_status("ada/tiny", 2, "open")
+    numbers = {
+        status: [one.num for one in ada.get_repo_discussions("ada/tiny", discussion_status=status)]
+        for status in ("open", "closed", "all")
+    }
+    assert numbers == {"open": [2], "closed": [1], "all": [2, 1]}
+    assert ada.get_discussion_details("ada/tiny", 1).status == "closed"
+    # What it proposed is still to be read.
+    refs = ada.list_repo_refs("ada/tiny", include_pull_requests=True).pull_requests or []
+    assert [ref.ref for ref in refs] == ["refs/pr/1", "refs/pr/2"]

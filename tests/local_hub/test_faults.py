@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import requests
@@ -11,7 +12,7 @@ import urllib3
 from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-from gradmap_hub.local_hub import ROUTES, Fault, LocalHub, Request
+from gradmap_hub.local_hub import ANY, ROUTES, Fault, LocalHub, Request
 from gradmap_hub.local_hub.app import build_app
 
 On = Callable[[LocalHub, str], list[Request]]
@@ -169,3 +170,19 @@ def test_faults_and_a_stopped_hub(hub: LocalHub, ada: HfApi, tiny: str, capfd: p
     hub.stop()
     assert time.monotonic() - began < 5
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("kind", "landed"), [("reset-before", False), ("reset-after", True)])
+def test_something_happens_at_a_request(hub: LocalHub, ada: HfApi, tiny: str, kind: Any, landed: bool) -> None:
+    """Counted over all routes, before the effect of one or after it."""
+    seen: list[int] = []
+
+    def look() -> None:
+        seen.append(len(list((hub.root / "repos").rglob("second"))))
+
+    hub.faults.add(Fault(ANY, kind, skip=1, then=look))
+    ada.model_info(tiny)
+    with pytest.raises(requests.ConnectionError):
+        ada.create_repo("ada/second")
+    assert seen == [int(landed)]
+    assert ada.repo_exists("ada/second") == landed

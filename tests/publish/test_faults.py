@@ -1,18 +1,18 @@
 """Every route of a publish, every way to fail at it: what the Hub holds afterwards is all or nothing, and never double.
 
 One fault hits the first request to a route. What may pass is survived within the same call; what the Hub says no to is
-told in one line, and the next run finishes. `-s` prints the table at the end.
+told in one line, and the next run finishes. `pytest -v` prints the table at the end, `make reliability` writes it.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from gradmap_hub.config import PublishConfig
 from gradmap_hub.errors import (
     GradmapError,
     HubConflict,
@@ -42,6 +42,7 @@ PASSING: dict[str, dict[str, Any]] = {
     "503": {"kind": "status", "status": 503},
     "reset-before": {"kind": "reset-before"},
     "reset-after": {"kind": "reset-after"},
+    "slow": {"kind": "slow", "seconds": 0.3},
     "truncate": {"kind": "truncate"},
 }
 REFUSALS = (401, 402, 403, 404, 409, 412)
@@ -60,7 +61,9 @@ TYPED: dict[int, type[GradmapError]] = {
 }
 # What the default run does of the matrix; `make test-all` runs all of it.
 QUICK_ROUTES, QUICK = ("repo-create", "lfs-put", "commit"), ("429 Retry-After", "503", "reset-after", 403)
-OUTCOMES: dict[str, dict[str, str]] = defaultdict(dict)
+# Asked for when the repositories are published and verified: whatever becomes of it, the push stands.
+AFTERWARDS = ("collections", "space-runtime")
+TABLE = "What one fault does to a publish"
 
 
 def _every(ways: Iterable[Any]) -> list[Any]:
@@ -73,17 +76,9 @@ def _every(ways: Iterable[Any]) -> list[Any]:
     ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def table() -> Iterator[None]:
-    yield
-    columns = [*PASSING, *map(str, REFUSALS)]
-    print("\n" + "route".ljust(16) + "".join(name.ljust(18) for name in columns))
-    for route, cells in OUTCOMES.items():
-        print(route.ljust(16) + "".join(cells.get(name, "-").ljust(18) for name in columns))
-
-
 def publish(side: Side, folder: Path, **options: Any) -> Any:
-    return publish_folder(folder, hub=side.hub, reporter=side.heard, **options)
+    config = PublishConfig(**{"wait_space": 0, **options})
+    return publish_folder(folder, config, hub=side.hub, reporter=side.heard)
 
 
 def commits(side: Side, repo_id: str, kind: str) -> int:
@@ -143,12 +138,12 @@ def test_these_are_the_routes_of_a_publish(server: LocalHub, ada: Side, folder: 
 
 @pytest.mark.parametrize(("route", "name"), _every(PASSING))
 def test_what_passes_is_survived(
-    server: LocalHub, ada: Side, folder: Path, tmp_path: Path, route: str, name: str
+    server: LocalHub, ada: Side, folder: Path, tmp_path: Path, route: str, name: str, record_property: Any
 ) -> None:
     fault = Fault(route=route, **PASSING[name])
     refused = run_against(server, ada, folder, fault, tmp_path, space=route == "space-variables")
-    OUTCOMES[route][name] = "survived" if refused is None else type(refused).__name__
     assert refused is None, refused.message
+    record_property("reliability", (TABLE, route, name, "survived"))
     if name.startswith("429"):
         seconds = 7 if "retry_after" in PASSING[name] else 37
         assert ada.waits == [seconds]
@@ -159,17 +154,55 @@ def test_what_passes_is_survived(
 
 @pytest.mark.parametrize(("route", "status"), _every(REFUSALS))
 def test_refusals_are_told_and_the_next_run_finishes(
-    server: LocalHub, ada: Side, folder: Path, tmp_path: Path, route: str, status: int
+    server: LocalHub, ada: Side, folder: Path, tmp_path: Path, route: str, status: int, record_property: Any
 ) -> None:
     fault = Fault(route=route, kind="status", status=status, message="Because of the test")
     refused = run_against(server, ada, folder, fault, tmp_path, space=route == "space-variables")
-    OUTCOMES[route][str(status)] = "survived" if refused is None else type(refused).__name__
     assert refused is not None and ada.waits == []
+    record_property("reliability", (TABLE, route, str(status), type(refused).__name__))
     assert ada.hub.token and ada.hub.token not in refused.message + (refused.hint or "") and "\n" not in refused.message
     if route in WRITES:
         assert type(refused) is (HubError if (route, status) == ("repo-create", 404) else TYPED[status])
     if route == "commit":
         assert "Nothing was committed" in f"{refused.message} {refused.hint}"
+
+
+def _afterwards() -> list[Any]:
+    """The routes of what comes after, with every way to fail; one of each kind of ending by default."""
+    ways = {**PASSING, **{str(status): {"kind": "status", "status": status} for status in REFUSALS}}
+    quick = ("503", "403")
+    return [
+        pytest.param(route, name, way, id=f"{route}-{name}", marks=[] if name in quick else [pytest.mark.slow])
+        for route in AFTERWARDS
+        for name, way in ways.items()
+    ]
+
+
+@pytest.mark.parametrize(("route", "name", "way"), _afterwards())
+def test_what_comes_after_never_takes_it_back(
+    server: LocalHub,
+    ada: Side,
+    folder: Path,
+    tmp_path: Path,
+    route: str,
+    name: str,
+    way: dict[str, Any],
+    record_property: Any,
+) -> None:
+    """The collection is added to, and the Space looked at, when both are published: a failure is told, no more. All
+    requests to the route fail here, not only the first."""
+    server.faults.add(Fault(route=route, times=1000, skip=1 if route == "collections" else 0, **way))
+    result = publish(ada, folder, collection="Small ones", wait_space=30, public=True)
+    assert server.faults.fired
+    told = " ".join(ada.heard.notes)
+    if route == "collections":
+        lost = name in ("reset-after", "truncate") and result.collection is not None
+        assert lost or (result.collection is None and result.collection_reason and "The collection: " in told)
+    else:
+        assert result.space_state is not None and result.space_state.stage == ""
+        assert "its state could not be read" in told
+    check_end_state(server, ada, folder, tmp_path, lost=False, private=False)
+    record_property("reliability", (TABLE, route, name, "told"))
 
 
 @pytest.mark.parametrize("name", ["503", "reset-after"])

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from gradmap_hub.config import PruneConfig, PushConfig
+from gradmap_hub.config import PruneConfig, PublishConfig, PushConfig
 from gradmap_hub.errors import CardInvalid, NotAllowed, SourceError, TargetExists, UsageError
 from gradmap_hub.pipeline import make_plan
 from gradmap_hub.plan import find_source
@@ -75,7 +75,7 @@ def test_gated_weights(server: Any, ada: Side, seeded: str, tmp_path: Path) -> N
 def test_targets_that_are_there(ada: Side, seeded: str, tmp_path: Path) -> None:
     from gradmap_hub.pipeline import publish_folder
 
-    publish_folder(write_folders(tmp_path / "earlier"), hub=ada.hub)
+    publish_folder(write_folders(tmp_path / "earlier"), PublishConfig(wait_space=0), hub=ada.hub)
     again = config(seeded, tmp_path, to="ada/small")
     with pytest.raises(TargetExists) as caught:
         make_plan(again, ada.hub)

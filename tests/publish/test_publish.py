@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from gradmap_hub.config import PublishConfig
 from gradmap_hub.errors import (
     LicenseUnknown,
     NotAllowed,
@@ -28,7 +29,8 @@ from .conftest import BASE, SPACE, TARGET, Side, local_bytes, record_of, remote_
 
 
 def publish(side: Side, folder: Path, **options: Any) -> PushResult:
-    return publish_folder(folder, hub=side.hub, reporter=side.heard, **options)
+    config = PublishConfig(**{"wait_space": 0, **options})
+    return publish_folder(folder, config, hub=side.hub, reporter=side.heard)
 
 
 def copy_of(folder: Path, to: Path) -> Path:
@@ -80,7 +82,7 @@ def test_a_file_in_parts(tmp_path: Path, point_client_at: Callable[[str], None],
         from gradmap_hub.hub import Hub
 
         hub = Hub(server.url, server.add_user("ada"))
-        publish_folder(folder, space=False, hub=hub)
+        publish_folder(folder, PublishConfig(space=False), hub=hub)
         parts = [entry for entry in server.requests if entry.route == "lfs-part"]
         assert (
             len(parts) == 4 and sum(entry.received for entry in parts) == (folder / "model.safetensors").stat().st_size
@@ -254,6 +256,16 @@ def test_the_same_pull_request_is_opened_once(server: LocalHub, ada: Side, folde
     assert again.model.pull_request == first.model.pull_request and not again.model.uploaded
 
 
+def test_a_closed_pull_request_is_not_one(ada: Side, as_user: Any, folder: Path, foreign: str) -> None:
+    """What was turned down or withdrawn is proposed anew; of two, the open one counts."""
+    first = publish(ada, folder, to=foreign, create_pr=True).model
+    ada.api.change_discussion_status(foreign, 1, "closed")
+    second = publish(ada, folder, to=foreign, create_pr=True).model
+    assert second.uploaded and second.pull_request != first.pull_request
+    assert not publish(ada, folder, to=foreign, create_pr=True).model.uploaded
+    assert [entry.num for entry in ada.api.get_repo_discussions(foreign, discussion_status="open")] == [2]
+
+
 @pytest.mark.parametrize("kind", ["reset-after", "truncate", "reset-before"])
 def test_a_pull_request_whose_answer_is_lost(
     server: LocalHub, ada: Side, folder: Path, foreign: str, kind: Any
@@ -269,7 +281,9 @@ def test_a_pull_request_whose_answer_is_lost(
 def test_pull_request_needs_a_repository_and_excludes_the_rest(ada: Side, folder: Path, foreign: str) -> None:
     with pytest.raises(RepositoryNotFound):
         publish(ada, folder, to="acme/nothing", create_pr=True)
-    for options in ({"to": None}, {"to": foreign, "public": True}, {"to": foreign, "update": True}):
+    wrong = ({"to": None}, *({"to": foreign, **more} for more in ({"public": True}, {"update": True},
+                                                                 {"collection": "x"})))  # fmt: skip
+    for options in wrong:
         with pytest.raises(UsageError, match="--create-pr"):
             publish(ada, folder, create_pr=True, **options)
     with pytest.raises(NotAllowed):

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from gradmap_hub.cardcheck import check_card
+from gradmap_hub.config import PublishConfig
 from gradmap_hub.errors import CardInvalid, UnsafeToPublish
 from gradmap_hub.pipeline import publish_folder
 from gradmap_hub.screening import Private, publishable, screen, this_machine
@@ -116,14 +117,14 @@ def test_nothing_is_uploaded(server: Any, ada: Side, folder: Path, where: str) -
     place = folder if where == "model" else folder.with_name("small-space")
     put(place, "notes.txt", f"token {ada.hub.token}".encode())
     with pytest.raises(UnsafeToPublish, match=r"notes\.txt holds your token"):
-        publish_folder(folder, hub=ada.hub)
+        publish_folder(folder, PublishConfig(wait_space=0), hub=ada.hub)
     assert {entry.method for entry in server.requests} == {"GET"}
 
 
 def test_the_folder_it_was_made_in(server: Any, ada: Side, folder: Path) -> None:
     put(folder, "notes.txt", str(folder).encode())
     with pytest.raises(UnsafeToPublish, match="folder it was made in"):
-        publish_folder(folder, hub=ada.hub)
+        publish_folder(folder, PublishConfig(wait_space=0), hub=ada.hub)
 
 
 # -- cards -----------------------------------------------------------------------------------------------------------
@@ -170,5 +171,5 @@ def test_good_cards() -> None:
 def test_a_bad_card_is_not_uploaded(server: Any, ada: Side, folder: Path) -> None:
     (folder.with_name("small-space") / "README.md").write_text("# no header\n")
     with pytest.raises(CardInvalid, match="small-space/README"):
-        publish_folder(folder, hub=ada.hub)
+        publish_folder(folder, PublishConfig(wait_space=0), hub=ada.hub)
     assert {entry.method for entry in server.requests} == {"GET"}

@@ -1,5 +1,6 @@
-"""Pull requests as discussions: opening, listing and reading them. Nothing is merged or commented here."""
+"""Pull requests as discussions: opening, listing, reading and closing them. Nothing is merged or commented here."""
 
+from dataclasses import replace
 from typing import Any
 
 from starlette.responses import Response
@@ -9,7 +10,7 @@ from ..context import Call, Hub, answer
 from ..errors import HubError
 from ..names import PLURALS, RepoKey
 from ..routing import RouteMaker
-from ..store import PullRequest, RepoState
+from ..store import PullRequest, RepoState, now
 
 _PAGE = 50
 
@@ -23,6 +24,7 @@ def routes(hub: Hub) -> list[Route]:
             make.route("discussions", address, list_discussions),
             make.route("discussions", address, create_discussion, "POST"),
             make.route("discussions", f"{address}/{{number}}", get_discussion),
+            make.route("discussions", f"{address}/{{number}}/status", change_status, "POST"),
         ]
     return found
 
@@ -31,14 +33,17 @@ def list_discussions(call: Call) -> Response:
     key = call.key()
     state = call.visible(key)
     query = call.http.query_params
-    # Newest first. There is nothing but pull requests, and all of them are open.
+    # Newest first. There is nothing but pull requests.
     found = [pull for pull in reversed(state.pulls) if query.get("author") in (None, pull.author)]
-    if query.get("type") == "discussion" or query.get("status") == "closed":
+    closed = sum(pull.status == "closed" for pull in found)
+    if query.get("status") in ("open", "closed"):
+        found = [pull for pull in found if (pull.status == "closed") == (query["status"] == "closed")]
+    if query.get("type") == "discussion":
         found = []
     page = query.get("p", "0")
     start = int(page) * _PAGE if page.isdecimal() else 0
     rows = [_row(key, state, pull) for pull in found[start : start + _PAGE]]
-    return answer({"discussions": rows, "count": len(found), "start": start, "numClosedDiscussions": 0})
+    return answer({"discussions": rows, "count": len(found), "start": start, "numClosedDiscussions": closed})
 
 
 def create_discussion(call: Call) -> Response:
@@ -57,10 +62,7 @@ def create_discussion(call: Call) -> Response:
 def get_discussion(call: Call) -> Response:
     key = call.key()
     state = call.visible(key)
-    number = call.param("number")
-    pull = next((pull for pull in state.pulls if str(pull.number) == number), None)
-    if pull is None:
-        raise HubError(404, "Discussion not found")
+    pull = _asked(call, state)
     return answer(
         {
             **_row(key, state, pull),
@@ -70,6 +72,40 @@ def get_discussion(call: Call) -> Response:
             "filesWithConflicts": [],
         }
     )
+
+
+def change_status(call: Call) -> Response:
+    """Close a pull request, or open it again: for who may write to the repository, and for its author."""
+    key = call.key()
+    user = call.contributor(key)
+    pull = _asked(call, call.hub.store.state(key))
+    if user.name != pull.author:
+        call.writable(key)
+    wanted = call.json().get("status")
+    if wanted not in ("open", "closed"):
+        raise HubError(400, "status must be open or closed")
+    changed = replace(pull, status=wanted)
+
+    def change(state: RepoState) -> RepoState:
+        return replace(state, pulls=tuple(changed if each.number == pull.number else each for each in state.pulls))
+
+    call.hub.store.update(key, change)
+    event = {
+        "id": f"{key.id}#{pull.number}-{wanted}",
+        "type": "status-change",
+        "createdAt": now(),
+        "author": {"name": user.name},
+        "data": {"status": wanted},
+    }
+    return answer({"newStatus": event})
+
+
+def _asked(call: Call, state: RepoState) -> PullRequest:
+    number = call.param("number")
+    pull = next((pull for pull in state.pulls if str(pull.number) == number), None)
+    if pull is None:
+        raise HubError(404, "Discussion not found")
+    return pull
 
 
 def _row(key: RepoKey, state: RepoState, pull: PullRequest) -> dict[str, Any]:

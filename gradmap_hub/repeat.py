@@ -1,0 +1,287 @@
+"""Making a run again from its record (`--from`): the same original at the same commit, the same settings, the same
+texts. What cannot be the same is refused before anything is fetched; what may change the last bits is told.
+
+A record may come from anybody: it names files by their last part only, and only texts of the recorded sum are read on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gradmap_hub import __version__
+from gradmap_hub.config import Expected, PruneConfig
+from gradmap_hub.errors import CalibrationError, SourceError, UsageError
+from gradmap_hub.plan import Source, is_local_text
+from gradmap_hub.record import FILE_NAME, RunRecord, read_record
+
+if TYPE_CHECKING:
+    from gradmap_hub.hub import Hub
+
+# A data set is recorded with the commit that was read; whatever is not is a file of the first machine.
+_PINNED = re.compile(r".+@[0-9a-f]{40}")
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
+_HOW_MUCH = frozenset({"ratio", "layers", "drop"})
+# Other values of these draw other rows.
+_DRAWING = frozenset({"samples", "seq_len", "eval_rows", "seed"})
+# `TextPerplexity.kind` of texts that were given with --eval-text; the others are rows held out of calibration texts.
+_ANOTHER_SOURCE = "another source"
+# What computes; other versions may round differently.
+_COMPUTING = ("torch", "transformers", "numpy")
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """An earlier run and how to make it again. `remarks`: why its bytes may differ all the same."""
+
+    record: RunRecord
+    model: str
+    revision: str | None
+    prune: PruneConfig
+    expected: Expected
+    remarks: tuple[str, ...]
+
+
+def repeat(where: str, *, model: str | None, revision: str | None, given: Mapping[str, Any], hub: Hub) -> Repeat:
+    """Read a record (its path, a folder with gradmap.json, or a model on the Hub) and say what to run.
+
+    `given`: fields of PruneConfig that the user set, which go before the record's; `calibration` only says where the
+    recorded texts lie. `model` and `revision` go before the record's too.
+
+    Raises:
+        SourceError: there is no record, or it lacks what decides.
+        CalibrationError: a text is not there, or is not the recorded one.
+        UsageError: values that cannot be meant; a local original that was not given.
+        RepositoryNotFound, GatedRepository, RateLimited, HubError
+    """
+    record, folder = _find(where, hub)
+    settings = _settings(record, where, given)
+    places = [folder, Path.cwd()]
+    settings["calibration"] = _texts(
+        "calibration", settings["calibration"], _calibration_sums(record), given.get("calibration"), places
+    )
+    if "eval_text" not in given:
+        settings["eval_text"] = _texts("eval-text", settings["eval_text"], _evaluation_sums(record), None, places)
+    prune = _prune_config(settings, where)
+    base = record.base
+    if model is None:
+        if base.repo_id is None:
+            raise UsageError(f"{where} was made from a local model, {base.name}: say where it is, as MODEL.")
+        if not _HUB_ID.fullmatch(base.repo_id):
+            raise SourceError(f"{where} names an original that cannot be a model on the Hub.")
+    same = model in (None, base.repo_id) or base.repo_id is None
+    expected = Expected(
+        commit=base.commit if same and revision is None else None,
+        weights_sha256=base.weights_sha256 if same else None,
+        rows_sha256=record.calibration.sha256 if same and not _DRAWING & set(given) else None,
+    )
+    return Repeat(
+        record,
+        model or base.repo_id or "",
+        revision or (base.commit if same else None),
+        prune,
+        expected,
+        tuple(_remarks(record)),
+    )
+
+
+def check_expected(source: Source, expected: Expected | None) -> None:
+    """Raises SourceError: the original was found, and is another than that of the record."""
+    if expected is not None and expected.commit not in (None, source.base.commit):
+        raise SourceError(
+            f"{source.base.name} here is not the original of the record, which is commit {expected.commit} on the Hub.",
+            hint="A folder of that name hides the model on the Hub: run the command elsewhere.",
+        )
+
+
+def _find(where: str, hub: Hub) -> tuple[RunRecord, Path]:
+    """The record, and the folder that its texts may lie in."""
+    path = Path(where).expanduser()
+    if path.is_dir():
+        return RunRecord.read(path), path
+    if path.is_file():
+        return read_record(path), path.parent
+    if path.suffix == ".json" or where.count("/") != 1 or where.startswith((".", "/", "~")):
+        raise SourceError(
+            f"There is no record {where}.",
+            hint=f"Give --from a {FILE_NAME}, a folder that holds one, or a model on the Hub (owner/name).",
+        )
+    remote = hub.model(where, None)
+    if FILE_NAME not in remote.files:
+        raise SourceError(f"{where} has no {FILE_NAME}: it was not made by gradmap-hub.")
+    folder = hub.fetch(where, remote.commit, [FILE_NAME])
+    return read_record(folder / FILE_NAME), folder
+
+
+def _settings(record: RunRecord, where: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The recorded settings under those that were given.
+
+    Raises:
+        SourceError: some are missing, or are not known here.
+    """
+    if record.settings is None:
+        raise SourceError(
+            f"{where} was written by gradmap-hub {record.gradmap_hub}, which did not record the settings of a run.",
+            hint=_made_with(record),
+        )
+    recorded = dict(record.settings)
+    if _HOW_MUCH & set(given):
+        recorded |= dict.fromkeys(_HOW_MUCH)
+    known = {entry.name for entry in dataclasses.fields(PruneConfig)}
+    if unknown := sorted(set(recorded) - known):
+        raise SourceError(
+            f"{where} was written by gradmap-hub {record.gradmap_hub}; its setting {', '.join(unknown)} is not known "
+            f"to this version, {__version__}.",
+            hint="Install that version, or a later one.",
+        )
+    settings = recorded | {name: value for name, value in given.items() if name != "calibration"}
+    if missing := sorted(known - set(settings)):
+        raise SourceError(
+            f"{where} lacks the setting {', '.join(missing)}, which gradmap-hub {record.gradmap_hub} did not record.",
+            hint=f"Say it: {' '.join('--' + name.replace('_', '-') for name in missing)}. {_made_with(record)}",
+        )
+    return settings
+
+
+def _made_with(record: RunRecord) -> str:
+    return f"The command it was made with: {' '.join(record.command.split())}"
+
+
+def _prune_config(settings: Mapping[str, Any], where: str) -> PruneConfig:
+    lists = {name: tuple(value) for name, value in settings.items() if isinstance(value, list)}
+    try:
+        return PruneConfig(**{**settings, **lists})
+    except UsageError:
+        raise
+    except (TypeError, ValueError, AttributeError) as error:  # a value of the wrong type
+        raise SourceError(f"The settings in {where} cannot be read: {error}") from error
+
+
+# -- texts -----------------------------------------------------------------------------------------------------------
+
+
+def _calibration_sums(record: RunRecord) -> dict[str, list[str]]:
+    return _by_name([(text.name, text.sha256) for text in record.calibration.texts])
+
+
+def _evaluation_sums(record: RunRecord) -> dict[str, list[str]]:
+    texts = record.evaluation.texts if record.evaluation else []
+    return _by_name([(text.name, text.sha256) for text in texts if text.kind == _ANOTHER_SOURCE])
+
+
+def _by_name(texts: Sequence[tuple[str, str]]) -> dict[str, list[str]]:
+    """{name: sums}, as texts from several folders may bear one name."""
+    found: dict[str, list[str]] = {}
+    for name, sha256 in texts:
+        found.setdefault(name, []).append(sha256)
+    return found
+
+
+def _texts(
+    option: str, names: Any, sums: Mapping[str, list[str]], given: Sequence[str] | None, places: Sequence[Path]
+) -> tuple[str, ...]:
+    """The sources of the recorded texts, in their order: a data set at its commit, or the path of a file that was
+    given, or lies in one of `places`, and has the recorded sum."""
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise SourceError(f"The settings of the record hold no list of texts ({option}).")
+    sum_of = _reader()
+    offered = [_offered(source, names, sums, sum_of) for source in given or ()]
+    left = {name: list(values) for name, values in sums.items()}
+    found: list[str] = []
+    for name in names:
+        if _PINNED.fullmatch(name):
+            found.append(name)
+            continue
+        if not left.get(name):
+            raise SourceError(f"The record does not hold the sha256 of its text {name}.")
+        found.append(str(_locate(option, name, left[name].pop(0), [path for path in offered if path], places, sum_of)))
+    return tuple(found)
+
+
+def _reader() -> Callable[[Path], str]:
+    from gradmap_hub.calibration import read_text
+
+    known: dict[Path, str] = {}
+
+    def sum_of(path: Path) -> str:
+        if path not in known:
+            known[path] = read_text(path).sha256
+        return known[path]
+
+    return sum_of
+
+
+def _offered(
+    source: str, names: Sequence[str], sums: Mapping[str, list[str]], sum_of: Callable[[Path], str]
+) -> Path | None:
+    """A text that was given: its path, or None for a data set that the record names.
+
+    Raises:
+        CalibrationError: the record names no such text.
+    """
+    if not is_local_text(source):
+        if any(name == source or name.startswith(f"{source}@") for name in names):
+            return None
+        raise CalibrationError(
+            f"The record was not made with the text {source}.",
+            hint="Leave out that --calibration, or leave out --from to make another model.",
+        )
+    path = Path(source).expanduser()
+    if sum_of(path) not in {sha256 for values in sums.values() for sha256 in values}:
+        raise _changed(path)
+    return path
+
+
+def _locate(
+    option: str,
+    name: str,
+    sha256: str,
+    offered: Sequence[Path],
+    places: Sequence[Path],
+    sum_of: Callable[[Path], str],
+) -> Path:
+    for path in offered:
+        if sum_of(path) == sha256:
+            return path
+    changed: Path | None = None
+    for place in places:
+        path = place / Path(name).name
+        if path.is_file():
+            if sum_of(path) == sha256:
+                return path
+            changed = changed or path
+    if changed is not None:
+        raise _changed(changed)
+    raise CalibrationError(
+        f"The record was made with the text {name}, which is neither beside it nor in this folder.",
+        hint=f"Say where it is with --{option} FILE; its sha256 is {sha256}.",
+    )
+
+
+def _changed(path: Path) -> CalibrationError:
+    return CalibrationError(
+        f"{path} is not the text that the record was made with: its sha256 differs.",
+        hint="Give the unchanged text with --calibration FILE, or leave out --from to make another model.",
+    )
+
+
+def _remarks(record: RunRecord) -> list[str]:
+    """Versions that differ from those of the first run."""
+    here = {"gradmap-hub": __version__}
+    there = {"gradmap-hub": record.gradmap_hub}
+    for name in _COMPUTING:
+        if name in record.versions:
+            there[name] = record.versions[name]
+            try:
+                here[name] = version(name)
+            except PackageNotFoundError:
+                here[name] = "missing"
+    different = [f"{name} {there[name]} (here {here[name]})" for name in there if there[name] != here[name]]
+    if not different:
+        return []
+    return [f"The record was made with {', '.join(different)}: the result may differ in its last bits."]

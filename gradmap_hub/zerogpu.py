@@ -1,0 +1,57 @@
+"""A written Space for ZeroGPU, and back: what a free account may host where a CPU Space needs a paid plan.
+
+The app is the same and computes on the CPU of that machine; ZeroGPU wants another Python, a torch that it knows, and a
+function that asks for its GPU (spaces/zero_gpu.py).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+from gradmap_hub.source import CARD
+from gradmap_hub.space import PYTHON_VERSION, ZERO_GPU_MODULE, content_folder
+
+CPU, ZERO_GPU = "cpu-basic", "zero-a10g"
+# The Hub allows 3.10.13 and 3.12.12, and torch 2.8 to 2.11.
+_ZERO_PYTHON, _ZERO_TORCH = "3.12.12", "torch==2.11.0"
+_HARDWARE = re.compile(r"^suggested_hardware:.*\n", re.MULTILINE)
+_PYTHON = re.compile(r"^python_version:.*$", re.MULTILINE)
+_TORCH = re.compile(r"^torch==.*$", re.MULTILINE)
+
+
+def is_zero(hardware: str | None) -> bool:
+    """Whether the Hub's name of a hardware means ZeroGPU."""
+    return hardware is not None and hardware.startswith("zero")
+
+
+def is_for_zero(folder: Path) -> bool:
+    """Whether a written Space is the variant for ZeroGPU."""
+    found = _HARDWARE.search((folder / CARD).read_text(encoding="utf-8"))
+    return found is not None and ZERO_GPU in found[0]
+
+
+def set_hardware(folder: Path, *, zero: bool) -> None:
+    """Rewrite a Space folder for ZeroGPU, or for a CPU; nothing is touched where it is so already."""
+    if is_for_zero(folder) == zero:
+        return
+    card = folder / CARD
+    text = card.read_text(encoding="utf-8")
+    line = f"suggested_hardware: {ZERO_GPU if zero else CPU}\n"
+    text = _HARDWARE.sub(line, text, count=1) if _HARDWARE.search(text) else text.replace("---\n", f"---\n{line}", 1)
+    text = _PYTHON.sub(f'python_version: "{_ZERO_PYTHON if zero else PYTHON_VERSION}"', text, count=1)
+    card.write_text(text, encoding="utf-8")
+    requirements = (content_folder() / f"requirements-{_runtime(folder)}.txt").read_text(encoding="utf-8")
+    if zero:
+        requirements = _TORCH.sub(_ZERO_TORCH, requirements) + "# Hands out the GPU.\nspaces\n"
+        shutil.copyfile(content_folder() / ZERO_GPU_MODULE, folder / ZERO_GPU_MODULE)
+    else:
+        (folder / ZERO_GPU_MODULE).unlink(missing_ok=True)
+    (folder / "requirements.txt").write_text(requirements, encoding="utf-8")
+
+
+def _runtime(folder: Path) -> str:
+    runtime = json.loads((folder / "compare.json").read_text(encoding="utf-8")).get("runtime")
+    return "transformers" if runtime == "transformers" else "onnx"

@@ -1,0 +1,209 @@
+"""What is taken from a record, what is refused, and which texts are the recorded ones."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from gradmap_hub import pipeline
+from gradmap_hub.config import PruneConfig
+from gradmap_hub.errors import CalibrationError, SourceError, UsageError
+from gradmap_hub.record import RunRecord
+from gradmap_hub.repeat import Repeat, repeat
+
+NO_HUB = cast("Any", None)  # nothing here asks one
+DATA_SET = f"acme/texts:small/train@{'d' * 40}"
+
+
+def sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a record in it, and another one to run in."""
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    return tmp_path
+
+
+@pytest.fixture
+def write(place: Path) -> Callable[..., Path]:
+    """Writes a record of a run on the texts `a.txt` ("one"), a data set, and with `b.txt` ("two") for evaluation."""
+
+    def build(settings: dict[str, Any] | None = None, *, without: tuple[str, ...] = (), **base: Any) -> Path:
+        full = dataclasses.asdict(PruneConfig(layers=2, seed=7, site="around-gaps")) | {
+            "calibration": ["a.txt", DATA_SET],
+            "eval_text": ["b.txt"],
+        }
+        full |= settings or {}
+        for name in without:
+            del full[name]
+        evaluated = {
+            "rows": 2, "tokens": 64, "sequence_length": 32, "original": 1.0, "pruned": 2.0, "compensated": 1.5,
+            "interval": [],
+        }  # fmt: skip
+        texts = [
+            evaluated | {"name": "a.txt", "kind": "calibration (held out)", "sha256": sha256("one")},
+            evaluated | {"name": "b.txt", "kind": "another source", "sha256": sha256("two")},
+        ]
+        record = {
+            "schema_version": 2,
+            "gradmap_hub": "0.0.1",
+            "command": "gradmap-hub push acme/base --layers 2",
+            "name": "small",
+            "base": {"name": "acme/base", "repo_id": "acme/base", "revision": "main", "commit": "c" * 40} | base,
+            "layers": [],
+            "removed": [1],
+            "ratio": 0.4,
+            "parameters": {"before": 2, "after": 1},
+            "bytes": {"before": 2, "after": 1},
+            "metric": "gradient",
+            "schedule": "oneshot",
+            "calibration": {
+                "source": "", "samples": 4, "tokens": 64, "sequence_length": 32, "sha256": "e" * 64,
+                "texts": [
+                    {"name": "a.txt", "sha256": sha256("one"), "rows": 2},
+                    {"name": DATA_SET, "sha256": "f" * 64, "rows": 2},
+                ],
+            },
+            "compensation": {"applied": False},
+            "seed": 7,
+            "evaluation": {
+                "metric": "perplexity", "before": 1.0, "after": 1.0, "uncompensated": 1.0, "data": "", "texts": texts
+            },
+            "settings": full,
+        }  # fmt: skip
+        path = place / "gradmap.json"
+        path.write_text(json.dumps(record))
+        return path
+
+    return build
+
+
+def again(path: Path, given: dict[str, Any] | None = None, *, model: str | None = None) -> Repeat:
+    return repeat(str(path), model=model, revision=None, given=given or {}, hub=NO_HUB)
+
+
+def test_everything_is_taken(place: Path, write: Callable[..., Path]) -> None:
+    record = write()
+    (place / "a.txt").write_text("one")
+    (place / "here" / "b.txt").write_text("two")
+    found = again(record)
+    assert (found.model, found.revision) == ("acme/base", "c" * 40)
+    assert found.prune == PruneConfig(
+        layers=2, seed=7, site="around-gaps", calibration=(str(place / "a.txt"), DATA_SET),
+        eval_text=(str(place / "here" / "b.txt"),),
+    )  # fmt: skip
+    assert found.expected.commit == "c" * 40 and found.expected.rows_sha256 == "e" * 64
+    assert "gradmap-hub 0.0.1 (here" in found.remarks[0]
+    assert again(place).prune == found.prune  # the folder does as well
+
+
+def test_what_is_given_goes_first(place: Path, write: Callable[..., Path]) -> None:
+    record = write()
+    (place / "a.txt").write_text("one")
+    found = again(record, {"ratio": 0.5, "seed": 1, "eval_text": ()})
+    assert (found.prune.ratio, found.prune.layers, found.prune.seed, found.prune.eval_text) == (0.5, None, 1, ())
+    assert found.expected.rows_sha256 is None and found.expected.commit == "c" * 40
+    other = again(record, {"eval_text": ()}, model="acme/other")
+    assert other.model == "acme/other" and other.revision is None
+    assert other.expected.commit is None and other.expected.rows_sha256 is None
+
+
+def test_a_text_by_any_name_and_place(place: Path, write: Callable[..., Path]) -> None:
+    record = write()
+    renamed = place / "renamed.txt"
+    renamed.write_text("one")
+    found = again(record, {"calibration": (str(renamed), "acme/texts:small/train"), "eval_text": ()})
+    assert found.prune.calibration == (str(renamed), DATA_SET)
+    with pytest.raises(CalibrationError, match="not made with the text acme/elsewhere"):
+        again(record, {"calibration": ("acme/elsewhere",), "eval_text": ()})
+    renamed.write_text("changed")
+    with pytest.raises(CalibrationError, match=r"renamed\.txt is not the text"):
+        again(record, {"calibration": (str(renamed),), "eval_text": ()})
+
+
+def test_a_text_that_is_not_there(place: Path, write: Callable[..., Path]) -> None:
+    record = write()
+    with pytest.raises(CalibrationError, match=r"a\.txt, which is neither beside it") as caught:
+        again(record)
+    assert sha256("one") in str(caught.value.hint)
+    (place / "a.txt").write_text("another")
+    with pytest.raises(CalibrationError, match=r"a\.txt is not the text"):
+        again(record)
+    (place / "here" / "a.txt").write_text("one")  # the changed one beside the record is passed over
+    with pytest.raises(CalibrationError, match=r"b\.txt, which is neither") as caught:
+        again(record)
+    assert "--eval-text" in str(caught.value.hint)
+
+
+def test_records_that_do_not_say_enough(place: Path, write: Callable[..., Path]) -> None:
+    (place / "a.txt").write_text("one")
+    with pytest.raises(SourceError, match=r"lacks the setting heal, seed, which gradmap-hub 0\.0\.1"):
+        again(write(without=("heal", "seed")))
+    assert again(write(without=("seed",)), {"seed": 3, "eval_text": ()}).prune.seed == 3
+    with pytest.raises(SourceError, match=r"written by gradmap-hub 0\.0\.1; its setting magic"):
+        again(write({"magic": True}))
+    path = write()
+    data = json.loads(path.read_text())
+    del data["settings"]
+    path.write_text(json.dumps(data))
+    with pytest.raises(SourceError, match="did not record the settings") as caught:
+        again(path)
+    assert "gradmap-hub push acme/base --layers 2" in str(caught.value.hint)
+    path.write_text("[1]")
+    with pytest.raises(SourceError, match="cannot be read as a record"):
+        again(path)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"samples": "many"}, {"calibration": "a.txt"}, {"calibration": [1]}, {"ratio": []}, {"layers": 0}]
+)
+def test_settings_that_cannot_be_meant(place: Path, write: Callable[..., Path], settings: dict[str, Any]) -> None:
+    (place / "a.txt").write_text("one")
+    with pytest.raises((SourceError, UsageError)):
+        again(write(settings), {"eval_text": ()})
+
+
+def test_a_record_cannot_name_files_elsewhere(place: Path, write: Callable[..., Path]) -> None:
+    """Whoever wrote it: only the last part of a name counts."""
+    (place / "secret.txt").write_text("one")
+    record = write({"calibration": ["../secret.txt"]})
+    with pytest.raises(SourceError, match="does not hold the sha256"):
+        again(record, {"eval_text": ()})
+    hidden = write(repo_id="../here", name="../here")
+    (place / "a.txt").write_text("one")
+    with pytest.raises(SourceError, match="cannot be a model on the Hub"):
+        again(hidden, {"eval_text": ()})
+
+
+def test_local_original(tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No commit names it, so its weights are compared; the result is the same bytes."""
+    from safetensors.torch import load_file, save_file
+
+    monkeypatch.chdir(tmp_path)
+    config = PruneConfig(
+        layers=2, calibration=(str(text_file),), samples=4, seq_len=32, eval_rows=2, compensation="projection"
+    )
+    pipeline.prune(str(tiny_folder), tmp_path / "first", config)
+    assert RunRecord.read(tmp_path / "first").base.weights_sha256
+    with pytest.raises(UsageError, match="say where it is, as MODEL"):
+        again(tmp_path / "first", {"calibration": (str(text_file),)})
+    found = again(tmp_path / "first", {"calibration": (str(text_file),)}, model=str(tiny_folder))
+    # Only what "auto" came to differs from what was asked for first.
+    assert found.prune == dataclasses.replace(config, device="cpu", compute="float32")
+    pipeline.prune(found.model, tmp_path / "second", found.prune, repeats=found.expected)
+    weights = [tmp_path / name / "model.safetensors" for name in ("first", "second")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    changed = load_file(tiny_folder / "model.safetensors")
+    save_file({name: value * 1.5 for name, value in changed.items()}, tiny_folder / "model.safetensors")
+    with pytest.raises(SourceError, match="sha256 of its weights differs"):
+        pipeline.prune(found.model, tmp_path / "third", found.prune, repeats=found.expected)
