@@ -46,7 +46,18 @@ if TYPE_CHECKING:  # torch is only imported once there is something to compute
     from gradmap_hub.hub import Hub
     from gradmap_hub.scoring import LayerScores
 
-_VERSIONED = ("torch", "transformers", "huggingface_hub", "optimum", "optimum-onnx", "onnx", "onnxruntime", "numpy")
+_VERSIONED = (
+    "torch",
+    "transformers",
+    "huggingface_hub",
+    "optimum",
+    "optimum-onnx",
+    "onnx",
+    "onnx-ir",
+    "onnxruntime",
+    "onnxruntime-genai",
+    "numpy",
+)
 # Files of the work folder: new values of weights, under "layer:parameter name within the layer".
 CORRECTION, HEALED = "correction.safetensors", "healed.safetensors"
 
