@@ -367,7 +367,7 @@ def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pyte
         before, start, after = text.partition(f"<!-- {table} -->\n")
         if start:
             text = before + start + "\n".join(["", *lines, ""]) + "\n" + after[after.index("<!-- end -->") :]
-    if file:
+    if file and exitstatus == 0:
         Path(file).write_text(text, encoding="utf-8")
 
 

@@ -23,7 +23,7 @@ from gradmap_hub.local_hub import ANY, Fault, LocalHub, Request
 
 Sums = Callable[[Path], dict[str, str]]
 POINTS = 20
-# In the default run: while a weight file goes up, when a commit has landed, before the last flip of visibility.
+# In the default run: between two large files, when the last of them has arrived, after the last flip of visibility.
 QUICK = (4, 10, 19)
 REPOSITORIES = (("model", "ada/out", "out"), ("space", "ada/out-compare", "out-space"))
 TABLE = "What kill -9 leaves of a push"
