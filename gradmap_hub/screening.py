@@ -27,6 +27,7 @@ _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".dill
 _DATA_ONLY = (".onnx_data",)
 # hf_ and 34 letters on the real Hub; organisations once had api_org_. An embedded Hub says that a token is its own.
 _TOKEN = re.compile(rb"(?<![A-Za-z0-9_])(?:hf_[A-Za-z0-9]{30,}|api_org_[A-Za-z0-9]{30,}|hf_local_[0-9a-f]{40})")
+_TOKEN_BEGINS = (b"hf_", b"api_org_")
 _BLOCK = 1 << 24
 # Longer than anything that is looked for.
 _OVERLAP = 1 << 13
@@ -70,11 +71,11 @@ def screen(folder: Path, kind: str, private: Private) -> None:
         if path.suffix in _DATA_ONLY:
             continue
         original = path.name in COMPANION_FILES or bool(legal_texts([path.name]))
-        for what, pattern in patterns:
+        for what, pattern, literals in patterns:
             # Copied from the original byte for byte: a word in its vocabulary is not the name of this machine.
             if original and what == _HOST:
                 continue
-            if any(pattern.search(block) for block in _blocks(path)):
+            if any(_found(pattern, literals, block) for block in _blocks(path)):
                 raise UnsafeToPublish(
                     name, f"holds {what}", hint="Take it out, or make the folder again; what is published stays known."
                 )
@@ -100,16 +101,27 @@ def _check_kind(name: str, kind: str) -> None:
 _HOST = "the name of this machine"
 
 
-def _patterns(private: Private) -> Iterator[tuple[str, re.Pattern[bytes]]]:
+def _found(pattern: re.Pattern[bytes], literals: tuple[bytes, ...], block: bytes) -> bool:
+    """Whether the pattern is in the block. A pattern that begins with a condition is slow to search for; a literal that
+    is part of every match is not, and is hardly ever there."""
+    text = block.lower() if pattern.flags & re.IGNORECASE else block
+    return any(literal in text for literal in literals) and pattern.search(block) is not None
+
+
+def _patterns(private: Private) -> Iterator[tuple[str, re.Pattern[bytes], tuple[bytes, ...]]]:
+    """What is looked for, and literals of which one is in every match (in small letters where case is ignored)."""
     if private.token:
-        yield "your token", re.compile(re.escape(private.token.encode()))
-    yield "what looks like a Hugging Face token", _TOKEN
+        token = private.token.encode()
+        yield "your token", re.compile(re.escape(token)), (token,)
+    yield "what looks like a Hugging Face token", _TOKEN, _TOKEN_BEGINS
     for what, place in (private.places or {}).items():
         pattern = _place_pattern(place)
         if pattern is not None:
-            yield f"the path of {what}", pattern
+            yield f"the path of {what}", pattern, _written(place)
     if private.host:
-        yield _HOST, re.compile(rb"(?<![\w.-])" + re.escape(private.host.encode()) + rb"(?![\w-])", re.IGNORECASE)
+        host = private.host.encode()
+        pattern = re.compile(rb"(?<![\w.-])" + re.escape(host) + rb"(?![\w-])", re.IGNORECASE)
+        yield _HOST, pattern, (host.lower(),)
 
 
 def _place_pattern(place: Path) -> re.Pattern[bytes] | None:
@@ -117,10 +129,15 @@ def _place_pattern(place: Path) -> re.Pattern[bytes] | None:
     parts = place.absolute().parts[1:]
     if not parts:
         return None
-    text = str(place.absolute())
-    written = {re.escape(form.encode()) for form in (text, json.dumps(text)[1:-1])}  # as in a text, as in JSON
+    written = {re.escape(form) for form in _written(place)}
     after = rb"(?![\w-])" if len(parts) > 1 else rb"[/\\]+[\w.]"
     return re.compile(rb"(?<![\w./-])(?:" + b"|".join(sorted(written)) + rb")" + after)
+
+
+def _written(place: Path) -> tuple[bytes, ...]:
+    """An absolute path as in a text, as in JSON."""
+    text = str(place.absolute())
+    return text.encode(), json.dumps(text)[1:-1].encode()
 
 
 def _is_distinctive(host: str) -> bool:
