@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -112,9 +113,16 @@ def _files(destination: Path, name: str) -> list[Path]:
 
 def remove_exports(folder: Path, names: Sequence[str]) -> None:
     """Files of formats that this run was not asked for: an earlier run's, perhaps of other layers."""
+    from gradmap_hub.exporters import genai
+
     for name in names:
         for path in _files(folder / "onnx", name):
             path.unlink(missing_ok=True)
+    config = folder / "onnx" / genai.CONFIG
+    if config.is_file():
+        named = json.loads(config.read_text(encoding="utf-8"))["model"]["decoder"]["filename"]
+        if not (config.parent / named).is_file():
+            config.unlink()
 
 
 def _in_words(exported: Exported) -> str:

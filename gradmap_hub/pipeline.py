@@ -23,7 +23,6 @@ from gradmap_hub.plan import (
     check_output,
     check_texts,
     find_source,
-    is_local_text,
     space_folder_of,
     work_folder,
 )
@@ -31,7 +30,7 @@ from gradmap_hub.progress import Reporter, SilentReporter
 from gradmap_hub.publishplan import PublishPlan, look_through, space_plan_of
 from gradmap_hub.record import Candidate, Parity, RunRecord
 from gradmap_hub.repeat import check_expected
-from gradmap_hub.run import Run, artifact, export_rows, inspect_stages, prune_stages, size
+from gradmap_hub.run import Run, artifact, export_rows, inspect_stages, prune_stages, size, text_of
 from gradmap_hub.source import COMPANION_FILES, legal_texts, read_config
 from gradmap_hub.stages import Stages
 
@@ -248,15 +247,10 @@ def export_folder(
 def _export_rows(folder: Path, source: str, hub: Hub) -> Rows:
     from transformers import AutoTokenizer
 
-    from gradmap_hub.calibration import evaluation_rows, read_text
+    from gradmap_hub.calibration import evaluation_rows
 
-    if is_local_text(source):
-        text = read_text(Path(source).expanduser())
-    else:
-        paths, name = hub.fetch_dataset_text(source)
-        text = read_text(paths[0], name)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    return evaluation_rows(text, tokenizer, seq_len=EXPORT_TOKENS, rows=EXPORT_ROWS)
+    return evaluation_rows(text_of(source, hub), tokenizer, seq_len=EXPORT_TOKENS, rows=EXPORT_ROWS)
 
 
 def build_space(

@@ -212,6 +212,10 @@ class Targets:
         return Terms(self.public, self.update, mark)
 
 
+# At most so much of the float32 weights, in bytes (docs/onnx.md).
+_QUANTIZED_SHARE = {"int8": 0.4, "int4": 0.4, "genai": 1.05}
+
+
 @dataclass(frozen=True)
 class Check:
     """One thing that was looked at before any work, and what was found."""
@@ -280,8 +284,11 @@ def make_plan(config: PushConfig, hub: Hub, publisher: Publisher) -> PushPlan:
     # once more what is published, for the fresh copy it is verified against.
     float32 = source.weight_bytes * (2 if base.dtype in ("bfloat16", "float16") else 1)
     stored_original = float32 if space is not None and space.original == "space" and config.onnx else 0
-    built = source.weight_bytes + (float32 if config.onnx else 0)
+    quantized = round(float32 * sum(_QUANTIZED_SHARE[name] for name in config.quantize))
+    built = source.weight_bytes + (float32 if config.onnx else 0) + quantized
     disk = source.weight_bytes + 2 * built + stored_original
+    if config.quantize:
+        disk += 2 * float32  # the graph they are made from, and the one of them that is being written
     check_disk(output, disk)
     upload = (float32 if config.prune.dtype == "float32" else source.weight_bytes) + built - source.weight_bytes
     upload += stored_original

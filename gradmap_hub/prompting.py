@@ -20,6 +20,15 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
+# What is read of a model beside its graph or weights; the last ones may be absent.
+TEXT_FILES = (
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "generation_config.json",
+    "chat_template.jinja",
+)
+
 
 class ModelError(Exception):
     """A model that cannot be loaded or asked; the message is meant for the page."""

@@ -9,7 +9,7 @@ import dataclasses
 import gc
 import os
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -41,7 +41,7 @@ from gradmap_hub.stages import Stages
 if TYPE_CHECKING:  # torch is only imported once there is something to compute
     from torch import Tensor
 
-    from gradmap_hub.calibration import CalibrationRows, Rows
+    from gradmap_hub.calibration import CalibrationRows, Rows, Text
     from gradmap_hub.decoder import Decoder
     from gradmap_hub.hub import Hub
     from gradmap_hub.scoring import LayerScores
@@ -286,12 +286,12 @@ def _calibrate(run: Run) -> tuple[CalibrationRows, list[Rows]]:
     """Tokenise and split the texts. Cheap, so it is done on every run, and before any weight is fetched."""
     from transformers import AutoTokenizer
 
-    from gradmap_hub.calibration import evaluation_rows, read_text, split_rows
+    from gradmap_hub.calibration import evaluation_rows, split_rows
 
     config = run.config
     run.reporter.start("Reading calibration text")
-    texts = [text for source in config.calibration for text in _texts(run, source, read_text)]
-    extra_texts = [text for source in config.eval_text for text in _texts(run, source, read_text)]
+    texts = [text_of(source, run.hub) for source in config.calibration]
+    extra_texts = [text_of(source, run.hub) for source in config.eval_text]
     clash = {text.sha256 for text in texts} & {text.sha256 for text in extra_texts}
     if clash:
         name = next(text.name for text in extra_texts if text.sha256 in clash)
@@ -323,12 +323,14 @@ def _calibrate(run: Run) -> tuple[CalibrationRows, list[Rows]]:
     return rows, extra
 
 
-def _texts(run: Run, source: str, read_text: Callable[..., Any]) -> list[Any]:
+def text_of(source: str, hub: Hub) -> Text:
+    """A local file, or the first file of a data set of the Hub, which is far more than is needed."""
+    from gradmap_hub.calibration import read_text
+
     if is_local_text(source):
-        return [read_text(Path(source).expanduser())]
-    paths, name = run.hub.fetch_dataset_text(source)
-    # One text per data set: its first file is far more than calibration needs.
-    return [read_text(paths[0], name)]
+        return read_text(Path(source).expanduser())
+    paths, name = hub.fetch_dataset_text(source)
+    return read_text(paths[0], name)
 
 
 def export_rows(run: Run) -> tuple[Rows, Tensor]:

@@ -13,17 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
-from prompting import ModelError, TextCodec, read_json
+from prompting import TEXT_FILES, ModelError, TextCodec, read_json
 
-# What to download of a model repository; the last ones may be absent there.
 MODEL_FILES = ("model.onnx", "model.onnx_data")
-TEXT_FILES = (
-    "config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "generation_config.json",
-    "chat_template.jinja",
-)
 
 _NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 

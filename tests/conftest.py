@@ -265,6 +265,8 @@ SENTENCES = [
     "A paper clip holds sheets of paper, opens a lock and marks a page.",
 ]
 
+TINY_CONTEXT = 1024
+
 
 @dataclass(frozen=True)
 class Tiny:
@@ -303,16 +305,16 @@ def _save_tokenizer(folder: Path) -> int:
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    import torch
-    from optimum.exporters.onnx import main_export
-    from transformers import LlamaConfig, LlamaForCausalLM
+def export_tiny() -> Callable[..., None]:
+    """Writes a tiny Llama with tokenizer and chat template into one folder, and its ONNX export into another."""
 
-    root = tmp_path_factory.mktemp("tiny")
-    tiny = Tiny(root / "original", root / "pruned", root / "original-onnx", root / "pruned-onnx")
-    for folder, layers in ((tiny.original, 3), (tiny.pruned, 2)):
-        folder.mkdir()
-        vocabulary = _save_tokenizer(folder)
+    def export(checkpoint: Path, onnx: Path, layers: int, *, endless: bool = False) -> None:
+        import torch
+        from optimum.exporters.onnx import main_export
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        checkpoint.mkdir()
+        vocabulary = _save_tokenizer(checkpoint)
         torch.manual_seed(0)
         model = LlamaForCausalLM(
             LlamaConfig(
@@ -322,24 +324,36 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
                 num_hidden_layers=layers,
                 num_attention_heads=4,
                 num_key_value_heads=2,
-                max_position_embeddings=1024,
+                max_position_embeddings=TINY_CONTEXT,
                 initializer_range=0.4,  # Wide, so that the likeliest token is clear of the next.
                 bos_token_id=1,
                 eos_token_id=2,
                 tie_word_embeddings=True,
             )
         )
-        model.save_pretrained(folder)
-    for source, target in ((tiny.original, tiny.original_onnx), (tiny.pruned, tiny.pruned_onnx)):
+        if endless:  # the end of the text is never the likeliest token
+            with torch.no_grad():
+                model.model.embed_tokens.weight[2] = 0
+        model.save_pretrained(checkpoint)
         main_export(
-            str(source),
-            output=str(target),
+            str(checkpoint),
+            output=str(onnx),
             task="text-generation-with-past",
             local_files_only=True,
             do_validation=False,
             dtype="fp32",
             device="cpu",
         )
+
+    return export
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory, export_tiny: Callable[..., None]) -> Tiny:
+    root = tmp_path_factory.mktemp("tiny")
+    tiny = Tiny(root / "original", root / "pruned", root / "original-onnx", root / "pruned-onnx")
+    export_tiny(tiny.original, tiny.original_onnx, 3)
+    export_tiny(tiny.pruned, tiny.pruned_onnx, 2)
     return tiny
 
 

@@ -8,20 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from gradmap_hub.errors import MissingExtra, SourceError, UsageError
+from gradmap_hub.prompting import TEXT_FILES
 from gradmap_hub.runtime.artifacts import Artifact, available_artifacts, choose_artifact, cpu_count
 from gradmap_hub.runtime.generation import TextModel
 
 # Tokens of prompt and answer together, unless the model holds fewer or the user says otherwise: the cache of a request
 # is allocated for all that may come.
 DEFAULT_CONTEXT = 4096
-# What is read beside the graph; absent ones may be.
-TEXT_FILES = (
-    "config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "generation_config.json",
-    "chat_template.jinja",
-)
 _GRAPH_COMPANIONS = ("_data", ".data")
 
 
@@ -109,6 +102,6 @@ def _remote(repo_id: str, revision: str | None, wanted: str, cuda: bool) -> tupl
 
 def _files_of(artifact: Artifact, files: Mapping[str, int]) -> list[str]:
     parent = artifact.path.rpartition("/")[0]
-    beside = [f"{parent}/{name}" if parent else name for name in (*TEXT_FILES, "genai_config.json")]
+    beside = [f"{parent}/{name}" if parent else name for name in TEXT_FILES]
     wanted = {artifact.path, *(artifact.path + ending for ending in _GRAPH_COMPANIONS), *TEXT_FILES, *beside}
     return sorted(wanted & set(files))

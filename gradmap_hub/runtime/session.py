@@ -7,7 +7,6 @@ by ONNX Runtime GenAI's model builder) write into the buffers they read: allocat
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -71,7 +70,7 @@ class Session:
         self.presents = [value.name for value in self._session.get_outputs() if value.name.startswith(_PRESENT)]
         if len(self.presents) != len(self.past):
             raise SourceError(f"{graph.name} reads {len(self.past)} cache tensors and returns {len(self.presents)}.")
-        self.shares_buffer = _shares_buffer(graph, self._session)
+        self.shares_buffer = _shares_buffer(self._session)
 
     def start(self, capacity: int) -> Steps:
         """An empty cache. `capacity`: the most tokens that it must hold."""
@@ -159,19 +158,9 @@ class _SharedBuffer:
         return logits.numpy()[0]
 
 
-def _shares_buffer(graph: Path, session: ort.InferenceSession) -> bool:
-    """Whether past and present may be one buffer: written by the export into the graph's metadata, or by ONNX Runtime
-    GenAI's builder into the configuration beside it."""
-    if session.get_modelmeta().custom_metadata_map.get("past_present_share_buffer") == "true":
-        return True
-    try:
-        config = json.loads((graph.parent / "genai_config.json").read_text(encoding="utf-8"))
-        return (
-            config["model"]["decoder"]["filename"] == graph.name
-            and config["search"]["past_present_share_buffer"] is True
-        )
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+def _shares_buffer(session: ort.InferenceSession) -> bool:
+    """Whether past and present may be one buffer; our exports say so in the graph's metadata."""
+    return session.get_modelmeta().custom_metadata_map.get("past_present_share_buffer") == "true"
 
 
 def _providers(provider: str) -> list[str]:

@@ -14,92 +14,16 @@ from typing import Any
 
 import pytest
 
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<s>{{ message['role'] }}: {{ message['content'] }}</s>"
-    "{% endfor %}{% if add_generation_prompt %}<s>assistant:{% endif %}"
-)
-SENTENCES = [
-    "The capital of France is Paris, and the river through it is the Seine.",
-    "Gravity pulls things together; that is why an apple falls to the ground.",
-    "A paper clip holds sheets of paper, opens a lock and marks a page.",
-]
 CONTEXT = 1024
 NAME = "someone/tiny"
-# The command as it is installed, also while it is being written: `serve` may not be registered yet.
-COMMAND = """
-from gradmap_hub import cli, cli_serve
-if "serve" not in {command.name or command.callback.__name__ for command in cli.app.registered_commands}:
-    cli_serve.register(cli.app)
-cli.main()
-"""
-
-
-def _save_tokenizer(folder: Path) -> int:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<unk>", "<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(SENTENCES, trainer)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    configuration = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": "<s>",
-        "eos_token": "</s>",
-        "unk_token": "<unk>",
-        "model_max_length": CONTEXT,
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(configuration), encoding="utf-8")
-    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
-    return tokenizer.get_vocab_size()
 
 
 @pytest.fixture(scope="session")
-def tiny_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_onnx(tmp_path_factory: pytest.TempPathFactory, export_tiny: Callable[..., None]) -> Path:
     """A folder as `push` makes one, as far as the runtime looks. Greedy answers never end by themselves."""
-    import torch
-    from optimum.exporters.onnx import main_export
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     root = tmp_path_factory.mktemp("serving")
-    source, target = root / "checkpoint", root / "served"
-    source.mkdir()
-    vocabulary = _save_tokenizer(source)
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=vocabulary,
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=CONTEXT,
-            initializer_range=0.4,  # Wide, so that the likeliest token is clear of the next.
-            bos_token_id=1,
-            eos_token_id=2,
-            tie_word_embeddings=True,
-        )
-    )
-    with torch.no_grad():
-        model.model.embed_tokens.weight[2] = 0  # The end of the text is never the likeliest token.
-    model.save_pretrained(source)
-    main_export(
-        str(source),
-        output=str(target),
-        task="text-generation-with-past",
-        local_files_only=True,
-        do_validation=False,
-        dtype="fp32",
-        device="cpu",
-    )
-    return target
+    export_tiny(root / "checkpoint", root / "served", 2, endless=True)
+    return root / "served"
 
 
 @pytest.fixture(scope="session")
@@ -184,7 +108,7 @@ def wait_until(done: Callable[[], bool], seconds: float = 20.0) -> None:
 def command(folder: Path, *options: str) -> Iterator[Any]:
     """`gradmap-hub serve` as a process; yields it and its address."""
     process = subprocess.Popen(
-        [sys.executable, "-c", COMMAND, "serve", str(folder), "--port", "0", "--name", NAME, *options],
+        [sys.executable, "-m", "gradmap_hub", "serve", str(folder), "--port", "0", "--name", NAME, *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

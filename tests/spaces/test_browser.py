@@ -39,7 +39,10 @@ class Visit:
     """One page, with everything that went wrong in its console and every other host it asked."""
 
     def __init__(self, browser: Any, url: str, width: int, scheme: str) -> None:
-        self.context = browser.new_context(viewport={"width": width, "height": 844}, color_scheme=scheme)
+        # Without motion: halfway through a fade, colours have contrasts that nobody reads.
+        self.context = browser.new_context(
+            viewport={"width": width, "height": 844}, color_scheme=scheme, reduced_motion="reduce"
+        )
         self.page = self.context.new_page()
         self.problems: list[str] = []
         self.page.on("console", self._console)
