@@ -20,8 +20,9 @@ demo: install
 	@rm -rf $(DEMO)
 	$(BIN)/gradmap-hub demo --output $(DEMO)
 
+# Two workers, a file to each at a time: much of the suite waits for other processes.
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-all: install
 	$(BIN)/python -m pytest -m ''

@@ -360,6 +360,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, export_tiny: Callable[..., No
 # -- the tables of docs/reliability.md --------------------------------------------------------------------------------
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The push of the real model first: it takes longest, and another worker has the rest meanwhile."""
+    items.sort(key=lambda item: item.get_closest_marker("real") is None)
+
+
 def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:
     """Prints what `record_property("reliability", (table, row, column, outcome))` told with -v; with RELIABILITY=FILE
     writes it there, between the two marks of its table."""
