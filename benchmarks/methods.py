@@ -53,12 +53,15 @@ PAPER, ONE_SHOT, ITERATIVE, DEFAULT = (
     "gradmap-hub iterative",
     "gradmap-hub default",
 )
+OURS = (DEFAULT, PAPER, ONE_SHOT, ITERATIVE)
 # What our own rows are called: the layers alone, and with the correction that belongs to them.
 ALONE, CORRECTED = "selection only", "whole"
 DENSE = "dense"
 # Peers whose every draw is run: forward passes are all they need. The others, and what our stage 2 makes of the sets of
 # others, on the first draw alone.
 EVERY_DRAW = ("ShortGPT", "LLM-Streamline", "ReplaceMe", "LinearPatch", "Prune&Comp")
+# One pass over the rows and more for every single removal.
+GREEDY = ("SLEB", "Prune&Comp")
 # One random set shows what stage 2 makes of a bad choice.
 _WITHOUT_STAGE_2 = tuple(f"random {seed}" for seed in RANDOM_SEEDS[1:])
 
@@ -324,14 +327,22 @@ class Work:
 
 
 def cells(work: Work, counts: Sequence[int], draws: int, sleb_draws: int, *, first: int = 0) -> Iterator[Cell]:
-    """Every cell, dense first; draw by draw, so that an interrupted run has whole tables of the first draws."""
+    """Every cell, dense first. From the first draw on, draw by draw; the further draws alone, ours first and the
+    greedy peers last: an interrupted run has every draw of what was cheap."""
     yield Cell(DENSE, PUBLISHED, 0, 0, [], work.plain([]))
-    for draw in range(first, draws):
-        for count in counts:
-            for name in (DEFAULT, PAPER, ONE_SHOT, ITERATIVE) if draw == 0 else (DEFAULT,):
-                yield from _our_cells(work, name, draw, count)
-            for name in peer_names(draw, draw < sleb_draws):
-                yield from _peer_cells(work, name, draw, count, counts)
+    turns = [
+        (draw, count, name)
+        for draw in range(first, draws)
+        for count in counts
+        for name in (*(OURS if draw == 0 else (DEFAULT,)), *peer_names(draw, draw < sleb_draws))
+    ]
+    if first:
+        turns.sort(key=lambda turn: (turn[2] not in OURS) + (turn[2] in GREEDY))
+    for draw, count, name in turns:
+        if name in OURS:
+            yield from _our_cells(work, name, draw, count)
+        else:
+            yield from _peer_cells(work, name, draw, count, counts)
 
 
 def peer_names(draw: int, with_sleb: bool) -> list[str]:
@@ -368,7 +379,7 @@ def _peer_cells(work: Work, name: str, draw: int, count: int, counts: Sequence[i
     found = work.store.get(_selection_key(name, draw, count))
     if found is None:
         work.say(f"{name}, {count} layers, draw {draw}")
-        if name in ("SLEB", "Prune&Comp"):
+        if name in GREEDY:
             _run_greedy(work, name, draw, counts)
         else:
             with Meter(work.decoder, len(work.pools[draw])) as meter:

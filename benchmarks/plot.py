@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.methods import ALONE, DEFAULT
-from benchmarks.table import OURS, Row
+from benchmarks.methods import ALONE, DEFAULT, OURS
+from benchmarks.table import Row
 
 # Selections that compute nothing still need a place on a logarithmic axis.
 _LEAST_SECONDS = 0.1

@@ -18,8 +18,8 @@ from benchmarks.methods import (
     FLOOR,
     ITERATIVE,
     ONE_SHOT,
+    OURS,
     OWN,
-    PAPER,
     PUBLISHED,
     SLEB_PLAIN,
     STAGE_2,
@@ -27,7 +27,6 @@ from benchmarks.methods import (
 )
 from gradmap_hub.evaluation import BOOTSTRAP_DRAWS
 
-OURS = (DEFAULT, PAPER, ONE_SHOT, ITERATIVE)
 # At least so much lower than the best peer, on the mean of the logs.
 WANTED_GAIN = 0.20
 DOCS_BEGIN, DOCS_END = "<!-- bench: begin -->", "<!-- bench: end -->"
