@@ -174,12 +174,12 @@ def _quality_panel(axes: Axes, record: SweepRecord) -> None:
     axes.set_yscale("log")
     every = [*y, *(value for values in texts for value in values), *(end for p in points for end in p.interval)]
     low, high = min(every), max(every)
-    axes.set_ylim(low / (high / low) ** 0.05 / 1.01, high * (high / low) ** 0.12 * 1.02)
+    axes.set_ylim(low / (high / low) ** 0.05 / 1.01, high * (high / low) ** 0.22 * 1.02)
     axes.set_yticks(_log_ticks(*axes.get_ylim()))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter("\u00d7{x:g}")
     axes.grid(axis="y", color=_GRID, linewidth=0.8)
-    axes.set_ylabel("perplexity over that of the original\n(log scale)")
+    axes.set_ylabel("perplexity, as a multiple of\nthe original's (log scale)")
     handles = [_line("all texts, with 95 % interval", _KEPT, marker="o")]
     if len(texts) > 1:
         handles.append(_line("single texts", _SINGLE, width=1.4))
@@ -194,17 +194,22 @@ def _quality_panel(axes: Axes, record: SweepRecord) -> None:
 
 
 def _mark_points(axes: Axes, record: SweepRecord, knee: SweepPoint | None) -> None:
-    """A ring around the knee, and around what is recommended if that is another; in words beside each."""
+    """A ring around the knee, and around what is recommended if that is another; in words on a line to the top, where
+    a curve that rises leaves room."""
     ratio = record.recommendation.ratio
     chosen = next((point for point in record.points if ratio is not None and ratio in point.ratios), None)
     marks = {id(point): (point, words) for point, words in ((chosen, "recommended"), (knee, "knee")) if point}
-    for point, words in marks.values():
-        x, y = 100 * point.parameter_share, point.perplexity
-        axes.plot([x], [y], marker="o", markersize=15, markerfacecolor="none", markeredgecolor=_REMOVED,
-                  markeredgewidth=2.2, linestyle="none", zorder=4)  # fmt: skip
+    for row, (point, words) in enumerate(marks.values()):
+        x = 100 * point.parameter_share
+        axes.plot([x], [point.perplexity], marker="o", markersize=15, markerfacecolor="none",
+                  markeredgecolor=_REMOVED, markeredgewidth=2.2, linestyle="none", zorder=4)  # fmt: skip
+        axes.axvline(x, color=_REMOVED, linewidth=1.2, linestyle=":", zorder=1)
+        left_of = point.parameter_share > 0.4 * record.points[-1].parameter_share
         axes.annotate(
-            f"{words}: ratio {point.ratios[0]:g}, \u00d7{point.perplexity:.2f}", (x, y), xytext=(14, -20),
-            textcoords="offset points", color=_REMOVED, fontweight="bold", ha="left", va="top",
+            f"{words}: ratio {point.ratios[0]:g}, \u00d7{point.perplexity:.2f}",
+            (x, 1.0), xycoords=axes.get_xaxis_transform(), xytext=(-8 if left_of else 8, -22 * row),
+            textcoords="offset points", color=_REMOVED, fontweight="bold", va="top",
+            ha="right" if left_of else "left", bbox={"facecolor": "white", "edgecolor": "none", "pad": 1}, zorder=5,
         )  # fmt: skip
 
 
@@ -218,26 +223,31 @@ def _speed_panel(axes: Axes, points: Sequence[SweepPoint]) -> None:
         axes.errorbar(x, y, yerr=errors, color=colour, marker=marker, markersize=7, linewidth=2.0, capsize=4)
         return _line(label, colour, marker=marker)
 
-    apart = 0.15 * points[-1].parameter_share  # the bars of the two must not lie on one another
+    apart = 0.7 * points[-1].parameter_share  # the bars of the two must not lie on one another
     reading = line(lambda speed: speed.prefill, "reading a prompt", _KEPT, "o", -apart)
     writing = line(lambda speed: speed.decode, "writing, with range of the rounds", _REMOVED, "s", apart)
-    axes.set_ylabel("speed over that\nof the original")
+    axes.set_ylabel("speed, as a multiple\nof the original's")
     axes.yaxis.set_major_formatter("\u00d7{x:.2f}")
     axes.grid(axis="y", color=_GRID, linewidth=0.8)
     _legend(axes, [reading, writing])
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    """Round values within an axis, at least two and at most eight."""
-    steps = ((1, 2, 5), (1, 1.5, 2, 3, 5, 7), (1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 4, 5, 6, 8),
-             [1 + index / 20 for index in range(180)], [1 + index / 100 for index in range(900)])  # fmt: skip
+    """Round values within an axis, two to nine of them."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    found: list[list[float]] = []
-    for step in ((1,), *steps):
-        ticks = [value * 10.0**decade for decade in decades for value in step]
-        found.append([tick for tick in ticks if low <= tick <= high])
-    fitting = [ticks for ticks in found if 2 <= len(ticks) <= 8]
-    return max(fitting, key=len) if fitting else found[-1][:: max(1, len(found[-1]) // 8)] or [1.0]
+    for digits in ((1, 1.5, 2, 3, 5, 7), (1, 2, 5), (1,)) if high > 2.5 * low else ():
+        ticks = [digit * 10.0**decade for decade in decades for digit in digits]
+        found = [tick for tick in ticks if low <= tick <= high]
+        if 3 <= len(found) <= 9:
+            return found
+    # Too short an axis for those, or too long.
+    step = next(
+        (step for step in (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2) if (high - low) / step <= 8),
+        (high - low) / 4,
+    )
+    if high > 2.5 * low:
+        return [10.0**decade for decade in decades[:: max(1, len(decades) // 6)] if low <= 10.0**decade <= high]
+    return [round(number * step, 6) for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
 def _line(label: str, colour: str, *, marker: str = "", width: float = 2.2, style: Any = "-") -> Artist:
