@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import signal
 import sys
 import traceback
@@ -18,18 +17,28 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from gradmap_hub import __version__, cli_generate, cli_serve
+from gradmap_hub import __version__, cli_generate, cli_serve, cli_sweep
+from gradmap_hub.cli_options import (
+    COMPUTING,
+    HOW,
+    HOW_MUCH,
+    Json,
+    Model,
+    PruneOptions,
+    Quiet,
+    Resume,
+    Revision,
+    command_line,
+    parse_ratios,
+    prune_options,
+)
 from gradmap_hub.config import (
     DEFAULT_CALIBRATION,
-    PRESETS,
     QUANTIZED,
-    Compute,
-    Device,
     PruneConfig,
     PublishConfig,
     PushConfig,
     help_of,
-    paper_preset,
 )
 from gradmap_hub.errors import GradmapError, UsageError
 from gradmap_hub.record import RunRecord
@@ -77,8 +86,7 @@ def main() -> NoReturn:
         _trace(debug)
         status = _report(error.message, error.hint, 2 if isinstance(error, UsageError) else 1)
     except (KeyboardInterrupt, typer.Abort):
-        resumable = bool({"push", "prune", "demo"} & set(arguments[:1]))
-        hint = "Run the same command again with --resume to go on where it stopped." if resumable else None
+        hint = _GOES_ON.get(arguments[0]) if arguments else None
         status = _report("Interrupted.", hint, 130)
     except _ClickException as error:
         _trace(debug)
@@ -96,6 +104,16 @@ def main() -> NoReturn:
         reason = str(error.strerror or error).strip() or type(error).__name__
         status = _report(reason.splitlines()[0] + (f": {error.filename}" if error.filename else ""), None, 1)
     sys.exit(status)
+
+
+_WITH_RESUME = "Run the same command again with --resume to go on where it stopped."
+# After Ctrl-C, by command.
+_GOES_ON = {
+    "push": _WITH_RESUME,
+    "prune": _WITH_RESUME,
+    "demo": _WITH_RESUME,
+    "sweep": "Run the same command again to go on where it stopped.",
+}
 
 
 def _interrupt(_signal: int, _frame: object) -> NoReturn:
@@ -130,34 +148,7 @@ def _root(
     del version, debug  # --version acts when it is parsed, --debug before anything is (see `main`)
 
 
-# Options that several commands share, with the help text of the configuration they fill.
-def _prune_option(name: str, *flags: str) -> Any:
-    return typer.Option(*flags, help=escape(help_of(PruneConfig, name)), show_default=True)
-
-
-Ratio = Annotated[float | None, _prune_option("ratio", "--ratio", "-r")]
-Layers = Annotated[int | None, _prune_option("layers", "--layers")]
-Drop = Annotated[str | None, _prune_option("drop", "--drop")]
-MetricOption = Annotated[str, _prune_option("metric", "--metric")]
-ScheduleOption = Annotated[str, _prune_option("schedule", "--schedule")]
-CompensationOption = Annotated[str, _prune_option("compensation", "--compensation")]
-Calibration = Annotated[list[str] | None, _prune_option("calibration", "--calibration", "-c")]
-EvalText = Annotated[list[str] | None, _prune_option("eval_text", "--eval-text")]
-Samples = Annotated[int, _prune_option("samples", "--samples")]
-SeqLen = Annotated[int, _prune_option("seq_len", "--seq-len")]
-EvalRows = Annotated[int, _prune_option("eval_rows", "--eval-rows")]
-DTypeOption = Annotated[str, _prune_option("dtype", "--dtype")]
-Seed = Annotated[int, _prune_option("seed", "--seed")]
-Heal = Annotated[int, typer.Option("--heal", metavar="STEPS", help=escape(help_of(PruneConfig, "heal")))]
-LowMemory = Annotated[bool, _prune_option("low_memory", "--low-memory")]
-DeviceOption = Annotated[str, _prune_option("device", "--device")]
-ComputeOption = Annotated[str, _prune_option("compute", "--compute")]
-Preset = Annotated[str, typer.Option("--preset", help="default, or paper: the paper's own setting, by name.")]
-Revision = Annotated[str | None, typer.Option("--revision", help=help_of(PushConfig, "revision"))]
-Resume = Annotated[bool, typer.Option("--resume", help=help_of(PushConfig, "resume"))]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
-Model = Annotated[str, typer.Argument(metavar="MODEL", help=help_of(PushConfig, "model"))]
+# Options that several commands share; those about pruning, and others, are in cli_options.
 ModelOrRecord = Annotated[
     str | None, typer.Argument(metavar="MODEL", help=help_of(PushConfig, "model") + " Not needed with --from.")
 ]
@@ -188,132 +179,35 @@ Host = Annotated[str, typer.Option("--host", help="Address to bind to.")]
 Port = Annotated[int, typer.Option("--port", help="Port; 0 takes any free one.", min=0, max=65535)]
 
 
-def _prune_values(
-    ratio: float | None,
-    layers: int | None,
-    drop: str | None,
-    metric: str,
-    schedule: str,
-    compensation: str,
-    calibration: list[str] | None,
-    eval_text: list[str] | None,
-    samples: int,
-    seq_len: int,
-    eval_rows: int,
-    dtype: str,
-    seed: int,
-    preset: str,
-    heal: int,
-    low_memory: bool,
-    device: str,
-    compute: str,
-) -> dict[str, Any]:
-    """The options as fields of PruneConfig."""
-    if preset not in PRESETS:
-        raise UsageError(f"--preset must be one of {', '.join(PRESETS)}; got {preset!r}.")
-    return {
-        "ratio": ratio,
-        "layers": layers,
-        "drop": _indices(drop) if drop is not None else None,
-        "metric": metric,
-        "schedule": schedule,
-        "compensation": compensation,
-        "calibration": tuple(calibration or (DEFAULT_CALIBRATION,)),
-        "eval_text": tuple(eval_text or ()),
-        "samples": samples,
-        "seq_len": seq_len,
-        "eval_rows": eval_rows,
-        "dtype": dtype,
-        "seed": seed,
-        "heal": heal,
-        "low_memory": low_memory,
-        "device": device,
-        "compute": compute,
-    }
-
-
 def _given(context: typer.Context) -> set[str]:
     """The names of the options that stand on the command line."""
     sources = {name: context.get_parameter_source(name) for name in context.params}
     return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
 
 
-def _with_preset(config: PruneConfig, preset: str) -> PruneConfig:
-    return paper_preset(config) if preset == "paper" else config
-
-
 def _repeat(
-    context: typer.Context, record: str, model: str | None, revision: str | None, values: dict[str, Any], hub: Hub
+    context: typer.Context, record: str, model: str | None, revision: str | None, options: PruneOptions, hub: Hub
 ) -> Repeat:
     from gradmap_hub.repeat import repeat
 
-    given = {name: value for name, value in values.items() if name in _given(context)}
+    given = {name: value for name, value in options.values.items() if name in _given(context)}
     return repeat(record, model=model, revision=revision, given=given, hub=hub)
-
-
-def _indices(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise UsageError(f"--drop takes layer indices such as 12,13,14; got {text!r}.") from None
 
 
 def _words(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
 
 
-def _ratios(text: str) -> tuple[float, ...]:
-    try:
-        ratios = tuple(float(part) for part in text.split(",") if part)
-        for ratio in ratios:
-            PruneConfig(ratio=ratio)
-    except ValueError:
-        raise UsageError(f"--ratios takes numbers between 0 and 1 such as 0.1,0.25; got {text!r}.") from None
-    return ratios
-
-
-def _command_line() -> str:
-    """The command as it can be run again, with paths reduced to their last part: the record is published.
-
-    What says nothing about the result is left out: going on with a run must not change what it publishes.
-    """
-    words: list[str] = []
-    before = ""
-    for word in sys.argv[1:]:
-        unwanted = word in _NOT_RECORDED or word.partition("=")[0] in _NOT_RECORDED_WITH_VALUE
-        if not unwanted and before not in _NOT_RECORDED_WITH_VALUE:
-            words.append(word)
-        before = word
-    return shlex.join(["gradmap-hub", *map(_without_folders, words)])
-
-
-_NOT_RECORDED = {"--resume", "--public", "--update", "--json", "--quiet", "-q", "--debug"}
-_NOT_RECORDED_WITH_VALUE = ("--collection", "--wait-space")
-
-
-def _without_folders(word: str) -> str:
-    """/home/me/a.txt -> a.txt, also behind `--option=` and glued to a short option (-c/home/me/a.txt)."""
-    head, path = "", word
-    if word.startswith("--"):
-        head, sign, path = word.partition("=")
-        head += sign
-    elif word.startswith("-"):
-        head, path = word[:2], word[2:]
-    if os.path.isabs(path) or path.startswith(("./", "../", "~")) or "/../" in path:
-        path = Path(path).name
-    return head + path
-
-
 @app.command(
     epilog="Example: gradmap-hub push HuggingFaceTB/SmolLM2-135M-Instruct --ratio 0.25 --dry-run",
 )
+@prune_options(*HOW_MUCH, *HOW)
 def push(
     context: typer.Context,
     model: ModelOrRecord = None,
     from_: From = None,
-    ratio: Ratio = None,
-    layers: Layers = None,
-    drop: Drop = None,
+    *,
+    options: PruneOptions,
     to: Annotated[str | None, typer.Option("--to", help=help_of(PushConfig, "to"))] = None,
     revision: Revision = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help=help_of(PushConfig, "output"))] = None,
@@ -330,21 +224,6 @@ def push(
     wait_space: WaitSpace = 300,
     dry_run: DryRun = False,
     resume: Resume = False,
-    metric: MetricOption = "auto",
-    schedule: ScheduleOption = "oneshot",
-    compensation: CompensationOption = "auto",
-    preset: Preset = "default",
-    calibration: Calibration = None,
-    eval_text: EvalText = None,
-    samples: Samples = 32,
-    seq_len: SeqLen = 512,
-    eval_rows: EvalRows = 12,
-    dtype: DTypeOption = "auto",
-    seed: Seed = 0,
-    heal: Heal = 0,
-    low_memory: LowMemory = False,
-    device: DeviceOption = "auto",
-    compute: ComputeOption = "auto",
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help=help_of(PushConfig, "trust_remote_code"))
     ] = False,
@@ -356,15 +235,11 @@ def push(
     from gradmap_hub.pipeline import make_plan
     from gradmap_hub.pipeline import push as run_push
 
-    values = _prune_values(
-        ratio, layers, drop, metric, schedule, compensation, calibration, eval_text, samples, seq_len, eval_rows,
-        dtype, seed, preset, heal, low_memory, device, compute,
-    )  # fmt: skip
     reporter = TerminalReporter(stderr, quiet=quiet)
     hub = Hub()
     repeats = None
     if from_ is not None:
-        again = _repeat(context, from_, model, revision, values, hub)
+        again = _repeat(context, from_, model, revision, options, hub)
         model, revision, prune_config, repeats = again.model, again.revision, again.prune, again.expected
         given, record = _given(context), again.record
         if record.target is not None:  # published, so that it says what was
@@ -381,10 +256,10 @@ def push(
     elif model is None:
         raise UsageError("Say what to push: MODEL, or --from with the record of an earlier run.")
     else:
-        prune_config = PruneConfig(**values)
+        prune_config = PruneConfig(**options.values)
     config = PushConfig(
         model=model,
-        prune=_with_preset(prune_config, preset),
+        prune=options.with_preset(prune_config),
         revision=revision,
         output=output,
         to=to,
@@ -407,7 +282,7 @@ def push(
         _print_plan(make_plan(config, hub), as_json)
         return
     try:
-        result = run_push(config, command=_command_line(), reporter=reporter, hub=hub)
+        result = run_push(config, command=command_line(), reporter=reporter, hub=hub)
     finally:
         reporter.close()
     if as_json:
@@ -418,6 +293,7 @@ def push(
 
 
 @app.command(epilog="Example: gradmap-hub prune HuggingFaceTB/SmolLM2-135M-Instruct small --layers 8")
+@prune_options(*HOW_MUCH, *HOW)
 def prune(
     context: typer.Context,
     model: ModelOrRecord = None,
@@ -425,26 +301,10 @@ def prune(
         Path | None, typer.Argument(metavar="OUTPUT", help="Folder for the result; new or empty.")
     ] = None,
     from_: From = None,
-    ratio: Ratio = None,
-    layers: Layers = None,
-    drop: Drop = None,
+    *,
+    options: PruneOptions,
     revision: Revision = None,
     resume: Resume = False,
-    metric: MetricOption = "auto",
-    schedule: ScheduleOption = "oneshot",
-    compensation: CompensationOption = "auto",
-    preset: Preset = "default",
-    calibration: Calibration = None,
-    eval_text: EvalText = None,
-    samples: Samples = 32,
-    seq_len: SeqLen = 512,
-    eval_rows: EvalRows = 12,
-    dtype: DTypeOption = "auto",
-    seed: Seed = 0,
-    heal: Heal = 0,
-    low_memory: LowMemory = False,
-    device: DeviceOption = "auto",
-    compute: ComputeOption = "auto",
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -452,10 +312,6 @@ def prune(
     from gradmap_hub.hub import Hub
     from gradmap_hub.pipeline import prune as run_prune
 
-    values = _prune_values(
-        ratio, layers, drop, metric, schedule, compensation, calibration, eval_text, samples, seq_len, eval_rows,
-        dtype, seed, preset, heal, low_memory, device, compute,
-    )  # fmt: skip
     if from_ is not None and output is None and model is not None:  # with a record, one word is where it goes
         model, output = None, Path(model)
     if output is None or (model is None and from_ is None):
@@ -464,20 +320,20 @@ def prune(
     hub = Hub()
     repeats = None
     if from_ is not None:
-        again = _repeat(context, from_, model, revision, values, hub)
+        again = _repeat(context, from_, model, revision, options, hub)
         model, revision, config, repeats = again.model, again.revision, again.prune, again.expected
         for remark in again.remarks:
             reporter.note(remark)
     else:
-        config = PruneConfig(**values)
+        config = PruneConfig(**options.values)
     try:
         record = run_prune(
             model or "",
             output,
-            _with_preset(config, preset),
+            options.with_preset(config),
             revision=revision,
             resume=resume,
-            command=_command_line(),
+            command=command_line(),
             reporter=reporter,
             hub=hub,
             repeats=repeats,
@@ -492,33 +348,26 @@ def prune(
 
 
 @app.command(epilog="Example: gradmap-hub inspect HuggingFaceTB/SmolLM2-135M-Instruct -c text.txt")
+@prune_options("calibration", "samples", "seq_len", "seed", *COMPUTING)
 def inspect(
     model: Model,
-    calibration: Calibration = None,
-    samples: Samples = 32,
-    seq_len: SeqLen = 512,
-    seed: Seed = 0,
+    *,
+    options: PruneOptions,
     revision: Revision = None,
     ratios: Annotated[str, typer.Option("--ratios", help="Ratios to show the choice for.")] = "0.1,0.25",
     plot: Annotated[Path | None, typer.Option("--plot", help="Also draw the scores into this PNG or SVG.")] = None,
-    low_memory: LowMemory = False,
-    device: DeviceOption = "auto",
-    compute: ComputeOption = "auto",
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Score the layers of MODEL and show what would go at each ratio; nothing is removed."""
     if plot is not None and (plot.suffix not in (".png", ".svg") or not plot.parent.is_dir()):
         raise UsageError(f"--plot takes a .png or .svg file in a folder that exists; got {plot}.")
-    config = PruneConfig(
-        layers=1, calibration=tuple(calibration or (DEFAULT_CALIBRATION,)), samples=samples, seq_len=seq_len, seed=seed,
-        low_memory=low_memory, device=cast("Device", device), compute=cast("Compute", compute),
-    )  # fmt: skip
+    config, wanted = options.config(layers=1), parse_ratios(ratios)
     from gradmap_hub.pipeline import inspect as run_inspect
 
     reporter = TerminalReporter(stderr, quiet=quiet)
     try:
-        found = run_inspect(model, config, ratios=_ratios(ratios), revision=revision, reporter=reporter)
+        found = run_inspect(model, config, ratios=wanted, revision=revision, reporter=reporter)
     finally:
         reporter.close()
     choices = {f"{ratio:.0%}": candidate.removed for ratio, candidate in found.choices.items()}
@@ -663,6 +512,7 @@ def compare(
 
 cli_generate.register(app)
 cli_serve.register(app)
+cli_sweep.register(app)
 
 
 @app.command(epilog="Example: gradmap-hub hub --root ./my-hub --port 8900")

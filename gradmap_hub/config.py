@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -266,3 +267,61 @@ class PushConfig(PublishConfig):
             raise UsageError(f"--quantize takes {', '.join(QUANTIZED)}; got {strange[0]!r}.")
         if self.quantize and not self.onnx:
             raise UsageError("--quantize makes ONNX files; leave out --no-onnx.")
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """What is measured at which ratios. `prune` says how each is pruned; its own ratio counts for nothing.
+
+    Raises:
+        UsageError: no ratio, one that is not between 0 and 1, or a bound that cannot be.
+    """
+
+    model: str = _option("", help_of(PushConfig, "model"))
+    ratios: tuple[float, ...] = _option(
+        (0.1, 0.2, 0.3), "Shares of the decoder layers to remove, comma-separated, each between 0 and 1."
+    )
+    prune: PruneConfig = field(default_factory=lambda: PruneConfig(ratio=0.25))
+    revision: str | None = _option(None, help_of(PushConfig, "revision"))
+    output: Path | None = _option(None, "Folder for sweep.json, sweep.md and sweep.png; default: NAME-sweep here.")
+    speed: bool = _option(
+        True, "Time the pruned model against the original, reading a prompt and writing (PyTorch, batch 1)."
+    )
+    max_loss: float | None = _option(
+        None, "Recommend the largest ratio at which perplexity rises by at most so many percent, instead of the knee."
+    )
+
+    def __post_init__(self) -> None:
+        if not self.ratios or not all(math.isfinite(ratio) and 0 < ratio < 1 for ratio in self.ratios):
+            given = ",".join(f"{ratio:g}" for ratio in self.ratios)
+            raise UsageError(
+                f"--ratios takes numbers between 0 and 1, both excluded, such as 0.1,0.2,0.3; got {given!r}."
+            )
+        if self.max_loss is not None and not (math.isfinite(self.max_loss) and self.max_loss >= 0):
+            raise UsageError(f"--max-loss takes a percentage, 0 or more; got {self.max_loss:g}.")
+
+    def ratios_by_count(self, layer_count: int) -> dict[int, list[float]]:
+        """How many of `layer_count` layers go, ascending -> the ratios asked for that come to it."""
+        found: dict[int, list[float]] = {}
+        for ratio in sorted(set(self.ratios)):
+            removals = dataclasses.replace(self.prune, ratio=ratio, layers=None, drop=None).removals(layer_count)
+            found.setdefault(removals, []).append(ratio)
+        return found
+
+    def push_command(self, ratio: float) -> str:
+        """The command line that makes and publishes the model at this ratio, with the options that the sweep had."""
+        words = ["gradmap-hub", "push", self.model, "--ratio", str(ratio)]
+        words += ["--revision", self.revision] if self.revision else []
+        by_default = PruneConfig(ratio=ratio)
+        paper = paper_preset(by_default)
+        if self.prune.site == paper.site:  # no option of its own
+            words += ["--preset", "paper"]
+            by_default = paper
+        for entry in dataclasses.fields(PruneConfig):
+            value = getattr(self.prune, entry.name)
+            if entry.name in ("ratio", "layers", "drop", "site") or value == getattr(by_default, entry.name):
+                continue
+            flag = "--" + entry.name.replace("_", "-")
+            for single in value if isinstance(value, tuple) else (value,):
+                words += [flag] if single is True else [flag, str(single)]
+        return shlex.join(words)

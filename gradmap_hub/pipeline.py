@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Literal
 
 from gradmap_hub import __version__, publishplan
 from gradmap_hub import plan as planning
-from gradmap_hub.config import DEFAULT_CALIBRATION, QUANTIZED, Expected, PruneConfig, PublishConfig, PushConfig
+from gradmap_hub.config import (
+    DEFAULT_CALIBRATION,
+    QUANTIZED,
+    Expected,
+    PruneConfig,
+    PublishConfig,
+    PushConfig,
+    SweepConfig,
+)
 from gradmap_hub.errors import HubError, OutputExists, SourceError
 from gradmap_hub.exporting import export_checked, remove_exports
 from gradmap_hub.plan import (
@@ -33,6 +41,9 @@ from gradmap_hub.repeat import check_expected
 from gradmap_hub.run import Run, artifact, export_rows, inspect_stages, prune_stages, size, text_of
 from gradmap_hub.source import COMPANION_FILES, legal_texts, read_config
 from gradmap_hub.stages import Stages
+from gradmap_hub.sweep import check_sweep_output, default_sweep_output, sweep_stages
+from gradmap_hub.sweeprecord import SweepRecord
+from gradmap_hub.sweepreport import write_report
 
 if TYPE_CHECKING:
     from gradmap_hub.calibration import Rows
@@ -54,6 +65,7 @@ __all__ = [
     "prune",
     "publish_folder",
     "push",
+    "sweep",
 ]
 
 # Held-out rows that an export of a finished folder is measured on.
@@ -177,6 +189,32 @@ def inspect(
     with tempfile.TemporaryDirectory(prefix="gradmap-inspect-") as scratch:
         run = Run(source, config, 1, Path(scratch) / "model", "", reporter or SilentReporter(), hub)
         return Inspection(*inspect_stages(run, ratios))
+
+
+def sweep(
+    config: SweepConfig, *, command: str = "", reporter: Reporter | None = None, hub: Hub | None = None
+) -> tuple[SweepRecord, Path]:
+    """Measure quality, size and speed of the model at several ratios; returns the record and the folder that holds it.
+
+    The report is written anew after every ratio. What an earlier sweep of the same model left is not computed again.
+
+    Raises:
+        GradmapError: one of its subclasses says what is wrong; see errors.py.
+    """
+    hub = _reporting(hub or _default_hub(), reporter)
+    output = config.output or default_sweep_output(config.model)
+    check_texts(config.prune)
+    source = find_source(config.model, config.revision, hub)
+    check_sweep_output(output, source)
+    check_disk(output, 0 if source.folder is not None else source.weight_bytes)
+    with _no_empty_folders(output):
+        run = Run(source, config.prune, 1, output, command, reporter or SilentReporter(), hub, stages="sweep")
+        records = sweep_stages(run, config)
+        record = next(records)
+        write_report(record, output)
+        for record in records:
+            write_report(record, output)
+    return record, output
 
 
 def plan_publish(folder: Path, config: PublishConfig, hub: Hub) -> PublishPlan:

@@ -1,4 +1,4 @@
-"""The figures: the two of the model card, and the one of `inspect`.
+"""The figures: the two of the model card, and those of `inspect` and `sweep`.
 
 matplotlib is imported when something is drawn: it takes most of a second, and no other command needs it.
 """
@@ -18,10 +18,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from gradmap_hub.scoring import LayerScores
+    from gradmap_hub.sweeprecord import Rate, Speed, SweepPoint, SweepRecord
 
 # Okabe-Ito colours: distinct under the common colour-vision deficiencies; removed layers are hatched as well.
 _KEPT, _REMOVED, _INK, _MUTED, _GRID = "#0072B2", "#D55E00", "#24292f", "#57606a", "#d8dee4"
-_REMOVED_AREA, _EMPTY = "#fae7dc", "#eef1f4"
+_REMOVED_AREA, _EMPTY, _SINGLE = "#fae7dc", "#eef1f4", "#9fb8cc"
 _PLOT_STYLE: dict[Any, Any] = {
     "font.family": ["DejaVu Sans"],
     "font.size": 14,
@@ -132,6 +133,127 @@ def inspect_plot(
         )  # fmt: skip
 
     save_plot(draw, path, height=1.35 + _PANEL * len(measures) + strip)
+
+
+def sweep_plot(record: SweepRecord, path: Path) -> None:
+    """Perplexity over that of the original against the share of parameters removed, and below the speed, if measured.
+
+    The axis of perplexity is logarithmic, so that the chord by which the knee is found is a straight line.
+    """
+    timed = [point for point in record.points if point.speed is not None]
+
+    def draw(figure: Figure) -> None:
+        heights = [1.6, 1] if timed else [1]
+        panels = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)
+        _quality_panel(panels[0, 0], record)
+        if timed:
+            _speed_panel(panels[1, 0], timed)
+            panels[0, 0].tick_params(axis="x", labelbottom=False)
+        bottom = panels[-1, 0]
+        shares = [100 * point.parameter_share for point in record.points]
+        bottom.set_xticks([0, *shares], ["0", *(f"{share:.1f}" for share in shares)])
+        bottom.set_xlim(-0.03 * shares[-1], 1.06 * shares[-1])
+        bottom.set_xlabel("parameters removed (%)")
+
+    save_plot(draw, path, height=8.4 if timed else 5.6)
+
+
+def _quality_panel(axes: Axes, record: SweepRecord) -> None:
+    from matplotlib.ticker import NullLocator
+
+    points = record.points
+    x = [0.0, *(100 * point.parameter_share for point in points)]
+    y = [1.0, *(point.perplexity for point in points)]
+    texts = [[1.0, *(point.evaluation.texts[index].compensated / point.evaluation.texts[index].original
+                     for point in points)] for index in range(len(points[0].evaluation.texts))]  # fmt: skip
+    for values in texts if len(texts) > 1 else []:
+        axes.plot(x, values, color=_SINGLE, linewidth=1.4, zorder=1)
+    errors = [[0.0, *(max(0.0, point.perplexity - point.interval[0]) for point in points)],
+              [0.0, *(max(0.0, point.interval[1] - point.perplexity) for point in points)]]  # fmt: skip
+    axes.errorbar(x, y, yerr=errors, color=_KEPT, marker="o", markersize=7, linewidth=2.2, capsize=5, zorder=3)
+    axes.set_yscale("log")
+    every = [*y, *(value for values in texts for value in values), *(end for p in points for end in p.interval)]
+    low, high = min(every), max(every)
+    axes.set_ylim(low / (high / low) ** 0.05 / 1.01, high * (high / low) ** 0.22 * 1.02)
+    axes.set_yticks(_log_ticks(*axes.get_ylim()))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter("\u00d7{x:g}")
+    axes.grid(axis="y", color=_GRID, linewidth=0.8)
+    axes.set_ylabel("perplexity, as a multiple of\nthe original's (log scale)")
+    handles = [_line("all texts, with 95 % interval", _KEPT, marker="o")]
+    if len(texts) > 1:
+        handles.append(_line("single texts", _SINGLE, width=1.4))
+    knee = record.recommendation.knee
+    at = next((point for point in points if knee is not None and knee in point.ratios), None)
+    if at is not None:
+        axes.plot([x[0], x[-1]], [y[0], y[-1]], color=_MUTED, linewidth=1.2, linestyle=(0, (5, 4)), zorder=2)
+        handles.append(_line("chord to the largest ratio", _MUTED, width=1.2, style=(0, (5, 4))))
+    _mark_points(axes, record, at)
+    axes.set_title(f"{record.base.name.rpartition('/')[2]}: quality and size")
+    _legend(axes, handles)
+
+
+def _mark_points(axes: Axes, record: SweepRecord, knee: SweepPoint | None) -> None:
+    """A ring around the knee, and around what is recommended if that is another; in words on a line to the top, where
+    a curve that rises leaves room."""
+    ratio = record.recommendation.ratio
+    chosen = next((point for point in record.points if ratio is not None and ratio in point.ratios), None)
+    marks = {id(point): (point, words) for point, words in ((chosen, "recommended"), (knee, "knee")) if point}
+    for row, (point, words) in enumerate(marks.values()):
+        x = 100 * point.parameter_share
+        axes.plot([x], [point.perplexity], marker="o", markersize=15, markerfacecolor="none",
+                  markeredgecolor=_REMOVED, markeredgewidth=2.2, linestyle="none", zorder=4)  # fmt: skip
+        axes.axvline(x, color=_REMOVED, linewidth=1.2, linestyle=":", zorder=1)
+        left_of = point.parameter_share > 0.4 * record.points[-1].parameter_share
+        axes.annotate(
+            f"{words}: ratio {point.ratios[0]:g}, \u00d7{point.perplexity:.2f}",
+            (x, 1.0), xycoords=axes.get_xaxis_transform(), xytext=(-8 if left_of else 8, -22 * row),
+            textcoords="offset points", color=_REMOVED, fontweight="bold", va="top",
+            ha="right" if left_of else "left", bbox={"facecolor": "white", "edgecolor": "none", "pad": 1}, zorder=5,
+        )  # fmt: skip
+
+
+def _speed_panel(axes: Axes, points: Sequence[SweepPoint]) -> None:
+    def line(rate_of: Callable[[Speed], Rate], label: str, colour: str, marker: str, shift: float) -> Artist:
+        rates = [rate_of(point.speed) for point in points if point.speed is not None]
+        x = [0.0, *(100 * point.parameter_share + shift for point in points)]
+        y = [1.0, *(rate.ratio for rate in rates)]
+        errors = [[0.0, *(rate.ratio - rate.spread[0] for rate in rates)],
+                  [0.0, *(rate.spread[1] - rate.ratio for rate in rates)]]  # fmt: skip
+        axes.errorbar(x, y, yerr=errors, color=colour, marker=marker, markersize=7, linewidth=2.0, capsize=4)
+        return _line(label, colour, marker=marker)
+
+    apart = 0.7 * points[-1].parameter_share  # the bars of the two must not lie on one another
+    reading = line(lambda speed: speed.prefill, "reading a prompt", _KEPT, "o", -apart)
+    writing = line(lambda speed: speed.decode, "writing, with range of the rounds", _REMOVED, "s", apart)
+    axes.set_ylabel("speed, as a multiple\nof the original's")
+    axes.yaxis.set_major_formatter("\u00d7{x:.2f}")
+    axes.grid(axis="y", color=_GRID, linewidth=0.8)
+    _legend(axes, [reading, writing])
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Round values within an axis, two to nine of them."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for digits in ((1, 1.5, 2, 3, 5, 7), (1, 2, 5), (1,)) if high > 2.5 * low else ():
+        ticks = [digit * 10.0**decade for decade in decades for digit in digits]
+        found = [tick for tick in ticks if low <= tick <= high]
+        if 3 <= len(found) <= 9:
+            return found
+    # Too short an axis for those, or too long.
+    step = next(
+        (step for step in (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2) if (high - low) / step <= 8),
+        (high - low) / 4,
+    )
+    if high > 2.5 * low:
+        return [10.0**decade for decade in decades[:: max(1, len(decades) // 6)] if low <= 10.0**decade <= high]
+    return [round(number * step, 6) for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def _line(label: str, colour: str, *, marker: str = "", width: float = 2.2, style: Any = "-") -> Artist:
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], color=colour, marker=marker, markersize=7, linewidth=width, linestyle=style, label=label)
 
 
 def _shares(values: Sequence[float]) -> list[float]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -32,6 +33,25 @@ def remove_layers(model: nn.Module, architecture: Architecture, removed: Sequenc
         if getattr(module, "config", None) is old_config:
             module.config = new_config  # pyright: ignore
     return kept
+
+
+@contextmanager
+def layers_left_out(model: nn.Module, architecture: Architecture, removed: Sequence[int]) -> Iterator[None]:
+    """The model without the layers `removed` for a while, also to its KV cache. It is as before afterwards."""
+    layers = model.get_submodule(architecture.layers)
+    # Indices and configurations are plain attributes; modules and parameters are held in others, with an underscore.
+    before = [
+        (module, {name: value for name, value in vars(module).items() if not name.startswith("_")})
+        for module in model.modules()
+    ]
+    parent_path, _, name = architecture.layers.rpartition(".")
+    try:
+        remove_layers(model, architecture, removed)
+        yield
+    finally:
+        setattr(model.get_submodule(parent_path), name, layers)
+        for module, attributes in before:
+            vars(module).update(attributes)
 
 
 def parameter_count(model: nn.Module) -> int:

@@ -1,10 +1,12 @@
 """The stages of pruning, each resumable: calibrate, pull, score, select, compensate, measure, heal, write, measure.
 
-`prune_stages` calls them in order; the numerics are in the modules named after them.
+`prune_stages` calls them in order; the numerics are in the modules named after them. `sweep` calls those up to the
+writing for one ratio after another.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import gc
 import os
@@ -87,8 +89,18 @@ class Run:
         self.command = command
         self.reporter = reporter
         self.hub = hub
-        self._decoder: Decoder | None = None
+        self._converted = self.work / "original"
+        self._opened: list[Decoder] = []  # none or one; branches share it
         self.stages = Stages(self.work, reporter, {"version": __version__, "what": stages, "base": identity(source)})
+
+    def branch(self, name: str, label: str, ratio: float) -> Run:
+        """This run going on from here at another ratio: results of its own (see `Stages.branch`), the same model."""
+        other = copy.copy(self)
+        other.config = dataclasses.replace(self.config, ratio=ratio, layers=None, drop=None)
+        other.removals = other.config.removals(self.source.layer_count)
+        other.stages = self.stages.branch(name, label)
+        other.work = other.stages.folder
+        return other
 
     def companions(self) -> Path:
         """A local folder with tokenizer, generation config and legal texts."""
@@ -103,21 +115,20 @@ class Run:
         if self.source.folder is not None:
             return self.source.folder
         if self.source.gguf is not None:
-            converted = self.work / "original"
-            if not (converted / "tokenizer_config.json").is_file():
+            if not (self._converted / "tokenizer_config.json").is_file():
                 from gradmap_hub.gguf_source import convert_gguf
 
-                convert_gguf(self.source.gguf, converted)
-            return converted
+                convert_gguf(self.source.gguf, self._converted)
+            return self._converted
         folder = self._fetch(["config.json", *self.source.files.weights, *self.source.files.companions])
         check_weights(folder, self.source.files)
         return folder
 
     def decoder(self) -> Decoder:
         """The original model, opened when first needed."""
-        if self._decoder is None:
-            self._decoder = self.open(self.checkpoint())
-        return self._decoder
+        if not self._opened:
+            self._opened.append(self.open(self.checkpoint()))
+        return self._opened[0]
 
     def open(self, folder: Path) -> Decoder:
         """A checkpoint of this family, in memory or, with --low-memory, left on disk and streamed."""
@@ -146,7 +157,7 @@ class Run:
 
     def release(self) -> None:
         """Forget the original; what comes next needs the memory."""
-        self._decoder = None
+        self._opened.clear()
         gc.collect()
 
     def step(self) -> None:
@@ -158,7 +169,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class _Fetched:
+class Fetched:
     """`sha256`: of local weights, which no commit names."""
 
     bytes: int
@@ -166,7 +177,7 @@ class _Fetched:
 
 
 @dataclass(frozen=True)
-class _Selected:
+class Selected:
     """Measured sets, lowest loss first; `by_hand` if the user named the layers and nothing was compared."""
 
     candidates: list[Candidate]
@@ -174,7 +185,7 @@ class _Selected:
 
 
 @dataclass(frozen=True)
-class _Corrected:
+class Corrected:
     """The set that is lowest after its correction, and what was tried on the way."""
 
     removed: list[int]
@@ -184,8 +195,15 @@ class _Corrected:
 
 
 @dataclass(frozen=True)
-class _Losses:
-    """Per evaluation text, the mean NLL of each row."""
+class RowLosses:
+    """Per evaluation text, the mean NLL of each row in nats per token."""
+
+    rows: list[list[float]]
+
+
+@dataclass(frozen=True)
+class _BothLosses:
+    """The same of the original and of the pruned model before its correction."""
 
     original: list[list[float]]
     pruned: list[list[float]]
@@ -199,31 +217,19 @@ class _Written:
     dtype: str
 
 
-@dataclass(frozen=True)
-class _CompensatedLosses:
-    rows: list[list[float]]
-
-
 def prune_stages(run: Run, *, target: str | None = None, license: str | None = None) -> RunRecord:
     from gradmap_hub.selection import decide
 
     run.precision()  # refuses what cannot be, before anything is fetched
     run.output.mkdir(parents=True, exist_ok=True)
-    rows, extra = _calibrate(run)
-    fetched = run.stages.run(
-        "pull",
-        f"Fetching {run.source.base.name}",
-        _Fetched,
-        lambda: _pull(run),
-        describe=lambda f: size(f.bytes),
-    )
-    _check_weights_expected(run, fetched)
-    scores = _score(run, rows)
-    chosen = _correct(run, rows, _select(run, rows, scores))
+    rows, extra = calibrate(run)
+    fetched = pull(run)
+    scores = score(run, rows)
+    chosen = correct(run, rows, select(run, rows, scores))
     compensation = chosen.compensation
-    texts = [(row, "calibration (held out)") for row in rows.held_out] + [(row, "another source") for row in extra]
+    texts = evaluation_texts(rows, extra)
     losses = _evaluate_original(run, chosen.removed, [row for row, _ in texts])
-    healed = _heal(run, rows, chosen)
+    healed = heal_gaps(run, rows, chosen)
     written = _write(run, chosen.removed, compensation, healed)
     compensated = _evaluate_written(run, [row for row, _ in texts])
     winner = chosen.winner
@@ -242,25 +248,25 @@ def prune_stages(run: Run, *, target: str | None = None, license: str | None = N
         bytes=written.bytes,
         metric=winner.name if winner else "chosen by hand",
         schedule=run.config.schedule,
-        calibration=_calibration_record(run, rows),
+        calibration=calibration_record(run, rows),
         compensation=compensation,
         seed=run.config.seed,
         candidates=chosen.candidates,
         verification=written.verification,
-        evaluation=_evaluation_record(run, texts, losses, compensated),
+        evaluation=evaluation_record(run, texts, losses.original, losses.pruned, compensated.rows),
         artifacts=weight_artifacts(run.output),
         target=target,
         dtype=written.dtype,
-        versions=_versions(),
+        versions=versions(),
         timings=dict(run.stages.timings),
-        hardware=f"{platform.machine()}, {len(os.sched_getaffinity(0))} CPU cores",
+        hardware=hardware(),
         heal=healed,
-        settings=_settings(run, rows, extra),
+        settings=settings_of(run, rows, extra),
     )
     return record
 
 
-def _settings(run: Run, rows: CalibrationRows, extra: Sequence[Rows]) -> dict[str, Any]:
+def settings_of(run: Run, rows: CalibrationRows, extra: Sequence[Rows]) -> dict[str, Any]:
     """Every option of the run, for `--from`: texts by the names that are published, and what "auto" came to here."""
     dtype, device = run.precision()
     settings = dataclasses.asdict(run.config) | {
@@ -272,7 +278,7 @@ def _settings(run: Run, rows: CalibrationRows, extra: Sequence[Rows]) -> dict[st
     return {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
 
 
-def _check_weights_expected(run: Run, fetched: _Fetched) -> None:
+def _check_weights_expected(run: Run, fetched: Fetched) -> None:
     expected = run.expected.weights_sha256
     if expected is not None and fetched.sha256 != expected:
         raise SourceError(
@@ -282,7 +288,7 @@ def _check_weights_expected(run: Run, fetched: _Fetched) -> None:
         )
 
 
-def _calibrate(run: Run) -> tuple[CalibrationRows, list[Rows]]:
+def calibrate(run: Run) -> tuple[CalibrationRows, list[Rows]]:
     """Tokenise and split the texts. Cheap, so it is done on every run, and before any weight is fetched."""
     from transformers import AutoTokenizer
 
@@ -336,7 +342,7 @@ def text_of(source: str, hub: Hub) -> Text:
 def export_rows(run: Run) -> tuple[Rows, Tensor]:
     """What an export is measured on (text of another source if there is some, else held-out rows of the first text),
     and what it may be fitted on."""
-    rows, extra = _calibrate(run)
+    rows, extra = calibrate(run)
     return (extra or rows.held_out)[0], rows.fit
 
 
@@ -345,8 +351,8 @@ def inspect_stages(run: Run, ratios: Sequence[float]) -> tuple[LayerScores, dict
     from gradmap_hub.search import Search
     from gradmap_hub.selection import candidates
 
-    rows, _ = _calibrate(run)
-    scores = _score(run, rows)
+    rows, _ = calibrate(run)
+    scores = score(run, rows)
     run.reporter.start("Measuring what would go")
     counts = {ratio: dataclasses.replace(run.config, ratio=ratio, layers=None).removals(len(scores.layers))
               for ratio in ratios}  # fmt: skip
@@ -361,14 +367,27 @@ def inspect_stages(run: Run, ratios: Sequence[float]) -> tuple[LayerScores, dict
     return scores, choices
 
 
-def _pull(run: Run) -> _Fetched:
+def pull(run: Run) -> Fetched:
+    """Have the weights here."""
+    fetched = run.stages.run(
+        "pull",
+        f"Fetching {run.source.base.name}",
+        Fetched,
+        lambda: _fetch_weights(run),
+        describe=lambda f: size(f.bytes),
+    )
+    _check_weights_expected(run, fetched)
+    return fetched
+
+
+def _fetch_weights(run: Run) -> Fetched:
     folder = run.checkpoint()
     weights = list(folder.glob("*.safetensors"))
     local = [run.source.gguf] if run.source.gguf else weights if run.source.folder else []
-    return _Fetched(sum(path.stat().st_size for path in weights), weights_sha256(local) if local else None)
+    return Fetched(sum(path.stat().st_size for path in weights), weights_sha256(local) if local else None)
 
 
-def _score(run: Run, rows: CalibrationRows) -> LayerScores:
+def score(run: Run, rows: CalibrationRows) -> LayerScores:
     from gradmap_hub.scoring import LayerScores, score_layers
 
     scoring = rows.fit[: run.config.scoring_rows]
@@ -388,7 +407,7 @@ def _score(run: Run, rows: CalibrationRows) -> LayerScores:
     )
 
 
-def _select(run: Run, rows: CalibrationRows, scores: LayerScores) -> _Selected:
+def select(run: Run, rows: CalibrationRows, scores: LayerScores) -> Selected:
     """Form candidate sets from the scores and let the loss on held-out rows decide."""
     from gradmap_hub.calibration import sha256_of_ids
     from gradmap_hub.scoring import iterative_removals
@@ -397,7 +416,7 @@ def _select(run: Run, rows: CalibrationRows, scores: LayerScores) -> _Selected:
 
     config = run.config
 
-    def compute() -> _Selected:
+    def compute() -> Selected:
         decoder = run.decoder()
         grown: dict[str, list[int]] = {}
         if config.drop is not None:
@@ -414,12 +433,12 @@ def _select(run: Run, rows: CalibrationRows, scores: LayerScores) -> _Selected:
         found = search_layers(
             decoder, rows.selection, sets, stems=grown, swaps=config.swaps, rows_done=run.reporter.advance
         )
-        return _Selected(found, by_hand=config.drop is not None)
+        return Selected(found, by_hand=config.drop is not None)
 
     return run.stages.run(
         "select",
         "Choosing layers on held-out rows",
-        _Selected,
+        Selected,
         compute,
         inputs={
             "drop": config.drop,
@@ -429,34 +448,46 @@ def _select(run: Run, rows: CalibrationRows, scores: LayerScores) -> _Selected:
             "swaps": config.swaps,
             "rows": sha256_of_ids(rows.selection),
         },
-        describe=lambda found: f"{len(found.candidates)} sets measured, best {_ranges(found.candidates[0].removed)}",
+        describe=lambda found: f"{len(found.candidates)} sets measured, best {ranges(found.candidates[0].removed)}",
     )
 
 
-def _evaluate_original(run: Run, removed: Sequence[int], texts: Sequence[Rows]) -> _Losses:
-    def compute() -> _Losses:
-        decoder = run.decoder()
-        kept = [layer for layer in range(decoder.count) if layer not in set(removed)]
+def _evaluate_original(run: Run, removed: Sequence[int], texts: Sequence[Rows]) -> _BothLosses:
+    def compute() -> _BothLosses:
         run.reporter.total(2 * sum(len(text.ids) for text in texts))
-        return _Losses(
-            [decoder.losses(text.ids, None, run.reporter.advance) for text in texts],
-            [decoder.losses(text.ids, kept, run.reporter.advance) for text in texts],
-        )
+        return _BothLosses(losses_without(run, [], texts), losses_without(run, removed, texts))
 
     return run.stages.run(
         "evaluate-original",
         "Measuring the original and the pruned model",
-        _Losses,
+        _BothLosses,
         compute,
-        inputs={"texts": [(text.sha256, len(text.ids)) for text in texts], "seq_len": run.config.seq_len},
+        inputs=texts_inputs(run, texts),
     )
 
 
-def _correct(run: Run, rows: CalibrationRows, selected: _Selected) -> _Corrected:
+def losses_without(run: Run, removed: Sequence[int], texts: Sequence[Rows]) -> list[list[float]]:
+    """Per text, the mean NLL (nats per token) of each row in the original as it stands, without layers `removed`."""
+    decoder = run.decoder()
+    kept = [layer for layer in range(decoder.count) if layer not in set(removed)]
+    return [decoder.losses(text.ids, kept, run.reporter.advance) for text in texts]
+
+
+def texts_inputs(run: Run, texts: Sequence[Rows]) -> dict[str, Any]:
+    """What makes a measurement on these texts another one."""
+    return {"texts": [(text.sha256, len(text.ids)) for text in texts], "seq_len": run.config.seq_len}
+
+
+def evaluation_texts(rows: CalibrationRows, extra: Sequence[Rows]) -> list[tuple[Rows, str]]:
+    """What perplexity is measured on, and of which kind each text is."""
+    return [(row, "calibration (held out)") for row in rows.held_out] + [(row, "another source") for row in extra]
+
+
+def correct(run: Run, rows: CalibrationRows, selected: Selected) -> Corrected:
     """Fit the corrections of the best few sets; the set with the lowest held-out loss after correction goes."""
     correction_file = run.work / CORRECTION
 
-    def compute() -> _Corrected:
+    def compute() -> Corrected:
         from gradmap_hub.compensation import fit_correction
         from gradmap_hub.selection import finalists
 
@@ -469,7 +500,7 @@ def _correct(run: Run, rows: CalibrationRows, selected: _Selected) -> _Corrected
         _, winner, record, overrides = min(results, key=lambda result: result[0])
         _save_overrides(overrides, correction_file)
         measured = {tuple(candidate.removed): candidate for _, candidate, _, _ in results}
-        return _Corrected(
+        return Corrected(
             winner.removed,
             None if selected.by_hand else winner,
             [] if selected.by_hand else [measured.get(tuple(c.removed), c) for c in selected.candidates],
@@ -479,11 +510,11 @@ def _correct(run: Run, rows: CalibrationRows, selected: _Selected) -> _Corrected
     return run.stages.run(
         "compensate",
         "Correcting the drift",
-        _Corrected,
+        Corrected,
         compute,
         inputs={"kind": run.config.compensation, "site": run.config.site, "samples": run.config.samples},
         files=lambda: [correction_file],
-        describe=lambda found: f"remove {_ranges(found.removed)}; {_corrected_in_words(found.compensation)}",
+        describe=lambda found: f"remove {ranges(found.removed)}; {_corrected_in_words(found.compensation)}",
     )
 
 
@@ -494,7 +525,7 @@ def _corrected_in_words(record: CompensationRecord) -> str:
     return f"corrected at {places}: held-out loss {record.loss_before:.3f} -> {record.loss_after:.3f}"
 
 
-def _heal(run: Run, rows: CalibrationRows, chosen: _Corrected) -> HealRecord | None:
+def heal_gaps(run: Run, rows: CalibrationRows, chosen: Corrected) -> HealRecord | None:
     """Train the layers around the gaps for a while, if asked for: from the correction on, the original as teacher."""
     if not run.config.heal:
         return None
@@ -525,7 +556,7 @@ def _healed_in_words(record: HealRecord) -> str:
     if not record.applied:
         return f"not applied: {record.reason}"
     return (
-        f"layers {_ranges(record.layers)}, {record.steps} steps: held-out loss {record.loss_before:.3f} -> "
+        f"layers {ranges(record.layers)}, {record.steps} steps: held-out loss {record.loss_before:.3f} -> "
         f"{record.loss_after:.3f}"
     )
 
@@ -543,6 +574,14 @@ def _load_overrides(path: Path) -> dict[tuple[int, str], Any]:
     return {(int(layer), name): value for (layer, name), value in split.items()}
 
 
+def new_values(run: Run, compensation: CompensationRecord, healed: HealRecord | None) -> dict[tuple[int, str], Any]:
+    """(original layer, parameter name within it) -> what correction and healing made of that parameter."""
+    overrides = _load_overrides(run.work / CORRECTION) if compensation.applied else {}
+    if healed is not None and healed.applied:  # trained from the corrected values, which these replace
+        overrides |= _load_overrides(run.work / HEALED)
+    return overrides
+
+
 def _write(run: Run, removed: Sequence[int], compensation: CompensationRecord, healed: HealRecord | None) -> _Written:
     """Remove the layers, put the corrected and healed weights in, save, read back, compare."""
 
@@ -552,9 +591,7 @@ def _write(run: Run, removed: Sequence[int], compensation: CompensationRecord, h
 
         source = run.checkpoint()
         dtype = storage_dtype(run.config.dtype, run.source.base.dtype)
-        overrides = _load_overrides(run.work / CORRECTION) if compensation.applied else {}
-        if healed is not None and healed.applied:  # trained from the corrected values, which these replace
-            overrides |= _load_overrides(run.work / HEALED)
+        overrides = new_values(run, compensation, healed)
         write = _write_streamed if run.config.low_memory else _write_from_memory
         verification, parameters = write(run, removed, overrides, dtype)
         names = legal_texts(path.name for path in source.iterdir())
@@ -625,21 +662,26 @@ def _write_streamed(
     return record, BeforeAfter(before, after)
 
 
-def _evaluate_written(run: Run, texts: Sequence[Rows]) -> _CompensatedLosses:
+def _evaluate_written(run: Run, texts: Sequence[Rows]) -> RowLosses:
     """Perplexity of what was written, loaded afresh."""
 
-    def compute() -> _CompensatedLosses:
+    def compute() -> RowLosses:
         decoder = run.open(run.output)
         run.reporter.total(sum(len(text.ids) for text in texts))
-        return _CompensatedLosses([decoder.losses(text.ids, None, run.reporter.advance) for text in texts])
+        return RowLosses([decoder.losses(text.ids, None, run.reporter.advance) for text in texts])
 
     run.release()
-    return run.stages.run("evaluate-written", "Measuring the result", _CompensatedLosses, compute)
+    return run.stages.run("evaluate-written", "Measuring the result", RowLosses, compute)
 
 
-def _evaluation_record(
-    run: Run, texts: Sequence[tuple[Rows, str]], losses: _Losses, compensated: _CompensatedLosses
+def evaluation_record(
+    run: Run,
+    texts: Sequence[tuple[Rows, str]],
+    original: Sequence[Sequence[float]],
+    pruned: Sequence[Sequence[float]],
+    compensated: Sequence[Sequence[float]],
 ) -> EvaluationRecord:
+    """Perplexities, from the NLL of each row per text."""
     from gradmap_hub.evaluation import perplexity, ratio_interval
 
     measured = [
@@ -650,10 +692,10 @@ def _evaluation_record(
             tokens=rows.ids.numel(),
             sequence_length=run.config.seq_len,
             sha256=rows.sha256,
-            original=perplexity(losses.original[index]),
-            pruned=perplexity(losses.pruned[index]),
-            compensated=perplexity(compensated.rows[index]),
-            interval=ratio_interval(losses.original[index], compensated.rows[index]),
+            original=perplexity(original[index]),
+            pruned=perplexity(pruned[index]),
+            compensated=perplexity(compensated[index]),
+            interval=ratio_interval(original[index], compensated[index]),
         )
         for index, (rows, kind) in enumerate(texts)
     ]
@@ -661,7 +703,7 @@ def _evaluation_record(
     return EvaluationRecord("perplexity", first.original, first.compensated, first.pruned, first.name, measured)
 
 
-def _calibration_record(run: Run, rows: CalibrationRows) -> CalibrationRecord:
+def calibration_record(run: Run, rows: CalibrationRows) -> CalibrationRecord:
     return CalibrationRecord(
         source=", ".join(source.name for source in rows.sources),
         samples=len(rows.fit),
@@ -696,7 +738,11 @@ def artifact(path: Path, root: Path, kind: str, parity: Parity | None = None) ->
     return Artifact(path.relative_to(root).as_posix(), path.stat().st_size, sha256_of(path), kind, parity)
 
 
-def _versions() -> dict[str, str]:
+def hardware() -> str:
+    return f"{platform.machine()}, {len(os.sched_getaffinity(0))} CPU cores"
+
+
+def versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for name in _VERSIONED:
         try:
@@ -716,7 +762,7 @@ def size(count: int) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
-def _ranges(indices: Sequence[int]) -> str:
+def ranges(indices: Sequence[int]) -> str:
     """[3, 12, 13, 14] -> '3, 12-14'."""
     parts: list[str] = []
     start = previous = indices[0]

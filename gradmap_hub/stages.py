@@ -7,6 +7,7 @@ the keys of the stages before it, so that a change upstream recomputes everythin
 from __future__ import annotations
 
 import contextlib
+import copy
 import ctypes
 import gc
 import hashlib
@@ -31,7 +32,19 @@ class Stages:
         self.reporter = reporter
         self.timings: dict[str, float] = {}
         self._key = _digest(identity)
+        self._label = ""
         folder.mkdir(parents=True, exist_ok=True)
+
+    def branch(self, name: str = "", label: str = "") -> Stages:
+        """Stages that go on from here: what is done in them changes nothing for the stages of other branches, nor for
+        those that follow here. With a `name`, results (in a folder of that name) and timings are their own. `label`
+        stands before the titles."""
+        other = copy.copy(self)
+        if name:
+            other.folder, other.timings = self.folder / name, {}
+        other._label = f"{self._label}{label}"
+        other.folder.mkdir(parents=True, exist_ok=True)
+        return other
 
     def run(
         self,
@@ -49,7 +62,7 @@ class Stages:
         `files` are what the stage writes; it is computed again when one of them is gone or has changed size.
         """
         self._key = _digest({"before": self._key, "stage": name, "inputs": dict(inputs or {})})
-        self.reporter.start(title)
+        self.reporter.start(f"{self._label}{title}")
         stored = self._read(name)
         if stored is not None and stored["files"] == _sizes(files()):
             result = from_json(kind, stored["result"])

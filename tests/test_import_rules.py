@@ -19,6 +19,7 @@ LEAVES = {
     "config",
     "contents",
     "errors",
+    "knee",
     "patience",
     "progress",
     "prompting",
@@ -26,6 +27,7 @@ LEAVES = {
     "screening",
     "source",
     "stages",
+    "sweeprecord",
     "targets",
 }
 NUMERIC = {
@@ -40,6 +42,7 @@ NUMERIC = {
     "scoring",
     "search",
     "selection",
+    "speed",
     "streaming",
     "verification",
 }
@@ -156,6 +159,11 @@ def test_only_main_imports_the_command_line() -> None:
     assert importers == {"__main__"}
 
 
+def test_options_are_for_the_command_line() -> None:
+    importers = {path.stem for path in modules() if "cli_options" in names(path)}
+    assert importers >= {"cli", "cli_sweep"} and all(name.startswith("cli") for name in importers)
+
+
 def test_the_embedded_hub_stands_alone() -> None:
     files = list((PACKAGE / "local_hub").rglob("*.py"))
     assert len(files) > 10
@@ -201,7 +209,8 @@ def test_the_command_line_starts_without_the_heavy_packages() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["compare", "demo", "export", "generate", "hub", "inspect", "prune", "publish", "push", "serve", "space"]
+    "command",
+    ["compare", "demo", "export", "generate", "hub", "inspect", "prune", "publish", "push", "serve", "space", "sweep"],
 )
 def test_every_command_explains_itself(command: str) -> None:
     done = run("-m", "gradmap_hub", command, "-h")

@@ -1,4 +1,4 @@
-"""The figure and the table of `inspect`; the card's figures are looked at in test_card.py."""
+"""The figures of `inspect` and `sweep`, and the table of `inspect`; the card's are looked at in test_card.py."""
 
 from __future__ import annotations
 
@@ -10,9 +10,19 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from gradmap_hub.plots import inspect_plot
+from gradmap_hub.knee import recommend
+from gradmap_hub.plots import inspect_plot, sweep_plot
+from gradmap_hub.record import (
+    Base,
+    BeforeAfter,
+    CalibrationRecord,
+    CompensationRecord,
+    EvaluationRecord,
+    TextPerplexity,
+)
 from gradmap_hub.scoring import LayerScores
 from gradmap_hub.selection import lowest
+from gradmap_hub.sweeprecord import Rate, Speed, SweepPoint, SweepRecord
 from gradmap_hub.terminal import inspect_table
 
 COUNT = 30
@@ -81,3 +91,53 @@ def test_the_table_says_when_a_layer_goes() -> None:
 
 def test_the_table_without_choices_has_scores_only() -> None:
     assert "goes at" not in "".join(shown({})) and "goes at" in "".join(shown(CHOICES))
+
+
+def make_sweep(perplexities: Sequence[float], *, timed: bool = True, texts: int = 2) -> SweepRecord:
+    """Two layers of thirty more at every point."""
+    points = []
+    for number, value in enumerate(perplexities, start=1):
+        measured = [
+            TextPerplexity(f"t{text}", "", 4, 128, 32, "", 9.0, 12.0 * value, 9.0 * value**text, [1.0, 2.0])
+            for text in range(1, texts + 1)
+        ]
+        rate = Rate(10.0, 10.0 + number, 1 + number / 10, [1 + number / 20, 1 + number / 5])
+        points.append(
+            SweepPoint(
+                [number / 15], list(range(2 * number)), BeforeAfter(30, 30 - 2 * number),
+                BeforeAfter(100, 100 - 5 * number), BeforeAfter(400, 400 - 20 * number), "gradient",
+                value, [value / 1.01, value * 1.01], value, EvaluationRecord("perplexity", 9.0, 9.0, 9.0, "", measured),
+                [], CompensationRecord(False), None, Speed(rate, rate, 8, 4, 5, 1, "cpu", "float32") if timed else None,
+            )
+        )  # fmt: skip
+    return SweepRecord(
+        1, "", "", Base("org/model"), [], {}, CalibrationRecord("", 4, 128, 32, ""), points, recommend(points)
+    )
+
+
+def test_the_sweep_is_drawn_the_same_each_time_and_without_speed_lower(tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in ("a.png", "b.png", "untimed.png", "straight.png")]
+    record = make_sweep([1.05, 1.1, 1.9])
+    assert record.recommendation.knee == 2 / 15
+    sweep_plot(record, paths[0])
+    sweep_plot(record, paths[1])
+    sweep_plot(make_sweep([1.05, 1.1, 1.9], timed=False), paths[2])
+    sweep_plot(make_sweep([1.2, 1.44, 1.9]), paths[3])
+    assert paths[0].read_bytes() == paths[1].read_bytes() != paths[3].read_bytes()
+    assert [size_of(path) for path in paths] == [(1200, 840), (1200, 840), (1200, 560), (1200, 840)]
+
+
+@pytest.mark.parametrize("values", [[1.0], [0.97, 1.0], [1.0001, 1.0002, 1.0003], [3.0, 1e4, 1e12]])
+def test_extreme_sweeps_are_drawn(values: list[float], tmp_path: Path) -> None:
+    path = tmp_path / "plot.png"
+    sweep_plot(make_sweep(values, texts=1), path)
+    assert path.stat().st_size
+
+
+@pytest.mark.parametrize("top", [1.0005, 1.01, 1.3, 2.0, 2.6, 9.0, 70.0, 1e4, 1e12])
+def test_ticks_are_few_and_within_the_axis(top: float) -> None:
+    from gradmap_hub.plots import _log_ticks
+
+    ticks = _log_ticks(0.99, top)
+    assert 2 <= len(ticks) <= 9 and all(0.99 <= tick <= top for tick in ticks)
+    assert ticks == sorted(set(ticks)) and {f"{tick:g}" for tick in ticks} == {f"{tick:.4g}" for tick in ticks}

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from gradmap_hub.architectures import ARCHITECTURES
 from gradmap_hub.errors import BrokenCheckpointError, VerificationError
 from gradmap_hub.exporters import checkpoint
-from gradmap_hub.pruning import parameter_count, remove_layers, storage_dtype
+from gradmap_hub.pruning import layers_left_out, parameter_count, remove_layers, storage_dtype
 from gradmap_hub.verification import logits_of, probe_ids, verify
 
 REMOVED = [1, 3]
@@ -115,6 +115,31 @@ def test_config_objects_of_submodules_follow(model_of: Callable[..., Any]) -> No
     remove_layers(model, ARCHITECTURES["qwen2"], REMOVED)
     assert before.num_hidden_layers == 5 and len(before.layer_types) == 5  # the caller's config is not changed
     assert all(m.config.num_hidden_layers == 3 for m in model.modules() if hasattr(m, "config"))
+
+
+def everything_of(model: Any) -> dict[str, Any]:
+    """What `layers_left_out` may not change: parameters by name and identity, indices, configurations."""
+    named = {name: id(parameter) for name, parameter in model.named_parameters()}
+    indices = {name: module.layer_idx for name, module in model.named_modules() if hasattr(module, "layer_idx")}
+    configs = {name: id(module.config) for name, module in model.named_modules() if hasattr(module, "config")}
+    return {"parameters": named, "indices": indices, "configs": configs, "config": model.config.to_dict()}
+
+
+def test_layers_are_left_out_for_a_while(
+    family: str, model_of: Callable[..., Any], random_rows: Callable[..., Any], prune_copy: Callable[..., Any]
+) -> None:
+    """Also for the KV cache: generation is that of the pruned model, and afterwards that of the original again."""
+    model, ids = model_of(family), random_rows(1, WINDOW + 4)
+    pruned, before, full = prune_copy(model, REMOVED), everything_of(model), logits(model, ids)
+    wanted = pruned.generate(ids, max_new_tokens=WINDOW, do_sample=False, pad_token_id=0)
+    with layers_left_out(model, ARCHITECTURES[family], REMOVED):
+        assert torch.equal(logits(model, ids), logits(pruned, ids))
+        found = model.generate(ids, max_new_tokens=WINDOW, do_sample=False, pad_token_id=0)
+        assert torch.equal(found, wanted) and model.config.num_hidden_layers == len(KEPT)
+    assert everything_of(model) == before and torch.equal(logits(model, ids), full)
+    with pytest.raises(KeyboardInterrupt), layers_left_out(model, ARCHITECTURES[family], REMOVED):
+        raise KeyboardInterrupt
+    assert everything_of(model) == before and torch.equal(logits(model, ids), full)
 
 
 @pytest.mark.parametrize("eos", [[2, 3, 4, 5, 6], 2])

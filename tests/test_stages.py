@@ -168,3 +168,34 @@ def test_not_a_number_is_not_stored(tmp_path: Path) -> None:
     with pytest.raises(ValueError):
         stages.run("s", "S", Result, lambda: Result(1, [float("nan")]))
     assert not list(tmp_path.iterdir())
+
+
+def test_branches_leave_each_other_and_what_follows_alone(tmp_path: Path) -> None:
+    computed: list[str] = []
+
+    def run(stages: Stages, name: str, value: int) -> int:
+        def compute() -> Result:
+            computed.append(f"{name} {value}")
+            return Result(value, [])
+
+        return stages.run(name, name.title(), Result, compute, inputs={"value": value}).value
+
+    def script(first: int = 1, left: int = 1, right: int = 1, beside: int = 1, last: int = 1) -> list[str]:
+        computed.clear()
+        stages = Stages(tmp_path, reporter, {})
+        assert run(stages, "first", first) == first
+        assert run(stages.branch("left", "To the left: "), "side", left) == left
+        assert run(stages.branch("right"), "side", right) == right
+        assert run(stages.branch(), "beside", beside) == beside
+        assert run(stages, "last", last) == last
+        assert set(stages.timings) == {"first", "beside", "last"}
+        return list(computed)
+
+    reporter = Recorder()
+    everything = ["first 1", "side 1", "side 1", "beside 1", "last 1"]
+    assert script() == everything and script() == []
+    assert "start To the left: Side" in reporter.events and "start Side" in reporter.events
+    assert script(left=2) == ["side 2"]
+    assert script(left=2, beside=2) == ["beside 2"]
+    assert script(left=2, beside=2, right=3) == ["side 3"]
+    assert script(first=2) == ["first 2", *everything[1:]]

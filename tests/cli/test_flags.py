@@ -155,7 +155,7 @@ def test_numbers_that_cannot_be(world: Any, small: Path) -> None:
 
 def test_what_does_not_decide_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Looking longer, or another collection, must not change what is published."""
-    from gradmap_hub import cli
+    from gradmap_hub.cli_options import command_line
 
     words = [
         "push",
@@ -170,7 +170,7 @@ def test_what_does_not_decide_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -
         "--resume",
     ]
     monkeypatch.setattr("sys.argv", ["gradmap-hub", *words])
-    assert cli._command_line() == "gradmap-hub push a/b --layers 2"
+    assert command_line() == "gradmap-hub push a/b --layers 2"
 
 
 def test_hub_with_a_port_for_downloads(world: Any, tmp_path: Path) -> None:

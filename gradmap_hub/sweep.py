@@ -1,0 +1,262 @@
+"""The stages of `sweep`: what `prune` would make at each of several ratios, measured without writing a checkpoint.
+
+Texts, weights, the scoring pass and the original's losses are shared by all ratios. From there each number of layers is
+a branch of its own with the very stages of `prune` (see `run`): choose, correct, heal. The new weights are put in for
+the measurement only. A result counts on disk as soon as it is there; what is there is not computed again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gradmap_hub import __version__
+from gradmap_hub.config import SweepConfig
+from gradmap_hub.errors import OutputExists
+from gradmap_hub.knee import recommend
+from gradmap_hub.plan import Source
+from gradmap_hub.record import BeforeAfter, HealRecord
+from gradmap_hub.run import (
+    Corrected,
+    RowLosses,
+    Run,
+    calibrate,
+    calibration_record,
+    correct,
+    evaluation_record,
+    evaluation_texts,
+    hardware,
+    heal_gaps,
+    losses_without,
+    new_values,
+    pull,
+    score,
+    select,
+    settings_of,
+    size,
+    texts_inputs,
+    versions,
+)
+from gradmap_hub.sweeprecord import SWEEP_FILE, SWEEP_VERSION, Speed, SweepPoint, SweepRecord
+
+if TYPE_CHECKING:  # torch is only imported once there is something to compute
+    from gradmap_hub.calibration import CalibrationRows, Rows
+    from gradmap_hub.scoring import LayerScores
+
+NOT_ASKED_FOR = "not asked for"
+STREAMED = "with --low-memory the weights come from the disk, whose speed it would be"
+
+
+@dataclass(frozen=True)
+class _Pruned:
+    """Per evaluation text, the mean NLL of each row: before and after correction and healing."""
+
+    uncorrected: list[list[float]]
+    corrected: list[list[float]]
+
+
+@dataclass(frozen=True)
+class _Size:
+    """`bytes`: the original's files; the tensors that the written checkpoint would hold."""
+
+    parameters: BeforeAfter
+    bytes: BeforeAfter
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """What all ratios start from. `original`: losses of the original on `texts`."""
+
+    rows: CalibrationRows
+    scores: LayerScores
+    texts: Sequence[tuple[Rows, str]]
+    original: RowLosses
+
+
+def default_sweep_output(model: str) -> Path:
+    """NAME-sweep in the working folder."""
+    return Path(f"{Path(model).stem if model.endswith('.gguf') else Path(model).name}-sweep")
+
+
+def check_sweep_output(output: Path, source: Source) -> None:
+    """Raises OutputExists: the folder holds something else than a sweep, or one of another model."""
+    if output.exists() and not output.is_dir():
+        raise OutputExists(f"{output} is a file.", hint="Choose another folder.")
+    if not output.exists() or not any(output.iterdir()):
+        return
+    if not (output / SWEEP_FILE).is_file():
+        raise OutputExists(
+            f"The folder {output} is not empty; nothing in it was touched.", hint="Choose another folder."
+        )
+    there = SweepRecord.read(output).base
+    if (there.name, there.repo_id) != (source.base.name, source.base.repo_id):
+        raise OutputExists(
+            f"The folder {output} holds a sweep of {there.name}; it was left as it is.", hint="Choose another folder."
+        )
+
+
+def sweep_stages(run: Run, config: SweepConfig) -> Iterator[SweepRecord]:
+    """Measure one number of layers after another, fewest first; yields the record with every further one in it."""
+    run.precision()  # refuses what cannot be, before anything is fetched
+    rows, extra = calibrate(run)
+    fetched = pull(run)
+    scores = score(run, rows)
+    texts = evaluation_texts(rows, extra)
+    shared = _Shared(rows, scores, texts, _evaluate_original(run, [row for row, _ in texts]))
+    settings = settings_of(run, rows, extra)
+    for how_much in ("ratio", "layers", "drop"):
+        del settings[how_much]
+    counts = config.ratios_by_count(run.source.layer_count)
+    points: list[SweepPoint] = []
+    no_speed = NOT_ASKED_FOR if not config.speed else STREAMED if config.prune.low_memory else ""
+    if no_speed == STREAMED:
+        run.reporter.note(f"Speed is not measured: {STREAMED}.")
+    for count, ratios in counts.items():
+        points.append(_measure(run, shared, count, ratios, timed=not no_speed))
+        found = recommend(points, config.max_loss)
+        push = config.push_command(found.ratio) if found.ratio is not None else ""
+        yield SweepRecord(
+            schema_version=SWEEP_VERSION,
+            gradmap_hub=__version__,
+            command=run.command,
+            base=dataclasses.replace(run.source.base, weights_sha256=fetched.sha256),
+            ratios=sorted(set(config.ratios)),
+            settings=settings,
+            calibration=calibration_record(run, rows),
+            points=list(points),
+            recommendation=dataclasses.replace(found, push=push),
+            no_speed=no_speed,
+            versions=versions(),
+            hardware=hardware(),
+            seconds=dict(run.stages.timings),
+        )
+
+
+def _measure(run: Run, shared: _Shared, count: int, ratios: Sequence[float], *, timed: bool) -> SweepPoint:
+    from gradmap_hub.evaluation import perplexity, ratio_interval
+
+    branch = run.branch(f"without-{count}", f"Without {count} of {run.source.layer_count} layers: ", ratios[0])
+    rows = shared.rows
+    chosen = correct(branch, rows, select(branch, rows, shared.scores))
+    healed = heal_gaps(branch, rows, chosen)
+    weights = _size(branch, chosen.removed)
+    pruned = _evaluate(branch, chosen, healed, [row for row, _ in shared.texts])
+    speed = _time(branch, chosen.removed, rows) if timed else None
+    original, uncorrected, corrected = (
+        [loss for text in texts for loss in text]
+        for texts in (shared.original.rows, pruned.uncorrected, pruned.corrected)
+    )
+    base = perplexity(original)
+    assert chosen.winner is not None  # there is one unless the layers were chosen by hand
+    return SweepPoint(
+        ratios=list(ratios),
+        removed=chosen.removed,
+        layers=BeforeAfter(run.source.layer_count, run.source.layer_count - count),
+        parameters=weights.parameters,
+        bytes=weights.bytes,
+        metric=chosen.winner.name,
+        perplexity=perplexity(corrected) / base,
+        interval=ratio_interval(original, corrected),
+        uncorrected=perplexity(uncorrected) / base,
+        evaluation=evaluation_record(run, shared.texts, shared.original.rows, pruned.uncorrected, pruned.corrected),
+        candidates=chosen.candidates,
+        compensation=chosen.compensation,
+        heal=healed,
+        speed=speed,
+        seconds=dict(branch.stages.timings),
+    )
+
+
+def _evaluate_original(run: Run, texts: Sequence[Rows]) -> RowLosses:
+    def compute() -> RowLosses:
+        run.reporter.total(sum(len(text.ids) for text in texts))
+        return RowLosses(losses_without(run, [], texts))
+
+    # On a branch: other texts to measure on are no reason to choose or correct anew.
+    return run.stages.branch().run(
+        "evaluate-original", "Measuring the original", RowLosses, compute, inputs=texts_inputs(run, texts)
+    )
+
+
+def _evaluate(run: Run, chosen: Corrected, healed: HealRecord | None, texts: Sequence[Rows]) -> _Pruned:
+    """The losses of the pruned model, first as it is, then with the new weights put in for a while."""
+
+    def compute() -> _Pruned:
+        from gradmap_hub.pruning import storage_dtype
+
+        decoder = run.decoder()
+        overrides = new_values(run, chosen.compensation, healed)
+        run.reporter.total(sum(len(text.ids) for text in texts) * (2 if overrides else 1))
+        uncorrected = losses_without(run, chosen.removed, texts)
+        if not overrides:
+            return _Pruned(uncorrected, uncorrected)
+        stored = storage_dtype(run.config.dtype, run.source.base.dtype)
+        with ExitStack() as replaced:
+            for (layer, name), value in overrides.items():
+                rounded = value.to(stored).to(value.dtype).to(decoder.device)  # as read back from the checkpoint
+                replaced.enter_context(decoder.replaced(layer, {name: rounded}))
+            return _Pruned(uncorrected, losses_without(run, chosen.removed, texts))
+
+    inputs = {**texts_inputs(run, texts), "dtype": run.config.dtype}
+    return run.stages.run("evaluate", "Measuring perplexity", _Pruned, compute, inputs=inputs)
+
+
+def _size(run: Run, removed: Sequence[int]) -> _Size:
+    def compute() -> _Size:
+        from gradmap_hub.exporters.checkpoint import checkpoint_bytes
+        from gradmap_hub.pruning import parameter_count, storage_dtype
+
+        decoder = run.decoder()
+        before = parameter_count(decoder.model)
+        after = before - sum(parameter_count(decoder.layers[layer]) for layer in removed)
+        stored = storage_dtype(run.config.dtype, run.source.base.dtype)
+        return _Size(
+            BeforeAfter(before, after), BeforeAfter(checkpoint_bytes(run.checkpoint()), after * stored.itemsize)
+        )
+
+    # On a branch: the number format decides nothing of what is measured after.
+    return run.stages.branch().run(
+        "size",
+        "Size",
+        _Size,
+        compute,
+        inputs={"dtype": run.config.dtype},
+        describe=lambda found: f"{size(found.bytes.before)} -> {size(found.bytes.after)}",
+    )
+
+
+def _time(run: Run, removed: Sequence[int], rows: CalibrationRows) -> Speed:
+    """Speed against the original, from the decoder's own model: layers are left out and put back."""
+    from gradmap_hub import speed
+
+    dtype, device = run.precision()
+    positions = run.source.config.get("max_position_embeddings")
+    room = positions if isinstance(positions, int) else speed.PROMPT_TOKENS + speed.NEW_TOKENS
+    new_tokens = min(speed.NEW_TOKENS, room // 2)
+    prompt = rows.fit.flatten()[: min(speed.PROMPT_TOKENS, room - new_tokens)]
+
+    def compute() -> Speed:
+        from gradmap_hub.pruning import layers_left_out
+
+        model = run.decoder().model
+        run.reporter.total(speed.ROUNDS)
+        return speed.measure_speed(
+            model,
+            lambda: layers_left_out(model, run.source.architecture, removed),
+            prompt[None],
+            new_tokens=new_tokens,
+            round_done=run.step,
+        )
+
+    return run.stages.branch().run(
+        "speed",
+        "Timing against the original",
+        Speed,
+        compute,
+        inputs={"hardware": hardware(), "precision": [str(dtype), device], "tokens": [len(prompt), new_tokens]},
+        describe=lambda found: f"reading x{found.prefill.ratio:.2f}, writing x{found.decode.ratio:.2f}",
+    )

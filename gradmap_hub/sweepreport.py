@@ -1,0 +1,135 @@
+"""sweep.json, sweep.md and sweep.png: what a sweep measured, for programs, for reading and at a glance."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from gradmap_hub.sweeprecord import Rate, SweepPoint, SweepRecord
+
+TABLE_FILE, PLOT_FILE = "sweep.md", "sweep.png"
+
+
+def write_report(record: SweepRecord, folder: Path) -> None:
+    """Write the three files."""
+    from gradmap_hub.plots import sweep_plot
+
+    folder.mkdir(parents=True, exist_ok=True)
+    record.write(folder)
+    (folder / TABLE_FILE).write_text(markdown(record), encoding="utf-8")
+    sweep_plot(record, folder / PLOT_FILE)
+
+
+def columns(record: SweepRecord) -> list[str]:
+    """The heads of `rows`."""
+    heads = ["ratio", "layers", "parameters", "weights", "perplexity [95 %]"]
+    return heads if record.no_speed else [*heads, "reading", "writing"]
+
+
+def rows(record: SweepRecord, *, ranges: bool = True) -> list[list[str]]:
+    """The original, then one row per number of layers, as text. Perplexity and speed are multiples of the original's;
+    `ranges`: speed with the range of its rounds."""
+    if not record.points:
+        return []
+    first = record.points[0]
+    found = [["0", str(first.layers.before), f"{first.parameters.before / 1e6:.1f}M", _size(first.bytes.before), "1"]]
+    if first.speed is not None:
+        found[0] += ["1", "1"]
+    for point in record.points:
+        low, high = point.interval
+        row = [
+            " ".join(f"{ratio:g}" for ratio in point.ratios),
+            str(point.layers.after),
+            f"{point.parameters.after / 1e6:.1f}M (-{point.parameter_share:.1%})",
+            _size(point.bytes.after),
+            f"x{point.perplexity:.2f} [{low:.2f}, {high:.2f}]",
+        ]
+        if point.speed is not None:
+            row += [_rate(rate, ranges) for rate in (point.speed.prefill, point.speed.decode)]
+        found.append(row)
+    return found
+
+
+def recommended(record: SweepRecord) -> SweepPoint | None:
+    """The point that is recommended, if there is one."""
+    ratio = record.recommendation.ratio
+    return next((point for point in record.points if ratio is not None and ratio in point.ratios), None)
+
+
+def verdict(record: SweepRecord) -> str:
+    """What is recommended and why, in a line or two."""
+    given = record.recommendation
+    if given.ratio is None:
+        text = f"No ratio is recommended: {given.reason}."
+    else:
+        text = f"Recommended: {given.ratio:g}, {given.reason}."
+    if given.max_loss is not None:
+        text += f" By shape: {f'{given.knee:g}, ' if given.knee is not None else ''}{given.knee_reason}."
+    return text
+
+
+def markdown(record: SweepRecord) -> str:
+    """sweep.md: the table, what is recommended, perplexity text by text, and how it was measured."""
+    calibration, settings = record.calibration, record.settings
+    base = f"{record.base.name} at {record.base.commit}" if record.base.commit else record.base.name
+    parts = [f"# {record.base.name}: quality against size", ""]
+    parts += _table(columns(record), rows(record), left=0)
+    missing = sorted(set(record.ratios) - {ratio for point in record.points for ratio in point.ratios})
+    if missing:
+        parts += ["", f"Not finished: {', '.join(f'{ratio:g}' for ratio in missing)} still to be measured."]
+    parts += ["", verdict(record), ""]
+    if record.recommendation.push:
+        parts += ["```", record.recommendation.push, "```", ""]
+    parts += [f"![Perplexity and speed by ratio]({PLOT_FILE})", ""]
+    parts += ["## Perplexity by text", ""]
+    for point in record.points:
+        texts = [
+            [text.name, text.kind, f"{text.tokens:,}", f"{text.original:.2f}", f"{text.pruned:.2f}",
+             f"{text.compensated:.2f}", f"{text.interval[0]:.2f} to {text.interval[1]:.2f}"]
+            for text in point.evaluation.texts
+        ]  # fmt: skip
+        heads = ["text", "kind", "tokens", "original", "pruned", "pruned and corrected", "of original, 95 %"]
+        removed = ", ".join(map(str, point.removed))
+        parts += [f"Ratio {' '.join(f'{ratio:g}' for ratio in point.ratios)}: without layers {removed} "
+                  f"({point.metric}).", "", *_table(heads, texts, left=2), ""]  # fmt: skip
+    parts += [
+        "## How it was measured",
+        "",
+        f"- {base}; gradmap-hub {record.gradmap_hub}; {record.hardware}; "
+        + ", ".join(f"{name} {version}" for name, version in record.versions.items()),
+        f"- Calibrated on {calibration.samples} rows of {calibration.sequence_length} tokens from {calibration.source} "
+        f"(sha256 of the rows: {calibration.sha256}). Nothing is measured on them.",
+        "- Perplexity over that of the original: exp of the mean difference of the rows' losses, all rows of all texts "
+        "with the same weight; intervals by paired bootstrap over the rows.",
+        f"- {_speed_words(record)}",
+        f"- Computed in {settings.get('compute')} on {settings.get('device')}, "
+        f"{sum(record.seconds.values()):.0f} s once and "
+        + ", ".join(f"{sum(point.seconds.values()):.0f}" for point in record.points)
+        + " s for the ratios.",
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def _speed_words(record: SweepRecord) -> str:
+    speed = next((point.speed for point in record.points if point.speed is not None), None)
+    if speed is None:
+        return f"Speed was not measured: {record.no_speed}."
+    return (
+        "Speed: tokens per second over those of the original, which ran in turn with it; PyTorch eager in "
+        f"{speed.dtype} on {speed.device}, {speed.threads} threads, batch 1; reading {speed.prompt_tokens} tokens at "
+        f"once and writing {speed.new_tokens} with the KV cache; median and range of {speed.rounds} rounds."
+    )
+
+
+def _table(heads: Sequence[str], lines: Sequence[Sequence[str]], left: int) -> list[str]:
+    """A Markdown table; all columns but the first `left` are aligned to the right."""
+    marks = ["---" if index < left else "---:" for index in range(len(heads))]
+    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in (heads, marks, *lines)]
+
+
+def _rate(rate: Rate, ranges: bool) -> str:
+    return f"x{rate.ratio:.2f}" + (f" [{rate.spread[0]:.2f}, {rate.spread[1]:.2f}]" if ranges else "")
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
