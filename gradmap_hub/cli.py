@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from gradmap_hub import __version__, cli_generate, cli_serve
+from gradmap_hub import __version__, cli_evaluate, cli_generate, cli_serve
 from gradmap_hub.config import (
     DEFAULT_CALIBRATION,
     PRESETS,
@@ -79,6 +79,8 @@ def main() -> NoReturn:
     except (KeyboardInterrupt, typer.Abort):
         resumable = bool({"push", "prune", "demo"} & set(arguments[:1]))
         hint = "Run the same command again with --resume to go on where it stopped." if resumable else None
+        if arguments[:1] == ["evaluate"]:
+            hint = "Run the same command again to go on where it stopped; record and card are as they were."
         status = _report("Interrupted.", hint, 130)
     except _ClickException as error:
         _trace(debug)
@@ -661,6 +663,7 @@ def compare(
     run_space(built, {"PRUNED_MODEL": str(folder.resolve())}, host=host, port=port, open_browser=open_browser)
 
 
+cli_evaluate.register(app)
 cli_generate.register(app)
 cli_serve.register(app)
 

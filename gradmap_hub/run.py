@@ -88,6 +88,7 @@ class Run:
         self.reporter = reporter
         self.hub = hub
         self._decoder: Decoder | None = None
+        self._tokenizer: Any = None
         self.stages = Stages(self.work, reporter, {"version": __version__, "what": stages, "base": identity(source)})
 
     def companions(self) -> Path:
@@ -112,6 +113,24 @@ class Run:
         folder = self._fetch(["config.json", *self.source.files.weights, *self.source.files.companions])
         check_weights(folder, self.source.files)
         return folder
+
+    def tokenizer(self) -> Any:
+        """The original's tokenizer, loaded when first needed.
+
+        Raises:
+            SourceError: it cannot be loaded.
+        """
+        if self._tokenizer is None:
+            from transformers import AutoTokenizer
+
+            try:
+                self._tokenizer = AutoTokenizer.from_pretrained(
+                    self.companions(), local_files_only=True, trust_remote_code=False
+                )
+            except (OSError, ValueError) as error:
+                first = str(error).strip().splitlines()[0]
+                raise SourceError(f"The tokenizer of {self.source.base.name} cannot be loaded: {first}") from error
+        return self._tokenizer
 
     def decoder(self) -> Decoder:
         """The original model, opened when first needed."""
@@ -210,6 +229,7 @@ def prune_stages(run: Run, *, target: str | None = None, license: str | None = N
     run.precision()  # refuses what cannot be, before anything is fetched
     run.output.mkdir(parents=True, exist_ok=True)
     rows, extra = _calibrate(run)
+    contaminated = _check_contamination(run, rows, extra)
     fetched = run.stages.run(
         "pull",
         f"Fetching {run.source.base.name}",
@@ -247,13 +267,13 @@ def prune_stages(run: Run, *, target: str | None = None, license: str | None = N
         seed=run.config.seed,
         candidates=chosen.candidates,
         verification=written.verification,
-        evaluation=_evaluation_record(run, texts, losses, compensated),
+        evaluation=_evaluation_record(run, texts, losses, compensated, contaminated),
         artifacts=weight_artifacts(run.output),
         target=target,
         dtype=written.dtype,
-        versions=_versions(),
+        versions=versions(),
         timings=dict(run.stages.timings),
-        hardware=f"{platform.machine()}, {len(os.sched_getaffinity(0))} CPU cores",
+        hardware=hardware(),
         heal=healed,
         settings=_settings(run, rows, extra),
     )
@@ -284,8 +304,6 @@ def _check_weights_expected(run: Run, fetched: _Fetched) -> None:
 
 def _calibrate(run: Run) -> tuple[CalibrationRows, list[Rows]]:
     """Tokenise and split the texts. Cheap, so it is done on every run, and before any weight is fetched."""
-    from transformers import AutoTokenizer
-
     from gradmap_hub.calibration import evaluation_rows, split_rows
 
     config = run.config
@@ -299,11 +317,7 @@ def _calibrate(run: Run) -> tuple[CalibrationRows, list[Rows]]:
             f"{name} is given both as calibration and as evaluation text.",
             hint="Rows of the calibration text are held out for evaluation anyway; leave out that --eval-text.",
         )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(run.companions(), local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise SourceError(f"The tokenizer of {run.source.base.name} cannot be loaded: {first}") from error
+    tokenizer = run.tokenizer()
     rows = split_rows(
         texts,
         tokenizer,
@@ -321,6 +335,42 @@ def _calibrate(run: Run) -> tuple[CalibrationRows, list[Rows]]:
     extra = [evaluation_rows(text, tokenizer, seq_len=config.seq_len, rows=config.eval_rows) for text in extra_texts]
     run.reporter.finish(f"{rows.fit.numel():,} tokens from {', '.join(text.name for text in texts)}")
     return rows, extra
+
+
+def _check_contamination(run: Run, rows: CalibrationRows, extra: Sequence[Rows]) -> list[list[int]]:
+    """Per evaluation text, its rows that share a run of words with a calibration row.
+
+    Raises:
+        CalibrationError: that is more than half of a text's rows.
+    """
+    from gradmap_hub.contamination import shared_rows
+
+    if not extra:
+        return []
+    decode = run.tokenizer().batch_decode
+    sources = {source.name: decode(source.ids.tolist()) for source in rows.sources}
+    selection = decode(rows.selection.tolist())  # of the same texts; it decided between layers
+    found: list[list[int]] = []
+    for text in extra:
+        words = decode(text.ids.tolist())
+        shared = shared_rows(words, (row for group in (*sources.values(), selection) for row in group))
+        found.append(shared)
+        if not shared:
+            continue
+        hits = {name: len(shared_rows(words, group)) for name, group in sources.items()}
+        worst = max(hits, key=lambda name: hits[name])
+        if 2 * len(shared) > len(words):
+            raise CalibrationError(
+                f"{len(shared)} of the {len(words)} rows of the evaluation text {text.name} share 13 words in a row "
+                f"with rows of the calibration text {worst}.",
+                hint="Measure on another text, or calibrate on another one: a model looks better on what it was "
+                "fitted to.",
+            )
+        run.reporter.note(
+            f"{len(shared)} of the {len(words)} rows of {text.name} share 13 words in a row with calibration rows "
+            f"({worst}); the record names them."
+        )
+    return found
 
 
 def text_of(source: str, hub: Hub) -> Text:
@@ -638,10 +688,15 @@ def _evaluate_written(run: Run, texts: Sequence[Rows]) -> _CompensatedLosses:
 
 
 def _evaluation_record(
-    run: Run, texts: Sequence[tuple[Rows, str]], losses: _Losses, compensated: _CompensatedLosses
+    run: Run,
+    texts: Sequence[tuple[Rows, str]],
+    losses: _Losses,
+    compensated: _CompensatedLosses,
+    contaminated: Sequence[list[int]],
 ) -> EvaluationRecord:
     from gradmap_hub.evaluation import perplexity, ratio_interval
 
+    held_out = len(texts) - len(contaminated)
     measured = [
         TextPerplexity(
             name=rows.name,
@@ -654,6 +709,8 @@ def _evaluation_record(
             pruned=perplexity(losses.pruned[index]),
             compensated=perplexity(compensated.rows[index]),
             interval=ratio_interval(losses.original[index], compensated.rows[index]),
+            # The held-out rows come first; they are of the calibration texts by intention.
+            contaminated=contaminated[index - held_out] if index >= held_out else None,
         )
         for index, (rows, kind) in enumerate(texts)
     ]
@@ -696,7 +753,12 @@ def artifact(path: Path, root: Path, kind: str, parity: Parity | None = None) ->
     return Artifact(path.relative_to(root).as_posix(), path.stat().st_size, sha256_of(path), kind, parity)
 
 
-def _versions() -> dict[str, str]:
+def hardware() -> str:
+    return f"{platform.machine()}, {len(os.sched_getaffinity(0))} CPU cores"
+
+
+def versions() -> dict[str, str]:
+    """Of the packages whose version may show in a result."""
     found = {"python": platform.python_version()}
     for name in _VERSIONED:
         try:

@@ -1,0 +1,137 @@
+"""How fast a model reads a prompt and writes tokens: PyTorch eager, and ONNX files as `generate` and `serve` step them.
+
+Backends are loaded once in one process and take turns, round by round, so that what slows the machine down for a while
+slows all of them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+PROMPT_TOKENS = 128
+
+
+class Backend(Protocol):
+    """A loaded model that reads a prompt and then writes greedy tokens, one by one."""
+
+    def read(self, ids: Sequence[int]) -> None: ...
+
+    def write(self) -> int: ...
+
+    def losses(self, ids: Sequence[int]) -> np.ndarray:
+        """Negative log-likelihood in nats of each token but the first: (tokens - 1,) float64."""
+        ...
+
+
+class Eager:
+    """transformers, with its own KV cache; `batch` equal rows at a time."""
+
+    def __init__(self, model: Any, batch: int = 1) -> None:
+        import torch
+
+        self._torch = torch
+        self._model = model
+        self._batch = batch
+
+    @staticmethod
+    def load(folder: Path, threads: int) -> Eager:
+        """In float32. `threads` are those of the whole process."""
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        torch.set_num_threads(threads)
+        return Eager(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval())
+
+    def _run(self, ids: Sequence[int], past: Any) -> None:
+        rows = self._torch.tensor([list(ids)] * self._batch, device=self._model.device)
+        with self._torch.inference_mode():
+            done = self._model(rows, past_key_values=past, use_cache=True, logits_to_keep=1)
+        self._past, self._next = done.past_key_values, int(done.logits[0, -1].argmax())
+
+    def read(self, ids: Sequence[int]) -> None:
+        self._run(ids, None)
+
+    def write(self) -> int:
+        token = self._next
+        self._run([token], self._past)
+        return token
+
+    def losses(self, ids: Sequence[int]) -> np.ndarray:
+        torch = self._torch
+        row = torch.tensor([list(ids)], device=self._model.device)
+        with torch.inference_mode():
+            logits = self._model(row).logits[0, :-1].double()
+            return torch.nn.functional.cross_entropy(logits, row[0, 1:], reduction="none").cpu().numpy()
+
+
+class OnnxRuntime:
+    """One artifact. `most`: the most tokens that it will write after a prompt."""
+
+    def __init__(self, folder: Path, artifact: str, threads: int, most: int) -> None:
+        from gradmap_hub import runtime
+
+        self._model = runtime.load(folder, artifact=artifact, threads=threads)
+        self._most = most
+
+    def read(self, ids: Sequence[int]) -> None:
+        self._answer = self._model.start(ids, max_tokens=self._most + 1, ignore_end=True)
+        self._answer.advance()
+
+    def write(self) -> int:
+        token = self._answer.token_ids[-1]
+        self._answer.advance()
+        return token
+
+    def losses(self, ids: Sequence[int]) -> np.ndarray:
+        return self._model.losses(ids)
+
+
+@dataclass
+class Timed:
+    """Seconds per round of reading the prompt and of writing."""
+
+    prefill: list[float] = field(default_factory=list)
+    decode: list[float] = field(default_factory=list)
+
+
+def take_turns(
+    backends: Sequence[Backend],
+    prompt: Sequence[int],
+    *,
+    rounds: int,
+    new_tokens: int,
+    done: Callable[[], None] = lambda: None,
+) -> list[Timed]:
+    """Every backend once in every round, after one that does not count: the first run of each pays for allocations.
+
+    `done` is called after each turn, that of warming up included."""
+    for backend in backends:
+        backend.read(prompt)
+        backend.write()
+        done()
+    found = [Timed() for _ in backends]
+    for _ in range(rounds):
+        for backend, times in zip(backends, found, strict=True):
+            times.prefill.append(_seconds(lambda backend=backend: backend.read(prompt)))
+            times.decode.append(_seconds(lambda backend=backend: [backend.write() for _ in range(new_tokens)]))
+            done()
+    return found
+
+
+def _seconds(action: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    action()
+    return time.perf_counter() - started
+
+
+def median_interval(values: Sequence[float], draws: int = 2000) -> tuple[float, float, float]:
+    """Median and its 95% bootstrap interval."""
+    random = np.random.default_rng(0)
+    medians = np.sort(np.median(random.choice(np.asarray(values), (draws, len(values))), axis=1))
+    return float(np.median(values)), float(medians[int(0.025 * draws)]), float(medians[int(0.975 * draws) - 1])
