@@ -43,21 +43,25 @@ class Notes(SilentReporter):
         self.notes.append(text)
 
 
-def quick(calibration: Path, evaluation: Path) -> PruneConfig:
+def quick(calibration: Path, evaluation: Path, samples: int = 8) -> PruneConfig:
     return PruneConfig(
-        layers=1, calibration=(str(calibration),), eval_text=(str(evaluation),), samples=8, seq_len=128, eval_rows=4,
-        compensation="none", metric="block-influence",
+        layers=1, calibration=(str(calibration),), eval_text=(str(evaluation),), samples=samples, seq_len=128,
+        eval_rows=4, compensation="none", metric="block-influence",
     )  # fmt: skip
 
 
-def test_prune_names_the_rows_and_refuses_most_of_a_text(tiny_folder: Path, tmp_path: Path, text_of: Any) -> None:
+def test_prune_names_the_rows_and_refuses_most_of_a_text(
+    tiny_folder: Path, tmp_path: Path, text_of: Any, tokenizer: Any
+) -> None:
     calibration, evaluation = tmp_path / "calibration.txt", tmp_path / "evaluation.txt"
     shared = text_of(9_000, 1)
-    calibration.write_text(shared)  # short, so that its rows are drawn nearly all
+    calibration.write_text(shared)
+    # So that all but a few of its rows are drawn: a quarter of the samples, as many rows, choose between layers.
+    samples = (len(tokenizer(shared)["input_ids"]) // 128 - 5) * 4 // 5
     # Four rows spread over five parts; that of the calibration text is one of them.
     evaluation.write_text(text_of(9_000, 2) + shared + text_of(18_000, 3) + text_of(9_000, 4))
     reporter = Notes()
-    record = prune(str(tiny_folder), tmp_path / "small", quick(calibration, evaluation), reporter=reporter)
+    record = prune(str(tiny_folder), tmp_path / "small", quick(calibration, evaluation, samples), reporter=reporter)
     assert record.evaluation is not None
     held_out, extra = record.evaluation.texts
     assert held_out.contaminated is None
@@ -69,7 +73,7 @@ def test_prune_names_the_rows_and_refuses_most_of_a_text(tiny_folder: Path, tmp_
     assert back is not None and back.texts[1].contaminated == extra.contaminated
     evaluation.write_text(shared + "\n")  # the same text, but for its sum
     with pytest.raises(CalibrationError) as caught:
-        prune(str(tiny_folder), tmp_path / "refused", quick(calibration, evaluation))
+        prune(str(tiny_folder), tmp_path / "refused", quick(calibration, evaluation, samples))
     assert "evaluation.txt" in caught.value.message and "calibration.txt" in caught.value.message
     assert not (tmp_path / "refused").exists()
 

@@ -118,28 +118,55 @@ def test_the_first_documents_only_and_the_same_twice(
     assert dict(os.environ) == environment and tokenizer.pad_token == padding
 
 
+NAMES = ["boolq", "arc_easy"]
+
+
+def assert_rows(results: dict[str, TaskResult], name: str, samples: list[dict[str, Any]]) -> None:
+    rows = sorted(samples, key=lambda row: row["doc_id"])
+    for metric in results[name].metrics:
+        assert metric.per_document == [float(row[metric.name]) for row in rows]
+
+
+def test_rows_are_those_of_the_harness_left_to_itself(
+    results: dict[str, TaskResult], checkpoint: Path, task_documents: Path, tmp_path: Path
+) -> None:
+    """It loads the checkpoint and its tokenizer, and is given nothing but the definitions."""
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    harness.write_definitions(tmp_path, NAMES, task_documents)
+    found: Any = lm_eval.simple_evaluate(
+        model="hf",
+        model_args={"pretrained": str(checkpoint), "dtype": "float32"},
+        tasks=list(NAMES),
+        device="cpu",
+        batch_size=8,
+        task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
+    )
+    for name in NAMES:
+        assert_rows(results, name, found["samples"][name])
+
+
+@pytest.mark.slow  # the command reads the definitions of all its tasks first
 def test_rows_are_those_of_the_command_line(
     results: dict[str, TaskResult], checkpoint: Path, task_documents: Path, tmp_path: Path
 ) -> None:
-    names = ["boolq", "arc_easy"]
     (tmp_path / "definitions").mkdir()
-    harness.write_definitions(tmp_path / "definitions", names, task_documents)
+    harness.write_definitions(tmp_path / "definitions", NAMES, task_documents)
     done = subprocess.run(
         [
             sys.executable, "-m", "lm_eval", "run", "--model", "hf",
-            "--model_args", f"pretrained={checkpoint},dtype=float32", "--tasks", ",".join(names),
+            "--model_args", f"pretrained={checkpoint},dtype=float32", "--tasks", ",".join(NAMES),
             "--include_path", str(tmp_path / "definitions"), "--device", "cpu", "--batch_size", "8",
             "--log_samples", "--output_path", str(tmp_path / "out"),
         ],
         env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=280,
+        capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    for name in names:
+    for name in NAMES:
         (log,) = (tmp_path / "out").rglob(f"samples_{name}_*.jsonl")
-        rows = sorted(map(json.loads, log.read_text().splitlines()), key=lambda row: row["doc_id"])
-        for metric in results[name].metrics:
-            assert metric.per_document == [float(row[metric.name]) for row in rows]
+        assert_rows(results, name, [json.loads(line) for line in log.read_text().splitlines()])
 
 
 def test_names() -> None:
