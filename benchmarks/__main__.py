@@ -219,7 +219,7 @@ def _facts(ran_on: dict[str, Any], texts: Sequence[Rows], size: Size, sleb_draws
         "counted.",
     ]
     if "accuracy" in ran_on:
-        tasks = ", ".join(f"{name} ({task.metric})" for name, task in accuracy.TASKS.items())
+        tasks = ", ".join(f"{name} ({task.main})" for name, task in accuracy.TASKS.items())
         facts.append(
             f"Accuracy in %: mean of {tasks}, the first {ran_on['accuracy']['rows']} documents each, zero-shot, "
             f"{ran_on['accuracy']['harness']}; ± its standard error over documents. First draw; '-': not run."

@@ -6,24 +6,16 @@ lasts. Prompts and metrics are those of the installed harness; the documents are
 
 from __future__ import annotations
 
-import copy
 import hashlib
-import importlib
 import importlib.util
-import logging
 import math
-import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-import yaml
 from torch import Tensor, nn
 
 from benchmarks.inputs import DATA
@@ -43,6 +35,7 @@ from benchmarks.methods import (
     removal_order,
 )
 from benchmarks.peers import Patch
+from gradmap_hub import harness as lm_harness
 from gradmap_hub.decoder import Decoder
 
 DOCUMENTS = DATA / "tasks"
@@ -50,25 +43,7 @@ DOCUMENTS = DATA / "tasks"
 ROWS = {(DENSE, PUBLISHED), (DEFAULT, CORRECTED), (PAPER, CORRECTED), (ONE_SHOT, CORRECTED)} | {
     (peer, variant) for peer in (*EVERY_DRAW, "SLEB") for variant in (PUBLISHED, OWN)
 }
-# Sequences per pass: the float32 log-probabilities of a batch are what memory it takes.
-BATCH = 8
-
-
-@dataclass(frozen=True)
-class Task:
-    """`file`: the documents; `definition`: within the harness' own tasks; `metric`: acc_norm where that has it."""
-
-    file: str
-    definition: str
-    metric: str
-
-
-TASKS = {
-    "arc_easy": Task("arc_easy.test.jsonl", "arc/arc_easy.yaml", "acc_norm"),
-    "piqa": Task("piqa.validation.jsonl", "piqa/piqa.yaml", "acc_norm"),
-    "winogrande": Task("winogrande.validation.jsonl", "winogrande/default.yaml", "acc"),
-    "lambada_openai": Task("lambada_openai.test.jsonl", "lambada/lambada_openai.yaml", "acc"),
-}
+TASKS = {name: lm_harness.TASKS[name] for name in ("arc_easy", "piqa", "winogrande", "lambada_openai")}
 
 
 @dataclass(frozen=True)
@@ -135,7 +110,7 @@ def measure(
 
 
 def harness() -> str:
-    return version("lm-eval")
+    return lm_harness.harness_version()
 
 
 def _patch_of(work: Work, cell: Cell) -> tuple[str | None, list[int]]:
@@ -158,41 +133,17 @@ def _compute(
 
 def run_harness(model: nn.Module, tokenizer: Any, rows: int, documents: Path = DOCUMENTS) -> dict[str, dict[str, Any]]:
     """Task -> `Score` as a dict, of a model as it stands."""
-    with _offline(), tempfile.TemporaryDirectory(prefix="gradmap-tasks-") as folder:
-        # Imported where it is used: it takes seconds and is optional. As Any: decorators hide its signatures.
-        lm_eval: Any = importlib.import_module("lm_eval")
-        huggingface: Any = importlib.import_module("lm_eval.models.huggingface")
-        tasks: Any = importlib.import_module("lm_eval.tasks")
-        _write_tasks(Path(folder), documents)
-        # The harness may give a tokenizer a padding token; ours stays as it is. Log-probabilities of a model in
-        # bfloat16 are summed in float32: rounded to three digits, they would decide between answers by chance.
-        lm = huggingface.HFLM(
-            pretrained=model,
-            tokenizer=copy.deepcopy(tokenizer),
-            batch_size=BATCH,
-            softmax_dtype=torch.float32,
-        )
-        result = lm_eval.simple_evaluate(
-            model=lm,
-            tasks=list(TASKS),
-            num_fewshot=0,
-            limit=rows,
-            log_samples=False,
-            task_manager=tasks.TaskManager(include_path=folder, include_defaults=False),
-            # Nothing is drawn; the generators of the process are left alone.
-            random_seed=None,
-            numpy_random_seed=None,
-            torch_random_seed=None,
-        )
-    return {
-        name: {
-            "metric": task.metric,
-            "value": float(result["results"][name][f"{task.metric},none"]),
-            "error": float(result["results"][name][f"{task.metric}_stderr,none"]),
-            "documents": int(result["n-samples"][name]["effective"]),
+    found = lm_harness.run_tasks(model, tokenizer, list(TASKS), documents=documents, limit=rows)
+    scores: dict[str, dict[str, Any]] = {}
+    for name, result in found.items():
+        metric = result.metric(TASKS[name].main)
+        scores[name] = {
+            "metric": metric.name,
+            "value": metric.value,
+            "error": metric.error,
+            "documents": result.documents,
         }
-        for name, task in TASKS.items()
-    }
+    return scores
 
 
 @contextmanager
@@ -225,52 +176,6 @@ def _multiply(
         return (args[0] @ matrix.to(args[0]), *args[1:]), kwargs
     hidden = kwargs["hidden_states"]
     return args, {**kwargs, "hidden_states": hidden @ matrix.to(hidden)}
-
-
-def _write_tasks(folder: Path, documents: Path) -> None:
-    """One definition per task: the harness' own, on our documents, with one metric."""
-    spec = importlib.util.find_spec("lm_eval.tasks")
-    assert spec is not None and spec.origin is not None
-    own = Path(spec.origin).parent
-    for name, task in TASKS.items():
-        definition = {
-            "include": str(own / task.definition),
-            "task": name,
-            "dataset_path": "json",
-            "dataset_name": None,
-            # What `datasets` makes of the file goes with the folder, not into the user's cache.
-            "dataset_kwargs": {
-                "data_files": {"test": str((documents / task.file).resolve())},
-                "cache_dir": str(folder / "cache"),
-            },
-            "training_split": None,
-            "validation_split": None,
-            "test_split": "test",
-            "metric_list": [{"metric": task.metric, "aggregation": "mean", "higher_is_better": True}],
-        }
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump(definition), encoding="utf-8")
-
-
-@contextmanager
-def _offline() -> Iterator[None]:
-    """No look at the Hub, and of the harness' log only errors."""
-    names = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
-    before = {name: os.environ.get(name) for name in names}
-    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets")]
-    levels = [logger.level for logger in loggers]
-    os.environ.update(dict.fromkeys(names, "1"))
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def _sha256(path: Path) -> str:

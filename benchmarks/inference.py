@@ -18,82 +18,19 @@ import resource
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from gradmap_hub.speed import PROMPT_TOKENS, Backend, Eager, OnnxRuntime, median_interval, take_turns
+
 PYTORCH = "PyTorch fp32"
-PROMPT_TOKENS, NEW_TOKENS, ROW_TOKENS = 128, 64, 512
+NEW_TOKENS, ROW_TOKENS = 64, 512
 ROOT = Path(__file__).resolve().parent.parent
-
-
-class Backend(Protocol):
-    """A loaded model that reads a prompt and then writes greedy tokens, one by one."""
-
-    def read(self, ids: Sequence[int]) -> None: ...
-
-    def write(self) -> int: ...
-
-    def losses(self, ids: Sequence[int]) -> np.ndarray: ...
-
-
-class Eager:
-    """transformers in float32, with its own KV cache."""
-
-    def __init__(self, folder: Path, threads: int) -> None:
-        import torch
-        from transformers import AutoModelForCausalLM
-
-        torch.set_num_threads(threads)
-        self._torch = torch
-        self._model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-    def _run(self, ids: Sequence[int], past: Any) -> None:
-        with self._torch.inference_mode():
-            done = self._model(self._torch.tensor([list(ids)]), past_key_values=past, use_cache=True, logits_to_keep=1)
-        self._past, self._next = done.past_key_values, int(done.logits[0, -1].argmax())
-
-    def read(self, ids: Sequence[int]) -> None:
-        self._run(ids, None)
-
-    def write(self) -> int:
-        token = self._next
-        self._run([token], self._past)
-        return token
-
-    def losses(self, ids: Sequence[int]) -> np.ndarray:
-        torch = self._torch
-        row = torch.tensor([list(ids)])
-        with torch.inference_mode():
-            logits = self._model(row).logits[0, :-1].double()
-            return torch.nn.functional.cross_entropy(logits, row[0, 1:], reduction="none").numpy()
-
-
-class OnnxRuntime:
-    """One artifact, stepped as `generate` and `serve` step it."""
-
-    def __init__(self, folder: Path, artifact: str, threads: int) -> None:
-        from gradmap_hub import runtime
-
-        self._model = runtime.load(folder, artifact=artifact, threads=threads)
-
-    def read(self, ids: Sequence[int]) -> None:
-        self._answer = self._model.start(ids, max_tokens=NEW_TOKENS + 1, ignore_end=True)
-        self._answer.advance()
-
-    def write(self) -> int:
-        token = self._answer.token_ids[-1]
-        self._answer.advance()
-        return token
-
-    def losses(self, ids: Sequence[int]) -> np.ndarray:
-        return self._model.losses(ids)
 
 
 @dataclass
@@ -127,25 +64,7 @@ def backends_of(folder: Path) -> list[tuple[str, int]]:
 
 
 def open_backend(folder: Path, name: str, threads: int) -> Backend:
-    return Eager(folder, threads) if name == PYTORCH else OnnxRuntime(folder, name, threads)
-
-
-def timed(action: Callable[[], Any]) -> float:
-    started = time.perf_counter()
-    action()
-    return time.perf_counter() - started
-
-
-def one_round(backend: Backend, prompt: Sequence[int], entry: Entry) -> None:
-    entry.prefill.append(timed(lambda: backend.read(prompt)))
-    entry.decode.append(timed(lambda: [backend.write() for _ in range(NEW_TOKENS)]))
-
-
-def interval(values: Sequence[float], draws: int = 2000) -> tuple[float, float, float]:
-    """Median and its 95% bootstrap interval."""
-    random = np.random.default_rng(0)
-    medians = np.sort(np.median(random.choice(np.asarray(values), (draws, len(values))), axis=1))
-    return float(np.median(values)), float(medians[int(0.025 * draws)]), float(medians[int(0.975 * draws) - 1])
+    return Eager.load(folder, threads) if name == PYTORCH else OnnxRuntime(folder, name, threads, NEW_TOKENS)
 
 
 def peak_memory(folder: Path, name: str, threads: int) -> int:
@@ -170,13 +89,10 @@ def measure(
             memory = peak_memory(folder, name, threads)
             opened.append((Entry(label, name, size, memory=memory), open_backend(folder, name, threads)))
     prompt = rows[0][:PROMPT_TOKENS]
-    for _, backend in opened:  # the first run of each pays for allocations
-        backend.read(prompt)
-        backend.write()
-    for number in range(rounds):
-        say(f"round {number + 1} of {rounds}")
-        for entry, backend in opened:
-            one_round(backend, prompt, entry)
+    say(f"{rounds} rounds of {len(opened)} backends")
+    times = take_turns([backend for _, backend in opened], prompt, rounds=rounds, new_tokens=NEW_TOKENS)
+    for (entry, _), timed in zip(opened, times, strict=True):
+        entry.prefill, entry.decode = timed.prefill, timed.decode
     for entry, backend in opened:
         say(f"{entry.model}, {entry.backend}: perplexity")
         entry.nll = [float(backend.losses(row).mean()) for row in rows]
@@ -191,7 +107,7 @@ def lines(entries: Sequence[Entry]) -> list[tuple[str, ...]]:
     found = []
     for entry in entries:
         eager = next((other for other in entries if (other.model, other.backend) == (entry.model, PYTORCH)), None)
-        middle, low, high = interval([NEW_TOKENS / seconds for seconds in entry.decode])
+        middle, low, high = median_interval([NEW_TOKENS / seconds for seconds in entry.decode])
         ratio = cost = "-"
         if eager is not None:
             ratio = f"{statistics.median(np.divide(eager.decode, entry.decode)):.2f}"
@@ -201,7 +117,7 @@ def lines(entries: Sequence[Entry]) -> list[tuple[str, ...]]:
                 entry.model,
                 entry.backend,
                 f"{entry.bytes / 1e6:.0f}",
-                f"{interval(entry.prefill)[0] * 1e3:.0f}",
+                f"{median_interval(entry.prefill)[0] * 1e3:.0f}",
                 f"{middle:.1f} [{low:.1f}, {high:.1f}]",
                 ratio,
                 f"{entry.memory / 1e6:.0f}",

@@ -20,6 +20,7 @@ from urllib.parse import quote, urlsplit
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from gradmap_hub.evalcard import is_measured, measured_results, one_line, perplexity_result, task_mean, write_results
 from gradmap_hub.plots import layers_plot, save_plot, shift_plot
 from gradmap_hub.record import (
     GROWN,
@@ -53,7 +54,7 @@ def write_card(record: RunRecord, folder: Path) -> list[Path]:
         path.parent.mkdir(exist_ok=True)
         save_plot(partial(draw, record), path)
         written.append(path)
-    return written
+    return written + write_results(record, folder)
 
 
 def card_text(record: RunRecord) -> str:
@@ -81,7 +82,12 @@ def front_matter(record: RunRecord) -> dict[str, Any]:
     if base.language:
         data["language"] = [one_line(language) for language in base.language]
     data |= {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": _tags(record)}
-    results = [_result(text) for text in _texts(record) if math.isfinite(text.compensated)]
+    results = measured_results(record)
+    results += [
+        perplexity_result(one_line(text.name), text.compensated)
+        for text in _texts(record)
+        if math.isfinite(text.compensated) and not is_measured(record, text.name)
+    ]
     if results:
         data["model-index"] = [{"name": one_line(record.name), "results": results}]
     return data
@@ -98,24 +104,6 @@ def _tags(record: RunRecord) -> list[str]:
     if record.base.model_type:
         tags.append(one_line(record.base.model_type))
     return tags
-
-
-def _result(text: TextPerplexity) -> dict[str, Any]:
-    """One entry of the model index: the published model on one text."""
-    return {
-        "task": {"type": "text-generation", "name": "Text Generation"},
-        "dataset": _dataset(one_line(text.name)),
-        "metrics": [{"type": "perplexity", "name": "Token perplexity", "value": round(text.compensated, 4)}],
-    }
-
-
-def _dataset(name: str) -> dict[str, str]:
-    """{name, type}: the type is a Hub dataset id where the name is one (owner/name[:config[/split]]), else a slug."""
-    hub = re.fullmatch(r"([\w.-]+/[\w.-]+)(?::([\w.-]+)(?:/([\w.-]+))?)?", name)
-    if hub and PurePosixPath(name).suffix not in (".txt", ".json", ".jsonl", ".parquet"):
-        optional = {"config": hub[2], "split": hub[3]}
-        return {"name": name, "type": hub[1]} | {key: value for key, value in optional.items() if value}
-    return {"name": name, "type": re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "text"}
 
 
 # --- what the template sees ---------------------------------------------------------------------------------------
@@ -137,6 +125,8 @@ def _context(record: RunRecord) -> dict[str, Any]:
         "calibration": record.calibration,
         "compensation": record.compensation,
         "texts": _texts(record),
+        "measured": record.measured,
+        "task_mean": task_mean(record.measured.tasks) if record.measured else None,
         "quality": _quality(_texts(record)),
         "rows": _layer_rows(record),
         "positions": {row.layer.index: row.position for row in _layer_rows(record)},
@@ -264,11 +254,6 @@ class Safe(str):
     __slots__ = ()
 
 
-def one_line(text: str) -> str:
-    """Whitespace collapsed and control characters dropped: a table row or a heading stays one line."""
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
-
-
 def escape(text: str) -> Safe:
     """Text that Markdown shows literally, in a paragraph, a heading and a table cell."""
     line = one_line(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
@@ -316,6 +301,26 @@ def number(value: float) -> str:
     if abs(value) >= 1000:
         return f"{value:,.0f}"
     return f"{value:.2f}" if abs(value) >= 1 else f"{value:.3g}"
+
+
+def percent(value: float) -> str:
+    """A share with one decimal, such as 41.3%."""
+    return f"{100 * value:.1f}%" if math.isfinite(value) else "not finite"
+
+
+def points(value: float) -> str:
+    """A difference of shares in percentage points, with its sign, such as -2.4."""
+    return f"{100 * value:+.1f}" if math.isfinite(value) else "not finite"
+
+
+def rate(value: float) -> str:
+    """Tokens per second."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+
+
+def ratio(value: float) -> str:
+    """A ratio near one."""
+    return f"{value:.4f}" if math.isfinite(value) else "not finite"
 
 
 def loss(value: float) -> str:
@@ -404,7 +409,10 @@ def _environment() -> Environment:
         autoescape=False,  # the output is Markdown; `_finalize` escapes
     )
     escaping = (code, codes, fenced, link, literal)
-    wording = (change, duration, less_than, loss, number, part_word, plural, ranges, size, small, strength)
+    wording = (
+        change, duration, less_than, loss, number, part_word, percent, plural, points, ranges, rate, ratio, size, small,
+        strength,
+    )  # fmt: skip
     environment.filters |= {function.__name__: function for function in (*escaping, *wording)}
     environment.filters["count"] = lambda value: f"{value:,}"
     return environment

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from gradmap_hub import __version__, cli_generate, cli_serve, cli_sweep
+from gradmap_hub import __version__, cli_evaluate, cli_generate, cli_serve, cli_sweep
 from gradmap_hub.cli_options import (
     COMPUTING,
     HOW,
@@ -112,6 +112,7 @@ _GOES_ON = {
     "push": _WITH_RESUME,
     "prune": _WITH_RESUME,
     "demo": _WITH_RESUME,
+    "evaluate": "Run the same command again to go on where it stopped; record and card are as they were.",
     "sweep": "Run the same command again to go on where it stopped.",
 }
 
@@ -510,6 +511,7 @@ def compare(
     run_space(built, {"PRUNED_MODEL": str(folder.resolve())}, host=host, port=port, open_browser=open_browser)
 
 
+cli_evaluate.register(app)
 cli_generate.register(app)
 cli_serve.register(app)
 cli_sweep.register(app)

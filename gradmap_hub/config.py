@@ -41,6 +41,8 @@ PRESETS: tuple[str, ...] = ("default", "paper")
 
 # WikiText as the Hub serves it: the default when no text is given.
 DEFAULT_CALIBRATION = "Salesforce/wikitext:wikitext-2-raw-v1/train"
+# What `evaluate` measures on by default.
+DEFAULT_EVALUATION = "Salesforce/wikitext:wikitext-2-raw-v1/test"
 
 
 def _option(default: Any, help_text: str) -> Any:
@@ -196,6 +198,45 @@ class PruneConfig:
 def paper_preset(config: PruneConfig) -> PruneConfig:
     """The paper's own setting: gradient ranking, one projection at the layer of the largest mean shift."""
     return dataclasses.replace(config, metric="gradient", compensation="projection", site="largest-shift")
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """What to measure on a finished folder and its original.
+
+    Raises:
+        UsageError: a value outside its range.
+    """
+
+    against: str | None = _option(None, "The original: a Hub id or a folder. Default: as recorded.")
+    text: tuple[str, ...] = _option(
+        (DEFAULT_EVALUATION,),
+        "Text to measure perplexity and agreement on; repeatable. A .txt or .jsonl file (key `text`), or a Hub dataset "
+        "as owner/name[:config[/split]].",
+    )
+    tasks: tuple[str, ...] = _option(
+        (), "Tasks of lm-evaluation-harness, comma-separated; `paper` means the seven of the paper."
+    )
+    tasks_from: Path | None = _option(
+        None,
+        "Folder that holds the documents of the tasks, NAME.SPLIT.jsonl in the harness' field names; none is fetched.",
+    )
+    limit: int | None = _option(None, "Only the first so many documents of each task.")
+    seq_len: int = _option(512, "Tokens per row.")
+    rows: int = _option(32, "The most rows of each text, spread evenly over it.")
+    speed: bool = _option(True, "Measure tokens per second.")
+
+    def __post_init__(self) -> None:
+        for name, least in (("limit", 2), ("seq_len", 16), ("rows", 2)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UsageError(f"--{name.replace('_', '-')} must be at least {least}; got {value}.")
+        if not self.text:
+            raise UsageError("--text needs at least one text.")
+        if self.tasks_from is not None and not self.tasks:
+            raise UsageError("--tasks-from says where documents are; say which tasks with --tasks.")
+        if self.limit is not None and not self.tasks:
+            raise UsageError("--limit is for tasks; name them with --tasks, or limit the text with --rows.")
 
 
 @dataclass(frozen=True)

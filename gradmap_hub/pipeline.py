@@ -16,6 +16,7 @@ from gradmap_hub import plan as planning
 from gradmap_hub.config import (
     DEFAULT_CALIBRATION,
     QUANTIZED,
+    EvaluateConfig,
     Expected,
     PruneConfig,
     PublishConfig,
@@ -24,6 +25,7 @@ from gradmap_hub.config import (
 )
 from gradmap_hub.errors import HubError, OutputExists, SourceError
 from gradmap_hub.exporting import export_checked, remove_exports
+from gradmap_hub.freshness import with_earlier, without_stale
 from gradmap_hub.plan import (
     PushPlan,
     Targets,
@@ -58,6 +60,7 @@ __all__ = [
     "Inspection",
     "PushResult",
     "build_space",
+    "evaluate_folder",
     "export_folder",
     "inspect",
     "make_plan",
@@ -123,7 +126,7 @@ def prune(
     check_disk(output, source.weight_bytes * 2)
     with _no_empty_folders(output):
         run = Run(source, config, removals, output, command, reporter or SilentReporter(), hub, expected=repeats)
-        return _write_card(prune_stages(run), output)
+        return _write_card(with_earlier(prune_stages(run), output), output, run.reporter)
 
 
 def make_plan(config: PushConfig, hub: Hub) -> PushPlan:
@@ -154,7 +157,7 @@ def push(config: PushConfig, *, command: str = "", reporter: Reporter | None = N
         run = Run(
             plan.source, config.prune, plan.removals, plan.output, command, reporter, hub, expected=config.repeats
         )
-        record = prune_stages(run, target=plan.target, license=plan.license)
+        record = with_earlier(prune_stages(run, target=plan.target, license=plan.license), plan.output)
     if config.onnx:
         record = _export_onnx(plan.output, record, run.stages)
         remove_exports(plan.output, [name for name in QUANTIZED if name not in config.quantize])
@@ -163,7 +166,8 @@ def push(config: PushConfig, *, command: str = "", reporter: Reporter | None = N
             record = export_checked(plan.output, record, run.stages, config.quantize, rows, fit=fit)
     else:  # an earlier run's, perhaps of other layers: what is published is what this run was asked for
         _remove_onnx(plan.output)
-    record = _write_card(dataclasses.replace(record, space=plan.space_target if plan.space else None), plan.output)
+    record = dataclasses.replace(record, space=plan.space_target if plan.space else None)
+    record = _write_card(record, plan.output, reporter)
     space_folder = None
     if plan.space is not None:
         space_folder = space_folder_of(plan.output)
@@ -244,7 +248,9 @@ def publish_folder(
     _remove_leftovers(folder)
     plan = publishplan.plan_publish(folder, config, hub, publisher)
     if plan.rewrites:  # the card names the repository it stands in
-        _write_card(plan.record, folder)
+        if plan.record.measured_note:
+            reporter.note(f"{plan.record.measured_note}.")
+        _write_card(plan.record, folder, reporter)
     return _publish_both(plan.record, folder, plan.space_folder, plan, config, publisher)
 
 
@@ -279,7 +285,25 @@ def export_folder(
         record = _export_onnx(folder, record, stages)
     if rows is not None:
         record = export_checked(folder, record, stages, checked, rows, keep_failing=keep_failing)
-    return _write_card(record, folder)
+    return _write_card(record, folder, reporter)
+
+
+def evaluate_folder(
+    folder: Path, config: EvaluateConfig | None = None, *, reporter: Reporter | None = None, hub: Hub | None = None
+) -> RunRecord:
+    """Measure a pruned folder and its original on the same text, tasks and machine; record and card are written anew
+    with the results once all of them are there.
+
+    Raises:
+        GradmapError: one of its subclasses says what is wrong; see errors.py.
+    """
+    from gradmap_hub.evaluating import evaluate_stages
+
+    reporter = reporter or SilentReporter()
+    folder = folder if folder.name else folder.resolve()  # "." has no place beside it
+    hub = _reporting(hub or _default_hub(), reporter)
+    record = evaluate_stages(folder, config or EvaluateConfig(), reporter=reporter, hub=hub)
+    return _write_card(record, folder, reporter)
 
 
 def _export_rows(folder: Path, source: str, hub: Hub) -> Rows:
@@ -307,7 +331,7 @@ def build_space(
     from gradmap_hub.space import SpacePlan
 
     reporter = reporter or SilentReporter()
-    record = RunRecord.read(folder)
+    record = without_stale(RunRecord.read(folder), folder)
     model = against or record.base.repo_id
     if model is None:
         raise SourceError(
@@ -374,12 +398,18 @@ def _onnx_stage(stages: Stages, name: str, title: str, checkpoint: Path, destina
     )
 
 
-def _write_card(record: RunRecord, folder: Path) -> RunRecord:
+def _write_card(record: RunRecord, folder: Path, reporter: Reporter | None = None) -> RunRecord:
+    """Record, card and the numbers of a Space beside the folder, without measurements of other files than it holds."""
     from gradmap_hub.card import write_card
+    from gradmap_hub.space import refresh_compare
 
-    record.write(folder)
-    write_card(record, folder)
-    return record
+    current = without_stale(record, folder)
+    if current != record and reporter is not None:
+        reporter.note(f"{current.measured_note}.")
+    current.write(folder)
+    write_card(current, folder)
+    refresh_compare(current, space_folder_of(folder))
+    return current
 
 
 def _write_space(

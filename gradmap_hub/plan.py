@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -189,7 +189,12 @@ def is_local_text(source: str) -> bool:
 
 def check_texts(config: PruneConfig) -> None:
     """Raises CalibrationError: a text file is not there."""
-    for source in (*config.calibration, *config.eval_text):
+    check_text_files((*config.calibration, *config.eval_text))
+
+
+def check_text_files(sources: Iterable[str]) -> None:
+    """Raises CalibrationError: a text file is not there."""
+    for source in sources:
         if is_local_text(source) and not Path(source).expanduser().is_file():
             raise CalibrationError(
                 f"No such text file: {source}", hint="Give a .txt or .jsonl file, or a Hub dataset as owner/name."

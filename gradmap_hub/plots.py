@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from gradmap_hub.scoring import LayerScores
-    from gradmap_hub.sweeprecord import Rate, Speed, SweepPoint, SweepRecord
+    from gradmap_hub.sweeprecord import Ratio, Speed, SweepPoint, SweepRecord
 
 # Okabe-Ito colours: distinct under the common colour-vision deficiencies; removed layers are hatched as well.
 _KEPT, _REMOVED, _INK, _MUTED, _GRID = "#0072B2", "#D55E00", "#24292f", "#57606a", "#d8dee4"
@@ -214,7 +214,7 @@ def _mark_points(axes: Axes, record: SweepRecord, knee: SweepPoint | None) -> No
 
 
 def _speed_panel(axes: Axes, points: Sequence[SweepPoint]) -> None:
-    def line(rate_of: Callable[[Speed], Rate], label: str, colour: str, marker: str, shift: float) -> Artist:
+    def line(rate_of: Callable[[Speed], Ratio], label: str, colour: str, marker: str, shift: float) -> Artist:
         rates = [rate_of(point.speed) for point in points if point.speed is not None]
         x = [0.0, *(100 * point.parameter_share + shift for point in points)]
         y = [1.0, *(rate.ratio for rate in rates)]

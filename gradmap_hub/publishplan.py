@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from gradmap_hub.cardcheck import is_known_license
 from gradmap_hub.config import PublishConfig
 from gradmap_hub.errors import DiskTooSmall, SourceError, UsageError
+from gradmap_hub.freshness import without_stale
 from gradmap_hub.plan import (
     Check,
     Targets,
@@ -77,7 +78,7 @@ def plan_publish(folder: Path, config: PublishConfig, hub: Hub, publisher: Publi
         found.append(Check("collection", check_collection(hub, config.collection, account)))
     elsewhere = target != record.target
     named = dataclasses.replace(
-        record,
+        without_stale(record, folder),
         base=base,
         target=target,
         space=targets.space_target if plan else None if elsewhere else record.space,

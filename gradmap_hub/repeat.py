@@ -90,6 +90,19 @@ def repeat(where: str, *, model: str | None, revision: str | None, given: Mappin
     )
 
 
+def find_calibration(record: RunRecord, places: Sequence[Path]) -> tuple[str, ...]:
+    """The calibration texts of a record: data sets at their commits, and files found in `places` by name and sum.
+
+    Raises:
+        SourceError: the record does not hold what it was made with.
+        CalibrationError: a text is not there, or is another.
+    """
+    if record.settings is None:
+        raise SourceError("The record does not hold the settings of its run.")
+    names = record.settings.get("calibration")
+    return _texts("calibration", names, _calibration_sums(record), None, places)
+
+
 def check_expected(source: Source, expected: Expected | None) -> None:
     """Raises SourceError: the original was found, and is another than that of the record."""
     if expected is not None and expected.commit not in (None, source.base.commit):

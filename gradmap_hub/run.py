@@ -91,6 +91,7 @@ class Run:
         self.hub = hub
         self._converted = self.work / "original"
         self._opened: list[Decoder] = []  # none or one; branches share it
+        self._tokenizer: Any = None
         self.stages = Stages(self.work, reporter, {"version": __version__, "what": stages, "base": identity(source)})
 
     def branch(self, name: str, label: str, ratio: float) -> Run:
@@ -123,6 +124,24 @@ class Run:
         folder = self._fetch(["config.json", *self.source.files.weights, *self.source.files.companions])
         check_weights(folder, self.source.files)
         return folder
+
+    def tokenizer(self) -> Any:
+        """The original's tokenizer, loaded when first needed.
+
+        Raises:
+            SourceError: it cannot be loaded.
+        """
+        if self._tokenizer is None:
+            from transformers import AutoTokenizer
+
+            try:
+                self._tokenizer = AutoTokenizer.from_pretrained(
+                    self.companions(), local_files_only=True, trust_remote_code=False
+                )
+            except (OSError, ValueError) as error:
+                first = str(error).strip().splitlines()[0]
+                raise SourceError(f"The tokenizer of {self.source.base.name} cannot be loaded: {first}") from error
+        return self._tokenizer
 
     def decoder(self) -> Decoder:
         """The original model, opened when first needed."""
@@ -195,6 +214,15 @@ class Corrected:
 
 
 @dataclass(frozen=True)
+class EvaluationText:
+    """Rows to measure on. `contaminated`: those that share words with calibration rows; None if not looked at."""
+
+    rows: Rows
+    kind: str
+    contaminated: list[int] | None = None
+
+
+@dataclass(frozen=True)
 class RowLosses:
     """Per evaluation text, the mean NLL of each row in nats per token."""
 
@@ -223,15 +251,15 @@ def prune_stages(run: Run, *, target: str | None = None, license: str | None = N
     run.precision()  # refuses what cannot be, before anything is fetched
     run.output.mkdir(parents=True, exist_ok=True)
     rows, extra = calibrate(run)
+    texts = evaluation_texts(run, rows, extra)
     fetched = pull(run)
     scores = score(run, rows)
     chosen = correct(run, rows, select(run, rows, scores))
     compensation = chosen.compensation
-    texts = evaluation_texts(rows, extra)
-    losses = _evaluate_original(run, chosen.removed, [row for row, _ in texts])
+    losses = _evaluate_original(run, chosen.removed, [text.rows for text in texts])
     healed = heal_gaps(run, rows, chosen)
     written = _write(run, chosen.removed, compensation, healed)
-    compensated = _evaluate_written(run, [row for row, _ in texts])
+    compensated = _evaluate_written(run, [text.rows for text in texts])
     winner = chosen.winner
     why = "lowest held-out loss of the candidates" if len(chosen.candidates) > 1 else "lowest score"
     base = dataclasses.replace(run.source.base, weights_sha256=fetched.sha256)
@@ -290,8 +318,6 @@ def _check_weights_expected(run: Run, fetched: Fetched) -> None:
 
 def calibrate(run: Run) -> tuple[CalibrationRows, list[Rows]]:
     """Tokenise and split the texts. Cheap, so it is done on every run, and before any weight is fetched."""
-    from transformers import AutoTokenizer
-
     from gradmap_hub.calibration import evaluation_rows, split_rows
 
     config = run.config
@@ -305,11 +331,7 @@ def calibrate(run: Run) -> tuple[CalibrationRows, list[Rows]]:
             f"{name} is given both as calibration and as evaluation text.",
             hint="Rows of the calibration text are held out for evaluation anyway; leave out that --eval-text.",
         )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(run.companions(), local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise SourceError(f"The tokenizer of {run.source.base.name} cannot be loaded: {first}") from error
+    tokenizer = run.tokenizer()
     rows = split_rows(
         texts,
         tokenizer,
@@ -327,6 +349,42 @@ def calibrate(run: Run) -> tuple[CalibrationRows, list[Rows]]:
     extra = [evaluation_rows(text, tokenizer, seq_len=config.seq_len, rows=config.eval_rows) for text in extra_texts]
     run.reporter.finish(f"{rows.fit.numel():,} tokens from {', '.join(text.name for text in texts)}")
     return rows, extra
+
+
+def _check_contamination(run: Run, rows: CalibrationRows, extra: Sequence[Rows]) -> list[list[int]]:
+    """Per evaluation text, its rows that share a run of words with a calibration row.
+
+    Raises:
+        CalibrationError: that is more than half of a text's rows.
+    """
+    from gradmap_hub.contamination import shared_rows
+
+    if not extra:
+        return []
+    decode = run.tokenizer().batch_decode
+    sources = {source.name: decode(source.ids.tolist()) for source in rows.sources}
+    selection = decode(rows.selection.tolist())  # of the same texts; it decided between layers
+    found: list[list[int]] = []
+    for text in extra:
+        words = decode(text.ids.tolist())
+        shared = shared_rows(words, (row for group in (*sources.values(), selection) for row in group))
+        found.append(shared)
+        if not shared:
+            continue
+        hits = {name: len(shared_rows(words, group)) for name, group in sources.items()}
+        worst = max(hits, key=lambda name: hits[name])
+        if 2 * len(shared) > len(words):
+            raise CalibrationError(
+                f"{len(shared)} of the {len(words)} rows of the evaluation text {text.name} share 13 words in a row "
+                f"with rows of the calibration text {worst}.",
+                hint="Measure on another text, or calibrate on another one: a model looks better on what it was "
+                "fitted to.",
+            )
+        run.reporter.note(
+            f"{len(shared)} of the {len(words)} rows of {text.name} share 13 words in a row with calibration rows "
+            f"({worst}); the record names them."
+        )
+    return found
 
 
 def text_of(source: str, hub: Hub) -> Text:
@@ -478,9 +536,18 @@ def texts_inputs(run: Run, texts: Sequence[Rows]) -> dict[str, Any]:
     return {"texts": [(text.sha256, len(text.ids)) for text in texts], "seq_len": run.config.seq_len}
 
 
-def evaluation_texts(rows: CalibrationRows, extra: Sequence[Rows]) -> list[tuple[Rows, str]]:
-    """What perplexity is measured on, and of which kind each text is."""
-    return [(row, "calibration (held out)") for row in rows.held_out] + [(row, "another source") for row in extra]
+def evaluation_texts(run: Run, rows: CalibrationRows, extra: Sequence[Rows]) -> list[EvaluationText]:
+    """What perplexity is measured on.
+
+    Raises:
+        CalibrationError: more than half of the rows of an `extra` text share a run of words with calibration rows.
+    """
+    contaminated = _check_contamination(run, rows, extra)
+    # The held-out rows are of the calibration texts by intention.
+    held_out = [EvaluationText(text, "calibration (held out)") for text in rows.held_out]
+    return held_out + [
+        EvaluationText(text, "another source", shared) for text, shared in zip(extra, contaminated, strict=True)
+    ]
 
 
 def correct(run: Run, rows: CalibrationRows, selected: Selected) -> Corrected:
@@ -676,7 +743,7 @@ def _evaluate_written(run: Run, texts: Sequence[Rows]) -> RowLosses:
 
 def evaluation_record(
     run: Run,
-    texts: Sequence[tuple[Rows, str]],
+    texts: Sequence[EvaluationText],
     original: Sequence[Sequence[float]],
     pruned: Sequence[Sequence[float]],
     compensated: Sequence[Sequence[float]],
@@ -686,18 +753,19 @@ def evaluation_record(
 
     measured = [
         TextPerplexity(
-            name=rows.name,
-            kind=kind,
-            rows=len(rows.ids),
-            tokens=rows.ids.numel(),
+            name=text.rows.name,
+            kind=text.kind,
+            rows=len(text.rows.ids),
+            tokens=text.rows.ids.numel(),
             sequence_length=run.config.seq_len,
-            sha256=rows.sha256,
+            sha256=text.rows.sha256,
             original=perplexity(original[index]),
             pruned=perplexity(pruned[index]),
             compensated=perplexity(compensated[index]),
             interval=ratio_interval(original[index], compensated[index]),
+            contaminated=text.contaminated,
         )
-        for index, (rows, kind) in enumerate(texts)
+        for index, text in enumerate(texts)
     ]
     first = measured[0]
     return EvaluationRecord("perplexity", first.original, first.compensated, first.pruned, first.name, measured)
@@ -743,6 +811,7 @@ def hardware() -> str:
 
 
 def versions() -> dict[str, str]:
+    """Of the packages whose version may show in a result."""
     found = {"python": platform.python_version()}
     for name in _VERSIONED:
         try:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from gradmap_hub.errors import UnsafeToPublish
-from gradmap_hub.source import COMPANION_FILES, legal_texts
+from gradmap_hub.source import COMPANION_FILES, RESULTS_FOLDER, legal_texts
 
 _MODEL_SUFFIXES = (
     ".safetensors", ".onnx", ".onnx_data", ".json", ".md", ".txt", ".jinja", ".model", ".png", ".svg", ".jpg", ".webp",
@@ -84,6 +84,8 @@ def screen(folder: Path, kind: str, private: Private) -> None:
 def publishable(name: str, kind: str) -> bool:
     """Whether a file of this name is of a kind that we make."""
     path = PurePosixPath(name)
+    if path.parts[0] == RESULTS_FOLDER:  # the one hidden folder that the Hub reads
+        return kind == "model" and len(path.parts) == 2 and path.suffix == ".yaml" and not path.stem.startswith(".")
     hidden = any(part.startswith(".") for part in path.parts)
     return not hidden and (path.suffix.lower() in _SUFFIXES[kind] or bool(legal_texts([path.name])))
 

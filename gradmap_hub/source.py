@@ -13,6 +13,8 @@ from typing import Any
 from gradmap_hub.errors import BrokenCheckpointError, SourceError
 
 CARD = "README.md"
+# Results of benchmarks, as the Hub reads them.
+RESULTS_FOLDER = ".eval_results"
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 # Copied byte for byte from the original to the result; re-saving a tokenizer changes it.

@@ -129,7 +129,6 @@ def _short(name: str) -> str:
 
 
 def _compare(record: RunRecord, plan: SpacePlan, pruned_repo: str | None) -> dict[str, object]:
-    evaluation = record.evaluation
     stored = "space" if plan.original == "space" else "hub"
     return {
         "schema_version": 1,
@@ -156,10 +155,7 @@ def _compare(record: RunRecord, plan: SpacePlan, pruned_repo: str | None) -> dic
         },
         "parameters": {"original": record.parameters.before, "pruned": record.parameters.after},
         "bytes": {"original": record.bytes.before, "pruned": record.bytes.after},
-        "perplexity": [
-            {"text": text.name, "tokens": text.tokens, "original": text.original, "pruned": text.compensated}
-            for text in (evaluation.texts if evaluation else [])
-        ],
+        "perplexity": _perplexity(record),
         "compensation": {
             "applied": record.compensation.applied,
             # Records from before several corrections were possible list none.
@@ -168,6 +164,28 @@ def _compare(record: RunRecord, plan: SpacePlan, pruned_repo: str | None) -> dic
         "examples": list(EXAMPLES),
         "license": record.base.license,
     }
+
+
+def _perplexity(record: RunRecord) -> list[dict[str, object]]:
+    """What the app shows: what `evaluate` measured, or else what the run itself did."""
+    if record.measured is not None:
+        texts = [(text.name, text.tokens, text.original, text.pruned) for text in record.measured.texts]
+    else:
+        measured = record.evaluation.texts if record.evaluation else []
+        texts = [(text.name, text.tokens, text.original, text.compensated) for text in measured]
+    return [dict(zip(("text", "tokens", "original", "pruned"), values, strict=True)) for values in texts]
+
+
+def refresh_compare(record: RunRecord, folder: Path) -> None:
+    """Give the app in `folder`, if there is one, the perplexities of this record."""
+    facts = folder / "compare.json"
+    if not facts.is_file():
+        return
+    content = json.loads(facts.read_text(encoding="utf-8"))
+    wanted = _perplexity(record)
+    if isinstance(content, dict) and content.get("perplexity", wanted) != wanted:
+        text = json.dumps(content | {"perplexity": wanted}, indent=2, ensure_ascii=False, allow_nan=False)
+        facts.write_text(text + "\n", encoding="utf-8")
 
 
 def _readme(record: RunRecord, plan: SpacePlan, pruned_repo: str | None, content: Path) -> str:

@@ -1,7 +1,7 @@
-"""How fast the original and the pruned model read and write, side by side in PyTorch.
+"""How fast a model reads a prompt and writes tokens: PyTorch eager, and ONNX files as `generate` and `serve` step them.
 
-The two take turns, round by round and in changing order, so that what else the machine does strikes both; what is
-reported of their quotient is the median over the rounds and its range.
+Backends are loaded once in one process and take turns, round by round, so that what slows the machine down for a while
+slows all of them.
 """
 
 from __future__ import annotations
@@ -10,49 +10,150 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from gradmap_hub.sweeprecord import Rate, Speed
+from gradmap_hub.sweeprecord import Ratio, Speed
 
 PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 128, 32, 5
 
 
-def measure_speed(
+class Backend(Protocol):
+    """A loaded model that reads a prompt and then writes greedy tokens, one by one."""
+
+    def read(self, ids: Sequence[int]) -> None: ...
+
+    def write(self) -> int: ...
+
+    def losses(self, ids: Sequence[int]) -> np.ndarray:
+        """Negative log-likelihood in nats of each token but the first: (tokens - 1,) float64."""
+        ...
+
+
+class Eager:
+    """transformers, with its own KV cache; `batch` equal rows at a time."""
+
+    def __init__(self, model: Any, batch: int = 1) -> None:
+        import torch
+
+        self._torch = torch
+        self._model = model
+        self._batch = batch
+
+    @staticmethod
+    def load(folder: Path, threads: int) -> Eager:
+        """In float32. `threads` are those of the whole process."""
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        torch.set_num_threads(threads)
+        return Eager(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval())
+
+    def _run(self, ids: Sequence[int], past: Any) -> None:
+        rows = self._torch.tensor([list(ids)] * self._batch, device=self._model.device)
+        with self._torch.inference_mode():
+            done = self._model(rows, past_key_values=past, use_cache=True, logits_to_keep=1)
+        self._past, self._next = done.past_key_values, int(done.logits[0, -1].argmax())
+
+    def read(self, ids: Sequence[int]) -> None:
+        self._run(ids, None)
+
+    def write(self) -> int:
+        token = self._next
+        self._run([token], self._past)
+        return token
+
+    def losses(self, ids: Sequence[int]) -> np.ndarray:
+        torch = self._torch
+        row = torch.tensor([list(ids)], device=self._model.device)
+        with torch.inference_mode():
+            logits = self._model(row).logits[0, :-1].double()
+            return torch.nn.functional.cross_entropy(logits, row[0, 1:], reduction="none").cpu().numpy()
+
+
+class OnnxRuntime:
+    """One artifact. `most`: the most tokens that it will write after a prompt."""
+
+    def __init__(self, folder: Path, artifact: str, threads: int, most: int) -> None:
+        from gradmap_hub import runtime
+
+        self._model = runtime.load(folder, artifact=artifact, threads=threads)
+        self._most = most
+
+    def read(self, ids: Sequence[int]) -> None:
+        self._answer = self._model.start(ids, max_tokens=self._most + 1, ignore_end=True)
+        self._answer.advance()
+
+    def write(self) -> int:
+        token = self._answer.token_ids[-1]
+        self._answer.advance()
+        return token
+
+    def losses(self, ids: Sequence[int]) -> np.ndarray:
+        return self._model.losses(ids)
+
+
+@dataclass
+class Timed:
+    """Seconds per round of reading the prompt and of writing."""
+
+    prefill: list[float] = field(default_factory=list)
+    decode: list[float] = field(default_factory=list)
+
+
+def take_turns(
+    backends: Sequence[Backend],
+    prompt: Sequence[int],
+    *,
+    rounds: int = ROUNDS,
+    new_tokens: int = NEW_TOKENS,
+    within: Sequence[Callable[[], AbstractContextManager[None]]] | None = None,
+    done: Callable[[], None] = lambda: None,
+) -> list[Timed]:
+    """Every backend once in every round, after one that does not count: the first run of each pays for allocations.
+    Every other round goes backwards, so that none always runs behind the same one.
+
+    `within`: what each backend runs in. `done` is called after each turn, that of warming up included."""
+    settings = within or [nullcontext] * len(backends)
+    for backend, setting in zip(backends, settings, strict=True):
+        with setting():
+            backend.read(prompt)
+            backend.write()
+        done()
+    found = [Timed() for _ in backends]
+    for number in range(rounds):
+        turns = list(zip(backends, settings, found, strict=True))
+        for backend, setting, times in turns if number % 2 == 0 else reversed(turns):
+            with setting():
+                times.prefill.append(_seconds(lambda backend=backend: backend.read(prompt)))
+                times.decode.append(_seconds(lambda backend=backend: [backend.write() for _ in range(new_tokens)]))
+            done()
+    return found
+
+
+def against_original(
     model: Any,
     pruned: Callable[[], AbstractContextManager[None]],
-    ids: Tensor,
+    prompt: Sequence[int],
     *,
-    new_tokens: int = NEW_TOKENS,
     rounds: int = ROUNDS,
-    round_done: Callable[[], None] = lambda: None,
+    new_tokens: int = NEW_TOKENS,
+    done: Callable[[], None] = lambda: None,
 ) -> Speed:
-    """Time `model` as it is and within `pruned()`, which makes it the pruned model for a while.
+    """`model` in PyTorch as it is, and within `pruned()`, which makes it the pruned model for a while."""
+    import torch
 
-    `ids`: the prompt, (1, tokens) int64. Greedy tokens are written with the KV cache, batch 1.
-    """
-    parameter = next(model.parameters())
-    prompt = ids.to(parameter.device)
-    sides: tuple[Callable[[], AbstractContextManager[None]], ...] = (nullcontext, pruned)
-    seconds: list[list[tuple[float, float]]] = [[], []]  # per side and round: prefill, decode
-    for side in sides:  # the first run of each pays for allocations
-        with side():
-            _timed(model, prompt, min(2, new_tokens))
-    for number in range(rounds):
-        for index in (0, 1) if number % 2 == 0 else (1, 0):
-            with sides[index]():
-                seconds[index].append(_timed(model, prompt, new_tokens))
-        round_done()
-    prefill, decode = (
-        _rate(*([count / taken[part] for taken in side] for side in seconds))
-        for part, count in enumerate((prompt.shape[1], new_tokens))
+    backend, parameter = Eager(model), next(model.parameters())
+    before, after = take_turns(
+        [backend] * 2, prompt, rounds=rounds, new_tokens=new_tokens, within=[nullcontext, pruned], done=done
     )
     return Speed(
-        prefill,
-        decode,
-        prompt_tokens=prompt.shape[1],
+        _ratio(len(prompt), before.prefill, after.prefill),
+        _ratio(new_tokens, before.decode, after.decode),
+        prompt_tokens=len(prompt),
         new_tokens=new_tokens,
         rounds=rounds,
         threads=torch.get_num_threads(),
@@ -61,30 +162,25 @@ def measure_speed(
     )
 
 
-def _timed(model: Any, prompt: Tensor, new_tokens: int) -> tuple[float, float]:
-    """Seconds of reading the prompt, and of writing the tokens behind it."""
-    with torch.no_grad():
-        started = _now(prompt.device)
-        output = model(prompt, use_cache=True, logits_to_keep=1)
-        read = _now(prompt.device)
-        for _ in range(new_tokens):
-            token = output.logits[:, -1].argmax(dim=-1, keepdim=True)
-            output = model(token, past_key_values=output.past_key_values, use_cache=True, logits_to_keep=1)
-        return read - started, _now(prompt.device) - read
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)  # kernels run behind the calls that start them
-    return time.perf_counter()
-
-
-def _rate(original: Sequence[float], pruned: Sequence[float]) -> Rate:
-    """Of tokens per second in each round."""
-    quotients = [after / before for before, after in zip(original, pruned, strict=True)]
-    return Rate(
-        statistics.median(original),
-        statistics.median(pruned),
+def _ratio(tokens: int, original: Sequence[float], pruned: Sequence[float]) -> Ratio:
+    """Of seconds per round."""
+    quotients = [before / after for before, after in zip(original, pruned, strict=True)]
+    return Ratio(
+        tokens / statistics.median(original),
+        tokens / statistics.median(pruned),
         statistics.median(quotients),
         [min(quotients), max(quotients)],
     )
+
+
+def _seconds(action: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    action()
+    return time.perf_counter() - started
+
+
+def median_interval(values: Sequence[float], draws: int = 2000) -> tuple[float, float, float]:
+    """Median and its 95% bootstrap interval."""
+    random = np.random.default_rng(0)
+    medians = np.sort(np.median(random.choice(np.asarray(values), (draws, len(values))), axis=1))
+    return float(np.median(values)), float(medians[int(0.025 * draws)]), float(medians[int(0.975 * draws) - 1])

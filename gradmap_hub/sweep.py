@@ -22,6 +22,7 @@ from gradmap_hub.plan import Source
 from gradmap_hub.record import BeforeAfter, HealRecord
 from gradmap_hub.run import (
     Corrected,
+    EvaluationText,
     RowLosses,
     Run,
     calibrate,
@@ -73,7 +74,7 @@ class _Shared:
 
     rows: CalibrationRows
     scores: LayerScores
-    texts: Sequence[tuple[Rows, str]]
+    texts: Sequence[EvaluationText]
     original: RowLosses
 
 
@@ -103,10 +104,10 @@ def sweep_stages(run: Run, config: SweepConfig) -> Iterator[SweepRecord]:
     """Measure one number of layers after another, fewest first; yields the record with every further one in it."""
     run.precision()  # refuses what cannot be, before anything is fetched
     rows, extra = calibrate(run)
+    texts = evaluation_texts(run, rows, extra)
     fetched = pull(run)
     scores = score(run, rows)
-    texts = evaluation_texts(rows, extra)
-    shared = _Shared(rows, scores, texts, _evaluate_original(run, [row for row, _ in texts]))
+    shared = _Shared(rows, scores, texts, _evaluate_original(run, [text.rows for text in texts]))
     settings = settings_of(run, rows, extra)
     for how_much in ("ratio", "layers", "drop"):
         del settings[how_much]
@@ -144,7 +145,7 @@ def _measure(run: Run, shared: _Shared, count: int, ratios: Sequence[float], *, 
     chosen = correct(branch, rows, select(branch, rows, shared.scores))
     healed = heal_gaps(branch, rows, chosen)
     weights = _size(branch, chosen.removed)
-    pruned = _evaluate(branch, chosen, healed, [row for row, _ in shared.texts])
+    pruned = _evaluate(branch, chosen, healed, [text.rows for text in shared.texts])
     speed = _time(branch, chosen.removed, rows) if timed else None
     original, uncorrected, corrected = (
         [loss for text in texts for loss in text]
@@ -243,13 +244,13 @@ def _time(run: Run, removed: Sequence[int], rows: CalibrationRows) -> Speed:
         from gradmap_hub.pruning import layers_left_out
 
         model = run.decoder().model
-        run.reporter.total(speed.ROUNDS)
-        return speed.measure_speed(
+        run.reporter.total(2 * (speed.ROUNDS + 1))
+        return speed.against_original(
             model,
             lambda: layers_left_out(model, run.source.architecture, removed),
-            prompt[None],
+            prompt.tolist(),
             new_tokens=new_tokens,
-            round_done=run.step,
+            done=run.step,
         )
 
     return run.stages.branch().run(

@@ -25,7 +25,7 @@ SWEEP_FILE = "sweep.json"
 
 
 @dataclass(frozen=True)
-class Rate:
+class Ratio:
     """Tokens per second of the original and of the pruned model, which took turns: medians over the rounds. `ratio`:
     median of pruned over original round by round, `spread` its lowest and highest value."""
 
@@ -39,8 +39,8 @@ class Rate:
 class Speed:
     """`prefill`: reading `prompt_tokens` at once; `decode`: then writing `new_tokens` one by one with the KV cache."""
 
-    prefill: Rate
-    decode: Rate
+    prefill: Ratio
+    decode: Ratio
     prompt_tokens: int
     new_tokens: int
     rounds: int

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from gradmap_hub.sweeprecord import Rate, SweepPoint, SweepRecord
+from gradmap_hub.sweeprecord import Ratio, SweepPoint, SweepRecord
 
 TABLE_FILE, PLOT_FILE = "sweep.md", "sweep.png"
 
@@ -127,7 +127,7 @@ def _table(heads: Sequence[str], lines: Sequence[Sequence[str]], left: int) -> l
     return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in (heads, marks, *lines)]
 
 
-def _rate(rate: Rate, ranges: bool) -> str:
+def _rate(rate: Ratio, ranges: bool) -> str:
     return f"x{rate.ratio:.2f}" + (f" [{rate.spread[0]:.2f}, {rate.spread[1]:.2f}]" if ranges else "")
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from gradmap_hub.record import FILE_NAME, RunRecord, from_json
-from gradmap_hub.source import CARD, COMPANION_FILES, WEIGHTS, WEIGHTS_INDEX, legal_texts
+from gradmap_hub.source import CARD, COMPANION_FILES, RESULTS_FOLDER, WEIGHTS, WEIGHTS_INDEX, legal_texts
 
 _COMPARE = "compare.json"
 # The names that we write; a repository with others holds somebody else's work too.
@@ -16,6 +16,7 @@ _OURS = {
     "model": (
         CARD, FILE_NAME, "config.json", "generation_config.json", WEIGHTS, "model-*-of-*.safetensors", WEIGHTS_INDEX,
         *COMPANION_FILES, "onnx/*", "assets/*.png", "assets/*.svg",
+        f"{RESULTS_FOLDER}/*.yaml",
     ),
     "space": (CARD, _COMPARE, "requirements.txt", "*.py", "*.css", "original/*"),
 }  # fmt: skip

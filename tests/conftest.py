@@ -214,6 +214,44 @@ def text_of() -> Callable[..., str]:
 
 
 @pytest.fixture(scope="session")
+def task_documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with six documents of every task of lm-evaluation-harness that is known here, in its field names."""
+    from gradmap_hub.harness import TASKS
+
+    draw, folder = random.Random(5), tmp_path_factory.mktemp("tasks")
+    made: dict[str, list[dict[str, Any]]] = {name: [] for name in TASKS}
+    for number in range(6):
+        sentences = make_text(900, seed=100 + number).splitlines()
+        words = draw.sample(_THINGS, 4)
+        asked = f"What did {draw.choice(_NAMES)} find on day {number}"
+        choices = {"text": [f"a {word} or {number}" for word in words], "label": ["A", "B", "C", "D"]}
+        answer = draw.choice("ABCD")
+        made["boolq"].append({"question": asked, "passage": sentences[0], "label": draw.randrange(2)})
+        made["piqa"].append({"goal": asked, "sol1": words[0], "sol2": f"the old {words[1]}", "label": number % 2})
+        made["hellaswag"].append(
+            {
+                "activity_label": "Mending", "ctx_a": sentences[1], "ctx_b": "then somebody",
+                "endings": [f"sold the {word}." for word in words], "label": str(draw.randrange(4)),
+            }
+        )  # fmt: skip
+        made["winogrande"].append(
+            {
+                "sentence": f"{sentences[2]} The _ was {draw.choice(_VERBS)}.", "option1": words[0],
+                "option2": words[1], "answer": draw.choice("12"),
+            }
+        )  # fmt: skip
+        for name in ("arc_easy", "arc_challenge"):
+            made[name].append({"question": f"{asked}, {name}?", "choices": choices, "answerKey": answer})
+        made["openbookqa"].append({"question_stem": asked, "choices": choices, "answerKey": answer})
+        made["lambada_openai"].append({"text": f"{sentences[3]} {words[2]}"})
+        made["wikitext"].append({"page": " ".join(sentences[: number + 1])})
+    for name, rows in made.items():
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / TASKS[name].file).write_text(lines, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def random_rows() -> Callable[..., Any]:
     """Seeded token ids: `random_rows(rows, tokens, seed)`."""
 

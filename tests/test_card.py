@@ -28,10 +28,20 @@ from gradmap_hub.record import (
     CalibrationRecord,
     Candidate,
     CompensationRecord,
+    Contamination,
     EvaluationRecord,
+    FilePerplexity,
     LayerDecision,
+    Measured,
+    MeasuredFile,
+    MeasuredMetric,
+    MeasuredSpeed,
+    MeasuredTask,
+    MeasuredText,
     Parity,
+    Rate,
     RunRecord,
+    Sample,
     SiteCorrection,
     TextPerplexity,
     TextSource,
@@ -161,6 +171,45 @@ def make_record() -> RunRecord:
     )  # fmt: skip
 
 
+def make_measured(name: str = "c4.txt") -> Measured:
+    """What `evaluate` may have found, with every kind of text, task and file. `name`: of all that has one."""
+    shared = (Contamination(2, 32, "", [name]), Contamination(None, 32, name), Contamination(0, 32), None)
+    return Measured(
+        "0.1.0", "a1" * 32, name, None, "b2" * 32, BeforeAfter(269_060_552, 212_412_032), "float32",
+        texts=[
+            MeasuredText(
+                name, "cd" * 32, 32, 16_384, 512, 38.51, 73.7, [1.8, 2.0], 0.413, [0.4, 0.43], 1.21, [1.1, 1.3], entry
+            )
+            for entry in shared
+        ],
+        tasks=[
+            MeasuredTask(
+                name, "2.0", name, name, "validation", name, 20, 500, "ef" * 32, "acc",
+                [MeasuredMetric("acc", 0.6, 0.55, [-0.2, 0.1], 91.7)],
+            ),
+            MeasuredTask(
+                "piqa", "1.0", "baber/piqa", None, "validation", "baber/piqa", 1838, 1838, "ef" * 32, "acc_norm",
+                [
+                    MeasuredMetric("acc", 0.0, 0.5, [0.1, 0.9]),
+                    MeasuredMetric("acc_norm", 0.5, 0.25, [-0.4, -0.1], 50.0),
+                ],
+            ),
+            MeasuredTask(
+                "wikitext", "2.0", "EleutherAI/wikitext", name, "test", name, 62, 62, "ef" * 32, "word_perplexity",
+                [MeasuredMetric("word_perplexity", 61.2, 190.0)],
+            ),
+        ],
+        files=[
+            MeasuredFile(f"onnx/{name}.onnx", 425_901_224, "23" * 32, "", [FilePerplexity(name, 74.1, [1.004, 1.007])])
+        ],
+        speed=[
+            MeasuredSpeed("original", "PyTorch", 8, Rate(1204.2, 1100.0, 1300.0), Rate(51.25, 50.0, 52.0)),
+            MeasuredSpeed("pruned", f"onnx/{name}.onnx", 1, Rate(640.0, 630.0, 650.0), Rate(41.0, 40.0, 42.0)),
+        ],
+        samples=[Sample(name, "Paris.\n\n| is |", "")], harness="0.4.13", settings={"threads": 2}, hardware="2 cores",
+    )  # fmt: skip
+
+
 def one_correction(part: str) -> RunRecord:
     """The same run, had one correction been kept."""
     record = make_record()
@@ -251,6 +300,13 @@ def variants() -> dict[str, RunRecord]:
             target=None, space=None, dtype="", versions={}, timings={}, hardware="", settings=None,
         ),
         "own texts": replace(record, settings={"calibration": ["a.txt", "b|`c`.jsonl"], "eval_text": ["a.txt"]}),
+        "measured": replace(record, measured=make_measured()),
+        "measured, text alone": replace(
+            record,
+            measured=replace(make_measured(), tasks=[], files=[], speed=[], samples=[], harness=None, settings={}),
+        ),
+        "measured, one file dropped": replace(record, measured=make_measured(), measured_note="One was dropped"),
+        "stale": replace(record, measured_note="An evaluation of other weights is not shown"),
         "made again": replace(record, command="gradmap-hub push --from gradmap.json -o again"),
         "not finite": replace(
             record,
@@ -391,6 +447,20 @@ def test_wording_follows_the_facts() -> None:
     assert "does not" not in pages["full"] and "do not match" in pages["failed checks"]
     assert "not the work of pruning alone" in pages["other dtype"]
     assert "was not compared" in pages["no parity"]
+    measured = pages["measured"]
+    assert "Of c4.txt, 2 of 32 rows (6.2%) share 13 words in a row with calibration rows (c4.txt)" in measured
+    assert "No row of c4.txt shares" in measured and "was not checked: c4.txt." in measured
+    assert "| 38.51 | 73.70 | 1.80 to 2.00 | 41.3% (40.0% to 43.0%) | 1.21 (1.10 to 1.30) |" in measured
+    assert "| c4.txt | 20 of 500 | acc | 60.0% | 55.0% | -5.0 (-20.0 to +10.0) | 91.7% |" in measured
+    assert "| piqa | 1,838 | acc | 0.0% | 50.0% | +50.0 (+10.0 to +90.0) | - |" in measured
+    assert "| wikitext | 62 | word_perplexity | 61.20 | 190.00 | +210.5% | - |" in measured
+    assert "| mean of 2 | | acc_norm, or acc where a task has no other | 55.0% | 40.0% | -15.0 | 72.7% |" in measured
+    assert "1.0040 to 1.0070" in measured and "| 8 | 1,204 (1,100 to 1,300) | 51.2 (50.0 to 52.0) |" in measured
+    assert "Safety and bias were not evaluated" in measured and "2 threads" in measured
+    alone = pages["measured, text alone"]
+    assert "lm-evaluation-harness" not in alone and "Tasks, safety and bias were not evaluated" in alone
+    assert "One was dropped." in pages["measured, one file dropped"]
+    assert "other weights is not shown." in pages["stale"] and "Measured on the finished" not in pages["stale"]
     for name in ("no onnx", "pruning only"):
         assert "onnx" not in pages[name].lower(), name
 
@@ -423,6 +493,8 @@ def test_hostile_strings_stay_text() -> None:
         artifacts=[replace(artifact, path=f"onnx/{NASTY}.onnx") for artifact in record.artifacts],
         target=NASTY, space=NASTY, dtype=NASTY, versions={NASTY: NASTY}, hardware=NASTY,
         settings={"calibration": [NASTY], "eval_text": [NASTY]},
+        measured=replace(make_measured(NASTY), samples=[Sample(NASTY, NASTY, NASTY)], harness=NASTY, hardware=NASTY),
+        measured_note=NASTY,
     )  # fmt: skip
     text = card_text(nasty)
     text.encode("utf-8")
@@ -431,7 +503,7 @@ def test_hostile_strings_stay_text() -> None:
     assert data["license_name"] == card.one_line(NASTY)
     assert data["model-index"][0]["name"] == card.one_line(NASTY)
     parsed = ModelCard(text).data
-    assert isinstance(parsed, ModelCardData) and len(parsed.eval_results or []) == 2
+    assert isinstance(parsed, ModelCardData) and len(parsed.eval_results or []) == 4 + 4
     assert_tables_whole(text)
     fences = re.findall(r"(?m)^(`{3,})", body)
     assert fences[0::2] == fences[1::2] and len(fences) == 10

@@ -1,4 +1,4 @@
-"""Perplexity against a plain loop over transformers, and the interval of a ratio."""
+"""Perplexity, agreement and divergence against plain loops over transformers, and the intervals."""
 
 from __future__ import annotations
 
@@ -11,7 +11,15 @@ import pytest
 import torch
 
 from gradmap_hub import decoder as decoder_module
-from gradmap_hub.evaluation import perplexity, ratio_interval
+from gradmap_hub import evaluation as evaluation_module
+from gradmap_hub.evaluation import (
+    compare_rows,
+    difference_interval,
+    mean_interval,
+    perplexity,
+    ratio_interval,
+    reference_states,
+)
 
 TOKENS = 40
 
@@ -79,3 +87,60 @@ def test_interval_is_paired() -> None:
     low, high = ratio_interval(original, [loss + 0.5 for loss in original])
     assert low == pytest.approx(math.exp(0.5)) and high == pytest.approx(math.exp(0.5))
     assert ratio_interval(original, original) == [1.0, 1.0]
+
+
+def test_interval_of_a_difference_is_paired() -> None:
+    original, changed = some_losses()
+    low, high = difference_interval(original, changed)
+    mean = sum(b - a for a, b in zip(original, changed, strict=True)) / len(original)
+    assert low < mean < high
+    assert [math.exp(low), math.exp(high)] == pytest.approx(ratio_interval(original, changed))
+    assert difference_interval(original, [loss - 0.25 for loss in original]) == pytest.approx([-0.25, -0.25])
+    assert mean_interval([0.5] * 5) == [0.5, 0.5]
+
+
+def test_intervals_of_many_documents_need_little_memory() -> None:
+    """Ten thousand values, drawn in parts: about what a normal approximation gives."""
+    values = [float(number % 2) for number in range(10_000)]
+    low, high = mean_interval(values)
+    assert (low + high) / 2 == pytest.approx(0.5, abs=2e-3) and high - low == pytest.approx(2 * 1.96 * 0.005, rel=0.1)
+
+
+def plain_comparison(original: Any, pruned: Any, ids: torch.Tensor) -> tuple[list[float], list[float]]:
+    """Per row, top-1 agreement and mean KL(original || pruned), token by token in float64."""
+    agreement, divergence = [], []
+    for row in ids:
+        with torch.no_grad():
+            p, q = (
+                model(input_ids=row[None], use_cache=False).logits[0, :-1].double().log_softmax(-1)
+                for model in (original, pruned)
+            )
+        agreement.append(float((p.argmax(-1) == q.argmax(-1)).double().mean()))
+        divergence.append(float((p.exp() * (p - q)).sum(-1).mean()))
+    return agreement, divergence
+
+
+def test_agreement_and_divergence_equal_a_plain_comparison(
+    family: str,
+    model_of: Callable[..., Any],
+    decoder_of: Callable[..., Any],
+    prune_copy: Callable[..., Any],
+    random_rows: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(evaluation_module, "LOGIT_CHUNK", 16)
+    model = model_of(family)
+    ids = random_rows(3, TOKENS)
+    decoder = decoder_of(model, TOKENS)
+    losses, states = reference_states(decoder, ids)
+    assert losses == decoder.losses(ids) and states.shape == (3, TOKENS, decoder.head.in_features)
+    pruned = prune_copy(model, (1, 3))
+    done: list[int] = []
+    found = compare_rows(decoder_of(pruned, TOKENS), ids, states, decoder.head, done.append)
+    agreement, divergence = plain_comparison(model, pruned, ids)
+    assert found.agreement == pytest.approx(agreement)
+    assert found.divergence == pytest.approx(divergence, rel=1e-4)
+    assert found.losses == pytest.approx(decoder.losses(ids, [0, 2, 4]), rel=1e-6)
+    assert max(found.agreement) < 1 and min(found.divergence) > 0 and len(done) == 3
+    same = compare_rows(decoder, ids, states, decoder.head)
+    assert same.agreement == [1.0] * 3 and max(same.divergence) < 1e-6

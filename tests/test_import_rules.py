@@ -19,6 +19,7 @@ LEAVES = {
     "config",
     "contents",
     "errors",
+    "freshness",
     "knee",
     "patience",
     "progress",
@@ -33,9 +34,11 @@ LEAVES = {
 NUMERIC = {
     "calibration",
     "compensation",
+    "contamination",
     "decoder",
     "evaluation",
     "gguf_source",
+    "harness",
     "heal",
     "pruning",
     "ridge",
@@ -52,7 +55,7 @@ INPUT_TYPES = {"selection": "scoring.LayerScores", "compensation": "calibration.
 # with its rule for what counts as a gain.
 FORMULAS = {"compensation": {"ridge"}, "heal": {"calibration", "compensation"}}
 HUB_USERS = {"pipeline", "publishing", "guard", "refusals", "collecting", "spacewatch", "cli", "demo"}
-HUB_NAMERS = {"plan", "publishplan", "repeat", "run"}  # for type checkers only
+HUB_NAMERS = {"evaluating", "plan", "publishplan", "redraw", "repeat", "run"}  # for type checkers only
 # Who writes to the Hub, and who may have it written.
 WRITERS = {"pipeline"}
 HEAVY = ("torch", "transformers", "huggingface_hub", "onnxruntime")
@@ -210,8 +213,9 @@ def test_the_command_line_starts_without_the_heavy_packages() -> None:
 
 @pytest.mark.parametrize(
     "command",
-    ["compare", "demo", "export", "generate", "hub", "inspect", "prune", "publish", "push", "serve", "space", "sweep"],
-)
+    ["compare", "demo", "evaluate", "export", "generate", "hub", "inspect", "prune", "publish", "push", "serve",
+     "space", "sweep"],
+)  # fmt: skip
 def test_every_command_explains_itself(command: str) -> None:
     done = run("-m", "gradmap_hub", command, "-h")
     assert done.returncode == 0 and "Usage" in done.stdout and "Example" in done.stdout, done.stderr

@@ -19,12 +19,22 @@ from gradmap_hub.record import (
     CalibrationRecord,
     Candidate,
     CompensationRecord,
+    Contamination,
     EvaluationRecord,
+    FilePerplexity,
     HealCheck,
     HealRecord,
     LayerDecision,
+    Measured,
+    MeasuredFile,
+    MeasuredMetric,
+    MeasuredSpeed,
+    MeasuredTask,
+    MeasuredText,
     Parity,
+    Rate,
     RunRecord,
+    Sample,
     TextPerplexity,
     TextSource,
     Trial,
@@ -88,6 +98,26 @@ def full() -> RunRecord:
         hardware="x86_64, 2 CPU cores",
         heal=HealRecord(True, 40, 3e-4, 2.5, 2.25, "lower", [0, 2, 4], [HealCheck(40, 0.125, 2.25)]),
         settings={"ratio": 0.4, "drop": None, "calibration": ["a", "b"], "seed": 7},
+        measured=Measured(
+            "9.9.9", "4" * 64, "größe", "c" * 40, "5" * 64, BeforeAfter(2000, 1400), "float32",
+            texts=[
+                MeasuredText(
+                    "b", "6" * 64, 4, 2048, 512, 12.0, 15.0, [1.1, 1.4], 0.5, [0.4, 0.6], 0.25, [0.2, 0.3],
+                    Contamination(1, 4, "", ["a"]),
+                )
+            ],
+            tasks=[
+                MeasuredTask(
+                    "boolq", "2.0", "aps/super_glue", "boolq", "validation", "boolq.validation.jsonl", 20, 500,
+                    "7" * 64, "acc", [MeasuredMetric("acc", 0.5, 0.25, [-0.5, 0.0], 50.0)],
+                )
+            ],
+            files=[MeasuredFile("onnx/model.onnx", 2900, "3" * 64, "8" * 64, [FilePerplexity("b", 15.5, [1.0, 1.1])])],
+            speed=[MeasuredSpeed("pruned", "PyTorch", 8, Rate(2.0, 1.0, 3.0), Rate(5.0, 4.0, 6.0))],
+            samples=[Sample("Who?", "Me.", "You.")],
+            harness="0.4.13", settings={"rows": 4}, versions={"torch": "2.13.0"}, hardware="x86_64",
+        ),
+        measured_note="An older one was dropped",
     )  # fmt: skip
 
 
@@ -97,6 +127,7 @@ def test_round_trip(full: RunRecord, tmp_path: Path) -> None:
     full.write(tmp_path)
     back = RunRecord.read(tmp_path)
     assert back == full
+    assert back.measured is not None and back.measured.texts[0].contamination == Contamination(1, 4, "", ["a"])
     assert isinstance(back.artifacts[1].parity, Parity) and isinstance(back.base, Base)
     assert (back.layers_before, back.layers_after) == (5, 3)
     text = (tmp_path / FILE_NAME).read_text(encoding="utf-8")

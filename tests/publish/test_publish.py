@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from gradmap_hub.card import write_card
 from gradmap_hub.config import PublishConfig
 from gradmap_hub.errors import (
     LicenseUnknown,
@@ -21,9 +22,10 @@ from gradmap_hub.errors import (
     UsageError,
     VerificationError,
 )
+from gradmap_hub.freshness import folder_sha256
 from gradmap_hub.local_hub import LocalHub
 from gradmap_hub.pipeline import PushResult, publish_folder
-from gradmap_hub.record import Base, RunRecord
+from gradmap_hub.record import Base, BeforeAfter, Measured, MeasuredMetric, MeasuredTask, MeasuredText, RunRecord
 
 from .conftest import BASE, SPACE, TARGET, Side, local_bytes, record_of, remote_bytes, tensors, write_folders
 
@@ -45,7 +47,41 @@ def titles(side: Side, repo_id: str, kind: str = "model") -> list[str]:
     return [item.title for item in side.api.list_repo_commits(repo_id, repo_type=kind)]
 
 
+def evaluated(folder: Path) -> RunRecord:
+    """A record with an evaluation of the folder's files."""
+    metric = MeasuredMetric("acc", 0.6, 0.55, [-0.1, 0.0], 91.7)
+    task = MeasuredTask(
+        "boolq", "2.0", "aps/super_glue", "boolq", "validation", "aps/super_glue", 3270, 3270, "7" * 64, "acc", [metric]
+    )
+    text = MeasuredText(
+        "wiki", "6" * 64, 4, 2048, 512, 12.0, 15.0, [1.1, 1.4], 0.5, [0.4, 0.6], 0.25, [0.2, 0.3]
+    )  # fmt: skip
+    measured = Measured(
+        "0.1.0", folder_sha256(folder), BASE, "c" * 40, "5" * 64, BeforeAfter(600, 400), "float32", [text], [task]
+    )
+    return record_of(measured=measured)
+
+
 # -- one push --------------------------------------------------------------------------------------------------------
+
+
+def test_an_evaluation_is_published_with_its_weights_only(
+    server: LocalHub, ada: Side, folder: Path, tmp_path: Path
+) -> None:
+    record = evaluated(folder)
+    record.write(folder)
+    write_card(record, folder)
+    publish(ada, folder)
+    there = remote_bytes(ada, TARGET, "model", tmp_path / "first")
+    assert there == local_bytes(folder) and b"value: 55.0" in there[".eval_results/boolq.yaml"]
+    assert b"boolq" in there["README.md"]
+    (folder / "model.safetensors").write_bytes(tensors(9))
+    publish(ada, folder, update=True)
+    there = remote_bytes(ada, TARGET, "model", tmp_path / "second")
+    assert there == local_bytes(folder) and ".eval_results/boolq.yaml" not in there
+    assert b"boolq" not in there["README.md"] and b"evaluation of other weights is not shown" in there["README.md"]
+    assert json.loads(there["gradmap.json"])["measured"] is None
+    assert any("evaluation of other weights" in note for note in ada.heard.notes)
 
 
 def test_model_and_space(server: LocalHub, ada: Side, folder: Path, tmp_path: Path) -> None:

@@ -1,0 +1,366 @@
+"""Tasks of lm-evaluation-harness on a model in memory: its prompts, its metrics, its definitions; only the documents
+may come from a folder instead of the Hub.
+
+Every result keeps one number per document, so that two models are compared on the same ones. Zero-shot.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import importlib
+import importlib.util
+import json
+import logging
+import math
+import os
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+from gradmap_hub.errors import CalibrationError, MissingExtra, SourceError, UsageError
+
+# Sequences per pass: the float32 log-probabilities of a batch are what memory it takes.
+BATCH = 8
+# The filter that the harness applies when a task names none.
+_FILTER = "none"
+
+
+@dataclass(frozen=True)
+class Task:
+    """`definition`: within the harness' own tasks; `split`: the one it evaluates on; `main`: the metric to look at,
+    acc_norm where the task has it; `keys`: what every document holds."""
+
+    name: str
+    definition: str
+    split: str
+    main: str
+    keys: tuple[str, ...]
+
+    @property
+    def file(self) -> str:
+        """The documents, where a folder holds them."""
+        return f"{self.name}.{self.split}.jsonl"
+
+
+_CHOICES = ("choices", "answerKey")
+TASKS = {
+    task.name: task
+    for task in (
+        Task("boolq", "super_glue/boolq/default.yaml", "validation", "acc", ("question", "passage", "label")),
+        Task("piqa", "piqa/piqa.yaml", "validation", "acc_norm", ("goal", "sol1", "sol2", "label")),
+        Task(
+            "hellaswag",
+            "hellaswag/hellaswag.yaml",
+            "validation",
+            "acc_norm",
+            ("activity_label", "ctx_a", "ctx_b", "endings", "label"),
+        ),
+        Task(
+            "winogrande", "winogrande/default.yaml", "validation", "acc", ("sentence", "option1", "option2", "answer")
+        ),
+        Task("arc_easy", "arc/arc_easy.yaml", "test", "acc_norm", ("question", *_CHOICES)),
+        Task("arc_challenge", "arc/arc_challenge.yaml", "test", "acc_norm", ("question", *_CHOICES)),
+        Task("openbookqa", "openbookqa/openbookqa.yaml", "test", "acc_norm", ("question_stem", *_CHOICES)),
+        Task("lambada_openai", "lambada/lambada_openai.yaml", "test", "acc", ("text",)),
+        Task("wikitext", "wikitext/wikitext.yaml", "test", "word_perplexity", ("page",)),
+    )
+}
+# The suite of the paper, by one name.
+PAPER = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
+# Means over documents of what is right or wrong; others are aggregated in their own ways.
+ACCURACIES = ("acc", "acc_norm")
+
+
+@dataclass(frozen=True)
+class MetricResult:
+    """`value` as the harness aggregates it; `per_document`: of accuracies, in the order of documents, else empty."""
+
+    name: str
+    value: float
+    per_document: list[float] = field(default_factory=list)
+
+    @property
+    def error(self) -> float:
+        """Standard error of the mean over documents."""
+        return statistics.stdev(self.per_document) / math.sqrt(len(self.per_document))
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """One model on one task. `documents` of `total` were used; `sha256`: of those documents with their prompts and
+    targets, in order; `dataset`, `config`, `split`: where the harness itself has them from."""
+
+    name: str
+    version: str
+    dataset: str
+    config: str | None
+    split: str
+    documents: int
+    total: int
+    sha256: str
+    metrics: list[MetricResult]
+
+    def metric(self, name: str) -> MetricResult:
+        return next(metric for metric in self.metrics if metric.name == name)
+
+
+def chosen(names: Sequence[str]) -> tuple[str, ...]:
+    """The tasks named, each once; `paper` stands for seven.
+
+    Raises:
+        UsageError: a name that is not known here.
+    """
+    wanted = [task for name in names for task in (PAPER if name == "paper" else (name,))]
+    strange = next((name for name in wanted if name not in TASKS), None)
+    if strange is not None:
+        raise UsageError(f"There is no task {strange!r}; there is paper, {', '.join(TASKS)}.")
+    return tuple(dict.fromkeys(wanted))
+
+
+def check(names: Sequence[str], documents: Path | None) -> None:
+    """Look at everything that can be wrong before a model is loaded.
+
+    Raises:
+        MissingExtra: the harness is not installed.
+        CalibrationError: documents are not there, are too few, or do not hold what the task reads.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise MissingExtra("Tasks of lm-evaluation-harness", "eval")
+    if documents is None:
+        return
+    absent = [TASKS[name].file for name in names if not (documents / TASKS[name].file).is_file()]
+    if absent:
+        raise CalibrationError(
+            f"{', '.join(absent)} not in {documents}.",
+            hint="--tasks-from takes a folder of NAME.SPLIT.jsonl, one document a line; leave those tasks out, or "
+            "leave --tasks-from out to fetch them from the Hub.",
+        )
+    for name in names:
+        _check_documents(documents / TASKS[name].file, TASKS[name])
+
+
+def _check_documents(path: Path, task: Task) -> None:
+    count = 0
+    # Not splitlines(): JSON strings may hold other characters that it takes for line ends.
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            document = json.loads(line)
+        except ValueError:
+            document = None
+        if not isinstance(document, dict):
+            raise CalibrationError(f"{path} line {number} is not a JSON object.")
+        if lacking := [key for key in task.keys if key not in document]:
+            raise CalibrationError(f"{path} line {number} has no {lacking[0]!r}, which {task.name} reads.")
+        count += 1
+    if count < 2:
+        raise CalibrationError(f"{path} holds {count} documents; at least 2 are needed.")
+
+
+def harness_version() -> str:
+    return version("lm-eval")
+
+
+def run_tasks(
+    model: nn.Module,
+    tokenizer: Any,
+    names: Sequence[str],
+    *,
+    documents: Path | None = None,
+    limit: int | None = None,
+    started: Callable[[int], None] = lambda _sequences: None,
+    advanced: Callable[[int], None] = lambda _sequences: None,
+) -> dict[str, TaskResult]:
+    """Task -> result, of a model as it stands. `documents`: the folder they are in, without network; None: the
+    harness fetches them. `limit`: the first so many of each. `started` is told how many sequences will be read.
+
+    Raises:
+        SourceError: the documents cannot be loaded.
+    """
+    with _quiet(offline=documents is not None), tempfile.TemporaryDirectory(prefix="gradmap-tasks-") as folder:
+        write_definitions(Path(folder), names, documents)
+        # Imported where it is used: it takes seconds and is optional. As Any: decorators hide its signatures.
+        lm_eval: Any = importlib.import_module("lm_eval")
+        manager: Any = importlib.import_module("lm_eval.tasks")
+        definitions = manager.TaskManager(include_path=folder, include_defaults=False)
+        result = lm_eval.simple_evaluate(
+            model=_language_model(model, tokenizer, started, advanced),
+            tasks=_load(definitions, names),
+            task_manager=definitions,
+            num_fewshot=0,
+            limit=limit,
+            log_samples=True,
+            bootstrap_iters=0,  # intervals are ours, from the documents
+            # Nothing is drawn; the generators of the process are left alone.
+            random_seed=None,
+            numpy_random_seed=None,
+            torch_random_seed=None,
+        )
+    return {name: _result(name, result) for name in names}
+
+
+def _load(manager: Any, names: Sequence[str]) -> list[Any]:
+    """The task objects, with their documents."""
+    try:
+        return [task for name in names for task in manager.load([name])["tasks"].values()]
+    except Exception as error:  # of datasets, pyarrow, requests and the Hub's client: no common base class
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise SourceError(
+            f"The documents of {', '.join(names)} cannot be loaded: {said[:300]}",
+            hint="Check the connection, or give a folder that holds them with --tasks-from.",
+        ) from error
+
+
+def _language_model(
+    model: nn.Module, tokenizer: Any, started: Callable[[int], None], advanced: Callable[[int], None]
+) -> Any:
+    huggingface: Any = importlib.import_module("lm_eval.models.huggingface")
+
+    class Reporting(huggingface.HFLM):
+        """The harness' own, which tells how far it is."""
+
+        def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: Any = None) -> Any:
+            del disable_tqdm
+            # Continuations of one token behind the same context are read in one pass.
+            started(len({(*context, *continuation[:-1]) for _, context, continuation in requests}))
+            return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
+
+        def _model_call(self, inps: Any, *args: Any, **kwargs: Any) -> Any:
+            logits = super()._model_call(inps, *args, **kwargs)
+            advanced(len(inps))
+            return logits
+
+    # The harness may give a tokenizer a padding token; ours stays as it is. Log-probabilities of a model in bfloat16
+    # are summed in float32: rounded to three digits, they would decide between answers by chance.
+    return Reporting(
+        pretrained=model,
+        tokenizer=copy.deepcopy(tokenizer),
+        batch_size=BATCH,
+        softmax_dtype=torch.float32,
+    )
+
+
+def _result(name: str, result: Any) -> TaskResult:
+    samples = sorted(result["samples"][name], key=lambda sample: sample["doc_id"])
+    summary = hashlib.sha256()
+    for sample in samples:
+        summary.update("".join(sample[key] for key in ("doc_hash", "prompt_hash", "target_hash")).encode())
+    metrics = []
+    for key, value in result["results"][name].items():
+        metric, _, filter_name = key.partition(",")
+        if filter_name != _FILTER or metric.endswith("_stderr"):
+            continue
+        per_document = [float(sample[metric]) for sample in samples] if metric in ACCURACIES else []
+        metrics.append(MetricResult(metric, float(value), per_document))
+    dataset, config = _origin(TASKS[name])
+    counts = result["n-samples"][name]
+    return TaskResult(
+        name,
+        str(result["versions"][name]),
+        dataset,
+        config,
+        TASKS[name].split,
+        int(counts["effective"]),
+        int(counts["original"]),
+        summary.hexdigest(),
+        metrics,
+    )
+
+
+def _own_folder() -> Path:
+    """The harness' own task definitions."""
+    spec = importlib.util.find_spec("lm_eval.tasks")
+    assert spec is not None and spec.origin is not None
+    return Path(spec.origin).parent
+
+
+def _origin(task: Task) -> tuple[str, str | None]:
+    """Data set and configuration that the harness' definition names."""
+
+    class Loader(yaml.SafeLoader):
+        """Functions of the definition are of no use here."""
+
+    Loader.add_constructor("!function", lambda _loader, node: node.value)
+    path = _own_folder() / task.definition
+    found: dict[str, Any] = {}
+    included: str | None = path.name
+    while included is not None:
+        with (path.parent / included).open(encoding="utf-8") as stream:
+            read = yaml.load(stream, Loader)
+        found = read | found
+        included = read.get("include")
+    return str(found["dataset_path"]), found.get("dataset_name")
+
+
+def write_definitions(folder: Path, names: Sequence[str], documents: Path | None) -> None:
+    """One definition per task into `folder`: the harness' own, which it can also be given with --include_path; with
+    `documents`, on these files."""
+    own = _own_folder()
+    for name in names:
+        task = TASKS[name]
+        definition: dict[str, Any] = {"include": str(own / task.definition), "task": name}
+        if documents is not None:
+            definition |= {
+                "dataset_path": "json",
+                "dataset_name": None,
+                # What `datasets` makes of the file goes with the folder, not into the user's cache.
+                "dataset_kwargs": {
+                    "data_files": {"test": str((documents / task.file).resolve())},
+                    "cache_dir": str(folder / "cache"),
+                },
+                "training_split": None,
+                "validation_split": None,
+                "test_split": "test",
+            }
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(definition), encoding="utf-8")
+
+
+def _no_bar(bar: Any, *args: Any, **kwargs: Any) -> Any:
+    return bar(*args, **(kwargs | {"disable": True}))
+
+
+@contextmanager
+def _quiet(*, offline: bool) -> Iterator[None]:
+    """No bars and of the harness' log only errors; with `offline`, no look at the Hub. As before afterwards."""
+    names = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE") if offline else ()
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(dict.fromkeys(names, "1"))
+    datasets: Any = importlib.import_module("datasets")
+    modules = [importlib.import_module(f"lm_eval.{name}") for name in ("api.task", "api.model", "models.huggingface")]
+    bars = [getattr(module, "tqdm", None) for module in modules]
+    had_bars = datasets.are_progress_bars_disabled()
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    for module, bar in zip(modules, bars, strict=True):
+        if bar is not None:
+            setattr(module, "tqdm", partial(_no_bar, bar))  # noqa: B010
+    try:
+        yield
+    finally:
+        for module, bar in zip(modules, bars, strict=True):
+            if bar is not None:
+                setattr(module, "tqdm", bar)  # noqa: B010
+        if not had_bars:
+            datasets.enable_progress_bars()
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
