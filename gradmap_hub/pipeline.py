@@ -200,7 +200,8 @@ def sweep(
 ) -> tuple[SweepRecord, Path]:
     """Measure quality, size and speed of the model at several ratios; returns the record and the folder that holds it.
 
-    The report is written anew after every ratio. What an earlier sweep of the same model left is not computed again.
+    The tables are written anew after every ratio, the figure after the last. What an earlier sweep of the same model
+    left is not computed again.
 
     Raises:
         GradmapError: one of its subclasses says what is wrong; see errors.py.

@@ -240,13 +240,13 @@ def _log_ticks(low: float, high: float) -> list[float]:
         found = [tick for tick in ticks if low <= tick <= high]
         if 3 <= len(found) <= 9:
             return found
-    # Too short an axis for those, or too long.
+    if high > 2.5 * low:  # too long an axis for those
+        tens = [10.0**decade for decade in decades if low <= 10.0**decade <= high]
+        return tens[:: math.ceil(len(tens) / 8)]
     step = next(
         (step for step in (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2) if (high - low) / step <= 8),
         (high - low) / 4,
     )
-    if high > 2.5 * low:
-        return [10.0**decade for decade in decades[:: max(1, len(decades) // 6)] if low <= 10.0**decade <= high]
     return [round(number * step, 6) for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 

@@ -119,6 +119,11 @@ class SweepRecord:
     hardware: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def missing(self) -> list[float]:
+        """Ratios asked for that are not measured yet."""
+        return sorted(set(self.ratios) - {ratio for point in self.points for ratio in point.ratios})
+
     def write(self, folder: Path) -> None:
         (folder / SWEEP_FILE).write_text(to_json(self) + "\n", encoding="utf-8")
 

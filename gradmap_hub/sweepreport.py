@@ -11,13 +11,16 @@ TABLE_FILE, PLOT_FILE = "sweep.md", "sweep.png"
 
 
 def write_report(record: SweepRecord, folder: Path) -> None:
-    """Write the three files."""
+    """Write the tables, and once all ratios are measured the figure, which would be an earlier sweep's until then."""
     from gradmap_hub.plots import sweep_plot
 
     folder.mkdir(parents=True, exist_ok=True)
     record.write(folder)
     (folder / TABLE_FILE).write_text(markdown(record), encoding="utf-8")
-    sweep_plot(record, folder / PLOT_FILE)
+    if record.missing:
+        (folder / PLOT_FILE).unlink(missing_ok=True)
+    else:
+        sweep_plot(record, folder / PLOT_FILE)
 
 
 def columns(record: SweepRecord) -> list[str]:
@@ -74,13 +77,14 @@ def markdown(record: SweepRecord) -> str:
     base = f"{record.base.name} at {record.base.commit}" if record.base.commit else record.base.name
     parts = [f"# {record.base.name}: quality against size", ""]
     parts += _table(columns(record), rows(record), left=0)
-    missing = sorted(set(record.ratios) - {ratio for point in record.points for ratio in point.ratios})
-    if missing:
-        parts += ["", f"Not finished: {', '.join(f'{ratio:g}' for ratio in missing)} still to be measured."]
+    if record.missing:
+        left = ", ".join(f"{ratio:g}" for ratio in record.missing)
+        parts += ["", f"Not finished: {left} still to be measured."]
     parts += ["", verdict(record), ""]
     if record.recommendation.push:
         parts += ["```", record.recommendation.push, "```", ""]
-    parts += [f"![Perplexity and speed by ratio]({PLOT_FILE})", ""]
+    if not record.missing:
+        parts += [f"![Perplexity and speed by ratio]({PLOT_FILE})", ""]
     parts += ["## Perplexity by text", ""]
     for point in record.points:
         texts = [

@@ -186,7 +186,9 @@ def test_an_interruption_leaves_what_is_finished(stop_at: str, config: SweepConf
     assert [point.removed for point in half.points] == [whole.points[0].removed]
     assert half.ratios == [0.2, 0.4] and half.recommendation.ratio is None
     assert "Not finished: 0.4 " in (config.output / TABLE_FILE).read_text(encoding="utf-8")
+    assert not (config.output / PLOT_FILE).exists()
     found, watch = swept(config)
+    assert (config.output / PLOT_FILE).exists()
     assert "Not finished" not in (config.output / TABLE_FILE).read_text(encoding="utf-8")
     titles = everything.computed
     assert watch.computed == ["Reading calibration text", *titles[titles.index(stop_at) :]]
