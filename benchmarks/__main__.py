@@ -62,6 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     size = FULL if options.full else QUICK
     draws = options.draws or size.draws
     sleb_draws = 0 if options.no_sleb else size.sleb_draws if options.sleb_draws is None else options.sleb_draws
+    peer_draws = draws if options.peer_draws is None else min(options.peer_draws, draws)
     layers = options.layers or size.layers
     dtype = dtype_of(options.dtype, options.device)
     console = Console(stderr=True)
@@ -94,7 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     store = methods.Store(output / "cells.jsonl", settings, fresh=options.fresh)
     work = methods.Work(decoder, pools, texts, store, size.sleb_rows, size.sleb_shares, say)
     _warm_up(decoder)
-    cells = list(methods.cells(work, layers, draws, sleb_draws, first=1 if options.further_draws else 0))
+    further = 1 if options.further_draws else 0
+    cells = list(methods.cells(work, layers, draws, sleb_draws, peer_draws, first=further))
     if options.further_draws:
         say(f"{store.computed} pieces computed")
         return
@@ -107,7 +109,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ran_on = {
         "machine": _machine(decoder.device),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _VERSIONED}},
-        "settings": {**settings, **asdict(size), "layers": layers, "draws": draws, "sleb_draws": sleb_draws},
+        "settings": {
+            **settings,
+            **asdict(size),
+            "layers": layers,
+            "draws": draws,
+            "peer_draws": peer_draws,
+            "sleb_draws": sleb_draws,
+        },
         "model": str(folder.name),
         "data_sha256": sources,
         "seconds_this_run": time.perf_counter() - started,
@@ -139,6 +148,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         "measured on the first, these need no quiet machine; no table"
     )  # fmt: skip
     parser.add_argument("--sleb-draws", type=int, help="draws for which SLEB runs too (default 1: it takes longest)")
+    parser.add_argument("--peer-draws", type=int, help="draws for which the other peers run (default: all)")
     parser.add_argument("--no-sleb", action="store_true", help="leave SLEB out, and the times relative to it")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of all passes")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -208,8 +218,9 @@ def _facts(ran_on: dict[str, Any], texts: Sequence[Rows], size: Size, sleb_draws
         "over rows. `mean`: exp of the mean log-perplexity of the texts; over several draws the geometric mean.",
         f"{sleb}."
         + (
-            f" Over {settings['draws']} draws: the default, {', '.join(methods.EVERY_DRAW)}; the others, and our stage "
-            "2 on the sets of others, on the first; what is compared is compared on the same draws."
+            f" The default ran on {settings['draws']} draws, {', '.join(methods.EVERY_DRAW)} on "
+            f"{settings['peer_draws']}; the others, and our stage 2 on the sets of others, on the first; row against "
+            "row is compared on the draws that both have."
             if settings["draws"] > 1
             else ""
         ),

@@ -326,7 +326,9 @@ class Work:
         return self.store.or_compute(key, lambda: self.measure(removed, Patch()))
 
 
-def cells(work: Work, counts: Sequence[int], draws: int, sleb_draws: int, *, first: int = 0) -> Iterator[Cell]:
+def cells(
+    work: Work, counts: Sequence[int], draws: int, sleb_draws: int, peer_draws: int | None = None, *, first: int = 0
+) -> Iterator[Cell]:
     """Every cell, dense first. From the first draw on, draw by draw; the further draws alone, ours first and the
     greedy peers last: an interrupted run has every draw of what was cheap."""
     yield Cell(DENSE, PUBLISHED, 0, 0, [], work.plain([]))
@@ -335,6 +337,7 @@ def cells(work: Work, counts: Sequence[int], draws: int, sleb_draws: int, *, fir
         for draw in range(first, draws)
         for count in counts
         for name in (*(OURS if draw == 0 else (DEFAULT,)), *peer_names(draw, draw < sleb_draws))
+        if name in OURS or peer_draws is None or draw < peer_draws
     ]
     if first:
         turns.sort(key=lambda turn: (turn[2] not in OURS) + (turn[2] in GREEDY))

@@ -6,92 +6,100 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.methods import ALONE, DEFAULT, OURS
+from benchmarks.methods import ALONE, DEFAULT, OURS, STAGE_2
 from benchmarks.table import Row
 
-# Selections that compute nothing still need a place on a logarithmic axis.
-_LEAST_SECONDS = 0.1
+# What is worse than so many times the dense model has collapsed, and would press the others into a corner.
+_COLLAPSED = 6.0
+# Points closer than this, in points of 1/72 inch, share a label.
+_CLOSE = 11.0
+_RED, _BLUE, _LIGHT = "#c8102e", "#3b6ea5", "#7fa7cf"
 
 
 def quality_time(rows: Sequence[Row], count: int, path: Path) -> None:
-    """Seconds against mean perplexity of the rows that remove `count` layers; random is left out (it would stretch
-    the axis and costs nothing)."""
+    """Seconds against mean perplexity of the rows that remove `count` layers, numbered from the best; the key beside it
+    also names what collapsed. Random is left out."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import FuncFormatter, NullFormatter
 
     shown = [row for row in rows if row.count == count and row.variant != ALONE and not row.method.startswith("random")]
-    figure, axes = pyplot.subplots(figsize=(11, 7), dpi=120)
+    shown.sort(key=lambda row: row.mean)
+    dense = min((row.mean for row in rows if row.count == 0), default=None)
+    limit = _COLLAPSED * (dense if dense is not None else shown[0].mean)
+    # What takes no time has no place on the axis either.
+    placed = [row for row in shown if row.mean <= limit and (row.seconds or 0) > 0]
+    figure, (axes, key) = pyplot.subplots(1, 2, figsize=(11.5, 5.4), dpi=120, width_ratios=(2.1, 1))
     axes.set_xscale("log")
     axes.set_yscale("log")
-    placed: list[tuple[float, float, Row]] = []
-    for row in shown:
-        seconds = max(row.seconds or 0.0, _LEAST_SECONDS)
-        ours = row.method in OURS
+    for row in placed:
         axes.scatter(
-            seconds,
+            row.seconds or 0,
             row.mean,
-            s=110 if row.method == DEFAULT else 45,
-            marker="*" if row.method == DEFAULT else "o" if row.variant != "+ our stage 2" else "s",
-            color="#c8102e" if ours else "#3b6ea5" if row.variant != "+ our stage 2" else "#7fa7cf",
+            s=150 if row.method == DEFAULT else 42,
+            marker="*" if row.method == DEFAULT else "s" if row.variant == STAGE_2 else "o",
+            color=_colour(row),
             zorder=3,
         )
-        placed.append((seconds, row.mean, row))
-    for row in rows:
-        if row.count == 0:
-            axes.axhline(row.mean, color="grey", linestyle=":", linewidth=1)
-            axes.annotate("dense", (0.005, row.mean), xycoords=("axes fraction", "data"), va="bottom", color="grey")
-    axes.margins(0.12)
-    figure.canvas.draw()
-    _label(axes, placed)
+    if dense is not None:
+        axes.axhline(dense, color="grey", linestyle=":", linewidth=1)
+        axes.annotate("dense", (0.01, dense), xycoords=("axes fraction", "data"), va="bottom", color="grey")
+    axes.margins(0.1)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}" if value < 10 * limit else ""))
+    axes.tick_params(which="both", labelsize=8)
     axes.set_xlabel("seconds, selection and compensation")
     axes.set_ylabel("perplexity, geometric mean over the held-out texts")
-    axes.set_title(f"{count} layers removed: quality against time (lower left is better)")
+    axes.set_title(f"{count} layers removed: quality against time (lower left is better)", fontsize=11)
     axes.grid(True, which="both", alpha=0.2)
     figure.tight_layout()
+    figure.canvas.draw()
+    _number(axes, placed)
+    _key(key, shown, placed)
     figure.savefig(path)
     pyplot.close(figure)
 
 
-def _label(axes: object, placed: Sequence[tuple[float, float, Row]]) -> None:
-    """Labels at the first of several offsets where they hit neither another label nor a point."""
-    from matplotlib.axes import Axes
-    from matplotlib.transforms import Bbox
-
-    assert isinstance(axes, Axes)
-    renderer = axes.figure.canvas.get_renderer()  # pyright: ignore
-    taken: list[Bbox] = []
-    for seconds, mean, _ in placed:
-        x, y = axes.transData.transform((seconds, mean))
-        taken.append(Bbox.from_bounds(x - 5, y - 5, 10, 10))
-    offsets = [(side * 8, step * 9) for step in (0, 1, -1, 2, -2, 3, -3, 4, -4, 5, -5, 6, -6) for side in (1, -1)]
-    for seconds, mean, row in sorted(placed, key=lambda entry: -entry[1]):
-        for position, (dx, dy) in enumerate(offsets):
-            label = axes.annotate(
-                row.label,
-                (seconds, mean),
-                xytext=(dx, dy),
-                textcoords="offset points",
-                ha="left" if dx > 0 else "right",
-                va="center",
-                fontsize=7.5,
-                color="#c8102e" if row.method in OURS else "black",
-                fontweight="bold" if row.method == DEFAULT else "normal",
-                arrowprops={"arrowstyle": "-", "color": "grey", "linewidth": 0.4} if abs(dy) > 9 else None,
-            )
-            # The box of the words alone: that of an annotation includes its arrow, which may cross anything.
-            box = _text_box(label, renderer)
-            inside = axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1
-            if (inside and not any(box.overlaps(other) for other in taken)) or position == len(offsets) - 1:
-                taken.append(box)
-                break
-            label.remove()
+def _colour(row: Row) -> str:
+    return _RED if row.method in OURS else _LIGHT if row.variant == STAGE_2 else _BLUE
 
 
-def _text_box(label: object, renderer: object) -> Any:
-    from matplotlib.text import Annotation, Text
+def _number(axes: Any, placed: Sequence[Row]) -> None:
+    """Numbers beside the points; those that lie together share a label."""
+    scale = 72 / axes.figure.dpi
+    groups: list[tuple[float, float, list[int]]] = []
+    for number, row in enumerate(placed, start=1):
+        x, y = axes.transData.transform((row.seconds, row.mean)) * scale
+        near = next((group for group in groups if abs(group[0] - x) < _CLOSE and abs(group[1] - y) < _CLOSE), None)
+        if near is None:
+            groups.append((x, y, [number]))
+        else:
+            near[2].append(number)
+    for _, _, numbers in groups:
+        last = max((placed[number - 1] for number in numbers), key=lambda row: row.seconds or 0)
+        axes.annotate(
+            ", ".join(map(str, numbers)),
+            (last.seconds, last.mean),
+            xytext=(7, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+        )
 
-    assert isinstance(label, Annotation)
-    label.update_positions(renderer)  # pyright: ignore
-    return Text.get_window_extent(label, renderer)  # pyright: ignore
+
+def _key(axes: Any, shown: Sequence[Row], placed: Sequence[Row]) -> None:
+    """Every row by its number, and without one where it is not on the chart."""
+    axes.axis("off")
+    lines = [(f"{number}", row) for number, row in enumerate(placed, start=1)]
+    lines += [("", row) for row in shown if row not in placed]
+    for position, (number, row) in enumerate(lines):
+        y = 1 - position / max(len(lines), 16)
+        weight = "bold" if row.method == DEFAULT else "normal"
+        where = {"transform": axes.transAxes, "fontsize": 8, "va": "top", "color": "black", "fontweight": weight}
+        axes.text(0.04, y, number, ha="right", **where)
+        axes.text(0.08, y, row.label, **{**where, "color": _RED if row.method in OURS else "black"})
+        axes.text(1.0, y, f"{row.mean:.1f}" if row.mean < 1000 else f"{row.mean:.0e}", ha="right", **where)
