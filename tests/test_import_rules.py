@@ -25,6 +25,7 @@ LEAVES = {
     "record",
     "screening",
     "source",
+    "spaceplan",
     "stages",
     "targets",
 }
