@@ -43,8 +43,8 @@ class Hardware:
 
 # As huggingface.co/docs/hub/spaces-overview has it: 2 vCPU, 16 GB, 50 GB.
 CPU_BASIC = Hardware("cpu-basic", 16_000_000_000, 50_000_000_000)
-# Python with gradio and ONNX Runtime, or with torch; and what one session needs for each byte of its graph while it is
-# being built beside the other one. Measured with SmolLM2-135M: see docs/space.md.
+# Python with gradio and ONNX Runtime, or with torch; and what it takes to load each byte of both models' files: ONNX
+# Runtime needs as much again while it repacks the weights.
 _PROGRAM = {"onnx": 600_000_000, "transformers": 1_200_000_000}
 _PER_BYTE = {"onnx": 2.0, "transformers": 1.2}
 # The packages, and room for what a program writes.
