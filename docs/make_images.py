@@ -50,10 +50,7 @@ def main(demo: Path) -> None:
             page = browser.new_page(viewport={"width": 1280, "height": 880})
             page.goto(url)
             page.get_by_label("Prompt").first.fill("Explain gravity to a child in two sentences.")
-            button = page.get_by_role("button", name="Compare")
-            button.wait_for(state="visible", timeout=120_000)
-            page.wait_for_timeout(15_000)  # the models load in the background
-            button.click()
+            page.locator("#go:not([disabled])").click(timeout=120_000)  # the models load in the background
             page.get_by_text("This run").wait_for(timeout=180_000)
             page.wait_for_timeout(500)
             page.screenshot(path=IMAGES / "space.png")

@@ -176,6 +176,15 @@ WaitSpace = Annotated[
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and print the plan; nothing is changed.")]
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder made by prune or push.")]
+Against = Annotated[str | None, typer.Option("--against", help="The original; default: as recorded.")]
+SpaceText = Annotated[
+    str,
+    typer.Option(
+        "--text",
+        help="What the perplexity of the original's int8 and int4 is measured on, if FOLDER has such files: a file, or "
+        "a data set.",
+    ),
+]
 Host = Annotated[str, typer.Option("--host", help="Address to bind to.")]
 Port = Annotated[int, typer.Option("--port", help="Port; 0 takes any free one.", min=0, max=65535)]
 
@@ -472,7 +481,8 @@ def export(
 @app.command(epilog="Example: gradmap-hub space small --against HuggingFaceTB/SmolLM2-135M-Instruct")
 def space(
     folder: Folder,
-    against: Annotated[str | None, typer.Option("--against", help="The original; default: as recorded.")] = None,
+    against: Against = None,
+    text: SpaceText = DEFAULT_CALIBRATION,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -481,7 +491,7 @@ def space(
 
     reporter = TerminalReporter(stderr, quiet=quiet)
     try:
-        built = build_space(folder, against, reporter=reporter)
+        built = build_space(folder, against, text=text, reporter=reporter)
     finally:
         reporter.close()
     if as_json:
@@ -493,7 +503,8 @@ def space(
 @app.command(epilog="Example: gradmap-hub compare small --open")
 def compare(
     folder: Folder,
-    against: Annotated[str | None, typer.Option("--against", help="The original; default: as recorded.")] = None,
+    against: Against = None,
+    text: SpaceText = DEFAULT_CALIBRATION,
     host: Host = "127.0.0.1",
     port: Port = 0,
     open_browser: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
@@ -505,7 +516,7 @@ def compare(
 
     reporter = TerminalReporter(stderr, quiet=quiet)
     try:
-        built = build_space(folder, against, local=True, reporter=reporter)
+        built = build_space(folder, against, local=True, text=text, reporter=reporter)
     finally:
         reporter.close()
     run_space(built, {"PRUNED_MODEL": str(folder.resolve())}, host=host, port=port, open_browser=open_browser)
@@ -641,7 +652,7 @@ def _print_plan(plan: PushPlan, as_json: bool) -> None:
         "output": str(plan.output),
         "target": plan.target,
         "space": plan.space_target if plan.space else None,
-        "space_original": plan.space.reason if plan.space else None,
+        "space_original": plan.space.reason if plan.space else plan.space_reason or None,
         "visibility": "as it is" if plan.create_pr else "public" if plan.public else "private",
         "upload_bytes": plan.upload_bytes,
         "checks": [asdict(check) for check in plan.checks],
@@ -658,7 +669,7 @@ def _print_plan(plan: PushPlan, as_json: bool) -> None:
         ("weights", f"{source.weight_bytes / 1e6:,.1f} MB to fetch"),
         ("folder", str(plan.output)),
         ("target", f"{plan.target} ({facts['visibility']})"),
-        ("space", f"{plan.space_target}: {plan.space.reason}" if plan.space else "none"),
+        ("space", f"{plan.space_target}: {plan.space.reason}" if plan.space else plan.space_reason or "none"),
     ):
         table.add_row(f"[dim]{name}[/]", escape(str(value)))
     stdout.print(table)

@@ -111,6 +111,10 @@ class VerificationError(GradmapError):
     """The saved model or an export does not compute what it should. Nothing is published."""
 
 
+class SpaceImpossible(GradmapError):
+    """There is nothing that a comparison Space of the two models could run."""
+
+
 class HubError(GradmapError):
     """The Hub refused or could not be reached."""
 

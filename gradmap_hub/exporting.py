@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from gradmap_hub.errors import VerificationError
 from gradmap_hub.plan import work_folder
-from gradmap_hub.record import Artifact, Quality, RunRecord
+from gradmap_hub.record import Artifact, Parity, Quality, RunRecord
 from gradmap_hub.run import artifact
 from gradmap_hub.stages import Stages
 
@@ -49,7 +49,7 @@ def export_checked(
     artifacts = [entry for entry in record.artifacts if entry.format not in names]
     try:
         for name in names:
-            exported = _stage(stages, folder, destination, work, name, rows, fit, keep_failing)
+            exported = _stage(stages, folder, destination, work, name, rows, fit, keep_failing=keep_failing)
             if exported.note:
                 stages.reporter.note(exported.note)
             if name not in formats.LADDERS and not exported.check.passed:
@@ -63,6 +63,64 @@ def export_checked(
     return dataclasses.replace(record, artifacts=artifacts, timings=record.timings | stages.timings)
 
 
+def onnx_stage(stages: Stages, name: str, title: str, checkpoint: Path, destination: Path) -> Parity:
+    """Optimum's float32 graph of a checkpoint, exported into a folder and compared with PyTorch, as a resumable stage.
+
+    Raises:
+        VerificationError: the export failed, or differs from PyTorch.
+    """
+    from gradmap_hub.exporters import onnx
+
+    def compute() -> Parity:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        onnx.export_onnx(checkpoint, destination)
+        return onnx.check_parity(checkpoint, destination)
+
+    return stages.run(
+        name,
+        title,
+        Parity,
+        compute,
+        inputs={"checkpoint": sorted((path.name, path.stat().st_size) for path in checkpoint.glob("*.safetensors"))},
+        files=lambda: [destination / onnx.MODEL],
+        describe=lambda parity: f"logits differ by at most {parity.max_logit_difference:.1e}, greedy tokens equal",
+    )
+
+
+def export_original(
+    checkpoint: Path,
+    destination: Path,
+    stages: Stages,
+    names: Sequence[str],
+    rows: Rows,
+    work: Path,
+    *,
+    fit: Tensor | None = None,
+) -> dict[str, Quality]:
+    """Export the original to `names` in the same way, for the Space that compares it with the pruned model.
+
+    Returns what each costs; a format that failed its check is not among them and left no file. `work`: a folder for
+    what the formats share, which is removed.
+
+    Raises:
+        VerificationError: an exporter failed.
+    """
+    from gradmap_hub.exporters import formats, genai
+
+    found: dict[str, Quality] = {}
+    try:
+        for name in names:
+            exported = _stage(stages, checkpoint, destination, work, name, rows, fit, of="original")
+            if exported.note:
+                stages.reporter.note(f"The original: {exported.note}")
+            if exported.files:
+                found[name] = _quality(exported, rows.name, rows.ids.numel())
+    finally:
+        formats.clear(work)
+        (destination / genai.CONFIG).unlink(missing_ok=True)  # for another program than the Space
+    return found
+
+
 def _stage(
     stages: Stages,
     folder: Path,
@@ -71,7 +129,9 @@ def _stage(
     name: str,
     rows: Rows,
     fit: Tensor | None,
-    keep_failing: bool,
+    *,
+    keep_failing: bool = False,
+    of: str = "",
 ) -> Exported:
     from gradmap_hub.calibration import sha256_of_ids
     from gradmap_hub.exporters import formats
@@ -79,8 +139,8 @@ def _stage(
     destination.mkdir(parents=True, exist_ok=True)
     optimum = destination / formats.FILE_NAMES["onnx"]
     return stages.run(
-        f"export-{name}",
-        _TITLES[name],
+        f"export-{name}-{of}" if of else f"export-{name}",
+        f"The {of}: {_TITLES[name][0].lower()}{_TITLES[name][1:]}" if of else _TITLES[name],
         formats.Exported,
         lambda: formats.export(
             name,

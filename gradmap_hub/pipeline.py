@@ -23,8 +23,8 @@ from gradmap_hub.config import (
     PushConfig,
     SweepConfig,
 )
-from gradmap_hub.errors import HubError, OutputExists, SourceError
-from gradmap_hub.exporting import export_checked, remove_exports
+from gradmap_hub.errors import GradmapError, HubError, OutputExists, SourceError, SpaceImpossible
+from gradmap_hub.exporting import export_checked, onnx_stage, remove_exports
 from gradmap_hub.freshness import with_earlier, without_stale
 from gradmap_hub.plan import (
     PushPlan,
@@ -37,11 +37,13 @@ from gradmap_hub.plan import (
     work_folder,
 )
 from gradmap_hub.progress import Reporter, SilentReporter
-from gradmap_hub.publishplan import PublishPlan, look_through, space_plan_of
-from gradmap_hub.record import Candidate, Parity, RunRecord
+from gradmap_hub.publishplan import PublishPlan, look_through
+from gradmap_hub.record import Candidate, RunRecord
 from gradmap_hub.repeat import check_expected
 from gradmap_hub.run import Run, artifact, export_rows, inspect_stages, prune_stages, size, text_of
-from gradmap_hub.source import COMPANION_FILES, legal_texts, read_config
+from gradmap_hub.source import read_config
+from gradmap_hub.spacefolder import finished_space, terms_of, write_space_folder
+from gradmap_hub.spaceplan import GRAPHS, SpacePlan, plan_of, precisions_of
 from gradmap_hub.stages import Stages
 from gradmap_hub.sweep import check_sweep_output, default_sweep_output, sweep_stages
 from gradmap_hub.sweeprecord import SweepRecord
@@ -53,7 +55,6 @@ if TYPE_CHECKING:
     from gradmap_hub.hub import Hub
     from gradmap_hub.publishing import Checked, Published, Publisher
     from gradmap_hub.scoring import LayerScores
-    from gradmap_hub.space import SpacePlan
     from gradmap_hub.spacewatch import SpaceState
 
 __all__ = [
@@ -158,6 +159,7 @@ def push(config: PushConfig, *, command: str = "", reporter: Reporter | None = N
             plan.source, config.prune, plan.removals, plan.output, command, reporter, hub, expected=config.repeats
         )
         record = with_earlier(prune_stages(run, target=plan.target, license=plan.license), plan.output)
+    rows = fit = None
     if config.onnx:
         record = _export_onnx(plan.output, record, run.stages)
         remove_exports(plan.output, [name for name in QUANTIZED if name not in config.quantize])
@@ -166,13 +168,24 @@ def push(config: PushConfig, *, command: str = "", reporter: Reporter | None = N
             record = export_checked(plan.output, record, run.stages, config.quantize, rows, fit=fit)
     else:  # an earlier run's, perhaps of other layers: what is published is what this run was asked for
         _remove_onnx(plan.output)
+    if plan.space is not None:  # now that the sizes are known, and a format may have failed its check
+        plan = _with_space(plan, plan_of(record))
     record = dataclasses.replace(record, space=plan.space_target if plan.space else None)
     record = _write_card(record, plan.output, reporter)
     space_folder = None
     if plan.space is not None:
         space_folder = space_folder_of(plan.output)
-        _write_space(record, plan.space, space_folder, run.checkpoint(), run.stages, plan.target)
+        written = write_space_folder(run, record, plan.space, space_folder, plan.target, rows, fit)
+        plan = _with_space(plan, written)
+        if plan.space is None:
+            space_folder = None
+            record = _write_card(dataclasses.replace(record, space=None), plan.output)
     return _publish_both(record, plan.output, space_folder, plan, config, Publisher(hub))
+
+
+def _with_space(plan: PushPlan, space: SpacePlan) -> PushPlan:
+    reason = "" if space.precisions else space.reason
+    return dataclasses.replace(plan, space=None if reason else space, space_reason=reason)
 
 
 def inspect(
@@ -321,16 +334,21 @@ def build_space(
     against: str | None = None,
     *,
     local: bool = False,
+    text: str = DEFAULT_CALIBRATION,
     reporter: Reporter | None = None,
     hub: Hub | None = None,
 ) -> Path:
     """Write the comparison app for a pruned folder, exporting what it still lacks; returns the app's folder.
 
     By default it is the Space as it may be published, beside the folder. With `local` it is for this machine only and
-    may hold an export of any original, also one that must not be passed on; it then lies where nothing publishes from.
-    """
-    from gradmap_hub.space import SpacePlan
+    may hold an export of any original, also one that must not be passed on; it then lies where nothing publishes from,
+    unless the Space as published has all of it.
+    `text`: what the perplexity of the original's quantised files is measured on, where the folder has such files; if it
+    cannot be read, the app does without them.
 
+    Raises:
+        GradmapError: there is no original, it cannot be read or exported, or both are too large for a Space.
+    """
     reporter = reporter or SilentReporter()
     record = without_stale(RunRecord.read(folder), folder)
     model = against or record.base.repo_id
@@ -338,15 +356,33 @@ def build_space(
         raise SourceError(
             f"{folder} was made from a local model, {record.base.name}.", hint="Say where it is with --against."
         )
+    names = tuple(name for name in GRAPHS if name in precisions_of(record))
+    if local and against is None and names and (written := finished_space(folder, record, names)) is not None:
+        return written
     hub = _reporting(hub or _default_hub(), reporter)
     source = find_source(model, record.base.commit if against is None else None, hub)
     if not (folder / "onnx" / "model.onnx").is_file():
         record = export_folder(folder, ["onnx"], reporter=reporter)
+        names = tuple(name for name in GRAPHS if name in precisions_of(record))
     run = Run(source, PruneConfig(layers=1), 1, folder, record.command, reporter, hub, stages="space")
-    plan = SpacePlan("space", "for this machine only") if local else space_plan_of(record)
+    plan = (
+        SpacePlan("space", "for this machine only", names, names)
+        if local
+        else plan_of(record, terms_of(record, source))
+    )
+    if not plan.precisions:
+        raise SpaceImpossible(f"{plan.reason}.")
+    rows = None
+    if any(name in plan.stored for name in QUANTIZED):
+        try:
+            rows = _export_rows(folder, text, hub)
+        except GradmapError as error:
+            reporter.note(f"Without quantised files of the original, as the text cannot be read: {error.message}")
     destination = work_folder(folder) / "compare" if local else space_folder_of(folder)
-    original = run.checkpoint() if plan.original == "space" else folder
-    return _write_space(record, plan, destination, original, run.stages, record.target)
+    came = write_space_folder(run, record, plan, destination, record.target, rows)
+    if not came.precisions:
+        raise SpaceImpossible(f"{came.reason}.", hint="Name a text file with --text.")
+    return destination
 
 
 @contextmanager
@@ -371,32 +407,13 @@ def _export_onnx(folder: Path, record: RunRecord, stages: Stages) -> RunRecord:
     from gradmap_hub.exporters import onnx
 
     destination = folder / "onnx"
-    parity = _onnx_stage(stages, "onnx", "Exporting to ONNX, comparing with PyTorch", folder, destination)
+    parity = onnx_stage(stages, "onnx", "Exporting to ONNX, comparing with PyTorch", folder, destination)
     artifacts = [entry for entry in record.artifacts if entry.format != "onnx"]
     for path in onnx.file_names(destination):
         if path.suffix != ".json":
             artifacts.append(artifact(path, folder, "onnx", parity if path.name == onnx.MODEL else None))
     timings = record.timings | stages.timings
     return dataclasses.replace(record, artifacts=artifacts, timings=timings)
-
-
-def _onnx_stage(stages: Stages, name: str, title: str, checkpoint: Path, destination: Path) -> Parity:
-    from gradmap_hub.exporters import onnx
-
-    def compute() -> Parity:
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        onnx.export_onnx(checkpoint, destination)
-        return onnx.check_parity(checkpoint, destination)
-
-    return stages.run(
-        name,
-        title,
-        Parity,
-        compute,
-        inputs={"checkpoint": sorted((path.name, path.stat().st_size) for path in checkpoint.glob("*.safetensors"))},
-        files=lambda: [destination / onnx.MODEL],
-        describe=lambda parity: f"logits differ by at most {parity.max_logit_difference:.1e}, greedy tokens equal",
-    )
 
 
 def _write_card(record: RunRecord, folder: Path, reporter: Reporter | None = None) -> RunRecord:
@@ -413,22 +430,6 @@ def _write_card(record: RunRecord, folder: Path, reporter: Reporter | None = Non
     return current
 
 
-def _write_space(
-    record: RunRecord, plan: SpacePlan, destination: Path, original: Path, stages: Stages, target: str | None
-) -> Path:
-    from gradmap_hub.space import ORIGINAL_FOLDER, write_space
-
-    companions: dict[str, Path] = {}
-    if plan.original == "space":
-        _onnx_stage(
-            stages, "onnx-original", "Exporting the original for the Space", original, destination / ORIGINAL_FOLDER
-        )
-        present = [*COMPANION_FILES, *legal_texts(path.name for path in original.iterdir())]
-        companions = {name: original / name for name in present if (original / name).is_file()}
-    write_space(record, plan, destination, pruned_repo=target, companions=companions)
-    return destination
-
-
 def _publish_both(
     record: RunRecord,
     folder: Path,
@@ -443,6 +444,8 @@ def _publish_both(
 
     # Both are looked through before either is uploaded.
     _remove_leftovers(folder)
+    if space_folder is not None:
+        _remove_leftovers(space_folder)
     model_files = look_through(folder, "model", record, targets, publisher)
     if space_folder is not None and targets.space is not None:
         look_through(space_folder, "space", record, targets, publisher)
@@ -454,7 +457,7 @@ def _publish_both(
     terms = targets.terms(record.base.name, "model")
     model = _publish(lambda: publisher.publish(model_files, targets.target, terms, message=message), model_files,
                      publisher)  # fmt: skip
-    result = PushResult(record, folder, space_folder, model, None, "not asked for")
+    result = PushResult(record, folder, space_folder, model, None, targets.space_reason or "not asked for")
     try:
         if space_folder is not None and targets.space is not None:
             try:

@@ -26,13 +26,13 @@ from gradmap_hub.record import (
     RunRecord,
 )
 from gradmap_hub.source import CARD, Files, check_weights, choose_files, folder_sizes, read_config
+from gradmap_hub.spaceplan import GRAPHS, SpacePlan, plan_space
 from gradmap_hub.targets import Terms, model_mark, space_mark
 
 if TYPE_CHECKING:
     from gradmap_hub.accounts import Account
     from gradmap_hub.hub import Hub
     from gradmap_hub.publishing import Publisher
-    from gradmap_hub.space import SpacePlan
 
 _TEXT_SUFFIXES = (".txt", ".jsonl", ".utf8", ".raw", ".md")
 
@@ -73,6 +73,7 @@ def find_source(model: str, revision: str | None, hub: Hub) -> Source:
     config = read_config(hub.fetch(model, remote.commit, ["config.json"]) / "config.json")
     architecture = architecture_of(config)
     files = choose_files(remote.files)
+    exports = own_exports(remote.files)
     base = Base(
         name=model,
         repo_id=model,
@@ -83,7 +84,8 @@ def find_source(model: str, revision: str | None, hub: Hub) -> Source:
         **_card_facts(remote.card),
         model_type=architecture.model_type,
         dtype=_dtype_of(config),
-        has_onnx="onnx/model.onnx" in remote.files,
+        has_onnx="float32" in exports,
+        exports=exports,
     )
     return Source(
         base,
@@ -94,6 +96,14 @@ def find_source(model: str, revision: str | None, hub: Hub) -> Source:
         sizes=remote.files,
         config=config,
     )
+
+
+def own_exports(files: Mapping[str, int]) -> list[str]:
+    """The precisions of which a listing has ONNX files like ours. model.onnx is float32 wherever it comes from. What
+    others call int8 often rounds activations too, which is not what the pruned model is compared in; so quantised files
+    count only in a repository that this program made."""
+    present = [name for name, file in GRAPHS.items() if f"onnx/{file}" in files]
+    return [name for name in present if name == "float32" or FILE_NAME in files]
 
 
 def _folder_source(path: Path) -> Source:
@@ -203,7 +213,7 @@ def check_text_files(sources: Iterable[str]) -> None:
 
 @dataclass(frozen=True)
 class Targets:
-    """Where a push goes, and what the user allows there."""
+    """Where a push goes, and what the user allows there. `space`: None if there is to be none."""
 
     target: str
     space_target: str
@@ -211,6 +221,8 @@ class Targets:
     public: bool = False
     update: bool = False
     create_pr: bool = False
+    # Why there is no Space, where one was asked for.
+    space_reason: str = ""
 
     def terms(self, base_name: str, repo_type: str) -> Terms:
         mark = (model_mark if repo_type == "model" else space_mark)(base_name, self.target)
@@ -248,8 +260,6 @@ def make_plan(config: PushConfig, hub: Hub, publisher: Publisher) -> PushPlan:
     Raises:
         GradmapError: the first thing that would make the push fail later.
     """
-    from gradmap_hub.space import plan_space
-
     if config.trust_remote_code:
         raise UsageError("--trust-remote-code is not available yet: models that need their own code are refused.")
     check_pull_request(config)
@@ -269,26 +279,28 @@ def make_plan(config: PushConfig, hub: Hub, publisher: Publisher) -> PushPlan:
         for name in ("onnx", *config.quantize):
             require(name, source.config)
     target = config.to or f"{account.name}/{output.resolve().name}"
-    space = None
-    if config.space and not config.create_pr:
-        space = plan_space(
-            license=base.license,
-            gated=base.gated,
-            private=base.private,
-            has_onnx=base.has_onnx,
-            has_repository=base.repo_id is not None,
-            onnx=config.onnx,
-        )
-    targets = Targets(target, f"{target}-compare", space, config.public, config.update, config.create_pr)
+    # Checkpoint and its ONNX, each about the original's size in float32.
+    float32 = source.weight_bytes * (2 if base.dtype in ("bfloat16", "float16") else 1)
+    space = _planned_space(config, source, removals, float32)
+    reason = space.reason if space is not None and not space.precisions else ""
+    targets = Targets(
+        target,
+        f"{target}-compare",
+        None if reason else space,
+        config.public,
+        config.update,
+        config.create_pr,
+        reason,
+    )
     found = check_targets(targets, base.name, account, publisher, resuming=(config.resume, config.resume))
     if config.collection is not None:
         from gradmap_hub.collecting import check_collection
 
         found.append(Check("collection", check_collection(hub, config.collection, account)))
-    # Checkpoint and its ONNX, each about the original's size in float32; the original's own ONNX for the Space; and
-    # once more what is published, for the fresh copy it is verified against.
-    float32 = source.weight_bytes * (2 if base.dtype in ("bfloat16", "float16") else 1)
-    stored_original = float32 if space is not None and space.original == "space" and config.onnx else 0
+    # Beside them the original's own ONNX for the Space; and once more what is published, for the fresh copy it is
+    # verified against.
+    stored = () if targets.space is None else targets.space.stored
+    stored_original = round(float32 * sum(_QUANTIZED_SHARE.get(name, 1.0) for name in stored))
     quantized = round(float32 * sum(_QUANTIZED_SHARE[name] for name in config.quantize))
     built = source.weight_bytes + (float32 if config.onnx else 0) + quantized
     disk = source.weight_bytes + 2 * built + stored_original
@@ -309,10 +321,11 @@ def make_plan(config: PushConfig, hub: Hub, publisher: Publisher) -> PushPlan:
     return PushPlan(
         target=target,
         space_target=targets.space_target,
-        space=space,
+        space=targets.space,
         public=config.public,
         update=config.update,
         create_pr=config.create_pr,
+        space_reason=reason,
         source=source,
         output=output,
         removals=removals,
@@ -321,6 +334,18 @@ def make_plan(config: PushConfig, hub: Hub, publisher: Publisher) -> PushPlan:
         upload_bytes=upload,
         checks=checks,
     )
+
+
+def _planned_space(config: PushConfig, source: Source, removals: int, float32: int) -> SpacePlan | None:
+    """The Space as far as it can be known before any work; None if none was asked for."""
+    if not config.space or config.create_pr:
+        return None
+    wanted = ["float32", *(name for name in config.quantize if name in GRAPHS)] if config.onnx else []
+    # What is not a layer stays whole, so the pruned model is at least this large.
+    pruned = float32 * (source.layer_count - removals) // source.layer_count
+    # A GGUF file's weights are counted at eight times its size, which is the most that they can be.
+    least = float32 // 8 if source.gguf is not None else float32
+    return plan_space(source.base, wanted, BeforeAfter(least, min(least, pruned)))
 
 
 def check_pull_request(config: PublishConfig) -> None:

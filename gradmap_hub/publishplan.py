@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from gradmap_hub.cardcheck import is_known_license
 from gradmap_hub.config import PublishConfig
-from gradmap_hub.errors import DiskTooSmall, SourceError, UsageError
+from gradmap_hub.errors import DiskTooSmall, SourceError, UnsafeToPublish, UsageError
 from gradmap_hub.freshness import without_stale
 from gradmap_hub.plan import (
     Check,
@@ -26,13 +26,13 @@ from gradmap_hub.plan import (
     space_folder_of,
     state_license,
 )
-from gradmap_hub.record import RunRecord
+from gradmap_hub.record import Base, RunRecord
 from gradmap_hub.source import CARD
+from gradmap_hub.spaceplan import GRAPHS, ORIGINAL_FOLDER, may_be_stored, plan_of
 
 if TYPE_CHECKING:
     from gradmap_hub.hub import Hub
     from gradmap_hub.publishing import Checked, Publisher
-    from gradmap_hub.space import SpacePlan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,10 +65,14 @@ def plan_publish(folder: Path, config: PublishConfig, hub: Hub, publisher: Publi
         raise UsageError(f"{base.name} is gated: what is made from it stays private. Leave out --public.")
     target = config.to or record.target or f"{account.name}/{folder.resolve().name}"
     space_folder = space_folder_of(folder)
-    plan = None
+    plan, reason = None, ""
     if config.space and not config.create_pr and (space_folder / "app.py").is_file():
-        plan = space_plan_of(dataclasses.replace(record, base=base))
-    targets = Targets(target, f"{target}-compare", plan, config.public, config.update, config.create_pr)
+        plan = plan_of(dataclasses.replace(record, base=base))
+        reason = "" if plan.precisions else plan.reason
+        plan = plan if plan.precisions else None
+    if plan is not None:
+        check_space_folder(space_folder, base)
+    targets = Targets(target, f"{target}-compare", plan, config.public, config.update, config.create_pr, reason)
     # Only where this folder was published before may something lie already; `Publisher.publish` then compares it.
     resuming = (target == record.target, targets.space_target == record.space)
     found = check_targets(targets, base.name, account, publisher, resuming=resuming)
@@ -131,18 +135,19 @@ def look_through(
     return publisher.check(folder, kind, private, accepted_licenses=accepted, card=card)
 
 
-def space_plan_of(record: RunRecord) -> SpacePlan:
-    """How the Space of a finished run gets its original."""
-    from gradmap_hub.space import plan_space
-
-    return plan_space(
-        license=record.base.license,
-        gated=record.base.gated,
-        private=record.base.private,
-        has_onnx=record.base.has_onnx,
-        has_repository=record.base.repo_id is not None,
-        onnx=any(entry.format == "onnx" for entry in record.artifacts),
-    )
+def check_space_folder(folder: Path, base: Base) -> None:
+    """Raises UnsafeToPublish: an export of an original lies there that must not be passed on; it was made for this
+    machine alone, or under other terms."""
+    if may_be_stored(base):
+        return
+    for file in GRAPHS.values():
+        if (folder / ORIGINAL_FOLDER / file).is_file():
+            terms = "gated" if base.gated else "private" if base.private else f"under the licence {base.license}"
+            raise UnsafeToPublish(
+                f"{ORIGINAL_FOLDER}/{file}",
+                f"is an export of {base.name}, which is {terms} and must not be passed on",
+                hint="Write the Space anew with `gradmap-hub space FOLDER`, or leave it out with --no-space.",
+            )
 
 
 def _check_artifacts(record: RunRecord, folder: Path) -> None:

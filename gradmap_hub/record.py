@@ -42,6 +42,8 @@ class Base:
     model_type: str = ""
     dtype: str = ""
     has_onnx: bool = False
+    # Precisions (see spaceplan.GRAPHS) of which its repository has ONNX files that are like ours.
+    exports: list[str] = field(default_factory=list)
     weights_sha256: str | None = None
 
 

@@ -10,65 +10,33 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from gradmap_hub.record import RunRecord
+from gradmap_hub.record import Quality, RunRecord
+from gradmap_hub.source import clean_config
+from gradmap_hub.spaceplan import GRAPHS, ORIGINAL_FOLDER, SpacePlan, graph_of
 
 SDK_VERSION = "6.17.3"
 PYTHON_VERSION = "3.11"
-ORIGINAL_FOLDER = "original"
 EXAMPLES = (
     "What is the capital of France?",
     "Explain gravity to a child in two sentences.",
     "List three uses for a paper clip.",
 )
-# Licences that let anyone pass the weights on. Anything else, and anything gated or private, is never republished.
-REDISTRIBUTABLE = frozenset(
-    {
-        "afl-3.0", "apache-2.0", "bsd", "bsd-2-clause", "bsd-3-clause", "bsl-1.0", "cc-by-4.0", "cc-by-sa-4.0",
-        "cc0-1.0", "isc", "mit", "openmdw-1.0", "unlicense", "wtfpl", "zlib",
-    }
-)  # fmt: skip
 # The app's one module that is ours as well: standalone, and copied beside the others.
 _PROMPTING = Path(__file__).parent / "prompting.py"
 # Only in Spaces on ZeroGPU; zerogpu.py puts it there.
 ZERO_GPU_MODULE = "zero_gpu.py"
 _ENGINES = {"onnx": "onnx_engine.py", "transformers": "transformers_engine.py"}
 
-OriginalSource = Literal["hub", "space", "transformers"]
-
 
 @dataclass(frozen=True)
-class SpacePlan:
-    """How the Space gets the original: `hub` its own ONNX, `space` an export stored with the Space, `transformers`
-    both models from their repositories without ONNX. `reason` in words."""
+class Held:
+    """One model's files in one precision. `bytes`: None if not known; `quality`: what fewer bits cost, if measured."""
 
-    original: OriginalSource
-    reason: str
-
-    @property
-    def runtime(self) -> Literal["onnx", "transformers"]:
-        return "transformers" if self.original == "transformers" else "onnx"
-
-
-def plan_space(
-    *, license: str | None, gated: bool, private: bool, has_onnx: bool, has_repository: bool, onnx: bool
-) -> SpacePlan:
-    """Decide where the Space's original comes from; both models always run in the same runtime and precision."""
-    if not onnx:
-        return SpacePlan("transformers", "no ONNX files were asked for, so the Space runs both with transformers")
-    if has_onnx and has_repository:
-        return SpacePlan("hub", "the original's repository ships onnx/model.onnx")
-    if gated or private or license not in REDISTRIBUTABLE:
-        cause = "gated" if gated else "private" if private else f"under a licence ({license}) that may forbid it"
-        return SpacePlan(
-            "transformers",
-            f"the original is {cause}, so it is not exported again and stored with the Space; "
-            "the Space loads both from their own repositories with transformers",
-        )
-    return SpacePlan("space", "the original has no ONNX, so it is exported too and stored with the Space")
+    bytes: int | None = None
+    quality: Quality | None = None
 
 
 def content_folder() -> Path:
@@ -85,6 +53,17 @@ def variables(record: RunRecord, pruned_repo: str, pruned_commit: str, plan: Spa
     return values
 
 
+def remove_unwanted(destination: Path, plan: SpacePlan) -> None:
+    """Exports of the original that an earlier plan stored in a Space folder, and this one does not."""
+    original = destination / ORIGINAL_FOLDER
+    if not plan.stored:
+        shutil.rmtree(original, ignore_errors=True)
+    for name, graph in GRAPHS.items():
+        if name not in plan.stored:
+            for file in original.glob(f"{graph}*"):
+                file.unlink()
+
+
 def write_space(
     record: RunRecord,
     plan: SpacePlan,
@@ -92,16 +71,20 @@ def write_space(
     *,
     pruned_repo: str | None,
     companions: Mapping[str, Path] | None = None,
+    originals: Mapping[str, Held] | None = None,
 ) -> list[Path]:
-    """Write app, requirements, README and compare.json into `destination`, and `companions` (tokenizer files of the
-    original) beside an original that is stored there. Returns what it wrote."""
+    """Write app, requirements, README and compare.json into `destination`, and `companions` (config and tokenizer files
+    of the original) beside an original that is stored there. Returns what it wrote.
+
+    `originals`: the original's files in the precisions of the plan, as far as they are known.
+    """
     destination.mkdir(parents=True, exist_ok=True)
     content = content_folder()
     unwanted = {name for runtime, name in _ENGINES.items() if runtime != plan.runtime} | {ZERO_GPU_MODULE}
     for name in unwanted:  # an earlier plan's
         (destination / name).unlink(missing_ok=True)
-    if plan.original != "space":
-        shutil.rmtree(destination / ORIGINAL_FOLDER, ignore_errors=True)
+    original = destination / ORIGINAL_FOLDER
+    remove_unwanted(destination, plan)
     written: list[Path] = []
     for path in [*sorted(content.iterdir()), _PROMPTING]:
         if path.suffix in (".py", ".css") and path.name not in unwanted:
@@ -110,17 +93,18 @@ def write_space(
     shutil.copyfile(content / f"requirements-{plan.runtime}.txt", requirements)
     facts = destination / "compare.json"
     facts.write_text(
-        json.dumps(_compare(record, plan, pruned_repo), indent=2, ensure_ascii=False, allow_nan=False) + "\n",
+        json.dumps(_compare(record, plan, pruned_repo, originals or {}), indent=2, ensure_ascii=False, allow_nan=False)
+        + "\n",
         encoding="utf-8",
     )
     readme = destination / "README.md"
     readme.write_text(_readme(record, plan, pruned_repo, content), encoding="utf-8")
     written += [requirements, facts, readme]
-    if plan.original == "space":
-        original = destination / ORIGINAL_FOLDER
+    if plan.stored:
         original.mkdir(exist_ok=True)
         for name, path in (companions or {}).items():
             written.append(Path(shutil.copyfile(path, original / name)))
+        clean_config(original / "config.json")
     return written
 
 
@@ -128,26 +112,17 @@ def _short(name: str) -> str:
     return name.rpartition("/")[2]
 
 
-def _compare(record: RunRecord, plan: SpacePlan, pruned_repo: str | None) -> dict[str, object]:
-    stored = "space" if plan.original == "space" else "hub"
+def _compare(
+    record: RunRecord, plan: SpacePlan, pruned_repo: str | None, originals: Mapping[str, Held]
+) -> dict[str, object]:
     return {
-        "schema_version": 1,
+        "schema_version": 2,
         "title": f"{_short(record.base.name)}: original and pruned",
         "runtime": plan.runtime,
-        "precision": "float32",
-        "original": {
-            "name": record.base.name,
-            "repo_id": record.base.repo_id,
-            "revision": record.base.commit,
-            "stored": stored,
-            "path": ORIGINAL_FOLDER if stored == "space" else "onnx",
-        },
-        "pruned": {
-            "name": pruned_repo or record.name,
-            "repo_id": pruned_repo,
-            "revision": None,
-            "path": "onnx",
-        },
+        "precision": plan.precisions[0],
+        "precisions": [_precision(record, plan, name, originals.get(name, Held())) for name in plan.precisions],
+        "original": {"name": record.base.name, "repo_id": record.base.repo_id, "revision": record.base.commit},
+        "pruned": {"name": pruned_repo or record.name, "repo_id": pruned_repo, "revision": None},
         "layers": {
             "original": record.layers_before,
             "pruned": record.layers_after,
@@ -188,6 +163,35 @@ def refresh_compare(record: RunRecord, folder: Path) -> None:
         facts.write_text(text + "\n", encoding="utf-8")
 
 
+def _precision(record: RunRecord, plan: SpacePlan, name: str, original: Held) -> dict[str, object]:
+    """Both models in one precision: where the app finds them, what they weigh, what the fewer bits cost."""
+    size, graph = graph_of(record, name) if plan.runtime == "onnx" else (None, None)
+    pruned = Held(size, graph.quality if graph is not None else None)
+    stored = name in plan.stored
+    return {
+        "name": name,
+        "original": _held(original, "space" if stored else "hub", ORIGINAL_FOLDER if stored else "onnx"),
+        "pruned": _held(pruned, "hub", "onnx"),
+    }
+
+
+def _held(held: Held, stored: str, path: str) -> dict[str, object]:
+    quality = held.quality
+    return {
+        "stored": stored,
+        "path": path,
+        "bytes": held.bytes,
+        "quality": None
+        if quality is None
+        else {
+            "perplexity": quality.perplexity,
+            "checkpoint_perplexity": quality.checkpoint_perplexity,
+            "text": quality.text,
+            "tokens": quality.tokens,
+        },
+    }
+
+
 def _readme(record: RunRecord, plan: SpacePlan, pruned_repo: str | None, content: Path) -> str:
     environment = Environment(
         loader=FileSystemLoader(content), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
@@ -207,4 +211,6 @@ def _readme(record: RunRecord, plan: SpacePlan, pruned_repo: str | None, content
         layers_before=record.layers_before,
         layers_after=record.layers_after,
         runtime=plan.runtime,
+        precisions=plan.precisions,
+        stored=plan.stored,
     )

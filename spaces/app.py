@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import random
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 from uuid import uuid4
@@ -35,10 +36,13 @@ LONGEST_PROMPT = 4000
 MOST_TOKENS = 256
 # The API waits this long for models that are still loading.
 LOADING_LIMIT = 300
+SECONDS_BETWEEN_LOOKS = 0.2
 # Each update of the page costs processor time that the next step would miss.
 SECONDS_BETWEEN_UPDATES = 0.15
 # Everything that runs the models goes through one lane, one at a time.
 LANE = "models"
+# Of visitors and calls of the API; who comes then is told to come again.
+MOST_WAITING = 20
 
 FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif"]
 THEME = Base(
@@ -124,7 +128,8 @@ class Page:
         """The state of loading, once a second until it has ended: banner, button, timer."""
         status = self.loader.status
         banner = {"loading": render.loading, "error": render.notice}.get(status.state)
-        ready = status.state == "ready"
+        # With another precision there may be something to compare even so.
+        ready = status.state == "ready" or (status.state == "error" and len(self.loader.precisions) > 1)
         label = "Loading" if status.state == "loading" else "Compare"
         return (
             banner(status.message) if banner else "",
@@ -140,14 +145,16 @@ class Page:
         top_p: float,
         seed: float | None,
         blind: bool,
+        precision: str,
         request: gr.Request,
     ) -> dict[str, Any]:
         """Compare was pressed: say what is wrong, or note the job for `write` and show Stop."""
+        status = self.loader.status
         problem = problem_with(prompt)
-        if not problem and self.loader.status.state != "ready":
-            problem = "The models are not loaded yet. " + self.loader.status.message
-            if self.loader.status.state == "error":
-                problem = self.loader.status.message
+        if not problem and status.state == "error" and precision in ("", self.loader.precision):
+            problem = status.message
+        elif not problem and self.jobs.counts()[1] >= MOST_WAITING:
+            problem = "Too many visitors are waiting. Try again in a minute."
         if problem:
             return {"notice": render.notice(problem)}
         settings = Settings(
@@ -156,7 +163,8 @@ class Page:
             top_p=min(1.0, max(0.01, float(top_p))),
             seed=abs(int(seed or 0)),
         )
-        if not self.jobs.add(str(request.session_hash), Job(prompt, settings, blind)):
+        job = Job(prompt, settings, precision or self.loader.first, blind)
+        if not self.jobs.add(str(request.session_hash), job):
             return {}
         left, right = self._empty_cards("waiting", blind)
         return {
@@ -180,8 +188,14 @@ class Page:
         if job.blind and random.random() < 0.5:
             order = ("pruned", "original")
         try:
-            comparison = start_comparison(self.loader.wait(0), job.prompt, job.settings)
-            yield {"spoken": render.spoken("Both models are writing.", running=True)}
+            for message in self._load(job):
+                yield {"banner": render.loading(message)}
+            if job.stop.is_set():
+                yield {"banner": "", **self._halted()}
+                return
+            # Held by nothing here: the next run may want them gone, for another precision.
+            comparison = start_comparison(self.loader.models(), job.prompt, job.settings)
+            yield {"banner": "", "spoken": render.spoken("Both models are writing.", running=True)}
             shown = time.monotonic()
             for _ in run(comparison, job.stop.is_set):
                 if time.monotonic() - shown >= SECONDS_BETWEEN_UPDATES:
@@ -195,8 +209,8 @@ class Page:
             yield {
                 "left": left,
                 "right": right,
-                "verdict": render.question() if vote else render.verdict(comparison),
-                "round": (comparison, order) if vote else None,
+                "verdict": render.question() if vote else render.verdict(comparison, job.precision),
+                "round": (comparison, order, job.precision) if vote else None,
                 "spoken": render.spoken(spoken + (" Vote for A or B." if vote else "")),
             }
         except ModelError as error:
@@ -207,30 +221,43 @@ class Page:
         finally:
             self.jobs.remove(session, job)
 
+    def _load(self, job: Job) -> Iterator[str]:
+        """See to it that the job's precision is loaded; yields the state of loading until it is, or has failed."""
+        while not self.loader.request(job.precision) and not job.stop.is_set():
+            yield self.loader.status.message
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+
+    def _halted(self) -> dict[str, Any]:
+        """What the page shows of a run that was stopped before it began."""
+        left, right = self._empty_cards("stopped")
+        return {"left": left, "right": right, "spoken": render.spoken("Stopped.")}
+
     def _failed(self, message: str, blind: bool) -> dict[str, Any]:
         left, right = self._empty_cards("error", blind)
         return {
+            "banner": "",
             "left": left,
             "right": right,
             "notice": render.notice(message),
             "spoken": render.spoken("The run failed."),
         }
 
-    def halt(self, request: gr.Request) -> Any:
-        self.jobs.stop(str(request.session_hash))
-        return gr.update(value="Stopping", interactive=False)
+    def halt(self, request: gr.Request) -> dict[str, Any]:
+        if self.jobs.stop(str(request.session_hash)):
+            return {"stop": gr.update(value="Stopping", interactive=False)}
+        return self._halted()  # it was not its turn yet, so `write` has nothing to say of it
 
-    def vote(self, choice: str, round_: tuple[Comparison, tuple[Side, Side]] | None) -> dict[str, Any]:
+    def vote(self, choice: str, round_: tuple[Comparison, tuple[Side, Side], str] | None) -> dict[str, Any]:
         """Reveal which model wrote what, once a vote is given."""
         if round_ is None:
             return {}
-        comparison, order = round_
+        comparison, order, precision = round_
         preferred = "tie" if choice == "Tie" else order["AB".index(choice)]
         left, right = self._cards(comparison, order, blind=False)
         return {
             "left": left,
             "right": right,
-            "verdict": render.vote_result(preferred) + render.verdict(comparison),
+            "verdict": render.vote_result(preferred) + render.verdict(comparison, precision),
             "spoken": render.spoken(f"A was the {order[0]}, B the {order[1]}."),
             "round": None,
         }
@@ -238,31 +265,45 @@ class Page:
     def leave(self, request: gr.Request) -> None:
         self.jobs.leave(str(request.session_hash))
 
-    # The API
+    # The API, which is also what MCP clients see: their names and words are taken from here.
 
-    def api_status(self) -> dict[str, str]:
-        """Whether the models are loaded: state (loading, ready or error) and a message."""
+    def status(self) -> dict[str, str]:
+        """Whether the models are loaded: state (loading, ready or error), a message, and the precision of both."""
         status: Status = self.loader.status
-        return {"state": status.state, "message": status.message}
+        return {"state": status.state, "message": status.message, "precision": self.loader.precision}
 
-    def api_compare(
-        self, prompt: str, max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0
+    def compare(
+        self, prompt: str, max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0, precision: str = ""
     ) -> dict[str, Any]:
-        """Answer one prompt with both models; waits until they are loaded."""
+        """Answer one prompt with the original and with the pruned model, and time both; waits until they are loaded.
+
+        Args:
+            prompt: What both models are asked, at most 4,000 characters.
+            max_new_tokens: The most tokens per answer, 1 to 256.
+            temperature: 0 takes the likeliest token.
+            seed: The same seed gives the same answer.
+            precision: Of both models, such as float32 or int8; empty for the one that the page begins with.
+        """
+        precision = precision or self.loader.first
         problem = problem_with(prompt)
         if not 1 <= max_new_tokens <= MOST_TOKENS:
             problem = problem or f"max_new_tokens must be from 1 to {MOST_TOKENS}."
         if temperature < 0 or seed < 0:
             problem = problem or "temperature and seed must not be negative."
+        if self.loader.precisions and precision not in self.loader.precisions:
+            problem = problem or f"precision must be one of: {', '.join(self.loader.precisions)}."
         if problem:
             raise gr.Error(problem, print_exception=False)
-        job = Job(prompt, Settings(int(max_new_tokens), float(temperature), seed=int(seed)))
+        job = Job(prompt, Settings(int(max_new_tokens), float(temperature), seed=int(seed)), precision)
         job.started = True
         key = f"api-{uuid4()}"
         self.jobs.add(key, job)
         try:
-            models = self.loader.wait(LOADING_LIMIT)
-            comparison = start_comparison(models, prompt, job.settings)
+            began = time.monotonic()
+            for _ in self._load(job):
+                if time.monotonic() - began > LOADING_LIMIT:
+                    raise ModelError(f"The models are still loading after {LOADING_LIMIT} s; try again later.")
+            comparison = start_comparison(self.loader.models(), prompt, job.settings)
             for _ in run(comparison, job.stop.is_set):
                 pass
         except ModelError as error:
@@ -279,7 +320,8 @@ class Page:
                 "finish_reason": generation.finish_reason,
             }
 
-        return {side: answer(getattr(comparison, side)) for side in SIDES} | {"speed_ratio": comparison.speed_ratio}
+        answers = {side: answer(getattr(comparison, side)) for side in SIDES}
+        return answers | {"speed_ratio": comparison.speed_ratio, "precision": precision}
 
 
 def live(role: str, label: str) -> str:
@@ -352,6 +394,14 @@ def build(facts: Facts | None, page: Page) -> gr.Blocks:
             with gr.Row():
                 top_p = gr.Slider(0.05, 1, value=0.95, step=0.05, label="Top-p", info="Only used with a temperature.")
                 seed = gr.Number(value=0, precision=0, minimum=0, label="Seed", info="Same seed, same answer.")
+            choices = render.precisions(facts) if facts else []
+            precision = gr.Radio(
+                choices,
+                value=page.loader.first or None,
+                label="Precision",
+                info="Of both models. They are loaded anew when it changes.",
+                visible=len(choices) > 1,
+            )
             blind = gr.Checkbox(
                 label="Blind vote", info="Shuffles the two and hides their names until you vote.", value=False
             )
@@ -362,6 +412,7 @@ def build(facts: Facts | None, page: Page) -> gr.Blocks:
         timer = gr.Timer(1.0)
 
         named = {
+            "banner": banner,
             "notice": notice,
             "stop": stop,
             "left": left,
@@ -377,9 +428,9 @@ def build(facts: Facts | None, page: Page) -> gr.Blocks:
 
         def submit(
             prompt: str, length: float, temperature: float, top_p: float, seed: float, blind: bool,
-            request: gr.Request,
+            precision: str | None, request: gr.Request,
         ) -> dict[Any, Any]:  # fmt: skip
-            return to_components(page.submit(prompt, length, temperature, top_p, seed, blind, request))
+            return to_components(page.submit(prompt, length, temperature, top_p, seed, blind, precision or "", request))
 
         def write(request: gr.Request) -> Iterator[dict[Any, Any]]:
             for changes in page.write(request):
@@ -390,7 +441,7 @@ def build(facts: Facts | None, page: Page) -> gr.Blocks:
         submitted = gr.on(
             [go.click, prompt.submit],
             submit,
-            [prompt, length, temperature, top_p, seed, blind],
+            [prompt, length, temperature, top_p, seed, blind, precision],
             everything,
             queue=False,
             **quiet,
@@ -399,7 +450,11 @@ def build(facts: Facts | None, page: Page) -> gr.Blocks:
         submitted.then(write, None, everything, concurrency_limit=1, concurrency_id=LANE, **quiet).then(
             None, js=move_focus("go"), api_visibility="private"
         )
-        stop.click(page.halt, None, stop, queue=False, **quiet)
+
+        def halt(request: gr.Request) -> dict[Any, Any]:
+            return to_components(page.halt(request))
+
+        stop.click(halt, None, everything, queue=False, **quiet)
         for name, button in vote_buttons.items():
             choice = name.split()[0]
 
@@ -409,15 +464,16 @@ def build(facts: Facts | None, page: Page) -> gr.Blocks:
             button.click(vote, round_, everything, queue=False, **quiet)
         gr.on([demo.load, timer.tick], page.tick, None, [banner, go, timer], queue=False, **quiet)
         demo.unload(page.leave)
-        api(page.api_compare, api_name="compare", concurrency_limit=1, concurrency_id=LANE)
-        api(page.api_status, api_name="status", queue=False)
+        api(page.compare, api_name="compare", concurrency_limit=1, concurrency_id=LANE)
+        api(page.status, api_name="status", queue=False)
     return demo
 
 
-def health_route(loader: Loader) -> Route:
+def health_route(status: Callable[[], dict[str, str]], jobs: Jobs) -> Route:
     def health(request: Request) -> JSONResponse:
         """200 while the program lives; whether the models are loaded is in the state."""
-        return JSONResponse({"status": "ok", "state": loader.status.state, "message": loader.status.message})
+        running, waiting = jobs.counts()
+        return JSONResponse({"status": "ok", **status(), "running": running, "waiting": waiting})
 
     return Route("/health", health, methods=["GET"])
 
@@ -437,8 +493,10 @@ def main() -> None:
         problem = str(error)
     loader = Loader(facts, FOLDER, problem)
     jobs = Jobs()
-    demo = build(facts, Page(facts, loader, jobs))
-    demo.queue(default_concurrency_limit=1, max_size=20)
+    page = Page(facts, loader, jobs)
+    demo = build(facts, page)
+    # Room for calls of the API beside the visitors, whom `submit` turns away in words.
+    demo.queue(default_concurrency_limit=1, max_size=2 * MOST_WAITING)
 
     # Spaces stop a program with SIGTERM; end as with Ctrl-C, so that the threads below are waited for.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -449,7 +507,9 @@ def main() -> None:
             theme=THEME,
             css_paths=[FOLDER / "style.css"],
             footer_links=["api", "settings"],
-            app_kwargs={"routes": [health_route(loader)]},
+            app_kwargs={"routes": [health_route(page.status, jobs)]},
+            # Spaces have the package; elsewhere it may be left out, and its pins keep others back.
+            mcp_server=importlib.util.find_spec("mcp") is not None,
             ssr_mode=False,
         )
     except KeyboardInterrupt:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, Literal
 
 from generation import Generation, Model, Settings, begin
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 # A ratio over one or two steps is mostly noise.
 FEWEST_STEPS_FOR_A_RATIO = 4
 
@@ -21,13 +22,41 @@ class FactsError(Exception):
 
 @dataclass(frozen=True)
 class Source:
-    """Where one of the two models comes from."""
+    """One of the two models, and the repository that it comes from."""
 
     name: str
     repo_id: str | None
     revision: str | None
-    stored: Literal["space", "hub"]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What fewer bits cost: the perplexity of a file and of the checkpoint it was made from, on the same tokens."""
+
+    perplexity: float
+    checkpoint: float
+    text: str
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A model's files in one precision: in the Space's own folder or in the model's repository, below `path`. `bytes`
+    and `cost` are None where they are not known."""
+
+    where: Literal["space", "hub"]
     path: str
+    bytes: int | None = None
+    cost: Cost | None = None
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Both models in the same precision, the only way they are ever compared."""
+
+    name: str
+    original: Stored
+    pruned: Stored
 
 
 @dataclass(frozen=True)
@@ -50,11 +79,12 @@ class Pair:
 
 @dataclass(frozen=True)
 class Facts:
-    """compare.json."""
+    """compare.json. `precision` is the one that is loaded first, the name of one of `precisions`."""
 
     title: str
     runtime: Literal["onnx", "transformers"]
     precision: str
+    precisions: tuple[Precision, ...]
     original: Source
     pruned: Source
     layers: Pair
@@ -66,15 +96,39 @@ class Facts:
     examples: tuple[str, ...]
     license: str | None
 
+    def named(self, precision: str) -> Precision:
+        """Raises KeyError: there is none of that name."""
+        return {entry.name: entry for entry in self.precisions}[precision]
 
-def _source(content: dict[str, Any], stored: Literal["space", "hub"]) -> Source:
-    return Source(
-        name=str(content["name"]),
-        repo_id=content.get("repo_id"),
-        revision=content.get("revision"),
-        stored=stored,
+
+def _source(content: dict[str, Any]) -> Source:
+    return Source(str(content["name"]), content.get("repo_id"), content.get("revision"))
+
+
+def _stored(content: dict[str, Any]) -> Stored:
+    if content["stored"] not in ("space", "hub"):
+        raise FactsError(f"compare.json stores a model in a place that is not known: {content['stored']!r}.")
+    size, cost = content.get("bytes"), content.get("quality")
+    return Stored(
+        where=content["stored"],
         path=str(content.get("path") or ""),
+        bytes=None if size is None else int(size),
+        cost=None
+        if cost is None
+        else Cost(
+            float(cost["perplexity"]), float(cost["checkpoint_perplexity"]), str(cost["text"]), int(cost["tokens"])
+        ),
     )
+
+
+def _precisions(content: dict[str, Any]) -> tuple[Precision, ...]:
+    found = tuple(
+        Precision(str(entry["name"]), _stored(entry["original"]), _stored(entry["pruned"]))
+        for entry in content["precisions"]
+    )
+    if content["precision"] not in [entry.name for entry in found]:
+        raise FactsError(f"compare.json begins with the precision {content['precision']!r}, which it does not list.")
+    return found
 
 
 def _corrected(compensation: dict[str, Any]) -> int:
@@ -102,8 +156,9 @@ def read_facts(file: Path) -> Facts:
             title=str(content["title"]),
             runtime=content["runtime"],
             precision=str(content["precision"]),
-            original=_source(content["original"], content["original"].get("stored", "hub")),
-            pruned=_source(content["pruned"], "hub"),
+            precisions=_precisions(content),
+            original=_source(content["original"]),
+            pruned=_source(content["pruned"]),
             layers=pairs["layers"],
             removed=tuple(int(index) for index in content["layers"].get("removed", [])),
             parameters=pairs["parameters"],
@@ -131,7 +186,7 @@ def read_facts(file: Path) -> Facts:
 
 @dataclass(frozen=True)
 class Models:
-    """The two loaded models."""
+    """The two loaded models, in the same precision."""
 
     original: Model
     pruned: Model
@@ -151,11 +206,13 @@ class Comparison:
 
     @property
     def speed_ratio(self) -> float | None:
-        """How many tokens the pruned model writes while the original writes one."""
+        """How many tokens the pruned model writes while the original writes one: the median over the shared steps, as
+        one step that the machine took for something else must not decide."""
         steps = self.shared_steps
         if steps < FEWEST_STEPS_FOR_A_RATIO:
             return None
-        return sum(self.original.seconds[1 : steps + 1]) / sum(self.pruned.seconds[1 : steps + 1])
+        pairs = zip(self.original.seconds[1 : steps + 1], self.pruned.seconds[1 : steps + 1], strict=True)
+        return statistics.median(original / pruned for original, pruned in pairs)
 
 
 def start_comparison(models: Models, prompt: str, settings: Settings) -> Comparison:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import InitVar, dataclass, field
 from typing import Literal, Protocol
 
 import numpy as np
@@ -56,9 +56,11 @@ def choose(logits: np.ndarray, settings: Settings, random: np.random.Generator) 
 
 @dataclass
 class Generation:
-    """An answer in the making. Every `advance` writes at most one token and notes how long it took."""
+    """An answer in the making. Every `advance` writes at most one token and notes how long it took.
 
-    model: Model
+    A finished one holds neither model nor cache: pages keep it until a vote is given."""
+
+    model: InitVar[Model]
     prompt_ids: list[int]
     settings: Settings
     token_ids: list[int] = field(default_factory=list)
@@ -66,27 +68,27 @@ class Generation:
     text: str = ""
     finish_reason: FinishReason | None = None
 
-    def __post_init__(self) -> None:
-        self._decoder = self.model.start()
-        self._random = np.random.default_rng(self.settings.seed)
-        self._next_piece = self.model.text.stream()
+    def __post_init__(self, model: Model) -> None:
         self._limit = self.settings.max_new_tokens
-        if self.model.context_length is not None:
-            room = self.model.context_length - len(self.prompt_ids)
+        if model.context_length is not None:
+            room = model.context_length - len(self.prompt_ids)
             if room < 1:
                 raise ModelError(
-                    f"The prompt is {len(self.prompt_ids)} tokens long; "
-                    f"the model reads at most {self.model.context_length}."
+                    f"The prompt is {len(self.prompt_ids)} tokens long; the model reads at most {model.context_length}."
                 )
             self._limit = min(self._limit, room)
+        self._decoder: Decoder | None = model.start()
+        self._random = np.random.default_rng(self.settings.seed)
+        self._next_piece: Callable[[int], str] = model.text.stream()
+        self._ends = model.text.ends
 
     def advance(self) -> None:
-        if self.finish_reason is not None:
+        if self.finish_reason is not None or self._decoder is None:
             return
         began = time.perf_counter()
         logits = self._decoder.step(self.token_ids[-1:] or self.prompt_ids)
         token = choose(logits, self.settings, self._random)
-        if token in self.model.text.ends:
+        if token in self._ends:
             self.finish_reason = "stop"
         else:
             self.token_ids.append(token)
@@ -95,10 +97,13 @@ class Generation:
                 self.finish_reason = "length"
         # The step that finds the end was work too, so it is timed like the others.
         self.seconds.append(time.perf_counter() - began)
+        if self.finish_reason is not None:
+            self._decoder = None
 
     def stop(self) -> None:
         if self.finish_reason is None:
             self.finish_reason = "stopped"
+            self._decoder = None
 
     @property
     def first_token_seconds(self) -> float | None:

@@ -15,6 +15,7 @@ class Job:
 
     prompt: str
     settings: Settings
+    precision: str
     blind: bool = False
     stop: threading.Event = field(default_factory=threading.Event)
     started: bool = False
@@ -49,10 +50,16 @@ class Jobs:
             if self._jobs.get(session) is job:
                 del self._jobs[session]
 
-    def stop(self, session: str) -> None:
+    def stop(self, session: str) -> bool:
+        """End what runs; forget what only waited, and say so with False: nothing will be heard of it."""
         with self._lock:
-            if session in self._jobs:
-                self._jobs[session].stop.set()
+            job = self._jobs.get(session)
+            if job is not None and not job.started:
+                del self._jobs[session]
+                return False
+        if job is not None:
+            job.stop.set()
+        return True
 
     def leave(self, session: str) -> None:
         """The page was closed: end what runs, and forget what only waited."""
@@ -65,6 +72,12 @@ class Jobs:
         with self._lock:
             for job in self._jobs.values():
                 job.stop.set()
+
+    def counts(self) -> tuple[int, int]:
+        """How many run (never more than one), and how many visitors wait."""
+        with self._lock:
+            running = sum(job.started for job in self._jobs.values())
+            return running, len(self._jobs) - running
 
     def busy(self, seconds: float) -> bool:
         """Whether jobs that have begun are still running after a wait."""

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import threading
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Literal
 
-from compare import Facts, Models, Source
+from compare import Facts, FactsError, Models, Source, Stored
 from generation import Model, warm_up
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
@@ -38,27 +39,43 @@ class Status:
     message: str
 
 
-def from_environment(source: Source, role: str) -> Source:
+def first_precision(facts: Facts) -> str:
+    """PRECISION names the one to begin with, as a duplicate of the Space for a model without all files needs.
+
+    Raises:
+        FactsError: the Space has none of that name.
+    """
+    wanted = os.environ.get("PRECISION", "").strip() or facts.precision
+    names = [entry.name for entry in facts.precisions]
+    if wanted not in names:
+        raise FactsError(f"PRECISION is {wanted!r}; this Space has {', '.join(names)}.")
+    return wanted
+
+
+def from_environment(source: Source, stored: Stored, role: str) -> tuple[Source, Stored]:
     """ORIGINAL_MODEL and PRUNED_MODEL name another model: a local folder or a repository."""
-    model = os.environ.get(f"{role}_MODEL", "").strip()
+    model = os.environ.get(f"{role}_MODEL", "").strip() or source.repo_id
     revision = os.environ.get(f"{role}_REVISION", "").strip() or None
-    if not model:
-        return replace(source, revision=revision or source.revision)
-    # A stored original is only the one of compare.json, so another one always comes from elsewhere.
-    return replace(source, repo_id=model, revision=revision, stored="hub", path="onnx")
+    if model == source.repo_id:
+        found = Source(source.name, source.repo_id, revision or source.revision)
+        same = found.revision == source.revision
+    else:
+        found, same = Source(source.name, model, revision), False
+    # What is stored here is the model of compare.json, so another one always comes from elsewhere.
+    return found, stored if same or stored.where == "hub" else Stored("hub", "onnx")
 
 
-def locate(source: Source, role: str, app_folder: Path, engine: ModuleType) -> tuple[Path, str]:
-    """The local folder of a model, downloaded if need be, and the folder of its graph therein."""
-    if source.stored == "space":
-        return app_folder / source.path, ""
+def locate(source: Source, stored: Stored, role: str, app_folder: Path, download: Callable[[str], Path]) -> Path:
+    """The local folder of a model, downloaded if need be."""
+    if stored.where == "space":
+        return app_folder / stored.path
     if not source.repo_id:
         raise ModelError(f"no repository is known for it. Set {role}_MODEL to a repository or to a local folder.")
     if Path(source.repo_id).is_dir():
-        return Path(source.repo_id), source.path
+        return Path(source.repo_id)
     if source.repo_id.count("/") > 1 or source.repo_id.startswith((".", "/", "~")):
         raise ModelError(f"the folder {source.repo_id} does not exist.")
-    return _download(source.repo_id, source, engine), source.path
+    return download(source.repo_id)
 
 
 def _http_status(error: BaseException | None) -> int | None:
@@ -71,17 +88,15 @@ def _http_status(error: BaseException | None) -> int | None:
     return None
 
 
-def _download(repo_id: str, source: Source, engine: ModuleType) -> Path:
+def _download(repo_id: str, revision: str | None, files: list[str]) -> Path:
     try:
-        folder = snapshot_download(
-            repo_id, revision=source.revision, allow_patterns=engine.files_to_download(source.path)
-        )
+        folder = snapshot_download(repo_id, revision=revision, allow_patterns=files)
     except GatedRepoError as error:
         raise ModelError(
             f"{repo_id} is gated and access was refused. Accept its terms on its page. {_TOKEN_ADVICE}"
         ) from error
     except RevisionNotFoundError as error:
-        raise ModelError(f"{repo_id} has no revision {source.revision}.") from error
+        raise ModelError(f"{repo_id} has no revision {revision}.") from error
     except RepositoryNotFoundError as error:
         raise ModelError(f"{repo_id} does not exist, or is private. {_TOKEN_ADVICE}") from error
     except (HfHubHTTPError, LocalEntryNotFoundError) as error:
@@ -98,23 +113,53 @@ def _download(repo_id: str, source: Source, engine: ModuleType) -> Path:
 
 
 class Loader:
-    """Loads both models once; everybody else asks it for the state."""
+    """Holds both models in one precision at a time, which is what the memory is planned for; everybody else asks it for
+    the state. Only who runs the models may ask for another precision: there is one such at a time."""
 
     def __init__(self, facts: Facts | None, app_folder: Path, problem: str | None = None) -> None:
         self._facts = facts
         self._folder = app_folder
+        self._problem = problem
+        self.precision = facts.precision if facts else ""
+        if facts is not None:
+            try:
+                self.precision = first_precision(facts)
+            except FactsError as error:
+                self._facts, self._problem = None, str(error)
+        self.first = self.precision
         self._began = time.monotonic()
         self._doing = ""
-        self._problem = problem
         self._models: Models | None = None
         self._closing = False
         self._finished = threading.Event()
+        self._thread = self._new_thread()
+
+    def _new_thread(self) -> threading.Thread:
         # A daemon, so that a long download does not keep a stopped program alive; see close().
-        self._thread = threading.Thread(target=self._work, name="model-loading", daemon=True)
+        return threading.Thread(target=self._work, name="model-loading", daemon=True)
+
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        return tuple(entry.name for entry in self._facts.precisions) if self._facts else ()
 
     def start(self) -> None:
         self._began = time.monotonic()
         self._thread.start()
+
+    def request(self, precision: str) -> bool:
+        """Begin to load another precision, once nothing is being loaded; False as long as that must be waited for, or
+        while it is loading."""
+        if not self._finished.is_set():
+            return False
+        if precision == self.precision or self._closing or self._facts is None:
+            return True
+        self._finished.clear()
+        self.precision, self._problem = precision, None
+        self._models = None
+        gc.collect()  # the sessions go before the next ones come
+        self._thread = self._new_thread()
+        self.start()
+        return False
 
     def _work(self) -> None:
         try:
@@ -125,23 +170,34 @@ class Loader:
         except Exception as error:  # the page must say something, whatever it was
             self._problem = f"The models could not be loaded: {type(error).__name__}: {error}"
         finally:
+            self._doing = ""
             self._finished.set()
 
     def _load(self, facts: Facts) -> Models | None:
         # Only one of the engines is deployed, and only that one's packages are installed.
         engine = importlib.import_module(f"{facts.runtime}_engine")
+        precision = facts.named(self.precision)
         loaded: list[Model] = []
-        for role, source in (("ORIGINAL", facts.original), ("PRUNED", facts.pruned)):
-            source = from_environment(source, role)
+        for role, source, stored in (
+            ("ORIGINAL", facts.original, precision.original),
+            ("PRUNED", facts.pruned, precision.pruned),
+        ):
+            source, stored = from_environment(source, stored, role)
             kind = role.lower()
+
+            def download(
+                repo_id: str, kind: str = kind, revision: str | None = source.revision, path: str = stored.path
+            ) -> Path:
+                self._doing = f" Downloading the {kind}."
+                return _download(repo_id, revision, engine.files_to_download(path, precision.name))
+
             try:
-                if source.stored == "hub" and not Path(source.repo_id or "").is_dir():
-                    self._doing = f" Downloading the {kind}."
-                folder, path = locate(source, role, self._folder, engine)
+                folder = locate(source, stored, role, self._folder, download)
                 if self._closing:
                     return None
                 self._doing = ""
-                model: Model = engine.load(folder, path, facts.precision)
+                path = "" if stored.where == "space" else stored.path
+                model: Model = engine.load(folder, path, precision.name)
                 warm_up(model)
             except ModelError as error:
                 raise ModelError(f"The {kind} model could not be loaded: {error}") from error
@@ -154,21 +210,16 @@ class Loader:
     def status(self) -> Status:
         if not self._finished.is_set():
             seconds = int(time.monotonic() - self._began)
-            return Status("loading", f"Loading the models\N{HORIZONTAL ELLIPSIS} {seconds} s.{self._doing}")
+            kind = f" in {self.precision}" if len(self.precisions) > 1 else ""
+            return Status("loading", f"Loading the models{kind}\N{HORIZONTAL ELLIPSIS} {seconds} s.{self._doing}")
         if self._models is None:
             return Status("error", self._problem or "The program is closing.")
         return Status("ready", "Both models are loaded.")
 
-    def wait(self, seconds: float) -> Models:
-        """The models, as soon as they are there; in words why not."""
-        if not self._finished.wait(seconds):
-            raise ModelError(f"The models are still loading after {seconds:.0f} s; try again later.")
+    def models(self) -> Models:
+        """What is loaded; in words why there is nothing."""
         if self._models is None:
             raise ModelError(self.status.message)
-        return self._models
-
-    @property
-    def models(self) -> Models | None:
         return self._models
 
     def close(self, seconds: float) -> bool:

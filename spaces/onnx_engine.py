@@ -1,8 +1,8 @@
 """A causal language model in ONNX Runtime, without torch.
 
-The files are those that Optimum exports for "text-generation-with-past": one graph that takes the new
-tokens and the keys and values of the earlier ones (past_key_values.*), and returns logits and the keys
-and values of all (present.*).
+The files are those that Optimum exports for "text-generation-with-past", and the weight-only 8- and 4-bit ones on
+ONNX Runtime GenAI's graph: one graph that takes the new tokens and the keys and values of the earlier ones
+(past_key_values.*), and returns logits and the keys and values of all (present.*).
 """
 
 from __future__ import annotations
@@ -10,45 +10,63 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 from prompting import TEXT_FILES, ModelError, TextCodec, read_json
 
-MODEL_FILES = ("model.onnx", "model.onnx_data")
+# The graph of each precision; weights too large for one file lie beside it.
+GRAPHS = {"float32": "model.onnx", "int8": "model_int8.onnx", "int4": "model_int4.onnx"}
+_DATA = "_data"
 
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 _NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
-def files_to_download(path: str) -> list[str]:
+def _graph_name(precision: str) -> str:
+    if precision not in GRAPHS:
+        raise ModelError(f"compare.json asks for the precision {precision!r}, which is not known.")
+    return GRAPHS[precision]
+
+
+def files_to_download(path: str, precision: str) -> list[str]:
     """The files of a model repository that this engine reads; `path` is the folder of the graph."""
-    prefix = f"{path}/" if path else ""
-    return [prefix + name for name in MODEL_FILES] + list(TEXT_FILES)
+    graph = f"{path}/{_graph_name(precision)}" if path else _graph_name(precision)
+    return [graph, graph + _DATA, *TEXT_FILES]
 
 
 def cpu_count() -> int:
-    """The processors this process may use, which in a container is often fewer than the machine has."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """The processors this process may use. A container often sees all of the machine's and gets the time of two; more
+    threads than that wait for each other."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = CPU_QUOTA.read_text(encoding="ascii").split()
+        if quota != "max":
+            count = min(count, max(1, round(int(quota) / int(period))))
+    except (OSError, ValueError):  # no control group, or an older kind
+        pass
+    return count
 
 
-def find_graph(folder: Path, path: str) -> Path:
-    """model.onnx in the folder named, in onnx/ (a model repository) or beside the tokenizer (an export)."""
+def find_graph(folder: Path, path: str, precision: str) -> Path:
+    """The graph in the folder named, in onnx/ (a model repository) or beside the tokenizer (an export)."""
+    name = _graph_name(precision)
     for candidate in (folder / path, folder / "onnx", folder):
-        if (candidate / "model.onnx").is_file():
-            return candidate / "model.onnx"
-    raise ModelError("model.onnx is missing.")
+        if (candidate / name).is_file():
+            return candidate / name
+    raise ModelError(f"{name} is missing.")
 
 
 class OnnxModel:
     """One model: a session and its tokenizer."""
 
-    def __init__(self, folder: Path, path: str = "") -> None:
-        graph = find_graph(folder, path)
+    def __init__(self, folder: Path, path: str = "", precision: str = "float32") -> None:
+        graph = find_graph(folder, path, precision)
         text_folder = folder if (folder / "tokenizer.json").is_file() else graph.parent
         self.text = TextCodec.from_folder(text_folder)
-        context = read_json(text_folder / "config.json").get("max_position_embeddings")
+        config = read_json(text_folder / "config.json")
+        context = config.get("max_position_embeddings")
         self.context_length: int | None = context if isinstance(context, int) else None
 
         options = ort.SessionOptions()
@@ -60,24 +78,29 @@ class OnnxModel:
             self.session = ort.InferenceSession(str(graph), sess_options=options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's own exceptions have no common base class
             raise ModelError(f"{graph.name} could not be loaded: {error}") from error
-        self._check_inputs()
+        self._check_inputs(graph.name, _head_size(config))
 
-    def _check_inputs(self) -> None:
+    def _check_inputs(self, graph: str, head_size: int) -> None:
         self.past: dict[str, tuple[list[int], type]] = {}
         plain = set()
         for value in self.session.get_inputs():
             if value.name.startswith("past_key_values."):
                 if value.type not in _NUMPY_TYPES:
-                    raise ModelError(f"model.onnx keeps its cache as {value.type}, which is not supported.")
-                # Fixed sizes are numbers. Of the open ones the batch is 1, and no token is past yet.
-                shape = [d if isinstance(d, int) else int("batch" in str(d)) for d in value.shape]
+                    raise ModelError(f"{graph} keeps its cache as {value.type}, which is not supported.")
+                # (batch, heads, tokens, head size), of which a graph may leave open all but the heads.
+                if len(value.shape) != 4 or not isinstance(value.shape[1], int):
+                    raise ModelError(f"{graph} has a cache of an unknown shape: {value.shape}.")
+                own = (1, value.shape[1], 0, head_size)
+                shape = [
+                    given if isinstance(given, int) else size for given, size in zip(value.shape, own, strict=True)
+                ]
                 self.past[value.name] = (shape, _NUMPY_TYPES[value.type])
             else:
                 plain.add(value.name)
         unknown = plain - {"input_ids", "attention_mask", "position_ids"}
         if unknown or "input_ids" not in plain or not self.past:
             found = ", ".join(sorted(plain)) or "none"
-            raise ModelError(f"model.onnx is not a text generation graph with a cache (inputs: {found}).")
+            raise ModelError(f"{graph} is not a text generation graph with a cache (inputs: {found}).")
         self.plain_inputs = frozenset(plain)
         self.output_names = [value.name for value in self.session.get_outputs()]
 
@@ -112,6 +135,13 @@ class OnnxDecoder:
         return outputs["logits"].numpy()[0, -1].astype(np.float32)
 
 
+def _head_size(config: dict[str, Any]) -> int:
+    size, heads = config.get("head_dim"), config.get("num_attention_heads")
+    if isinstance(size, int):
+        return size
+    return int(config.get("hidden_size") or 0) // heads if isinstance(heads, int) and heads else 0
+
+
 def load(folder: Path, path: str = "", precision: str = "float32") -> OnnxModel:
-    """Load the model of a folder. The precision is already in the file; the other engine needs it."""
-    return OnnxModel(folder, path)
+    """Load the model of a folder in one of the precisions of GRAPHS; `path` is the folder of the graph therein."""
+    return OnnxModel(folder, path, precision)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Literal
 
-from compare import Comparison, Facts, Pair, Source
+from compare import Comparison, Facts, Pair, Source, Stored
 from generation import Generation
 
 ARROW = "\N{RIGHTWARDS ARROW}"
@@ -203,17 +203,15 @@ def card(title: str, tag: str, state: CardState, generation: Generation | None =
     )
 
 
-def verdict(comparison: Comparison) -> str:
+def verdict(comparison: Comparison, precision: str) -> str:
     ratio = comparison.speed_ratio
+    label = f"<span class='label'>This run, {escape(precision)}</span>"
     if ratio is None:
-        return (
-            "<p class='verdict'><span class='label'>This run</span> "
-            "The answers were too short to compare the speed.</p>"
-        )
+        return f"<p class='verdict'>{label} The answers were too short to compare the speed.</p>"
     return (
-        "<p class='verdict'><span class='label'>This run</span> The pruned model wrote "
+        f"<p class='verdict'>{label} The pruned model wrote "
         f"<b>{ratio:.2f}{TIMES}</b> as many tokens per second as the original "
-        f"<span class='basis'>(over the {comparison.shared_steps} steps both took)</span>.</p>"
+        f"<span class='basis'>(median of the {comparison.shared_steps} steps both took)</span>.</p>"
     )
 
 
@@ -236,6 +234,53 @@ def vote_result(choice: Literal["original", "pruned", "tie"]) -> str:
     return f"<p class='verdict vote'><span class='label'>Your vote</span> {words[choice]}</p>"
 
 
+def precisions(facts: Facts) -> list[tuple[str, str]]:
+    """The choices of the setting: (words, name)."""
+
+    def words(name: str, original: int | None, pruned: int | None) -> str:
+        if original is None or pruned is None:
+            return name
+        before, after = without_unit(size(original), size(pruned))
+        return f"{name} ({before} {ARROW} {after})"
+
+    return [(words(entry.name, entry.original.bytes, entry.pruned.bytes), entry.name) for entry in facts.precisions]
+
+
+def _costs(facts: Facts) -> str:
+    """What each precision weighs, and what it costs in perplexity."""
+
+    def cost(stored: Stored) -> str:
+        if stored.cost is None:
+            return NONE_YET
+        return f"{(stored.cost.perplexity / stored.cost.checkpoint - 1) * 100:+.1f}%".replace("-", MINUS)
+
+    def weight(stored: Stored) -> str:
+        return NONE_YET if stored.bytes is None else size(stored.bytes)
+
+    rows = "".join(
+        f"<tr><th scope='row'>{escape(entry.name)}</th>"
+        + "".join(f"<td>{value(side)}</td>" for value in (weight, cost) for side in (entry.original, entry.pruned))
+        + "</tr>"
+        for entry in facts.precisions
+    )
+    measured = next(
+        (
+            f" Measured on {stored.cost.tokens:,} tokens of {escape(stored.cost.text)}, against float32."
+            for entry in facts.precisions
+            for stored in (entry.pruned, entry.original)
+            if stored.cost is not None
+        ),
+        "",
+    )
+    return (
+        "<div class='scroll' tabindex='0' role='region' aria-label='Precisions'><table><thead><tr>"
+        "<th scope='col'>Precision</th><th scope='col'>Original</th><th scope='col'>Pruned</th>"
+        "<th scope='col'>Perplexity, original</th><th scope='col'>Perplexity, pruned</th></tr></thead>"
+        f"<tbody>{rows}</tbody></table></div>"
+        f"<p>What fewer bits cost each model in perplexity.{measured}</p>"
+    )
+
+
 def method(facts: Facts) -> str:
     def figure(value: float | None) -> str:
         return NONE_YET if value is None else f"{value:.2f}"
@@ -255,14 +300,17 @@ def method(facts: Facts) -> str:
         else "<p>No perplexity was measured when this page was made.</p>"
     )
     runtime = "ONNX Runtime on the CPU" if facts.runtime == "onnx" else "transformers"
+    one = f"in {escape(facts.precision)}, for both models"
+    precision = one if len(facts.precisions) == 1 else "always both models in the same precision"
     licence = f"<p>Licence of the original: {escape(facts.license)}.</p>" if facts.license else ""
     return (
         f"<div class='method'>{table}"
         "<p>Perplexity, parameters and weights were measured when this page was made. Lower perplexity is "
         "better; it says how well a model predicts a text, not how useful its answers are.</p>"
-        f"<p>The answers run here, in {runtime}, in {escape(facts.precision)}, for both models. They write "
+        f"{_costs(facts) if len(facts.precisions) > 1 else ''}"
+        f"<p>The answers run here, in {runtime}, {precision}. They write "
         "in turn, one token each, and each step is timed on its own, so neither slows the other down. "
-        "The ratio counts only the steps both took, without the first, which reads the prompt. "
+        "The ratio is the median over the steps both took, without the first, which reads the prompt. "
         "One prompt on a shared machine is a glimpse, not a benchmark.</p>"
         "<p>With temperature 0 each model takes its likeliest token. No repetition penalty is applied. "
         f"Each model is prompted with its own chat template, if it has one.</p>{licence}</div>"

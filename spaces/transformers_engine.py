@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def files_to_download(path: str) -> list[str]:
+def files_to_download(path: str, precision: str) -> list[str]:
     """Patterns for a model repository: safetensors and text only. Pickles and Python code stay there."""
     return [
         "config.json",

@@ -346,7 +346,7 @@ def _save_tokenizer(folder: Path) -> int:
 def export_tiny() -> Callable[..., None]:
     """Writes a tiny Llama with tokenizer and chat template into one folder, and its ONNX export into another."""
 
-    def export(checkpoint: Path, onnx: Path, layers: int, *, endless: bool = False) -> None:
+    def export(checkpoint: Path, onnx: Path, layers: int, *, endless: bool = False, hidden: int = 64) -> None:
         import torch
         from optimum.exporters.onnx import main_export
         from transformers import LlamaConfig, LlamaForCausalLM
@@ -357,8 +357,8 @@ def export_tiny() -> Callable[..., None]:
         model = LlamaForCausalLM(
             LlamaConfig(
                 vocab_size=vocabulary,
-                hidden_size=64,
-                intermediate_size=128,
+                hidden_size=hidden,
+                intermediate_size=2 * hidden,
                 num_hidden_layers=layers,
                 num_attention_heads=4,
                 num_key_value_heads=2,

@@ -27,6 +27,7 @@ LEAVES = {
     "record",
     "screening",
     "source",
+    "spaceplan",
     "stages",
     "sweeprecord",
     "targets",

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -68,6 +69,12 @@ def plain(world: Any) -> Pushed:
 def full(world: Any) -> Pushed:
     """With ONNX of both models, and the Space that holds the original's."""
     return push(world, world.root / "full")
+
+
+@pytest.fixture(scope="module")
+def quantised(world: Any) -> Pushed:
+    """With 8-bit files of both models."""
+    return push(world, world.root / "quantised", "--quantize", "int8")
 
 
 @pytest.fixture(params=["plain", "full"])
@@ -176,6 +183,85 @@ def test_space_matches_the_runtime(plain: Pushed, full: Pushed) -> None:
         assert {path.name for path in space.glob("*_engine.py")} == {f"{runtime}_engine.py"}
         variables = api(one.world).get_space_variables(one.answer["space"]["repo_id"])
         assert variables["PRUNED_REVISION"].value == one.answer["model"]["commit"]
+
+
+ASK_ENGINE = """
+import json, sys
+from pathlib import Path
+from generation import Settings, begin
+from onnx_engine import load
+
+for precision in ("int8", "float32"):
+    for folder, path in (("original", ""), (sys.argv[1], "onnx")):
+        answer = begin(load(Path(folder), path, precision), "The small bird", Settings(max_new_tokens=8))
+        while answer.finish_reason is None:
+            answer.advance()
+        print(json.dumps([precision, folder == "original", answer.token_ids]))
+"""
+
+
+def test_the_original_is_quantised_as_the_pruned_model_is(quantised: Pushed, tmp_path: Path, sums: Sums) -> None:
+    """The Space offers int8 and float32, holds the original's of both, knows what they cost, and runs them."""
+    space = quantised.folder.with_name(f"{quantised.folder.name}-space")
+    assert sums(published(quantised.world, "space", quantised.answer, tmp_path)).items() >= sums(space).items()
+    facts = json.loads((space / "compare.json").read_text())
+    assert facts["precision"] == "int8"
+    assert [entry["name"] for entry in facts["precisions"]] == ["int8", "float32"]
+    record = json.loads((quantised.folder / "gradmap.json").read_text())
+    graph = next(entry for entry in record["artifacts"] if entry["path"] == "onnx/model_int8.onnx")
+    int8, float32 = facts["precisions"]
+    for side, perplexity in (("original", None), ("pruned", graph["quality"]["perplexity"])):
+        quality = int8[side]["quality"]
+        assert quality["perplexity"] == pytest.approx(quality["checkpoint_perplexity"], rel=0.02)
+        assert quality["perplexity"] != quality["checkpoint_perplexity"] and perplexity in (None, quality["perplexity"])
+        assert int8[side]["bytes"] < float32[side]["bytes"] / 2 and float32[side]["quality"] is None
+    assert int8["original"]["bytes"] == (space / "original" / "model_int8.onnx").stat().st_size
+    assert sorted(path.name for path in (space / "original").glob("*onnx*")) == ["model.onnx", "model_int8.onnx"]
+    assert not (space / "original" / "genai_config.json").exists()
+    done = subprocess.run(
+        [sys.executable, "-c", ASK_ENGINE, quantised.folder], cwd=space, capture_output=True, text=True, timeout=60
+    )
+    assert len(done.stdout.splitlines()) == 4, done.stderr
+
+
+def test_compare_runs_the_space_as_published(quantised: Pushed) -> None:
+    """Without a Hub and without another export."""
+    import urllib.request
+
+    process = quantised.world.cli.start("compare", quantised.folder, "-q", token="", HF_HUB_OFFLINE="1")
+    try:
+        url = process.stdout.readline().strip()
+        with urllib.request.urlopen(f"{url}/health", timeout=20) as answer:
+            assert json.load(answer)["precision"] == "int8"
+    finally:
+        process.terminate()
+        process.communicate(timeout=30)
+
+
+def test_a_space_of_another_original_holds_what_may_be_held(
+    world: Any, quantised: Pushed, tmp_path: Path, sums: Sums
+) -> None:
+    """`space --against` a gated repository: what it says holds, not what the record says."""
+    folder = tmp_path / "small"
+    shutil.copytree(quantised.folder, folder)
+    world.hub.seed("acme/closed", world.base)
+    world.hub.set_gated("acme/closed", "manual")
+    world.hub.grant_access("acme/closed", "ada")
+    done = world.cli.run("space", folder, "--against", "acme/closed", "--json")
+    assert done.code == 0, done.err
+    assert not [name for name in sums(Path(done.json["space_folder"])) if "onnx" in name and "engine" not in name]
+
+
+@pytest.mark.slow
+def test_a_space_without_the_text_has_float32_alone(quantised: Pushed, world: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "small"
+    shutil.copytree(quantised.folder, folder)
+    for text, expected in (("missing.txt", ["float32"]), (world.text, ["int8", "float32"])):
+        done = world.cli.run("space", folder, "--text", text, "--json")
+        assert done.code == 0, done.err
+        facts = json.loads((Path(done.json["space_folder"]) / "compare.json").read_text())
+        assert [entry["name"] for entry in facts["precisions"]] == expected
+        assert ("Without quantised files" in done.err) == (expected == ["float32"])
 
 
 def test_dry_run(world: Any, plain: Pushed, tmp_path: Path) -> None:

@@ -22,20 +22,31 @@ def client(running: Any) -> Any:
 
 
 def test_health_answers(running: Any) -> None:
-    health = running.health()
-    assert (health["status"], health["state"]) == ("ok", "ready")
+    assert running.health() == {
+        "status": "ok", "state": "ready", "message": "Both models are loaded.", "precision": "int8",
+        "running": 0, "waiting": 0,
+    }  # fmt: skip
 
 
 def test_only_the_two_api_names_are_public(client: Any) -> None:
     endpoints = client.view_api(return_format="dict", print_info=False)
     assert set(endpoints["named_endpoints"]) == {"/compare", "/status"}
     assert endpoints["unnamed_endpoints"] == {}
-    assert client.predict(api_name="/status") == {"state": "ready", "message": "Both models are loaded."}
+    ready = {"state": "ready", "message": "Both models are loaded.", "precision": "int8"}
+    assert client.predict(api_name="/status") == ready
+
+
+def test_the_api_says_what_each_parameter_is(client: Any) -> None:
+    """MCP clients read the same words."""
+    endpoint = client.view_api(return_format="dict", print_info=False)["named_endpoints"]["/compare"]
+    names = [parameter["parameter_name"] for parameter in endpoint["parameters"]]
+    assert names == ["prompt", "max_new_tokens", "temperature", "seed", "precision"]
 
 
 def test_compare_returns_both_answers(client: Any) -> None:
     answer = client.predict(PROMPT, max_new_tokens=12, api_name="/compare")
-    assert set(answer) == {"original", "pruned", "speed_ratio"}
+    assert set(answer) == {"original", "pruned", "speed_ratio", "precision"}
+    assert answer["precision"] == "int8"
     for side in ("original", "pruned"):
         assert set(answer[side]) == {
             "text", "tokens", "seconds_per_token", "first_token_seconds", "finish_reason",
@@ -54,11 +65,36 @@ def test_compare_returns_both_answers(client: Any) -> None:
         ({"prompt": "  "}, "Type a prompt first"),
         ({"prompt": "x" * 4001}, "4,001 characters"),
         ({"prompt": PROMPT, "max_new_tokens": 1000}, "max_new_tokens must be from 1 to 256"),
+        ({"prompt": PROMPT, "precision": "int2"}, "precision must be one of: int8, float32"),
     ],
 )
 def test_what_cannot_be_answered_is_said_in_words(client: Any, arguments: dict[str, Any], words: str) -> None:
     with pytest.raises(Exception, match=words):
         client.predict(**arguments, api_name="/compare")
+
+
+def test_both_models_change_their_precision_together(client: Any, running: Any) -> None:
+    answers = {}
+    for precision in ("float32", "int8", "float32", ""):
+        answer = client.predict(PROMPT, max_new_tokens=24, precision=precision, api_name="/compare")
+        assert answer["precision"] == running.health()["precision"] == (precision or "int8")
+        texts = [answer[side]["text"] for side in ("original", "pruned")]
+        assert answers.setdefault(answer["precision"], texts) == texts  # what is loaded anew is the same model
+
+
+def test_two_calls_at_once_are_served_in_turn(running: Any) -> None:
+    from gradio_client import Client
+
+    clients = [Client(running.url, verbose=False) for _ in range(2)]
+    jobs = [
+        client.submit(PROMPT, max_new_tokens=length, api_name="/compare") for client in clients for length in (200, 150)
+    ]
+    most = 0
+    while not all(job.done() for job in jobs):
+        most = max(most, running.health()["running"])
+    lengths = [job.result()["original"]["tokens"] for job in jobs]
+    assert most == 1 and lengths[:2] == lengths[2:] and min(lengths) > 0
+    assert running.health()["running"] == 0
 
 
 def test_the_page_asks_no_other_host(running: Any) -> None:
@@ -71,11 +107,11 @@ def test_the_page_asks_no_other_host(running: Any) -> None:
 
 
 def test_missing_models_are_an_error_state_and_it_still_ends_cleanly(
-    kit: SimpleNamespace, tiny: Any, tmp_path: Path
+    kit: SimpleNamespace, pair: Any, tmp_path: Path
 ) -> None:
     from gradio_client import Client
 
-    app = kit.start_app(kit.deploy(tmp_path / "app", tiny))
+    app = kit.start_app(kit.deploy(tmp_path / "app", pair))
     try:
         health = app.wait_until(lambda health: health["state"] != "loading")
         assert health["state"] == "error"
@@ -88,8 +124,8 @@ def test_missing_models_are_an_error_state_and_it_still_ends_cleanly(
         assert kit.stop_app(app) == 0
 
 
-def test_it_can_be_stopped_while_it_loads(kit: SimpleNamespace, tiny: Any, tmp_path: Path) -> None:
-    app = kit.start_app(kit.deploy(tmp_path / "app", tiny), PRUNED_MODEL=str(tiny.pruned_onnx))
+def test_it_can_be_stopped_while_it_loads(kit: SimpleNamespace, pair: Any, tmp_path: Path) -> None:
+    app = kit.start_app(kit.deploy(tmp_path / "app", pair), PRUNED_MODEL=str(pair.pruned_onnx))
     app.wait_until(lambda health: True)
     assert kit.stop_app(app) == 0
     assert "terminate called" not in app.log.read_text(encoding="utf-8")
@@ -150,7 +186,9 @@ def test_no_connection_is_said(kit: SimpleNamespace, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"schema_version": 2}, "schema version 2"),
+        ({"schema_version": 1}, "schema version 1"),
+        ({"precision": "float16"}, "begins with the precision 'float16'"),
+        ({"precisions": []}, "does not list"),
         ({"runtime": "pickle"}, "runtime"),
         ({"layers": {}}, "lacks the key"),
         ({"bytes": {"original": "many", "pruned": 1}}, "cannot be read"),
@@ -173,6 +211,9 @@ def test_answers_and_names_are_escaped(kit: SimpleNamespace, tmp_path: Path) -> 
     assert "<script>" not in render.header(facts)
     card = render.card("<i>name</i>", "Original", "done", generation)
     assert "<b>bold</b>" not in card
+    hostile = kit.facts()["precisions"]
+    hostile[0]["pruned"]["quality"]["text"] = "<u>text</u>"
+    assert "<u>" not in render.method(loader(kit, tmp_path, precisions=hostile)._facts)
     assert "<i>name" not in card
 
 
@@ -184,6 +225,11 @@ def test_figures_read_well(kit: SimpleNamespace, tmp_path: Path) -> None:
     assert render.ranges([14, 15, 16, 20]) == "14\N{EN DASH}16, 20"
     tiles = render.tiles(loader(kit, tmp_path)._facts)
     assert "1 of 3 layers removed, one weight matrix corrected, no retraining." in tiles
+    assert render.precisions(loader(kit, tmp_path)._facts) == [
+        ("int8 (170 \N{RIGHTWARDS ARROW} 130 kB)", "int8"),
+        ("float32 (600 \N{RIGHTWARDS ARROW} 440 kB)", "float32"),
+    ]
+    assert "+0.4%" in render.method(loader(kit, tmp_path)._facts)
     plain = render.tiles(loader(kit, tmp_path, compensation={"applied": False}, perplexity=[])._facts)
     assert "1 of 3 layers removed, no retraining." in plain
 
@@ -197,7 +243,7 @@ def test_the_card_has_the_front_matter_that_spaces_need(runtime: str) -> None:
         title='Tiny: "lighter"', short_description="Original and pruned, side by side",
         license=None if runtime == "transformers" else "apache-2.0", models=["a/b", "c/d"],
         sdk_version="6.17.3", python_version="3.11", name_original="a/b", name_pruned="c/d",
-        layers_before=3, layers_after=2, runtime=runtime,
+        layers_before=3, layers_after=2, runtime=runtime, precisions=["int8", "float32"], stored=["int8"],
     )  # fmt: skip
     front = yaml.safe_load(text.split("---")[1])
     assert front["title"] == 'Tiny: "lighter"'

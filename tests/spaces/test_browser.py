@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import time
 from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +25,8 @@ ARGUMENTS = [
     "--disable-component-update",
     "--disable-sync",
 ]
+# Kept for people to look at, one per test.
+SCREENSHOTS = Path(__file__).resolve().parents[2] / "build" / "screenshots"
 FINISHED = ("Done", "Stopped at the length limit")
 
 
@@ -69,8 +75,11 @@ class Visit:
         self.page.wait_for_selector("#go", state="visible", timeout=30_000)
         return [self.page.inner_text(f"#{side} .state") for side in ("left", "right")]
 
-    def set_length(self, tokens: int) -> None:
+    def open_settings(self) -> None:
         self.page.get_by_role("button", name="Settings").first.click()
+
+    def set_length(self, tokens: int) -> None:
+        self.open_settings()
         field = self.page.get_by_label("number input for Most tokens per answer")
         field.fill(str(tokens))
         field.press("Tab")
@@ -81,8 +90,15 @@ def visit(browser: Any, running: Any, request: pytest.FixtureRequest) -> Iterato
     width, scheme = getattr(request, "param", (1280, "light"))
     visit = Visit(browser, running.url, width, scheme)
     yield visit
+    keep(visit.page, request.node.name)
     visit.context.close()
     assert visit.problems == []
+
+
+def keep(page: Any, name: str) -> None:
+    """The whole page as the test left it."""
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=SCREENSHOTS / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.png", full_page=True)
 
 
 @pytest.mark.parametrize("visit", [(1280, "light"), (390, "dark")], indirect=True)
@@ -130,7 +146,7 @@ def test_wrong_prompts_are_said_on_the_page(visit: Visit) -> None:
 
 
 def test_a_blind_vote_hides_and_then_reveals(visit: Visit) -> None:
-    visit.page.get_by_role("button", name="Settings").first.click()
+    visit.open_settings()
     visit.page.get_by_label("Blind vote").check()
     visit.compare("What is the capital of France?")
     visit.page.wait_for_selector("#votes", state="visible", timeout=30_000)
@@ -143,6 +159,101 @@ def test_a_blind_vote_hides_and_then_reveals(visit: Visit) -> None:
     chosen = visit.page.inner_text("#left .tag").lower()
     assert f"You preferred the {chosen}" in visit.page.inner_text("#verdict")
     assert {visit.page.inner_text(f"#{side} h2") for side in ("left", "right")} == {"tiny", "tiny-pruned"}
+
+
+@pytest.mark.parametrize("visit", [(1280, "light"), (390, "light")], indirect=True)
+def test_the_precision_is_a_setting_of_both(visit: Visit, running: Any) -> None:
+    visit.open_settings()
+    choices = visit.page.get_by_role("radio")
+    assert choices.count() == 2 and visit.page.get_by_role("radio", name="int8").is_checked()
+    visit.compare("What is the capital of France?")
+    visit.wait_until_finished()
+    assert "This run, int8" in visit.page.inner_text("#verdict")
+    visit.page.get_by_role("radio", name="float32").check()
+    visit.page.click("#go")
+    assert all(state in FINISHED for state in visit.wait_until_finished())
+    assert "This run, float32" in visit.page.inner_text("#verdict")
+    assert running.health()["precision"] == "float32"
+    assert visit.page.inner_text("#banner").strip() == ""
+    visit.page.get_by_role("button", name="How this is measured").click()
+    visit.page.wait_for_selector("table >> text=+0.4%")
+    assert visit.page.evaluate("document.documentElement.scrollWidth === window.innerWidth")
+    # The next visitor begins with int8 again.
+    visit.page.reload()
+    visit.page.wait_for_selector("#go:not([disabled])", timeout=30_000)
+    visit.compare("What is the capital of France?")
+    visit.wait_until_finished()
+    assert "This run, int8" in visit.page.inner_text("#verdict")
+
+
+def test_a_model_that_cannot_be_loaded_is_said(
+    browser: Any, kit: SimpleNamespace, pair: Any, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """The first precision lacks a file; with the other one the page works all the same."""
+    folder = kit.deploy(tmp_path / "app", pair)
+    (folder / "original" / "model_int8.onnx").unlink()
+    app = kit.start_app(folder, PRUNED_MODEL=str(pair.pruned_onnx))
+    try:
+        app.wait_until(lambda health: health["state"] == "error")
+        visit = Visit(browser, app.url, 1280, "light")
+        assert "model_int8.onnx is missing" in visit.page.inner_text("#banner")
+        visit.compare("Hello")
+        visit.page.wait_for_selector("#notice .error")
+        assert "The original model could not be loaded" in visit.page.inner_text("#notice")
+        keep(visit.page, request.node.name)
+        visit.open_settings()
+        visit.page.get_by_role("radio", name="float32").check()
+        visit.page.click("#go")
+        assert all(state in FINISHED for state in visit.wait_until_finished())
+        assert visit.page.inner_text("#notice").strip() == visit.page.inner_text("#banner").strip() == ""
+        visit.context.close()
+        assert visit.problems == []
+    finally:
+        assert kit.stop_app(app) == 0
+
+
+def test_visitors_wait_their_turn_and_a_closed_page_frees_it(browser: Any, slow_app: Any) -> None:
+    """The first one closes the page in the middle of a long answer; the second, who waited, is served at once."""
+    first, second = (Visit(browser, slow_app.url, 1280, "light") for _ in range(2))
+    for visit, length in ((first, 256), (second, 4)):
+        visit.set_length(length)
+    began = time.monotonic()
+    first.compare("Write a long story.")
+    assert first.wait_until_finished() == ["Stopped at the length limit"] * 2
+    alone = time.monotonic() - began
+
+    first.compare("Write a long story.")
+    slow_app.wait_until(lambda health: health["running"] == 1)
+    second.compare("Hello")
+    slow_app.wait_until(lambda health: health["waiting"] == 1)
+    assert second.page.inner_text("#left .state") == "Waiting"
+    began = time.monotonic()
+    first.context.close()
+    assert second.wait_until_finished() == ["Stopped at the length limit"] * 2
+    assert time.monotonic() - began < alone / 2, alone
+    slow_app.wait_until(lambda health: health["running"] == health["waiting"] == 0, 5)
+    second.context.close()
+    assert first.problems == second.problems == []
+
+
+def test_who_waits_can_stop_and_come_again(browser: Any, slow_app: Any) -> None:
+    first, second = (Visit(browser, slow_app.url, 1280, "light") for _ in range(2))
+    first.set_length(256)
+    first.compare("Write a long story.")
+    slow_app.wait_until(lambda health: health["running"] == 1)
+    second.compare("Hello")
+    slow_app.wait_until(lambda health: health["waiting"] == 1)
+    second.page.click("#stop")
+    second.page.wait_for_selector("#go", state="visible")  # at once, not when its turn comes
+    assert slow_app.health()["running"] == 1 and slow_app.health()["waiting"] == 0
+    assert second.page.inner_text("#left .state") == "Stopped"
+    first.page.click("#stop")
+    second.set_length(4)
+    second.compare("Hello")
+    assert second.wait_until_finished() == ["Stopped at the length limit"] * 2
+    for visit in (first, second):
+        visit.context.close()
+        assert visit.problems == []
 
 
 def test_live_regions_and_names(visit: Visit) -> None:

@@ -1,0 +1,123 @@
+"""The Space folder of a finished run: export what it stores of the original, then write the app beside it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gradmap_hub.config import QUANTIZED
+from gradmap_hub.exporting import export_original, onnx_stage
+from gradmap_hub.plan import space_folder_of
+from gradmap_hub.record import Base, Quality, RunRecord
+from gradmap_hub.source import COMPANION_FILES, legal_texts
+from gradmap_hub.spaceplan import GRAPHS, ORIGINAL_FOLDER, SpacePlan
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from gradmap_hub.calibration import Rows
+    from gradmap_hub.plan import Source
+    from gradmap_hub.run import Run
+    from gradmap_hub.space import Held
+
+
+def write_space_folder(
+    run: Run,
+    record: RunRecord,
+    plan: SpacePlan,
+    destination: Path,
+    target: str | None,
+    rows: Rows | None,
+    fit: Tensor | None = None,
+) -> SpacePlan:
+    """Write the Space of `plan` into `destination`. `rows`: what quantised files of the original are measured on;
+    without them there are none. `fit` (rows, tokens): others, to round by. `target`: the pruned model's repository.
+
+    Returns the plan as it came about: without the precisions that the original could not be exported in. If that leaves
+    none, nothing is written.
+
+    Raises:
+        VerificationError: an exporter failed.
+    """
+    from gradmap_hub.space import Held, remove_unwanted, write_space
+
+    remove_unwanted(destination, plan)
+    companions: dict[str, Path] = {}
+    originals = _held_by_repository(run.source) if plan.runtime == "onnx" else {}
+    if plan.stored:
+        original, stored = run.checkpoint(), destination / ORIGINAL_FOLDER
+        quality = _export(run, plan, original, stored, rows, fit)
+        plan = _without(plan, {name for name in plan.stored if name in QUANTIZED and name not in quality})
+        if not plan.precisions:
+            return plan
+        for name in plan.stored:
+            files = list(stored.glob(f"{GRAPHS[name]}*"))
+            originals[name] = Held(sum(file.stat().st_size for file in files), quality.get(name))
+        present = ["config.json", *COMPANION_FILES, *legal_texts(path.name for path in original.iterdir())]
+        companions = {name: original / name for name in present if (original / name).is_file()}
+    write_space(record, plan, destination, pruned_repo=target, companions=companions, originals=originals)
+    return plan
+
+
+def _export(
+    run: Run, plan: SpacePlan, original: Path, stored: Path, rows: Rows | None, fit: Tensor | None
+) -> dict[str, Quality]:
+    if "float32" in plan.stored:
+        onnx_stage(run.stages, "onnx-original", "Exporting the original for the Space", original, stored)
+    quantised = [name for name in plan.stored if name in QUANTIZED]
+    if not quantised or rows is None:
+        return {}
+    return export_original(original, stored, run.stages, quantised, rows, run.work / "export-original", fit=fit)
+
+
+def finished_space(folder: Path, record: RunRecord, precisions: Collection[str]) -> Path | None:
+    """The Space folder beside a model folder, if it was written for this very original and has all of the precisions:
+    it can be run as it is, and nothing is exported again."""
+    space = space_folder_of(folder)
+    try:
+        facts = json.loads((space / "compare.json").read_text(encoding="utf-8"))
+        if (facts["original"]["repo_id"], facts["original"]["revision"]) != (record.base.repo_id, record.base.commit):
+            return None
+        stored = {entry["name"]: entry["original"]["stored"] == "space" for entry in facts["precisions"]}
+    except (OSError, ValueError, KeyError, TypeError):  # none, not whole, or of an earlier version
+        return None
+    there = {name for name, here in stored.items() if not here or (space / ORIGINAL_FOLDER / GRAPHS[name]).is_file()}
+    return space if set(precisions) <= there and (space / "app.py").is_file() else None
+
+
+def _held_by_repository(source: Source) -> dict[str, Held]:
+    """What the original's repository holds: bytes of graph and data, by precision."""
+    from gradmap_hub.space import Held
+
+    sizes = source.sizes
+    return {
+        name: Held(sizes[f"onnx/{file}"] + sizes.get(f"onnx/{file}_data", 0))
+        for name, file in GRAPHS.items()
+        if f"onnx/{file}" in sizes
+    }
+
+
+def _without(plan: SpacePlan, names: set[str]) -> SpacePlan:
+    left = tuple(name for name in plan.precisions if name not in names)
+    if left == plan.precisions:
+        return plan
+    stored = tuple(name for name in plan.stored if name not in names)
+    reason = plan.reason if left else f"no Space: the original could not be exported to {', '.join(sorted(names))}"
+    return SpacePlan("space" if stored else "hub", reason, left, stored)
+
+
+def terms_of(record: RunRecord, source: Source) -> Base:
+    """What decides whether the original may be stored with a Space: that of the repository it is read from now, and
+    that it was pruned under. The stricter of the two holds."""
+    recorded, found = record.base, source.base
+    if found.repo_id is None:  # a local copy, which says less than the record
+        return recorded
+    return dataclasses.replace(
+        found,
+        license=found.license or recorded.license,
+        gated=found.gated or recorded.gated,
+        private=found.private or recorded.private,
+    )

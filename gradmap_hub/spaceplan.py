@@ -1,0 +1,203 @@
+"""What a comparison Space can run: in which precisions, on which hardware, and where the original's files come from.
+
+Pure: judged from a record's facts and from sizes, before anything is exported or uploaded. Both models always run in
+the same precision, of which one is loaded at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from gradmap_hub.record import Artifact, Base, BeforeAfter, RunRecord
+
+# Licences that let anyone pass the weights on. Anything else, and anything gated or private, is never republished.
+REDISTRIBUTABLE = frozenset(
+    {
+        "afl-3.0", "apache-2.0", "bsd", "bsd-2-clause", "bsd-3-clause", "bsl-1.0", "cc-by-4.0", "cc-by-sa-4.0",
+        "cc0-1.0", "isc", "mit", "openmdw-1.0", "unlicense", "wtfpl", "zlib",
+    }
+)  # fmt: skip
+# Precision -> file of the graph, and the name of its format in a record. The Space begins with the first that it has:
+# int8 is as good as float32 to the eye, a quarter of the download, and faster.
+GRAPHS = {"int8": "model_int8.onnx", "float32": "model.onnx", "int4": "model_int4.onnx"}
+FORMATS = {"int8": "int8", "float32": "onnx", "int4": "int4"}
+# Of float32, at least: 8 (4) bits, and a scale of 32 bits for each 32 weights.
+_LEAST_SHARE = {"int8": 9 / 32, "float32": 1.0, "int4": 5 / 32}
+
+# Within the Space.
+ORIGINAL_FOLDER = "original"
+
+OriginalSource = Literal["hub", "space", "transformers"]
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What the Hub calls it; bytes."""
+
+    name: str
+    memory: int
+    disk: int
+
+
+# As huggingface.co/docs/hub/spaces-overview has it: 2 vCPU, 16 GB, 50 GB.
+CPU_BASIC = Hardware("cpu-basic", 16_000_000_000, 50_000_000_000)
+# Python with gradio and ONNX Runtime, or with torch; and what it takes to load each byte of both models' files: ONNX
+# Runtime needs as much again while it repacks the weights.
+_PROGRAM = {"onnx": 600_000_000, "transformers": 1_200_000_000}
+_PER_BYTE = {"onnx": 2.0, "transformers": 1.2}
+# The packages, and room for what a program writes.
+_DISK_RESERVE = 3_000_000_000
+
+
+@dataclass(frozen=True)
+class SpacePlan:
+    """How the Space gets the original. `original`: `hub` its own ONNX, `space` an export stored with the Space (of the
+    precisions in `stored`), `transformers` both models from their repositories without ONNX. `reason` in words.
+    `precisions`: what both models can run in, the one to begin with first; none if nothing fits, and there is no Space.
+    """
+
+    original: OriginalSource
+    reason: str
+    precisions: tuple[str, ...] = ("float32",)
+    stored: tuple[str, ...] = ()
+
+    @property
+    def runtime(self) -> Literal["onnx", "transformers"]:
+        return "transformers" if self.original == "transformers" else "onnx"
+
+
+def memory_needed(pair: BeforeAfter, runtime: Literal["onnx", "transformers"]) -> int:
+    """Bytes of memory for both models of these sizes; they are loaded one after the other and stay."""
+    return round(_PROGRAM[runtime] + _PER_BYTE[runtime] * (pair.before + pair.after))
+
+
+def may_be_stored(base: Base) -> bool:
+    """Whether the original may be exported and published again as a part of the Space."""
+    return not base.gated and not base.private and base.license in REDISTRIBUTABLE
+
+
+def plan_space(
+    base: Base,
+    precisions: Collection[str],
+    float32: BeforeAfter,
+    sizes: Mapping[str, BeforeAfter] | None = None,
+    *,
+    hardware: Hardware = CPU_BASIC,
+) -> SpacePlan:
+    """Decide what the Space runs and where its original comes from.
+
+    Args:
+        precisions: those that the pruned model has ONNX files of, keys of GRAPHS; none without ONNX.
+        float32: bytes of both models' weights in float32, rather too small than too large.
+        sizes: bytes of both models' files in a precision, where known better.
+    """
+    pairs = {name: _at_least(name, float32) for name in GRAPHS} | dict(sizes or {})
+    refused: list[str] = []
+    chosen: list[str] = []
+    used = 0
+    # Records from before `exports` say only whether there is model.onnx.
+    own = [*base.exports, *(["float32"] if base.has_onnx else [])] if base.repo_id is not None else []
+    stored = [name for name in GRAPHS if name in precisions and name not in own]
+    for name in GRAPHS:
+        if name not in precisions or (name in stored and not may_be_stored(base)):
+            continue
+        problem = _too_large(pairs[name], "onnx", hardware, used)
+        if problem:
+            refused.append(f"{name} {problem}")
+        else:
+            chosen.append(name)
+            used += pairs[name].before + pairs[name].after
+    left_out = "".join(f"; {words}" for words in refused)
+    if chosen:
+        stored = [name for name in stored if name in chosen]
+        return SpacePlan(
+            "space" if stored else "hub", _words(chosen, stored, base) + left_out, tuple(chosen), tuple(stored)
+        )
+    return _with_transformers(base, precisions, float32, hardware, left_out)
+
+
+def _with_transformers(
+    base: Base, precisions: Collection[str], float32: BeforeAfter, hardware: Hardware, left_out: str
+) -> SpacePlan:
+    if not precisions:
+        cause = "no ONNX files were asked for, so the Space runs both with transformers"
+    elif not may_be_stored(base):
+        licence = f"under a licence ({base.license}) that may forbid it"
+        kind = "gated" if base.gated else "private" if base.private else licence
+        cause = (
+            f"the original is {kind}, so it is not exported again and stored with the Space; "
+            "the Space loads both from their own repositories with transformers"
+        )
+    else:
+        cause = "the ONNX files are too large for the Space, which runs both with transformers"
+    halved = BeforeAfter(float32.before // 2, float32.after // 2)
+    tries = [("float32", float32)] + ([(base.dtype, halved)] if base.dtype in ("bfloat16", "float16") else [])
+    problem = ""
+    for name, pair in tries:
+        problem = _too_large(pair, "transformers", hardware, 0)
+        if not problem:
+            return SpacePlan("transformers", f"{cause}, in {name}{left_out}", (name,))
+    return SpacePlan(
+        "transformers",
+        f"no Space: both models are too large for {hardware.name}: {tries[-1][0]} {problem}{left_out}. "
+        "Run `gradmap-hub compare` where there is room, or export int8",
+        (),
+    )
+
+
+def _words(chosen: list[str], stored: list[str], base: Base) -> str:
+    names = ", ".join(chosen)
+    if not stored:
+        return f"the original's repository ships its ONNX files ({names})"
+    if len(stored) < len(chosen):
+        fetched = ", ".join(name for name in chosen if name not in stored)
+        return (
+            f"the original's repository ships ONNX in {fetched}; in {', '.join(stored)} it is exported as the pruned "
+            "model is, and stored with the Space"
+        )
+    return (
+        f"the original has no ONNX like the pruned model's, so it is exported too and stored with the Space ({names})"
+    )
+
+
+def _at_least(name: str, float32: BeforeAfter) -> BeforeAfter:
+    share = _LEAST_SHARE[name]
+    return BeforeAfter(round(share * float32.before), round(share * float32.after))
+
+
+def _too_large(pair: BeforeAfter, runtime: Literal["onnx", "transformers"], hardware: Hardware, used: int) -> str:
+    """In words what there is too little of; empty if it fits."""
+    memory = memory_needed(pair, runtime)
+    if memory > hardware.memory:
+        return f"needs about {memory / 1e9:.1f} GB of memory, and {hardware.name} has {hardware.memory / 1e9:.0f} GB"
+    disk = used + pair.before + pair.after + _DISK_RESERVE
+    if disk > hardware.disk:
+        return f"needs about {disk / 1e9:.1f} GB of disk, and {hardware.name} has {hardware.disk / 1e9:.0f} GB"
+    return ""
+
+
+def precisions_of(record: RunRecord) -> list[str]:
+    """What a finished run has ONNX files in."""
+    formats = {entry.format for entry in record.artifacts}
+    return [name for name, kind in FORMATS.items() if kind in formats]
+
+
+def graph_of(record: RunRecord, precision: str) -> tuple[int, Artifact | None]:
+    """Bytes of the pruned model's files in a precision, data beside the graph included, and the graph itself."""
+    entries = [entry for entry in record.artifacts if entry.format == FORMATS[precision]]
+    graph = next((entry for entry in entries if entry.path.endswith(".onnx")), None)
+    return sum(entry.bytes for entry in entries), graph
+
+
+def plan_of(record: RunRecord, base: Base | None = None) -> SpacePlan:
+    """The Space of a finished run, with the sizes of its files. The original's are as much larger as it has more
+    parameters. `base`: the original, if it is not the record's."""
+    share = record.parameters.before / max(record.parameters.after, 1)
+    sizes = {}
+    for name in precisions_of(record):
+        pruned = graph_of(record, name)[0]
+        sizes[name] = BeforeAfter(round(pruned * share), pruned)
+    float32 = BeforeAfter(4 * record.parameters.before, 4 * record.parameters.after)
+    return plan_space(base or record.base, precisions_of(record), float32, sizes)
