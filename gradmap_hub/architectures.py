@@ -86,11 +86,11 @@ def _experts(block: str, *outputs: str) -> Experts:
     return Experts(block, tuple((f"{block}.{output}", ROWS) for output in outputs))
 
 
-_GPT = {"layers": "transformer.h", "final_norm": "transformer.ln_f"}
+_GPT: dict[str, Any] = {"layers": "transformer.h", "final_norm": "transformer.ln_f"}
 _EXPERTS = _experts("mlp", "experts.*.down_proj.weight")
 # The norms around attention and MLP of Gemma 2 and 3, OLMo 2 and 3, EXAONE 4.
-_SANDWICH = {"mlp_norm": "post_feedforward_layernorm", "attention_norm": "post_attention_layernorm"}
-_GEMMA = {**_SANDWICH, "norm_offset": 1.0, "logit_cap": "final_logit_softcapping"}
+_SANDWICH: dict[str, Any] = {"mlp_norm": "post_feedforward_layernorm", "attention_norm": "post_attention_layernorm"}
+_GEMMA: dict[str, Any] = {**_SANDWICH, "norm_offset": 1.0, "logit_cap": "final_logit_softcapping"}
 
 _ROWS = (
     Architecture("arcee", "ArceeForCausalLM"),

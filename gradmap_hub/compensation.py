@@ -169,7 +169,7 @@ class Streams:
 
 def _behind(hidden: Tensor, added: Tap, writer: Writer) -> Tensor:
     """The stream with what a writer adds to it, (1, tokens, d)."""
-    output = added.output.view(hidden.shape)
+    output = added.output.reshape(hidden.shape)
     return hidden + (output if writer.scale == 1.0 else writer.scale * output)
 
 

@@ -230,7 +230,8 @@ class StreamedDecoder(Decoder):
     @property
     def rows_per_pass(self) -> int:
         """As many rows as have their residual stream between all layers in 1 GiB: each pass fetches every layer."""
-        row = (self.count + 1) * self.tokens * self.model.config.hidden_size * self.dtype.itemsize
+        width: int = self.model.config.hidden_size  # pyright: ignore
+        row = (self.count + 1) * self.tokens * width * self.dtype.itemsize
         return max(1, STREAM_BUDGET // row)
 
     @contextmanager
