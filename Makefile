@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 PIP := $(BIN)/pip --disable-pip-version-check
 DEMO := build/demo
 
-.PHONY: install demo test test-all reliability check bench bench-inference clean
+.PHONY: install demo test test-all reliability architectures check bench bench-inference clean
 
 install: $(STAMP)
 
@@ -30,6 +30,10 @@ test-all: install
 # Every fault and every kill of docs/reliability.md, whose tables it writes anew.
 reliability: install
 	RELIABILITY=docs/reliability.md $(BIN)/python -m pytest -m '' tests/publish/test_faults.py tests/cli/test_kill.py
+
+# Every model type, ONNX included: the table of docs/architectures.md.
+architectures: install
+	RELIABILITY=docs/architectures.md $(BIN)/python -m pytest -m '' tests/test_families.py
 
 check: install
 	$(BIN)/ruff check .

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from gradmap_hub.architectures import dimension
 from gradmap_hub.errors import UsageError, VerificationError
 from gradmap_hub.exporters import gate, genai, onnx
 from gradmap_hub.exporters.gate import LIMITS, GateResult
@@ -82,7 +83,10 @@ def require(name: str, config: Mapping[str, Any]) -> None:
         raise UsageError(f"Cannot export to {name!r}; formats: {', '.join(FORMATS)}.")
     reason = supported(name, config)
     if reason is not None:
-        raise UsageError(f"This model cannot be exported to {name}: {reason}.")
+        raise UsageError(
+            f"This model cannot be exported to {name}: {reason}.",
+            hint="Leave it out; --no-onnx makes the safetensors alone." if name == "onnx" else None,
+        )
     if name == "onnx" or _base_of(name, config) == "optimum":
         onnx.require()
     else:
@@ -93,7 +97,9 @@ def supported(name: str, config: Mapping[str, Any]) -> str | None:
     """Why a model with this config.json cannot be written in the format, or None. Told before anything is pruned."""
     if name == "genai":
         return genai.unsupported(config)
-    if name in LADDERS and int(config.get("hidden_size") or 0) % LADDERS[name][0].block:
+    if _base_of(name, config) == "optimum" and onnx.unsupported(config) is not None:
+        return onnx.unsupported(config)
+    if name in LADDERS and (dimension(config, "hidden_size") or 0) % LADDERS[name][0].block:
         return f"its width is not a multiple of {LADDERS[name][0].block}"
     return None
 
@@ -149,10 +155,9 @@ class _Shared:
     def __init__(self, checkpoint: Path, work: Path, rows: Rows, fit: Rows | None, optimum: Path | None) -> None:
         self.checkpoint = checkpoint
         self.config: dict[str, Any] = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
-        self.layers = int(self.config["num_hidden_layers"])
-        self.head_size = int(
-            self.config.get("head_dim") or self.config["hidden_size"] // self.config["num_attention_heads"]
-        )
+        sizes = [dimension(self.config, name) for name in ("num_hidden_layers", "hidden_size", "num_attention_heads")]
+        self.layers, width, heads = (value or 0 for value in sizes)
+        self.head_size = int(self.config.get("head_dim") or width // heads)
         self._optimum = optimum
         self._rows, self._fit = rows, fit
         self.folder = work / _fingerprint(checkpoint, rows, fit)

@@ -7,19 +7,55 @@ config.json alone, before any weight is downloaded.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from gradmap_hub.errors import RemoteCodeRefused, UnsupportedArchitecture
 
+# The axis of a weight along which the residual stream lies: (d, f) as in nn.Linear, or (f, d) and (d).
+ROWS, COLUMNS = -2, -1
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A setting of a config (`field` has `value`) and what follows from it."""
+
+    field: str
+    value: Any
+    reason: str
+
+    def holds(self, config: Any) -> bool:
+        """`config`: a config.json or a transformers config."""
+        found = config.get(self.field) if isinstance(config, Mapping) else getattr(config, self.field, None)
+        return found == self.value
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A mixture of experts within a layer. `block`: the module whose output (the first, if it is a tuple) is added to
+    the residual stream. `outputs`: patterns of the parameters that write that output, every expert's and the shared
+    one's, and the axis along which the stream lies in each: the output is linear in all of them together."""
+
+    block: str
+    outputs: tuple[tuple[str, int], ...]
+
 
 @dataclass(frozen=True)
 class Architecture:
-    """Module paths relative to the causal-LM model (`layers`, `final_norm`) or to one decoder layer (`mlp_output`).
+    """Module paths relative to the causal-LM model (`layers`, `final_norm`, `after_norm`) or to one decoder layer.
 
-    `mlp_output` is a bias-free or biased `nn.Linear` (d_ff -> d) whose output is added to the residual stream
-    without a norm in between: only then is folding into its weight exact.
+    `mlp_output` and `attention_output` are linears (nn.Linear, or transformers' transposed Conv1D) that write to the
+    residual stream: through `mlp_norm` and `attention_norm` where a norm stands in between, times the layer's attribute
+    `residual_multiplier` where there is one. A layer without `mlp_output` has `experts`.
+
+    `after_norm`: a projection between final norm and head. The head's logits are multiplied by the config field
+    `logit_multiplier`, divided by `logit_divisor`, capped by `logit_cap`, as far as they are given.
+
+    Config fields, beside the lists with an entry per layer, that speak of layers by their index: `leading` counts how
+    many of the first layers are of another kind; `sparse` stands for `decoder_sparse_step` and `mlp_only_layers`;
+    `run_lengths` is the list of which `attention_layers` is made; `dropped` are of weights that no written checkpoint
+    has, and become 0.
     """
 
     model_type: str
@@ -28,23 +64,203 @@ class Architecture:
     final_norm: str = "model.norm"
     mlp_output: str = "mlp.down_proj"
     attention_output: str = "self_attn.o_proj"
+    experts: Experts | None = None
+    mlp_norm: str | None = None
+    attention_norm: str | None = None
+    norm_offset: float = 0.0  # what a norm adds to its weight to have its gain
+    residual_multiplier: str | None = None
+    after_norm: str | None = None
+    logit_multiplier: str | None = None
+    logit_divisor: str | None = None
+    logit_cap: str | None = None
+    leading: tuple[str, ...] = ()
+    sparse: bool = False
+    run_lengths: str | None = None
+    dropped: tuple[str, ...] = ()
+    refused: tuple[Condition, ...] = ()
+    uncorrected: tuple[Condition, ...] = ()
+    unstreamed: str | None = None
 
+
+def _experts(block: str, *outputs: str) -> Experts:
+    return Experts(block, tuple((f"{block}.{output}", ROWS) for output in outputs))
+
+
+_GPT: dict[str, Any] = {"layers": "transformer.h", "final_norm": "transformer.ln_f"}
+_EXPERTS = _experts("mlp", "experts.*.down_proj.weight")
+# The norms around attention and MLP of Gemma 2 and 3, OLMo 2 and 3, EXAONE 4.
+_SANDWICH: dict[str, Any] = {"mlp_norm": "post_feedforward_layernorm", "attention_norm": "post_attention_layernorm"}
+_GEMMA: dict[str, Any] = {**_SANDWICH, "norm_offset": 1.0, "logit_cap": "final_logit_softcapping"}
 
 _ROWS = (
+    Architecture("arcee", "ArceeForCausalLM"),
+    Architecture(
+        "bloom",
+        "BloomForCausalLM",
+        **_GPT,
+        mlp_output="mlp.dense_4h_to_h",
+        attention_output="self_attention.dense",
+        refused=(
+            Condition("apply_residual_connection_post_layernorm", True, "its residual stream goes through the norms"),
+            Condition("slow_but_exact", True, "it multiplies slices of its weights (slow_but_exact)"),
+        ),
+    ),
+    Architecture("cohere", "CohereForCausalLM", logit_multiplier="logit_scale"),
+    Architecture("cohere2", "Cohere2ForCausalLM", logit_multiplier="logit_scale"),
+    Architecture(
+        "deepseek_v3",
+        "DeepseekV3ForCausalLM",
+        experts=_experts("mlp", "experts.*.down_proj.weight", "shared_experts.down_proj.weight"),
+        leading=("first_k_dense_replace",),
+        dropped=("num_nextn_predict_layers",),
+        unstreamed="its layers have buffers of their own, which are not streamed",
+    ),
+    Architecture("exaone4", "Exaone4ForCausalLM", **_SANDWICH),
+    Architecture(
+        "falcon",
+        "FalconForCausalLM",
+        **_GPT,
+        mlp_output="mlp.dense_4h_to_h",
+        attention_output="self_attention.dense",
+    ),
     Architecture("gemma", "GemmaForCausalLM"),
+    Architecture("gemma2", "Gemma2ForCausalLM", **_GEMMA),
+    Architecture("gemma3_text", "Gemma3ForCausalLM", **_GEMMA),
+    Architecture("glm", "GlmForCausalLM"),
+    Architecture("glm4", "Glm4ForCausalLM", mlp_norm="post_mlp_layernorm", attention_norm="post_self_attn_layernorm"),
+    Architecture(
+        "gpt2",
+        "GPT2LMHeadModel",
+        **_GPT,
+        mlp_output="mlp.c_proj",
+        attention_output="attn.c_proj",
+        refused=(
+            Condition("scale_attn_by_inverse_layer_idx", True, "its attention is scaled by the index of the layer"),
+            Condition("add_cross_attention", True, "it has cross-attention to an encoder"),
+        ),
+    ),
+    Architecture(
+        "gpt_neo",
+        "GPTNeoForCausalLM",
+        **_GPT,
+        mlp_output="mlp.c_proj",
+        attention_output="attn.attention.out_proj",
+        run_lengths="attention_types",
+    ),
+    Architecture(
+        "gpt_neox",
+        "GPTNeoXForCausalLM",
+        layers="gpt_neox.layers",
+        final_norm="gpt_neox.final_layer_norm",
+        mlp_output="mlp.dense_4h_to_h",
+        attention_output="attention.dense",
+    ),
+    Architecture(
+        "gpt_oss",
+        "GptOssForCausalLM",
+        experts=Experts("mlp", (("mlp.experts.down_proj", COLUMNS), ("mlp.experts.down_proj_bias", COLUMNS))),
+    ),
+    Architecture("gptj", "GPTJForCausalLM", **_GPT, mlp_output="mlp.fc_out", attention_output="attn.out_proj"),
+    Architecture(
+        "granite", "GraniteForCausalLM", residual_multiplier="residual_multiplier", logit_divisor="logits_scaling"
+    ),
+    Architecture(
+        "granitemoe",
+        "GraniteMoeForCausalLM",
+        experts=_experts("block_sparse_moe", "output_linear.weight"),
+        residual_multiplier="residual_multiplier",
+        logit_divisor="logits_scaling",
+    ),
+    Architecture("helium", "HeliumForCausalLM"),
     Architecture("llama", "LlamaForCausalLM"),
+    Architecture("ministral", "MinistralForCausalLM"),
     Architecture("mistral", "MistralForCausalLM"),
+    Architecture("mixtral", "MixtralForCausalLM", experts=_experts("block_sparse_moe", "experts.*.w2.weight")),
+    Architecture(
+        "mpt",
+        "MptForCausalLM",
+        layers="transformer.blocks",
+        final_norm="transformer.norm_f",
+        mlp_output="ffn.down_proj",
+        attention_output="attn.out_proj",
+    ),
+    Architecture("nemotron", "NemotronForCausalLM"),
+    Architecture("olmo", "OlmoForCausalLM"),
+    Architecture("olmo2", "Olmo2ForCausalLM", **_SANDWICH),
+    Architecture("olmo3", "Olmo3ForCausalLM", **_SANDWICH),
+    Architecture("olmoe", "OlmoeForCausalLM", experts=_EXPERTS),
+    Architecture(
+        "opt",
+        "OPTForCausalLM",
+        layers="model.decoder.layers",
+        final_norm="model.decoder.final_layer_norm",
+        after_norm="model.decoder.project_out",
+        mlp_output="fc2",
+        attention_output="self_attn.out_proj",
+        uncorrected=(Condition("do_layer_norm_before", False, "a norm stands behind every addition to the stream"),),
+    ),
+    Architecture(
+        "phi",
+        "PhiForCausalLM",
+        final_norm="model.final_layernorm",
+        mlp_output="mlp.fc2",
+        attention_output="self_attn.dense",
+    ),
     Architecture("phi3", "Phi3ForCausalLM"),
     Architecture("qwen2", "Qwen2ForCausalLM"),
+    Architecture(
+        "qwen2_moe",
+        "Qwen2MoeForCausalLM",
+        experts=_experts("mlp", "experts.*.down_proj.weight", "shared_expert.down_proj.weight"),
+        leading=("max_window_layers",),
+        sparse=True,
+    ),
     Architecture("qwen3", "Qwen3ForCausalLM"),
+    Architecture("qwen3_moe", "Qwen3MoeForCausalLM", experts=_EXPERTS, sparse=True),
+    Architecture("seed_oss", "SeedOssForCausalLM"),
+    Architecture("smollm3", "SmolLM3ForCausalLM"),
+    Architecture("stablelm", "StableLmForCausalLM"),
+    Architecture("starcoder2", "Starcoder2ForCausalLM", mlp_output="mlp.c_proj"),
 )
 ARCHITECTURES: dict[str, Architecture] = {row.model_type: row for row in _ROWS}
 SUPPORTED = tuple(sorted(ARCHITECTURES))
 
-# Config fields with one entry per layer. Named, because other lists can have the same length (eos_token_id).
-_PER_LAYER = ("layer_types",)
+# Where a config.json says it, in the words of its family.
+_SYNONYMS = {
+    "num_hidden_layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
+    "hidden_size": ("hidden_size", "n_embd", "d_model"),
+    "num_attention_heads": ("num_attention_heads", "n_head", "n_heads", "num_heads"),
+    "max_position_embeddings": ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"),
+}
+# Lists that can be as long as the layers without having an entry for each: token ids, and indices of layers.
+_NOT_PER_LAYER = ("token_id", "token_ids", "tokens", "words_ids", "mlp_only_layers")
 
-_NORM_AFTER_MLP = {"gemma2", "gemma3", "gemma3_text", "olmo2", "olmo3", "glm4", "exaone4", "flex_olmo"}
+# Known, and refused: what in them depends on which layers there are.
+_STATE = "some of its layers keep a recurrent state instead of attending, in a pattern that removing layers would break"
+_SHARED = "its layers share weights or keys and values with each other"
+_CROSS = "some of its layers attend to an image"
+_REFUSED = {
+    "bamba": _STATE,
+    "falcon_h1": _STATE,
+    "falcon_mamba": "it has no attention layers, and its layers are not known to be safe to remove",
+    "gemma3n": "its layers share keys and values, and its embedding table has a part for each layer",
+    "gemma3n_text": "its layers share keys and values, and its embedding table has a part for each layer",
+    "granitemoehybrid": _STATE,
+    "jamba": "its attention and expert layers follow a period in the depth (attn_layer_period), which removing layers "
+    "would shift",
+    "lfm2": _STATE,
+    "llama4": "its attention and expert layers follow a pattern in the depth that is not renumbered yet",
+    "llama4_text": "its attention and expert layers follow a pattern in the depth that is not renumbered yet",
+    "longcat_flash": "each of its layers has two attentions and two places in the cache",
+    "minimax": _STATE,
+    "mllama": _CROSS,
+    "mllama_text_model": _CROSS,
+    "nemotron_h": _STATE,
+    "qwen3_next": _STATE,
+    "recurrent_gemma": _STATE,
+    "zamba": _SHARED,
+    "zamba2": _SHARED,
+}
 _ENCODERS = {
     "bert",
     "roberta",
@@ -78,10 +294,8 @@ def architecture_of(config: dict[str, Any]) -> Architecture:
             reason = "it is an encoder, not a causal language model"
         elif model_type in _ENCODER_DECODERS or config.get("is_encoder_decoder"):
             reason = "it is an encoder-decoder, not a causal language model"
-        elif model_type in _NORM_AFTER_MLP:
-            reason = "a norm stands between the MLP and the residual stream, where the fold is not exact"
         else:
-            reason = "its layers are not known to be safe to remove"
+            reason = _REFUSED.get(model_type, "its layers are not known to be safe to remove")
         raise UnsupportedArchitecture(model_type, reason, SUPPORTED)
     declared = config.get("architectures") or [row.causal_lm]
     if row.causal_lm not in declared:
@@ -101,7 +315,10 @@ def architecture_of(config: dict[str, Any]) -> Architecture:
         raise UnsupportedArchitecture(
             model_type, f"the checkpoint is quantised ({method}); its full-precision original can be", SUPPORTED
         )
-    if int(config.get("num_hidden_layers") or 0) < 2:
+    for condition in row.refused:
+        if condition.holds(config):
+            raise UnsupportedArchitecture(model_type, condition.reason, SUPPORTED)
+    if (dimension(config, "num_hidden_layers") or 0) < 2:
         raise UnsupportedArchitecture(model_type, "it has fewer than two layers", SUPPORTED)
     return row
 
@@ -116,18 +333,53 @@ def _needs_own_code(config: dict[str, Any], row: Architecture | None) -> bool:
     return row is None or not isinstance(named, str) or named.rpartition(".")[2] != row.causal_lm
 
 
+def dimension(config: Mapping[str, Any], name: str) -> int | None:
+    """A size in a config.json by transformers' usual name for it (num_hidden_layers, hidden_size, num_attention_heads,
+    max_position_embeddings), whatever the family calls it; None if it is not there."""
+    for synonym in _SYNONYMS[name]:
+        value = config.get(synonym)
+        if isinstance(value, int):
+            return value
+    return None
+
+
+def correction_skipped(architecture: Architecture, config: Any) -> str | None:
+    """Why stage 2 cannot correct a model of this type, or None. `config`: a config.json or a transformers config."""
+    return next((condition.reason for condition in architecture.uncorrected if condition.holds(config)), None)
+
+
 def sliced_config(config: Any, kept: Sequence[int]) -> Any:
     """A copy of a transformers config for the layers `kept` (original indices, ascending).
 
-    Every list with one entry per layer is sliced, so that a layer keeps its own attention type. Qwen2/3 derive
-    `layer_types` from the layer index when it is absent; transformers 4.57 has already materialised it, and
-    writing it out keeps a later reader from deriving it anew.
+    Every list with one entry per layer is sliced, so that a layer keeps its own kind of attention or MLP, and what
+    speaks of layers by their index is renumbered. Qwen2/3 derive `layer_types` from the layer index when it is absent;
+    transformers 4.57 has already materialised it, and writing it out keeps a later reader from deriving it anew.
     """
     layer_count = config.num_hidden_layers
+    row = ARCHITECTURES.get(config.model_type)
     result = copy.deepcopy(config)
-    for name in _PER_LAYER:
-        value = getattr(config, name, None)
-        if isinstance(value, list) and len(value) == layer_count:
+    for name, value in vars(config).items():
+        if isinstance(value, list) and len(value) == layer_count and not name.endswith(_NOT_PER_LAYER):
             setattr(result, name, [value[index] for index in kept])
+    if row is not None:
+        _renumber(row, config, result, kept)
     result.num_hidden_layers = len(kept)
     return result
+
+
+def _renumber(row: Architecture, config: Any, result: Any, kept: Sequence[int]) -> None:
+    for name in row.leading:
+        if isinstance(getattr(config, name, None), int):
+            setattr(result, name, sum(index < getattr(config, name) for index in kept))
+    if row.sparse:
+        # Which layers are sparse, by transformers' rule, is written out: no step means the same for the layers kept.
+        step, dense = config.decoder_sparse_step, set(config.mlp_only_layers or ())
+        result.decoder_sparse_step = 1
+        result.mlp_only_layers = [
+            position for position, index in enumerate(kept) if index in dense or (index + 1) % step != 0
+        ]
+    if row.run_lengths is not None:
+        setattr(result, row.run_lengths, [[[kind], 1] for kind in result.attention_layers])
+    for name in row.dropped:
+        if getattr(config, name, None):
+            setattr(result, name, 0)

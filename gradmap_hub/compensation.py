@@ -2,7 +2,7 @@
 
 The paper (GradMAP, arXiv 2602.14649) corrects one layer, the one whose mean hidden state moved most, with a projection
 of the MLP output. Here the layer before every gap is a site, in the order of the stream; the closed forms are in
-`ridge`:
+`ridge`, what they solve for in each family (experts, norms behind the MLP) in `residual`:
 
     the MLP of the layer before the gap          towards the stream behind the gap: what the lost layers added
     attention and MLP of the first layer after   towards the original's stream at the same places
@@ -22,14 +22,16 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from gradmap_hub.architectures import correction_skipped
 from gradmap_hub.calibration import CalibrationRows
 from gradmap_hub.config import PruneConfig
 from gradmap_hub.decoder import Decoder
 from gradmap_hub.progress import Reporter
 from gradmap_hub.record import CompensationRecord, SiteCorrection, Trial
-from gradmap_hub.ridge import Correction, Gram, corrected_parameters, solve
+from gradmap_hub.residual import ATTENTION, MLP, Tap, Writer, writer_of
+from gradmap_hub.ridge import Correction, Gram, solve
 
 # lambda over the mean Gram diagonal: all are tried at the first site, the best one at the others, where it hardly
 # matters. The diagonal's mean is that of a few massive features, so that even 0.001 is a strong ridge for the others:
@@ -38,8 +40,6 @@ STRENGTHS: dict[str, tuple[float, ...]] = {"weight": (0.001, 0.0003), "projectio
 # A site must lower the held-out loss by so many nats per token, or it is not worth its risk elsewhere.
 MINIMUM_GAIN = 1e-3
 MAX_SITES = 9
-
-MLP, ATTENTION = "mlp", "attention"
 
 # (layer, parameter name within the layer) -> new value, in the parameter's dtype.
 Overrides = dict[tuple[int, str], Tensor]
@@ -153,9 +153,10 @@ class Streams:
         middles: list[Tensor] = []
         with decoder.layer(site.target) as module:
             for index, hidden in enumerate(self.original):
-                with _Tap(module.get_submodule(decoder.architecture.attention_output)) as tap:
+                writer = writer_of(module, decoder.architecture, ATTENTION)
+                with Tap(writer.added) as tap:
                     self.original[index] = decoder.step(hidden, site.target)
-                middles.append(hidden + tap.output)
+                middles.append(_behind(hidden, tap, writer))
         self._original_next = site.target + 1
         return middles
 
@@ -166,22 +167,10 @@ class Streams:
         return self.pruned
 
 
-class _Tap:
-    """Input and output of a linear during one call."""
-
-    def __init__(self, linear: nn.Module) -> None:
-        self._linear = linear
-        self.input = self.output = torch.empty(0)
-
-    def __enter__(self) -> _Tap:
-        def remember(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            self.input, self.output = args[0], output
-
-        self._handle = self._linear.register_forward_hook(remember)
-        return self
-
-    def __exit__(self, *_exception: object) -> None:
-        self._handle.remove()
+def _behind(hidden: Tensor, added: Tap, writer: Writer) -> Tensor:
+    """The stream with what a writer adds to it, (1, tokens, d)."""
+    output = added.output.reshape(hidden.shape)
+    return hidden + (output if writer.scale == 1.0 else writer.scale * output)
 
 
 # Rows whose products are summed in float32 before they go into the float64 sums: few enough to be exact.
@@ -197,22 +186,19 @@ def accumulate_gram(
 ) -> Gram:
     """Gram matrices of one site. `hidden`: the pruned model's stream before the site's layer; `targets`: what it
     should be behind the site; both per row, (1, tokens, d)."""
-    path = part_name(decoder, site.part)
     with decoder.layer(site.layer) as module, torch.no_grad():
-        linear: nn.Linear = module.get_submodule(path)  # pyright: ignore
-        features, width = linear.in_features, linear.out_features
+        writer = writer_of(module, decoder.architecture, site.part)
+        width, features = writer.weight.shape
         like = {"dtype": torch.float64, "device": decoder.device}
         zz, ze = torch.zeros(features, features, **like), torch.zeros(features, width, **like)
         z_sum, e_sum = torch.zeros(features, **like), torch.zeros(width, **like)
         # Doubles stay doubles, everything else is multiplied in float32.
-        single = torch.float64 if linear.weight.dtype == torch.float64 else torch.float32
+        single = torch.float64 if hidden[0].dtype == torch.float64 else torch.float32
         zz_part, ze_part = torch.zeros_like(zz, dtype=single), torch.zeros_like(ze, dtype=single)
         for index, (states, wanted) in enumerate(zip(hidden, targets, strict=True)):
-            with _Tap(linear) as tap:
-                after = decoder.step(states, site.layer)
-            reached = after if site.part == MLP else states + tap.output
-            z = tap.input.flatten(0, 1).to(single)  # (tokens, f)
+            tap, reached = _reached(decoder, site, writer, states)
             drift = wanted.flatten(0, 1).to(single) - reached.flatten(0, 1).to(single)  # (tokens, d)
+            z, drift = writer.equation(tap, drift)
             zz_part.addmm_(z.T, z)
             ze_part.addmm_(z.T, drift)
             z_sum += z.sum(dim=0)
@@ -223,14 +209,35 @@ def accumulate_gram(
                 zz_part.zero_()
                 ze_part.zero_()
             row_done()
-        bias = None if linear.bias is None else linear.bias.detach().double().clone()
+        bias = None if writer.bias is None else writer.bias.detach().double().clone()
     tokens = sum(states.shape[0] * states.shape[1] for states in hidden)
     return Gram(zz, ze, tokens, bias=bias, z=z_sum, e=e_sum)
 
 
-def part_name(decoder: Decoder, part: str) -> str:
-    """Module path of a part within a layer."""
-    return decoder.architecture.mlp_output if part == MLP else decoder.architecture.attention_output
+def _reached(decoder: Decoder, site: Site, writer: Writer, states: Tensor) -> tuple[Tap, Tensor]:
+    """The stream behind a site (1, tokens, d) for the stream before its layer, and what the writer saw."""
+    with Tap(writer.tapped) as tap, Tap(writer.added) as added:
+        after = decoder.step(states, site.layer)
+    return tap, after if site.part == MLP else _behind(states, added, writer)
+
+
+def _fitted_gain(
+    decoder: Decoder, site: Site, hidden: Sequence[Tensor], targets: Sequence[Tensor], values: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The weight of the norm behind a site, fitted to the site's corrected `values`."""
+    with decoder.layer(site.layer) as module, decoder.replaced(site.layer, values), torch.no_grad():
+        writer = writer_of(module, decoder.architecture, site.part)
+        width = len(writer.weight)
+        like = {"dtype": torch.float64, "device": decoder.device}
+        cross, square = torch.zeros(width, **like), torch.zeros(width, **like)
+        for states, wanted in zip(hidden, targets, strict=True):
+            with Tap(writer.added) as added:
+                _, reached = _reached(decoder, site, writer, states)
+            output = added.output.reshape(-1, width).double()
+            drift = (wanted.double() - reached.double()).reshape(-1, width) / writer.scale
+            cross += (output * (output + drift)).sum(dim=0)
+            square += output.square().sum(dim=0)
+        return writer.fitted_gain(cross, square)
 
 
 def stream_losses(decoder: Decoder, hidden: Sequence[Tensor], ids: Tensor, layers: Sequence[int]) -> Tensor:
@@ -284,10 +291,11 @@ def fit_correction(
     shift_rows = rows.fit[: config.shift_rows]
     reporter.total(len(shift_rows))
     shift = mean_shift(decoder, shift_rows, kept, reporter.advance)
-    if config.compensation == "none":
+    skipped = correction_skipped(decoder.architecture, decoder.model.config)
+    if config.compensation == "none" or skipped is not None:
         record = CompensationRecord(
             applied=False,
-            reason="not asked for",
+            reason="not asked for" if config.compensation == "none" else f"compensation skipped: {skipped}",
             shift_layers=shift.layers,
             shift=shift.absolute,
             relative_shift=shift.relative,
@@ -296,8 +304,9 @@ def fit_correction(
     kind = "projection" if config.compensation == "projection" else "weight"
     if sites is None:
         sites = _sites(config.site, kept, removed, shift)
-    strengths = list(strengths or STRENGTHS[kind])
-    reporter.total(len(sites) * len(rows.fit) + (len(sites) + len(strengths)) * len(rows.selection))
+    # A mixture of experts is always corrected by a projection, which has strengths of its own.
+    tried = {each: list(strengths or STRENGTHS[each]) for each in (kind, "projection")}
+    reporter.total(len(sites) * len(rows.fit) + (len(sites) + len(tried[kind])) * len(rows.selection))
     start = min(*(site.layer for site in sites), min(removed))
     with ExitStack() as corrected, torch.no_grad():
         fitted = Streams(decoder, rows.fit, kept, start)
@@ -306,30 +315,32 @@ def fit_correction(
         state = _Fit(stream_losses(decoder, watched.pruned, rows.selection, rest))
         baseline = state.loss
         for site in sites:
-            targets = fitted.targets(site)
-            gram = accumulate_gram(decoder, site, fitted.before(site.layer), targets, reporter.advance)
+            targets, streams = fitted.targets(site), fitted.before(site.layer)
+            gram = accumulate_gram(decoder, site, streams, targets, reporter.advance)
             rest = [layer for layer in kept if layer >= site.layer]
             hidden = watched.before(site.layer)
             best: tuple[Tensor, Correction, Mapping[str, Tensor]] | None = None
-            for strength in strengths:
-                correction, values = _solved(decoder, site, gram, kind, strength)
+            fit_kind = site_kind(decoder, site, kind)
+            for strength in tried[fit_kind]:
+                correction, values = solved(decoder, site, gram, fit_kind, strength)
+                if through_norm(decoder, site):
+                    values |= _fitted_gain(decoder, site, streams, targets, values)
                 with decoder.replaced(site.layer, values):
                     losses = stream_losses(decoder, hidden, rows.selection, rest)
                 reporter.advance(len(rows.selection))
                 loss = float(losses.mean())
-                state.trials.append(Trial(site.layer, kind, strength, loss, site.part))
+                state.trials.append(Trial(site.layer, fit_kind, strength, loss, site.part))
                 if best is None or loss < float(best[0].mean()):
                     best = losses, correction, values
             assert best is not None
             losses, correction, values = best
-            if len(strengths) > 1:
-                strengths = [correction.strength]
+            tried[fit_kind] = [correction.strength]
             if not lowers(state.losses, losses):
                 continue
             corrected.enter_context(decoder.replaced(site.layer, values))
             before, after = state.loss, float(losses.mean())
             state.accepted.append(
-                SiteCorrection(site.layer, site.part, kind, correction.strength, correction.ridge, before, after)
+                SiteCorrection(site.layer, site.part, fit_kind, correction.strength, correction.ridge, before, after)
             )
             state.overrides.update({(site.layer, name): value for name, value in values.items()})
             state.losses = losses
@@ -342,15 +353,26 @@ def _sites(rule: str, kept: Sequence[int], removed: Sequence[int], shift: Shift)
     return sites_at_gaps(kept, removed, behind=rule == "around-gaps")
 
 
-def _solved(
+def site_kind(decoder: Decoder, site: Site, kind: str) -> str:
+    """The kind of correction that a site can have, where `kind` is wanted."""
+    with decoder.layer(site.layer) as module:
+        return "projection" if writer_of(module, decoder.architecture, site.part).experts else kind
+
+
+def through_norm(decoder: Decoder, site: Site) -> bool:
+    """Whether a norm stands between a site and the residual stream."""
+    row = decoder.architecture
+    return (row.mlp_norm if site.part == MLP else row.attention_norm) is not None
+
+
+def solved(
     decoder: Decoder, site: Site, gram: Gram, kind: str, strength: float
 ) -> tuple[Correction, dict[str, Tensor]]:
-    path = part_name(decoder, site.part)
+    """The correction of a site and the parameters of its layer with the correction folded in."""
     with decoder.layer(site.layer) as module:
-        linear: nn.Linear = module.get_submodule(path)  # pyright: ignore
-        correction = solve(gram, linear.weight, kind=kind, strength=strength)
-        values = corrected_parameters(linear, correction)
-    return correction, {f"{path}.{name}": value for name, value in values.items()}
+        writer = writer_of(module, decoder.architecture, site.part)
+        correction = solve(gram, writer.weight, kind=kind, strength=strength)
+        return correction, writer.folded(correction)
 
 
 def _record(state: _Fit, baseline: float, shift: Shift) -> CompensationRecord:

@@ -38,9 +38,14 @@ class Decoder:
         self.architecture = architecture
         self.tokens = tokens
         self.layers: nn.ModuleList = model.get_submodule(architecture.layers)  # pyright: ignore
-        self.norm: nn.Module = model.get_submodule(architecture.final_norm)
-        self.head: nn.Module = model.get_output_embeddings()  # pyright: ignore
-        self.device: torch.device = self.head.weight.device  # pyright: ignore
+        self.norm: nn.Module = _final_norm(model, architecture)
+        output: nn.Module = model.get_output_embeddings()  # pyright: ignore
+        self.head: Callable[[Tensor], Tensor] = _head(output, architecture, model.config)
+        self.device: torch.device = output.weight.device  # pyright: ignore
+        # Recording outputs patches the layers until a pass ends, and those here do not end; a config may ask for it.
+        self._quiet = {"use_cache": False, "output_hidden_states": False, "output_attentions": False}
+        if hasattr(model.config, "output_router_logits"):
+            self._quiet["output_router_logits"] = False
         self._arguments = self._capture_arguments()
 
     @property
@@ -73,25 +78,26 @@ class Decoder:
         with parameters_replaced(self.layers[index], values):
             yield
 
-    def _capture_arguments(self) -> list[dict[str, Any]]:
-        """The keyword arguments the model gives each layer. No layer computes anything: each hands on its input."""
-        captured: list[dict[str, Any]] = []
+    def _capture_arguments(self) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+        """What the model gives each layer beside the hidden states. No layer computes anything: each hands on its
+        input, and the last one leaves."""
+        captured: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
-        def hand_on(hidden_states: Tensor, *_args: Any, **kwargs: Any) -> Tensor:
-            captured.append(kwargs)
-            return hidden_states
+        def hand_on(hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
+            captured.append((args, kwargs))
+            if len(captured) == len(self.layers):
+                raise _Captured
+            # Some models take the hidden states out of a tuple, others give the next layer whatever came back.
+            return hidden_states if isinstance(hidden_states, tuple) else (hidden_states,)
 
         for layer in self.layers:
             layer.forward = hand_on
         try:
             with torch.no_grad():
-                self.model(
-                    input_ids=torch.zeros(1, self.tokens, dtype=torch.long, device=self.device),
-                    use_cache=False,
-                    output_hidden_states=False,
-                    output_attentions=False,
-                    logits_to_keep=1,
-                )
+                ids = torch.zeros(1, self.tokens, dtype=torch.long, device=self.device)
+                self.model(input_ids=ids, **self._quiet)
+        except _Captured:
+            pass
         finally:
             for layer in self.layers:
                 del layer.forward  # the class's own again
@@ -107,11 +113,8 @@ class Decoder:
 
         handle = self.layers[0].register_forward_pre_hook(leave, with_kwargs=True)
         try:
-            # Recording outputs patches the layers until the pass ends, and this one does not; a config may ask for it.
             with torch.no_grad():
-                self.model(
-                    input_ids=ids.to(self.device), use_cache=False, output_hidden_states=False, output_attentions=False
-                )
+                self.model(input_ids=ids.to(self.device), **self._quiet)
         except _Captured:
             pass
         finally:
@@ -124,7 +127,8 @@ class Decoder:
             return self._call(module, hidden, index)
 
     def _call(self, module: nn.Module, hidden: Tensor, index: int) -> Tensor:
-        output = module(hidden, **self._arguments[index])
+        args, kwargs = self._arguments[index]
+        output = module(hidden, *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
 
     @contextmanager
@@ -149,7 +153,9 @@ class Decoder:
         """
         with self.layer(index) as module, torch.enable_grad():
             handles = []
-            matrices = [(name, parameter) for name, parameter in module.named_parameters() if parameter.ndim >= 2]
+            matrices = [
+                (name, parameter) for name, parameter in module.named_parameters() if is_matrix(name, parameter)
+            ]
             for name, parameter in matrices:
                 parameter.requires_grad_(True)
                 handles.append(parameter.register_post_accumulate_grad_hook(partial(_reduce_and_free, reduce, name)))
@@ -247,6 +253,42 @@ def _exponentiated(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Ten
     exponentials = shifted.exp_()
     sums = exponentials.sum(dim=-1, keepdim=True)
     return sums.log().squeeze(-1) - wanted, exponentials, sums
+
+
+def is_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """Whether a parameter of a layer is a weight matrix, or one for each expert; the experts' biases are not."""
+    return parameter.ndim >= 2 and not name.endswith("bias")
+
+
+def _final_norm(model: nn.Module, architecture: Architecture) -> nn.Module:
+    """What stands between the last layer and the head. Some models of a family go without one or the other part."""
+    parts = [_submodule(model, path) for path in (architecture.final_norm, architecture.after_norm) if path is not None]
+    present = [part for part in parts if part is not None]
+    return present[0] if len(present) == 1 else nn.Sequential(*present)
+
+
+def _submodule(model: nn.Module, path: str) -> nn.Module | None:
+    parent, _, name = path.rpartition(".")
+    return getattr(model.get_submodule(parent), name)
+
+
+def _head(output: nn.Module, architecture: Architecture, config: Any) -> Callable[[Tensor], Tensor]:
+    """Logits of normed hidden states, with whatever the family does to them behind the head."""
+    names = (architecture.logit_multiplier, architecture.logit_divisor, architecture.logit_cap)
+    multiplier, divisor, cap = (getattr(config, name) if name is not None else None for name in names)
+    if multiplier is divisor is cap is None:
+        return output
+
+    def head(hidden: Tensor) -> Tensor:
+        logits = output(hidden)
+        if multiplier is not None:
+            logits = logits * multiplier
+        if divisor is not None:
+            logits = logits / divisor
+        # The scaling comes last, as in the models: what is behind it may be overwritten, the tangent's output may not.
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    return head
 
 
 def _reduce_and_free(reduce: Callable[[str, nn.Parameter], None], name: str, parameter: nn.Parameter) -> None:

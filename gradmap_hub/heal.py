@@ -109,8 +109,9 @@ class _Masters:
     def step(self, rate: float) -> None:
         """One step of AdamW with the gradients that `backward` left."""
         for parameter, master in zip(self._parameters.values(), self._masters, strict=True):
-            assert parameter.grad is not None
-            master.grad, parameter.grad = parameter.grad.to(master.dtype), None
+            # An expert that no token of the row was sent to has no gradient, and AdamW leaves it as it is.
+            master.grad = None if parameter.grad is None else parameter.grad.to(master.dtype)
+            parameter.grad = None
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         self._optimizer.step()

@@ -30,6 +30,7 @@ from gradmap_hub.plan import (
     PushPlan,
     Targets,
     check_disk,
+    check_family,
     check_output,
     check_texts,
     find_source,
@@ -122,6 +123,7 @@ def prune(
     check_output(output, resume)
     check_texts(config)
     source = find_source(model, revision, hub)
+    check_family(source, config)
     check_expected(source, repeats)
     removals = config.removals(source.layer_count)
     check_disk(output, source.weight_bytes * 2)
@@ -203,6 +205,7 @@ def inspect(
     hub = _reporting(hub or _default_hub(), reporter)
     check_texts(config)
     source = find_source(model, revision, hub)
+    check_family(source, config)
     with tempfile.TemporaryDirectory(prefix="gradmap-inspect-") as scratch:
         run = Run(source, config, 1, Path(scratch) / "model", "", reporter or SilentReporter(), hub)
         return Inspection(*inspect_stages(run, ratios))

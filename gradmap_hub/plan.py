@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gradmap_hub.architectures import Architecture, architecture_of
+from gradmap_hub.architectures import Architecture, architecture_of, correction_skipped, dimension
 from gradmap_hub.config import PruneConfig, PublishConfig, PushConfig
 from gradmap_hub.errors import CalibrationError, DiskTooSmall, LicenseUnknown, OutputExists, SourceError, UsageError
 from gradmap_hub.record import (
@@ -90,7 +90,7 @@ def find_source(model: str, revision: str | None, hub: Hub) -> Source:
     return Source(
         base,
         architecture,
-        int(config["num_hidden_layers"]),
+        _depth(config),
         files,
         files.weight_bytes,
         sizes=remote.files,
@@ -119,9 +119,7 @@ def _folder_source(path: Path) -> Source:
         dtype=_dtype_of(config),
         **_card_facts(header_of(path / CARD) or {}),
     )
-    return Source(
-        base, architecture, int(config["num_hidden_layers"]), files, files.weight_bytes, folder=path, config=config
-    )
+    return Source(base, architecture, _depth(config), files, files.weight_bytes, folder=path, config=config)
 
 
 def _gguf_source(path: Path) -> Source:
@@ -142,11 +140,25 @@ def _gguf_source(path: Path) -> Source:
     return Source(
         base,
         architecture,
-        int(config["num_hidden_layers"]),
+        _depth(config),
         Files((), (), 0),
         path.stat().st_size * 8,
         gguf=path,
+        config=config,
     )
+
+
+def _depth(config: Mapping[str, Any]) -> int:
+    depth = dimension(config, "num_hidden_layers")
+    assert depth is not None  # architecture_of saw to it
+    return depth
+
+
+def check_family(source: Source, config: PruneConfig) -> None:
+    """Raises UsageError: an option that is not for models of this type."""
+    reason = source.architecture.unstreamed
+    if config.low_memory and reason is not None:
+        raise UsageError(f"--low-memory is not for models of type {source.architecture.model_type!r}: {reason}.")
 
 
 def check_output(output: Path, resume: bool, mark: Path | None = None) -> None:
@@ -268,6 +280,7 @@ def make_plan(config: PushConfig, hub: Hub, publisher: Publisher) -> PushPlan:
     check_texts(config.prune)
     account = hub.account()
     source = find_source(config.model, config.revision, hub)
+    check_family(source, config.prune)
     removals = config.prune.removals(source.layer_count)
     base = state_license(source.base, config.license, config.license_name, config.license_link, hub)
     source = replace(source, base=base)
@@ -309,12 +322,14 @@ def make_plan(config: PushConfig, hub: Hub, publisher: Publisher) -> PushPlan:
     check_disk(output, disk)
     upload = (float32 if config.prune.dtype == "float32" else source.weight_bytes) + built - source.weight_bytes
     upload += stored_original
+    skipped = correction_skipped(source.architecture, source.config)
     checks = (
         Check("account", f"{account.name}, token of role {account.role or 'unknown'}"),
         *found,
         Check("weights", _access(source)),
         Check("licence", license_words(base)),
         Check("card", _card_words(source, removals, targets)),
+        *([] if skipped is None else [Check("correction", f"compensation skipped: {skipped}")]),
         Check("disk", disk_words(disk, output)),
         Check("upload", f"at most about {upload / 1e6:,.1f} MB"),
     )

@@ -10,12 +10,16 @@ from torch import nn
 
 from gradmap_hub.architectures import Architecture, sliced_config
 
+# What submodules of a layer call its place in the model.
+_INDICES = ("layer_idx", "layer_id")
+
 
 def remove_layers(model: nn.Module, architecture: Architecture, removed: Sequence[int]) -> list[int]:
     """Delete the decoder layers `removed` (original indices) in place and return the indices kept, ascending.
 
-    `layer_idx` is renumbered on every submodule that has one (the KV cache is addressed by it), lists in the config
-    are sliced. The configuration object is replaced, also where submodules hold a reference to it.
+    `layer_idx` is renumbered on every submodule that has one (the KV cache is addressed by it), what the config says
+    about single layers is sliced or renumbered. The configuration object is replaced, also where submodules hold a
+    reference to it.
     """
     layers = model.get_submodule(architecture.layers)
     assert isinstance(layers, nn.ModuleList)
@@ -27,8 +31,9 @@ def remove_layers(model: nn.Module, architecture: Architecture, removed: Sequenc
     setattr(model.get_submodule(parent_path), name, nn.ModuleList(layers[index] for index in kept))
     for position, index in enumerate(kept):
         for module in layers[index].modules():
-            if hasattr(module, "layer_idx"):
-                module.layer_idx = position  # pyright: ignore
+            for index_name in _INDICES:
+                if hasattr(module, index_name):
+                    setattr(module, index_name, position)
     for module in model.modules():
         if getattr(module, "config", None) is old_config:
             module.config = new_config  # pyright: ignore

@@ -86,6 +86,13 @@ class WeightFiles:
             offset = start + entry["data_offsets"][0]
             self._entries[name] = (path, _DTYPES[entry["dtype"]], tuple(entry["shape"]), offset)
 
+    def expect(self, architecture: Architecture) -> None:
+        """Read the names of a checkpoint of the model without its head, as older ones are, as those of the whole model
+        are: with the name of that part before them."""
+        prefix = architecture.layers.partition(".")[0]
+        if not any(name.startswith(f"{prefix}.") for name in self._entries):
+            self._entries = {f"{prefix}.{name}": entry for name, entry in self._entries.items()}
+
     def __contains__(self, name: str) -> bool:
         return name in self._entries
 
@@ -223,7 +230,7 @@ class StreamedDecoder(Decoder):
     @property
     def rows_per_pass(self) -> int:
         """As many rows as have their residual stream between all layers in 1 GiB: each pass fetches every layer."""
-        width = self.norm.weight.numel()  # pyright: ignore
+        width: int = self.model.config.hidden_size  # pyright: ignore
         row = (self.count + 1) * self.tokens * width * self.dtype.itemsize
         return max(1, STREAM_BUDGET // row)
 
@@ -299,15 +306,6 @@ class StreamedDecoder(Decoder):
             for layer in self.layers:
                 del layer.forward  # the class's own again
 
-    def _capture_arguments(self) -> list[dict[str, Any]]:
-        # Nobody wants these logits, and for a single position some CPUs rearrange a copy of the whole head first.
-        head: nn.Module = self.model.get_output_embeddings()  # pyright: ignore
-        head.forward = lambda hidden: hidden
-        try:
-            return super()._capture_arguments()
-        finally:
-            del head.forward
-
     def _slot(self, index: int, name: str) -> _Slot:
         for slot in self._slots[index]:
             if slot.name == name:
@@ -346,6 +344,7 @@ def open_streamed(
     stored = files.dtype(next((name for name in files.names() if "embed" in name), files.names()[0]))
     dtype = dtype or stored
     model = _empty_model(config, dtype)
+    files.expect(architecture)
     missing, _, mismatched = _compared(model, files)
     if missing or mismatched:
         kind, name = ("no tensor", missing[0]) if missing else ("another shape of", mismatched[0])
@@ -411,7 +410,9 @@ def write_pruned(
     files = WeightFiles(source)
     planned: list[PlannedTensor] = []
     used: set[tuple[int, str]] = set()
-    for name, parameter in _named_tensors(_empty_model(pruned, dtype)):
+    empty = _empty_model(pruned, dtype)
+    files.expect(architecture)
+    for name, parameter in _named_tensors(empty):
         original = name
         replacement = None
         if name.startswith(f"{architecture.layers}."):
@@ -548,7 +549,7 @@ def _load_outside(
         if name.startswith(f"{architecture.layers}."):
             continue
         owner: nn.Module = model.get_submodule(name.rpartition(".")[0])
-        if tied and owner is head:
+        if tied and owner is head and name.endswith(".weight"):
             continue
         value = files.tensor(name)
         value = value if rounding is None else value.to(rounding)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradmap_hub.architectures import dimension
 from gradmap_hub.errors import VerificationError
 from gradmap_hub.record import VerificationRecord
 
@@ -21,8 +22,9 @@ _GENERATED = 12
 def probe_ids(config: Any) -> Tensor:
     """A fixed row of token ids (1, n), longer than the sliding window where that is affordable: a wrong attention
     type of a layer only shows beyond its window."""
-    window = getattr(config, "sliding_window", None) or 0
-    length = min(max(64, window + 16), _LONGEST, getattr(config, "max_position_embeddings", _LONGEST) - _GENERATED)
+    window = getattr(config, "sliding_window", None) or getattr(config, "window_size", None) or 0
+    longest = dimension(config.to_dict(), "max_position_embeddings") or _LONGEST
+    length = min(max(64, window + 16), _LONGEST, longest - _GENERATED)
     generator = torch.Generator().manual_seed(0)
     return torch.randint(min(1000, config.vocab_size - 1), (1, length), generator=generator)
 

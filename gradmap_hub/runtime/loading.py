@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from gradmap_hub.architectures import dimension
 from gradmap_hub.errors import MissingExtra, SourceError, UsageError
 from gradmap_hub.prompting import TEXT_FILES
 from gradmap_hub.runtime.artifacts import Artifact, available_artifacts, choose_artifact, cpu_count
@@ -57,8 +58,8 @@ def load(
         config = read_json(text / "config.json")
     except ModelError as error:
         raise SourceError(f"{model}: {error}") from error
-    stated, vocabulary = config.get("max_position_embeddings"), config.get("vocab_size")
-    longest = stated if isinstance(stated, int) else DEFAULT_CONTEXT
+    stated, vocabulary = dimension(config, "max_position_embeddings"), config.get("vocab_size")
+    longest = DEFAULT_CONTEXT if stated is None else stated
     if not isinstance(vocabulary, int):
         vocabulary = codec.tokenizer.get_vocab_size()
     count = threads or cpu_count()
@@ -72,8 +73,8 @@ def _head_size(config: Mapping[str, Any]) -> int:
     stated = config.get("head_dim")
     if isinstance(stated, int):
         return stated
-    width, heads = config.get("hidden_size"), config.get("num_attention_heads")
-    return width // heads if isinstance(width, int) and isinstance(heads, int) and heads else 0
+    width, heads = dimension(config, "hidden_size"), dimension(config, "num_attention_heads")
+    return width // heads if width and heads else 0
 
 
 def _local(folder: Path, wanted: str, cuda: bool) -> tuple[Path, Artifact] | None:

@@ -136,7 +136,7 @@ def test_version_and_help(world: Any) -> None:
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"]}, ("'gemma2'", "norm")),
+        ({"model_type": "jamba", "architectures": ["JambaForCausalLM"]}, ("'jamba'", "period")),
         ({"model_type": "bert", "architectures": ["BertModel"]}, ("'bert'", "encoder")),
         ({"auto_map": {"AutoModelForCausalLM": "modeling_own.Own"}}, ("own code",)),
     ],
