@@ -39,9 +39,9 @@ class Decoder:
         self.tokens = tokens
         self.layers: nn.ModuleList = model.get_submodule(architecture.layers)  # pyright: ignore
         self.norm: nn.Module = _final_norm(model, architecture)
-        output: nn.Module = model.get_output_embeddings()  # pyright: ignore
-        self.head: Callable[[Tensor], Tensor] = _head(output, architecture, model.config)
-        self.device: torch.device = output.weight.device  # pyright: ignore
+        self.output: nn.Module = model.get_output_embeddings()  # pyright: ignore
+        self.head = self.head_of(self.output)
+        self.device: torch.device = self.output.weight.device  # pyright: ignore
         # Recording outputs patches the layers until a pass ends, and those here do not end; a config may ask for it.
         self._quiet = {"use_cache": False, "output_hidden_states": False, "output_attentions": False}
         if hasattr(model.config, "output_router_logits"):
@@ -71,6 +71,10 @@ class Decoder:
         """Give parameters of a layer new values, for good."""
         for name, value in values.items():
             self.layers[index].get_parameter(name).data = value.to(self.device)
+
+    def head_of(self, output: nn.Module) -> Callable[[Tensor], Tensor]:
+        """Normed hidden states -> logits with another output embedding of the same family and configuration."""
+        return _head(output, self.architecture, self.model.config)
 
     @contextmanager
     def replaced(self, index: int, values: Mapping[str, Tensor]) -> Iterator[None]:

@@ -333,7 +333,7 @@ class _Evaluation:
         self.reporter.total(len(rows.ids))
         losses, states = reference_states(decoder, rows.ids, self.reporter.advance)
         _save({"states": states}, self._states_file(rows))
-        head = {name: value.detach().cpu() for name, value in decoder.head.state_dict().items()}
+        head = {name: value.detach().cpu() for name, value in decoder.output.state_dict().items()}
         _save(head, self._head_file())
         return losses
 
@@ -358,7 +358,7 @@ class _Evaluation:
         )
 
     def _states(self, rows: Rows) -> tuple[Tensor, nn.Linear]:
-        """The original's final states on these rows (rows, tokens, d) and its output head."""
+        """The original's final states on these rows (rows, tokens, d) and its output embedding."""
         import torch
         from safetensors.torch import load_file
 

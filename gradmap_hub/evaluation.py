@@ -90,12 +90,12 @@ def compare_rows(
     decoder: Decoder,
     ids: Tensor,
     states: Tensor,
-    head: nn.Linear,
+    output: nn.Linear,
     rows_done: Callable[[int], None] = lambda _rows: None,
 ) -> Compared:
-    """The model against the reference whose `states` (rows, tokens, d) and output `head` these are, on `ids`."""
+    """The model against the reference whose `states` (rows, tokens, d) and `output` embedding these are, on `ids`."""
     found = Compared([], [], [])
-    head = head.to(decoder.device)
+    head = decoder.head_of(output.to(decoder.device))
     with torch.no_grad():
         for row, reference in zip(ids.split(1), states, strict=True):
             hidden = decoder.run(decoder.embed(row), range(decoder.count))
@@ -108,7 +108,11 @@ def compare_rows(
 
 
 def _compare(
-    head: nn.Module, states: Tensor, reference_head: nn.Module, reference: Tensor, targets: Tensor
+    head: Callable[[Tensor], Tensor],
+    states: Tensor,
+    reference_head: Callable[[Tensor], Tensor],
+    reference: Tensor,
+    targets: Tensor,
 ) -> tuple[float, float, float]:
     """Mean NLL, share of equal likeliest tokens and mean divergence over the positions of a row that predict one of
     its tokens. `states`, `reference`: (tokens, d) of the two models; `targets`: (tokens - 1,)."""

@@ -133,14 +133,14 @@ def test_agreement_and_divergence_equal_a_plain_comparison(
     ids = random_rows(3, TOKENS)
     decoder = decoder_of(model, TOKENS)
     losses, states = reference_states(decoder, ids)
-    assert losses == decoder.losses(ids) and states.shape == (3, TOKENS, decoder.head.in_features)
+    assert losses == decoder.losses(ids) and states.shape == (3, TOKENS, decoder.output.in_features)
     pruned = prune_copy(model, (1, 3))
     done: list[int] = []
-    found = compare_rows(decoder_of(pruned, TOKENS), ids, states, decoder.head, done.append)
+    found = compare_rows(decoder_of(pruned, TOKENS), ids, states, decoder.output, done.append)
     agreement, divergence = plain_comparison(model, pruned, ids)
     assert found.agreement == pytest.approx(agreement)
     assert found.divergence == pytest.approx(divergence, rel=1e-4)
     assert found.losses == pytest.approx(decoder.losses(ids, [0, 2, 4]), rel=1e-6)
     assert max(found.agreement) < 1 and min(found.divergence) > 0 and len(done) == 3
-    same = compare_rows(decoder, ids, states, decoder.head)
+    same = compare_rows(decoder, ids, states, decoder.output)
     assert same.agreement == [1.0] * 3 and max(same.divergence) < 1e-6
