@@ -22,7 +22,7 @@ demo: install
 
 # Two workers, a file to each at a time: much of the suite waits for other processes.
 test: install
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-all: install
 	$(BIN)/python -m pytest -m ''

@@ -126,6 +126,9 @@ def _context(record: RunRecord) -> dict[str, Any]:
         "compensation": record.compensation,
         "texts": _texts(record),
         "measured": record.measured,
+        "own_documents": [
+            task.name for task in (record.measured.tasks if record.measured else ()) if task.source != task.dataset
+        ],
         "task_mean": task_mean(record.measured.tasks) if record.measured else None,
         "quality": _quality(_texts(record)),
         "rows": _layer_rows(record),

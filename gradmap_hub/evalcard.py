@@ -58,7 +58,7 @@ def _task_result(task: MeasuredTask) -> dict[str, Any]:
     dataset = {"name": one_line(task.name), "type": one_line(task.dataset), "split": one_line(task.split)}
     if task.config:
         dataset["config"] = one_line(task.config)
-    part = "" if task.documents == task.total else f", first {task.documents:,} documents"
+    part = "" if is_benchmark(task) else f", first {task.documents:,} documents of {task.source}"
     metrics = [
         {
             "type": "accuracy" if metric.name in _ACCURACIES else one_line(metric.name),
@@ -105,6 +105,11 @@ def task_mean(tasks: Sequence[MeasuredTask]) -> TaskMean | None:
     return TaskMean(count, sum(m.original for m in mains) / count, sum(m.pruned for m in mains) / count)
 
 
+def is_benchmark(task: MeasuredTask) -> bool:
+    """Whether the score is the benchmark's: all of its documents, as the harness has them."""
+    return task.documents == task.total and task.source == task.dataset
+
+
 def is_accuracy(metric: MeasuredMetric) -> bool:
     return metric.name in _ACCURACIES
 
@@ -131,13 +136,12 @@ def write_results(record: RunRecord, folder: Path) -> list[Path]:
 
 
 def _whole(record: RunRecord) -> list[MeasuredTask]:
-    """The tasks whose score is the benchmark's: all of its documents, as the harness has them."""
+    """The tasks whose score is the benchmark's."""
     tasks = record.measured.tasks if record.measured else []
     return [
         task
         for task in tasks
-        if task.documents == task.total
-        and task.source == task.dataset
+        if is_benchmark(task)
         and is_accuracy(task.main_metric)
         and re.fullmatch(r"\w+", task.name, re.ASCII)  # it becomes a file name, and a record may come from anybody
     ]

@@ -70,8 +70,6 @@ def plan_publish(folder: Path, config: PublishConfig, hub: Hub, publisher: Publi
         plan = plan_of(dataclasses.replace(record, base=base))
         reason = "" if plan.precisions else plan.reason
         plan = plan if plan.precisions else None
-    if plan is not None:
-        check_space_folder(space_folder, base)
     targets = Targets(target, f"{target}-compare", plan, config.public, config.update, config.create_pr, reason)
     # Only where this folder was published before may something lie already; `Publisher.publish` then compares it.
     resuming = (target == record.target, targets.space_target == record.space)
@@ -91,6 +89,7 @@ def plan_publish(folder: Path, config: PublishConfig, hub: Hub, publisher: Publi
     model = look_through(folder, "model", named, targets, publisher, card=card_text(named) if rewrites else None)
     size = model.size
     if plan is not None:
+        check_space_folder(space_folder, base)
         size += look_through(space_folder, "space", named, targets, publisher).size
     place = Path(tempfile.gettempdir())  # where it is downloaded again and compared
     if free_bytes(place) < size:

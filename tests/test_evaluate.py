@@ -276,11 +276,17 @@ def test_card_and_metadata(world: SimpleNamespace) -> None:
     arc = next(entry for entry in results if entry["dataset"]["name"] == "arc_easy")
     assert arc["dataset"] == {"name": "arc_easy", "type": "allenai/ai2_arc", "config": "ARC-Easy", "split": "test"}
     assert [metric["name"] for metric in arc["metrics"]] == [
-        "acc, zero-shot, first 4 documents",
-        "acc_norm, zero-shot, first 4 documents",
+        "acc, zero-shot, first 4 documents of arc_easy.test.jsonl",
+        "acc_norm, zero-shot, first 4 documents of arc_easy.test.jsonl",
     ]
     assert arc["metrics"][1]["value"] == round(world.measured.tasks[0].main_metric.pruned, 4)
-    for words in ("4 of 6", "acc_norm", "Safety and bias were not evaluated", "No row of other.txt shares 13 words"):
+    for words in (
+        "4 of 6",
+        "acc_norm",
+        "Safety and bias were not evaluated",
+        "`wikitext` came from local files",
+        "No row of other.txt shares 13 words",
+    ):
         assert words in text, words
     assert "| mean of 2 |" in text and "`onnx/model.onnx`" in text
 

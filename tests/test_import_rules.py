@@ -55,7 +55,12 @@ NUMERIC = {
 INPUT_TYPES = {"selection": "scoring.LayerScores", "compensation": "calibration.CalibrationRows"}
 # Closed forms that a stage applies, split off because they need no model; healing goes on where the correction ended,
 # with its rule for what counts as a gain.
-FORMULAS = {"compensation": {"residual", "ridge"}, "residual": {"ridge"}, "heal": {"calibration", "compensation"}}
+FORMULAS = {
+    "compensation": {"residual", "ridge"},
+    "residual": {"ridge"},
+    "heal": {"calibration", "compensation"},
+    "speed": {"runtime"},  # what it times
+}
 HUB_USERS = {"pipeline", "publishing", "guard", "refusals", "collecting", "spacewatch", "cli", "demo"}
 HUB_NAMERS = {"evaluating", "plan", "publishplan", "redraw", "repeat", "run"}  # for type checkers only
 # Who writes to the Hub, and who may have it written.

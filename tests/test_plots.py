@@ -22,7 +22,7 @@ from gradmap_hub.record import (
 )
 from gradmap_hub.scoring import LayerScores
 from gradmap_hub.selection import lowest
-from gradmap_hub.sweeprecord import Rate, Speed, SweepPoint, SweepRecord
+from gradmap_hub.sweeprecord import Ratio, Speed, SweepPoint, SweepRecord
 from gradmap_hub.terminal import inspect_table
 
 COUNT = 30
@@ -101,7 +101,7 @@ def make_sweep(perplexities: Sequence[float], *, timed: bool = True, texts: int 
             TextPerplexity(f"t{text}", "", 4, 128, 32, "", 9.0, 12.0 * value, 9.0 * value**text, [1.0, 2.0])
             for text in range(1, texts + 1)
         ]
-        rate = Rate(10.0, 10.0 + number, 1 + number / 10, [1 + number / 20, 1 + number / 5])
+        rate = Ratio(10.0, 10.0 + number, 1 + number / 10, [1 + number / 20, 1 + number / 5])
         points.append(
             SweepPoint(
                 [number / 15], list(range(2 * number)), BeforeAfter(30, 30 - 2 * number),

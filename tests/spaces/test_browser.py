@@ -178,6 +178,7 @@ def test_the_precision_is_a_setting_of_both(visit: Visit, running: Any) -> None:
     visit.page.get_by_role("button", name="How this is measured").click()
     visit.page.wait_for_selector("table >> text=+0.4%")
     assert visit.page.evaluate("document.documentElement.scrollWidth === window.innerWidth")
+    keep(visit.page, f"settings and method, {visit.page.viewport_size['width']}")
     # The next visitor begins with int8 again.
     visit.page.reload()
     visit.page.wait_for_selector("#go:not([disabled])", timeout=30_000)
@@ -243,8 +244,8 @@ def test_who_waits_can_stop_and_come_again(browser: Any, slow_app: Any) -> None:
     slow_app.wait_until(lambda health: health["running"] == 1)
     second.compare("Hello")
     slow_app.wait_until(lambda health: health["waiting"] == 1)
-    second.page.click("#stop")
-    second.page.wait_for_selector("#go", state="visible")  # at once, not when its turn comes
+    second.page.evaluate("document.getElementById('stop').click()")  # at once, before its turn comes
+    second.page.wait_for_selector("#go", state="visible")
     assert slow_app.health()["running"] == 1 and slow_app.health()["waiting"] == 0
     assert second.page.inner_text("#left .state") == "Stopped"
     first.page.click("#stop")
