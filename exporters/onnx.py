@@ -23,14 +23,15 @@ MODEL_DATA = "model.onnx_data"
 # What ONNX Runtime's own loaders want beside the graph; tokenizer files stay at the top of the repository.
 _KEPT = (MODEL, MODEL_DATA, "config.json", "generation_config.json")
 PARITY_LIMIT = 1e-3
-# The model types that Optimum (optimum-onnx 0.1) exports and that pass the parity check: docs/architectures.md.
+# The model types that Optimum (optimum-onnx 0.1) has a graph for; docs/architectures.md has those seen to pass the
+# parity check.
 _MODEL_TYPES = (
-    "arcee", "bloom", "cohere", "deepseek_v3", "falcon", "gemma", "gemma2", "gemma3_text", "glm", "gpt2", "gpt_neo",
+    "arcee", "bloom", "cohere", "falcon", "gemma", "gemma2", "gemma3_text", "glm", "gpt2", "gpt_neo",
     "gpt_neox", "gpt_oss", "gptj", "granite", "helium", "llama", "mistral", "mpt", "nemotron", "olmo", "olmo2", "opt",
     "phi", "phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3", "stablelm",
 )  # fmt: skip
-# Those that it knows, but gets wrong.
-_WRONG: dict[str, str] = {}
+# Those that it knows, but whose export fails or does not pass: a type, and a setting if it is only that variant.
+_WRONG: dict[str, str | None] = {"deepseek_v3": None, "falcon": "new_decoder_architecture"}
 PROMPTS = (
     "The capital of France is",
     "Water boils at a lower temperature on a mountain because",
@@ -43,7 +44,9 @@ def unsupported(config: Mapping[str, Any]) -> str | None:
     """Why Optimum has no graph for a model with this config.json, or None. Known before a weight is read."""
     kind = str(config.get("model_type"))
     if kind in _WRONG:
-        return _WRONG[kind]
+        setting = _WRONG[kind]
+        if setting is None or config.get(setting):
+            return f"Optimum's export of {kind!r}{f' with {setting}' if setting else ''} fails or differs from PyTorch"
     return None if kind in _MODEL_TYPES else f"Optimum does not know model type {kind!r}"
 
 

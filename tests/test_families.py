@@ -628,7 +628,11 @@ def test_prune_and_what_it_records(case: str, tokenizer: Any, text_file: Path, t
 
 
 def exported_types() -> Sequence[str]:
-    return [name for name in CASES if onnx.unsupported({"model_type": model_type(name)}) is None]
+    return [name for name in CASES if onnx.unsupported(stated(name)) is None]
+
+
+def stated(name: str) -> dict[str, Any]:
+    return {"hidden_size": 64, **CASES[name].settings, "model_type": model_type(name)}
 
 
 def test_what_optimum_exports_is_known_before_anything_is_computed() -> None:
@@ -647,13 +651,13 @@ def test_what_optimum_exports_is_known_before_anything_is_computed() -> None:
 
 
 def test_a_type_that_optimum_does_not_export_is_refused(tell: Callable[[str, str], None], name: str) -> None:
-    reason = onnx.unsupported({"model_type": model_type(name)})
+    reason = onnx.unsupported(stated(name))
     if reason is None:
-        formats.supported("onnx", {"model_type": model_type(name)})
+        assert formats.supported("onnx", stated(name)) is None
         return
     for kind in ("onnx", "int8"):
         with pytest.raises(UsageError, match=f"cannot be exported to {kind}: "):
-            formats.require(kind, {"model_type": model_type(name), "hidden_size": 64})
+            formats.require(kind, stated(name))
     tell("ONNX", f"no: {reason}")
 
 
