@@ -148,8 +148,10 @@ CASES: dict[str, Case] = {
     "olmoe": like_llama(num_experts=4, num_experts_per_tok=2),
     "opt": Case({**OPT, "word_embed_proj_dim": 64}),
     "opt (norm behind)": Case({**OPT, "word_embed_proj_dim": 32, "do_layer_norm_before": False}),
-    "phi": like_llama(),
-    "phi3": like_llama(sliding_window=WINDOW),
+    "phi": like_llama(num_key_value_heads=4),
+    "phi (grouped heads)": like_llama(),
+    "phi3": like_llama(sliding_window=WINDOW, num_key_value_heads=4),
+    "phi3 (grouped heads)": like_llama(sliding_window=WINDOW),
     "qwen2": like_llama(MIXED_LEFT, use_sliding_window=True, max_window_layers=0, **MIXED),
     "qwen2_moe": like_llama(
         {"decoder_sparse_step": 1, "mlp_only_layers": [1, 2], "max_window_layers": 2},
