@@ -15,6 +15,7 @@ import inspect
 import json
 import os
 import platform
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -130,6 +131,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         }
     _write(output, rows, cells, timed, verdicts, ran_on, _facts(ran_on, texts, size, sleb_draws), options.write_docs)
     quality_time(rows, layers[0], output / "quality-time.png")
+    if options.write_docs:
+        shutil.copyfile(output / "quality-time.png", DOCS.parent / "images" / "quality-time.png")
     _show(rows, timed, verdicts)
     say(f"{store.computed} pieces computed; bench.json, bench.md and quality-time.png are in {output}")
 
@@ -156,7 +159,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--accuracy", type=_documents, default=0, help="documents per lm-eval task (default 0: none)")
     parser.add_argument("--output", type=Path, default=Path("build/bench"), help="default build/bench")
     parser.add_argument("--fresh", action="store_true", help="forget what earlier runs finished")
-    parser.add_argument("--write-docs", action="store_true", help="put the tables into docs/benchmarks.md")
+    parser.add_argument("--write-docs", action="store_true", help="put tables and picture into docs/")
     return parser.parse_args(arguments)
 
 

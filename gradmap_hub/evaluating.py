@@ -38,6 +38,7 @@ from gradmap_hub.record import (
 from gradmap_hub.redraw import find_contamination
 from gradmap_hub.run import Run, hardware, size, text_of, versions
 from gradmap_hub.source import folder_sizes, read_config, sha256_of
+from gradmap_hub.speed import NEW_TOKENS, PROMPT_TOKENS, ROUNDS
 from gradmap_hub.stages import Stages
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 
     from gradmap_hub.calibration import Rows
     from gradmap_hub.decoder import Decoder
+    from gradmap_hub.evaluation import Compared
     from gradmap_hub.harness import TaskResult
     from gradmap_hub.hub import Hub
     from gradmap_hub.speed import Backend
@@ -54,7 +56,7 @@ T = TypeVar("T")
 ORIGINAL, PRUNED = "original", "pruned"
 PYTORCH = "PyTorch"
 SAMPLE_TOKENS = 48
-SPEED_ROUNDS, SPEED_TOKENS, SPEED_BATCH = 5, 32, 8
+SPEED_BATCH = 8
 
 
 @dataclass(frozen=True)
@@ -62,15 +64,6 @@ class _Losses:
     """Mean NLL of each row."""
 
     rows: list[float]
-
-
-@dataclass(frozen=True)
-class _Compared:
-    """See `evaluation.Compared`."""
-
-    losses: list[float]
-    agreement: list[float]
-    divergence: list[float]
 
 
 @dataclass(frozen=True)
@@ -275,8 +268,8 @@ class _Evaluation:
             "threads": torch.get_num_threads(),
             "speed": {
                 "prompt": self._prompt_tokens(),
-                "new_tokens": SPEED_TOKENS,
-                "rounds": SPEED_ROUNDS,
+                "new_tokens": NEW_TOKENS,
+                "rounds": ROUNDS,
             }
             if config.speed
             else None,
@@ -337,20 +330,19 @@ class _Evaluation:
         _save(head, self._head_file())
         return losses
 
-    def _compare(self, rows: Rows) -> _Compared:
-        from gradmap_hub.evaluation import compare_rows, perplexity
+    def _compare(self, rows: Rows) -> Compared:
+        from gradmap_hub.evaluation import Compared, compare_rows, perplexity
 
-        def compute() -> _Compared:
+        def compute() -> Compared:
             states, head = self._states(rows)
             decoder = self.models.decoder(PRUNED)
             self.reporter.total(len(rows.ids))
-            found = compare_rows(decoder, rows.ids, states, head, self.reporter.advance)
-            return _Compared(found.losses, found.agreement, found.divergence)
+            return compare_rows(decoder, rows.ids, states, head, self.reporter.advance)
 
         return self._stage(
             f"{PRUNED}-text-{_short(rows)}",
             f"Pruned on {rows.name}",
-            _Compared,
+            Compared,
             compute,
             models=[ORIGINAL, PRUNED],
             inputs=_row_inputs(rows),
@@ -499,7 +491,7 @@ class _Evaluation:
 
     # -- ONNX files and speed ------------------------------------------------------------------------------------------
 
-    def _files(self, compared: Sequence[_Compared]) -> list[MeasuredFile]:
+    def _files(self, compared: Sequence[Compared]) -> list[MeasuredFile]:
         """Every ONNX file on the rows of every text."""
         from gradmap_hub.evaluation import perplexity, ratio_interval
 
@@ -548,8 +540,6 @@ class _Evaluation:
         ).rows
 
     def _prompt_tokens(self) -> int:
-        from gradmap_hub.speed import PROMPT_TOKENS
-
         return min(PROMPT_TOKENS, self.config.seq_len)
 
     def _speed(self, files: Sequence[MeasuredFile]) -> list[MeasuredSpeed]:
@@ -566,15 +556,13 @@ class _Evaluation:
                 for batch in (1, SPEED_BATCH):
                     backends.append(((which, PYTORCH, batch), Eager(model, batch)))
             for entry in files:
-                graph = OnnxRuntime(self.folder, entry.path, threads, SPEED_TOKENS)
+                graph = OnnxRuntime(self.folder, entry.path, threads, NEW_TOKENS)
                 backends.append(((PRUNED, entry.path, 1), graph))
-            self.reporter.total(len(backends) * (SPEED_ROUNDS + 1))
+            self.reporter.total(len(backends) * (ROUNDS + 1))
             prompt = self.texts[0].ids[0, : self._prompt_tokens()].tolist()
             times = take_turns(
                 [backend for _, backend in backends],
                 prompt,
-                rounds=SPEED_ROUNDS,
-                new_tokens=SPEED_TOKENS,
                 done=self.reporter.advance,
             )
             return _Speeds(
@@ -582,7 +570,7 @@ class _Evaluation:
                     MeasuredSpeed(
                         *label,
                         prefill=_rate(len(prompt) * label[2], timed.prefill),
-                        decode=_rate(SPEED_TOKENS * label[2], timed.decode),
+                        decode=_rate(NEW_TOKENS * label[2], timed.decode),
                     )
                     for (label, _), timed in zip(backends, times, strict=True)
                 ]
@@ -590,13 +578,13 @@ class _Evaluation:
 
         return self._stage(
             "speed",
-            f"Speed, {SPEED_ROUNDS} rounds in turn",
+            f"Speed, {ROUNDS} rounds in turn",
             _Speeds,
             compute,
             models=[ORIGINAL, PRUNED],
             inputs={
                 "files": [(entry.path, entry.sha256, entry.data_sha256) for entry in files],
-                "tokens": (self._prompt_tokens(), SPEED_TOKENS, SPEED_BATCH, SPEED_ROUNDS),
+                "tokens": (self._prompt_tokens(), NEW_TOKENS, SPEED_BATCH, ROUNDS),
                 "threads": threads,
                 "hardware": hardware(),
             },
@@ -619,7 +607,7 @@ class _Evaluation:
         return found
 
 
-def _text(rows: Rows, reference: Sequence[float], found: _Compared, shared: Contamination) -> MeasuredText:
+def _text(rows: Rows, reference: Sequence[float], found: Compared, shared: Contamination) -> MeasuredText:
     from gradmap_hub.evaluation import mean_interval, perplexity, ratio_interval
 
     return MeasuredText(
