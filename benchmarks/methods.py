@@ -36,7 +36,7 @@ from benchmarks.peers import (
     sleb,
 )
 from gradmap_hub.calibration import CalibrationRows, Rows
-from gradmap_hub.compensation import Overrides, fit_correction
+from gradmap_hub.compensation import Overrides, correct_best, fit_correction
 from gradmap_hub.config import PruneConfig, paper_preset
 from gradmap_hub.decoder import Decoder
 from gradmap_hub.progress import SilentReporter
@@ -269,12 +269,9 @@ def ours(decoder: Decoder, pool: Tensor, config: PruneConfig, count: int, *, sco
             sets, grown = candidates(scores, count, config.metric), stems(scores, count, config.metric)
         found = search_layers(decoder, rows.selection, sets, stems=grown, swaps=config.swaps)
     with Meter(decoder, len(pool)) as correcting:
-        results = []
-        for candidate in finalists(found, config.compensation != "none"):
-            record, overrides = fit_correction(decoder, rows, candidate.removed, config, SilentReporter())
-            after = record.loss_after if record.loss_after is not None else candidate.loss
-            results.append((after, candidate, record, overrides))
-        _, winner, record, overrides = min(results, key=lambda result: result[0])
+        sets = finalists(found, config.compensation != "none")
+        corrected, place, record, overrides = correct_best(decoder, rows, sets, config, SilentReporter())
+        winner = corrected[place]
     return Ours(list(winner.removed), winner, record, overrides, choosing.cost, correcting.cost)
 
 

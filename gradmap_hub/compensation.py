@@ -10,8 +10,9 @@ of the MLP output. Here the layer before every gap is a site, in the order of th
 The second line is for a gap that has no layer before it, and for `site="around-gaps"`: where it lowered the loss on
 text like the fitted one, it raised it on other text. Each site is fitted on the stream as the sites before it left it,
 so that later sites correct what earlier ones could not. A site is kept only if it lowers the loss on held-out rows, by
-more than the standard error of that gain over the rows. Both streams, original and pruned, are carried along the layers
-once for all sites; Gram matrices are summed row by row and no matrix of all tokens is ever kept.
+more than the standard error of that gain over the rows. The original's stream is carried along the layers once for all
+sets of removed layers, the pruned model's once for all sites of a set; Gram matrices are summed row by row and no
+matrix of all tokens is ever kept.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from gradmap_hub.calibration import CalibrationRows
 from gradmap_hub.config import PruneConfig
 from gradmap_hub.decoder import Decoder
 from gradmap_hub.progress import Reporter
-from gradmap_hub.record import CompensationRecord, SiteCorrection, Trial
+from gradmap_hub.record import Candidate, CompensationRecord, SiteCorrection, Trial
 from gradmap_hub.residual import ATTENTION, MLP, Tap, Writer, writer_of
 from gradmap_hub.ridge import Correction, Gram, solve
 
@@ -127,37 +128,64 @@ def largest_shift(shift: Shift) -> Site:
     return Site(layer, MLP, layer)
 
 
-class Streams:
-    """The residual streams of original and pruned model over the same rows, carried along the layers together.
+class Original:
+    """The original's residual stream over rows `ids` (n, tokens) before the layers asked for, carried along the layers
+    once for all sets of removed layers.
 
-    The original leads: it must have passed a layer before that layer's weights are replaced. The layers before `start`
-    are the same in both and run once.
+    What was asked for is kept, n x tokens x d for each; where layers are fetched, the last alone. It must have passed a
+    layer before that layer's weights are replaced, so what is asked for between replacements only goes up.
     """
 
-    def __init__(self, decoder: Decoder, ids: Tensor, kept: Sequence[int], start: int) -> None:
+    def __init__(self, decoder: Decoder, ids: Tensor) -> None:
         self._decoder = decoder
+        self._ids = ids
+        self._known: dict[int, list[Tensor]] = {}
+
+    def before(self, layer: int) -> list[Tensor]:
+        """The stream before a layer, per row (1, tokens, d); the list is the caller's."""
+        if layer not in self._known:
+            nearest = max((known for known in self._known if known < layer), default=None)
+            if nearest is None:
+                states, start = [self._decoder.embed(row) for row in self._ids.split(1)], 0
+            else:
+                states, start = list(self._known[nearest]), nearest
+            self._decoder.carry(states, range(start, layer))
+            self.keep(layer, states)
+        return list(self._known[layer])
+
+    def keep(self, layer: int, states: list[Tensor]) -> None:
+        """The stream before a layer, from a caller who ran what comes before it."""
+        if self._decoder.rows_per_pass > 1:
+            self._known.clear()
+        self._known[layer] = states
+
+
+class Streams:
+    """The residual streams of original and pruned model over the same rows. The layers before `start` are the same in
+    both."""
+
+    def __init__(self, decoder: Decoder, original: Original, kept: Sequence[int], start: int) -> None:
+        self._decoder = decoder
+        self._original = original
         self._kept = kept
-        self.original = [decoder.embed(row) for row in ids.split(1)]
-        decoder.carry(self.original, range(start))
-        self.pruned = list(self.original)
-        self._original_next = self._pruned_next = start
+        self.pruned = original.before(start)
+        self._pruned_next = start
 
     def targets(self, site: Site) -> list[Tensor]:
         """The original's stream that a site is to restore, per row (1, tokens, d)."""
-        decoder = self._decoder
         if site.part == MLP:
-            decoder.carry(self.original, range(self._original_next, site.target + 1))
-            self._original_next = max(self._original_next, site.target + 1)
-            return self.original
-        decoder.carry(self.original, range(self._original_next, site.target))
+            return self._original.before(site.target + 1)
+        decoder = self._decoder
         middles: list[Tensor] = []
-        with decoder.layer(site.target) as module:
-            for index, hidden in enumerate(self.original):
+        behind: list[Tensor] = []
+        states = self._original.before(site.target)
+        with decoder.layer(site.target) as module, torch.no_grad():
+            for hidden in states:
                 writer = writer_of(module, decoder.architecture, ATTENTION)
                 with Tap(writer.added) as tap:
-                    self.original[index] = decoder.step(hidden, site.target)
+                    behind.append(decoder.step(hidden, site.target))
                 middles.append(_behind(hidden, tap, writer))
-        self._original_next = site.target + 1
+        self._original.keep(site.target + 1, behind)  # now, as the layer's weights may be replaced next
         return middles
 
     def before(self, layer: int) -> list[Tensor]:
@@ -281,36 +309,34 @@ def fit_correction(
     *,
     sites: Sequence[Site] | None = None,
     strengths: Sequence[float] | None = None,
+    originals: Originals | None = None,
 ) -> tuple[CompensationRecord, Overrides]:
     """Correct site after site, keeping what lowers the loss on `rows.selection`. The model is unchanged after.
 
-    `sites` and `strengths` replace those of the config, for measurements of what would have been. Returns the record
-    and the corrected parameters; they are empty if nothing is to be applied.
+    `sites` and `strengths` replace those of the config, for measurements of what would have been; `originals`: the
+    original's streams over the rows, where other sets were corrected before. Returns the record, with the shift only if
+    the site rests on it (see `with_shift`), and the corrected parameters; they are empty if nothing is to be applied.
     """
-    kept = [layer for layer in range(decoder.count) if layer not in set(removed)]
-    shift_rows = rows.fit[: config.shift_rows]
-    reporter.total(len(shift_rows))
-    shift = mean_shift(decoder, shift_rows, kept, reporter.advance)
     skipped = correction_skipped(decoder.architecture, decoder.model.config)
     if config.compensation == "none" or skipped is not None:
-        record = CompensationRecord(
-            applied=False,
-            reason="not asked for" if config.compensation == "none" else f"compensation skipped: {skipped}",
-            shift_layers=shift.layers,
-            shift=shift.absolute,
-            relative_shift=shift.relative,
-        )
-        return record, {}
+        reason = "not asked for" if config.compensation == "none" else f"compensation skipped: {skipped}"
+        return CompensationRecord(applied=False, reason=reason), {}
+    kept = [layer for layer in range(decoder.count) if layer not in set(removed)]
+    shift: Shift | None = None
+    if sites is None and config.site == "largest-shift":
+        shift = _shift(decoder, rows, kept, config, reporter)
+        sites = [largest_shift(shift)]
+    elif sites is None:
+        sites = sites_at_gaps(kept, removed, behind=config.site == "around-gaps")
     kind = "projection" if config.compensation == "projection" else "weight"
-    if sites is None:
-        sites = _sites(config.site, kept, removed, shift)
     # A mixture of experts is always corrected by a projection, which has strengths of its own.
     tried = {each: list(strengths or STRENGTHS[each]) for each in (kind, "projection")}
     reporter.total(len(sites) * len(rows.fit) + (len(sites) + len(tried[kind])) * len(rows.selection))
     start = min(*(site.layer for site in sites), min(removed))
     with ExitStack() as corrected, torch.no_grad():
-        fitted = Streams(decoder, rows.fit, kept, start)
-        watched = Streams(decoder, rows.selection, kept, start)
+        originals = originals or Originals(decoder, rows)
+        fitted = Streams(decoder, originals.fit, kept, start)
+        watched = Streams(decoder, originals.selection, kept, start)
         rest = [layer for layer in kept if layer >= start]
         state = _Fit(stream_losses(decoder, watched.pruned, rows.selection, rest))
         baseline = state.loss
@@ -344,13 +370,65 @@ def fit_correction(
             )
             state.overrides.update({(site.layer, name): value for name, value in values.items()})
             state.losses = losses
-    return _record(state, baseline, shift), state.overrides
+    record = _record(state, baseline)
+    return record if shift is None else _shifted(record, shift), state.overrides
 
 
-def _sites(rule: str, kept: Sequence[int], removed: Sequence[int], shift: Shift) -> list[Site]:
-    if rule == "largest-shift":
-        return [largest_shift(shift)]
-    return sites_at_gaps(kept, removed, behind=rule == "around-gaps")
+class Originals:
+    """The original's streams over the rows that corrections are fitted on and chosen by."""
+
+    def __init__(self, decoder: Decoder, rows: CalibrationRows) -> None:
+        self.fit = Original(decoder, rows.fit)
+        self.selection = Original(decoder, rows.selection)
+
+
+def correct_best(
+    decoder: Decoder, rows: CalibrationRows, sets: Sequence[Candidate], config: PruneConfig, reporter: Reporter
+) -> tuple[list[Candidate], int, CompensationRecord, Overrides]:
+    """Correct several sets of removed layers, the original's streams carried once for all of them.
+
+    Returns the sets with the losses that they came to, which of them is the lowest (the place in the list), and what
+    `fit_correction` returned for it.
+    """
+    originals = Originals(decoder, rows)
+    corrected: list[Candidate] = []
+    best: tuple[float, int, CompensationRecord, Overrides] | None = None
+    for place, candidate in enumerate(sets):
+        record, overrides = fit_correction(decoder, rows, candidate.removed, config, reporter, originals=originals)
+        loss = candidate.loss if record.loss_after is None else record.loss_after
+        corrected.append(dataclasses.replace(candidate, corrected=record.loss_after))
+        if best is None or loss < best[0]:
+            best = loss, place, record, overrides
+    if best is None:
+        raise ValueError("no sets to correct")
+    return corrected, *best[1:]
+
+
+def with_shift(
+    decoder: Decoder,
+    rows: CalibrationRows,
+    removed: Sequence[int],
+    record: CompensationRecord,
+    config: PruneConfig,
+    reporter: Reporter,
+) -> CompensationRecord:
+    """The record with the mean shift of every kept layer, before any correction."""
+    if record.shift_layers:
+        return record
+    kept = [layer for layer in range(decoder.count) if layer not in set(removed)]
+    return _shifted(record, _shift(decoder, rows, kept, config, reporter))
+
+
+def _shift(
+    decoder: Decoder, rows: CalibrationRows, kept: Sequence[int], config: PruneConfig, reporter: Reporter
+) -> Shift:
+    ids = rows.fit[: config.shift_rows]
+    reporter.total(len(ids))
+    return mean_shift(decoder, ids, kept, reporter.advance)
+
+
+def _shifted(record: CompensationRecord, shift: Shift) -> CompensationRecord:
+    return dataclasses.replace(record, shift_layers=shift.layers, shift=shift.absolute, relative_shift=shift.relative)
 
 
 def site_kind(decoder: Decoder, site: Site, kind: str) -> str:
@@ -375,7 +453,7 @@ def solved(
         return correction, writer.folded(correction)
 
 
-def _record(state: _Fit, baseline: float, shift: Shift) -> CompensationRecord:
+def _record(state: _Fit, baseline: float) -> CompensationRecord:
     record = CompensationRecord(
         applied=bool(state.accepted),
         loss_before=baseline,
@@ -383,9 +461,6 @@ def _record(state: _Fit, baseline: float, shift: Shift) -> CompensationRecord:
         reason="lowest held-out loss" if state.accepted else "no correction lowered the held-out loss",
         trials=state.trials,
         corrections=state.accepted,
-        shift_layers=shift.layers,
-        shift=shift.absolute,
-        relative_shift=shift.relative,
     )
     if not state.accepted:
         return record

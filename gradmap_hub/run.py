@@ -555,18 +555,17 @@ def correct(run: Run, rows: CalibrationRows, selected: Selected) -> Corrected:
     correction_file = run.work / CORRECTION
 
     def compute() -> Corrected:
-        from gradmap_hub.compensation import fit_correction
+        from gradmap_hub.compensation import correct_best, with_shift
         from gradmap_hub.selection import finalists
 
         correction_file.unlink(missing_ok=True)
-        results = []
-        for candidate in finalists(selected.candidates, run.config.compensation != "none"):
-            record, overrides = fit_correction(run.decoder(), rows, candidate.removed, run.config, run.reporter)
-            after = record.loss_after if record.loss_after is not None else candidate.loss
-            results.append((after, dataclasses.replace(candidate, corrected=record.loss_after), record, overrides))
-        _, winner, record, overrides = min(results, key=lambda result: result[0])
+        decoder, config = run.decoder(), run.config
+        sets = finalists(selected.candidates, config.compensation != "none")
+        corrected, place, record, overrides = correct_best(decoder, rows, sets, config, run.reporter)
+        winner = corrected[place]
+        record = with_shift(decoder, rows, winner.removed, record, config, run.reporter)
         _save_overrides(overrides, correction_file)
-        measured = {tuple(candidate.removed): candidate for _, candidate, _, _ in results}
+        measured = {tuple(candidate.removed): candidate for candidate in corrected}
         return Corrected(
             winner.removed,
             None if selected.by_hand else winner,

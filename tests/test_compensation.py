@@ -16,19 +16,23 @@ from gradmap_hub.calibration import CalibrationRows
 from gradmap_hub.compensation import (
     ATTENTION,
     MLP,
+    Original,
     Shift,
     Site,
     Streams,
     accumulate_gram,
+    correct_best,
     fit_correction,
     largest_shift,
     lowers,
     mean_shift,
     sites_at_gaps,
     stream_losses,
+    with_shift,
 )
 from gradmap_hub.config import PruneConfig
 from gradmap_hub.progress import SilentReporter
+from gradmap_hub.record import Candidate
 from gradmap_hub.ridge import Correction, Gram, corrected_parameters, folded_weight, solve
 
 TOKENS = 40
@@ -94,7 +98,7 @@ def relative(found: Any, wanted: Any) -> float:
 def gram_at(
     decoder: Any, ids: Tensor, kept: Sequence[int], site: Site, row_done: Callable[[], None] = lambda: None
 ) -> Gram:
-    streams = Streams(decoder, ids, kept, 0)
+    streams = Streams(decoder, Original(decoder, ids), kept, 0)
     targets = streams.targets(site)
     return accumulate_gram(decoder, site, streams.before(site.layer), targets, row_done)
 
@@ -326,7 +330,7 @@ def test_stream_loss_equals_the_corrected_model_and_leaves_the_original(
     grams = accumulate_grams(decoder, random_rows(ROWS, TOKENS), KEPT, SITES)
     ids = random_rows(3, TOKENS, seed=5)
     for site in SITES:
-        streams = Streams(decoder, ids, KEPT, 0)
+        streams = Streams(decoder, Original(decoder, ids), KEPT, 0)
         hidden, rest = streams.before(site), [layer for layer in KEPT if layer >= site]
         linear = decoder.mlp_output(site)
         losses = {}
@@ -486,4 +490,37 @@ def test_no_correction_when_none_is_wanted(
     ids = random_rows(ROWS, TOKENS)
     record, weights = fit(pair, decoder_of, CalibrationRows(ids, ids, [], []), compensation="none")
     assert not record.applied and not weights and not record.trials
-    assert record.shift_layers == KEPT and len(record.shift) == len(record.relative_shift) == 3
+    decoder = decoder_of(pair[0], TOKENS)
+    config = PruneConfig(drop=REMOVED, samples=ROWS + 1)
+    seen = with_shift(decoder, CalibrationRows(ids, ids, [], []), REMOVED, record, config, SilentReporter())
+    assert seen.shift_layers == KEPT and len(seen.shift) == len(seen.relative_shift) == 3
+
+
+def test_sets_corrected_together_are_those_corrected_alone(
+    model_of: Callable[..., Any], decoder_of: Callable[..., Any], random_rows: Callable[..., Any]
+) -> None:
+    """With a gap at the front, where attention is corrected too, and sets whose streams go on from each other's."""
+    model = model_of("qwen3")
+    ids = own_text(model, random_rows(ROWS, 4))
+    rows = CalibrationRows(ids, ids, [], [])
+    config = PruneConfig(layers=2, samples=ROWS + 1)
+    sets = [Candidate("a", [1, 3], 9.0), Candidate("b", [0, 2], 9.0), Candidate("c", [2, 3], 9.0)]
+    alone = [fit_correction(decoder_of(model, TOKENS), rows, s.removed, config, SilentReporter()) for s in sets]
+    decoder = decoder_of(model, TOKENS)
+    embedded = 0
+    embed = decoder.embed
+
+    def counted(row: Tensor) -> Tensor:
+        nonlocal embedded
+        embedded += 1
+        return embed(row)
+
+    decoder.embed = counted
+    corrected, place, record, overrides = correct_best(decoder, rows, sets, config, SilentReporter())
+    assert embedded == 2 * ROWS  # fitting and deciding rows once each, for three sets
+    losses = [found.loss_after for found, _ in alone]
+    assert [candidate.corrected for candidate in corrected] == losses
+    assert place == losses.index(min(losses)) and record == alone[place][0]
+    assert overrides.keys() == alone[place][1].keys() and overrides
+    assert all(torch.equal(value, alone[place][1][key]) for key, value in overrides.items())
+    assert {entry.part for found, _ in alone for entry in found.corrections} == {ATTENTION, MLP}

@@ -75,6 +75,10 @@ class Visit:
         self.page.wait_for_selector("#go", state="visible", timeout=30_000)
         return [self.page.inner_text(f"#{side} .state") for side in ("left", "right")]
 
+    def wait_for_state(self, state: str) -> None:
+        """The page hears of it a moment after the server knows."""
+        self.page.wait_for_selector(f"#left .state:text-is('{state}')")
+
     def open_settings(self) -> None:
         self.page.get_by_role("button", name="Settings").first.click()
 
@@ -227,7 +231,7 @@ def test_visitors_wait_their_turn_and_a_closed_page_frees_it(browser: Any, slow_
     slow_app.wait_until(lambda health: health["running"] == 1)
     second.compare("Hello")
     slow_app.wait_until(lambda health: health["waiting"] == 1)
-    assert second.page.inner_text("#left .state") == "Waiting"
+    second.wait_for_state("Waiting")
     began = time.monotonic()
     first.context.close()
     assert second.wait_until_finished() == ["Stopped at the length limit"] * 2
@@ -247,7 +251,7 @@ def test_who_waits_can_stop_and_come_again(browser: Any, slow_app: Any) -> None:
     second.page.evaluate("document.getElementById('stop').click()")  # at once, before its turn comes
     second.page.wait_for_selector("#go", state="visible")
     assert slow_app.health()["running"] == 1 and slow_app.health()["waiting"] == 0
-    assert second.page.inner_text("#left .state") == "Stopped"
+    second.wait_for_state("Stopped")
     first.page.click("#stop")
     second.set_length(4)
     second.compare("Hello")
