@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -206,15 +207,24 @@ class Decoder:
         self, ids: Tensor, layers: Sequence[int] | None = None, rows_done: Callable[[int], None] = lambda _rows: None
     ) -> list[float]:
         """Mean NLL (nats per token) of each row of `ids` (n, tokens) with only `layers` active (default: all)."""
-        active = range(self.count) if layers is None else layers
-        found: list[float] = []
+        return self.losses_of(ids, [range(self.count) if layers is None else layers], rows_done)[0]
+
+    def losses_of(
+        self, ids: Tensor, sets: Sequence[Sequence[int]], rows_done: Callable[[int], None] = lambda _rows: None
+    ) -> list[list[float]]:
+        """`losses` for several sets of active layers; the layers that all of them begin with run once."""
+        start = sum(1 for _ in takewhile(lambda layers: len(set(layers)) == 1, zip(*sets, strict=False)))
+        found: list[list[float]] = [[] for _ in sets]
         for group in ids.split(self.rows_per_pass):
             rows = group.split(1)
-            states = [self.embed(row) for row in rows]
-            self.carry(states, active)
-            with torch.no_grad():
-                found += [float(self.row_losses(last, row)) for last, row in zip(states, rows, strict=True)]
-            rows_done(len(rows))
+            common = [self.embed(row) for row in rows]
+            self.carry(common, sets[0][:start])
+            for active, losses in zip(sets, found, strict=True):
+                states = list(common)
+                self.carry(states, active[start:])
+                with torch.no_grad():
+                    losses += [float(self.row_losses(last, row)) for last, row in zip(states, rows, strict=True)]
+                rows_done(len(rows))
         return found
 
     def loss_gradient(self, hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -65,10 +65,10 @@ def convert_gguf(path: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    metadata = read_metadata(path)
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with _quiet():
+        with _quiet(), _read_once():
+            metadata = read_metadata(path)
             model = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
     except (ValueError, KeyError, OSError, RuntimeError) as error:
@@ -139,6 +139,26 @@ def _mend_tokenizer_config(path: Path) -> None:
     config["model_input_names"] = ["input_ids", "attention_mask"]
     config["clean_up_tokenization_spaces"] = False
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _read_once() -> Iterator[None]:
+    """transformers reads the whole header anew for config, weights and tokenizer, vocabulary and merges included; that
+    is most of a small model's conversion. Here all share one reader of a file."""
+    import gguf
+
+    reader, made = gguf.GGUFReader, dict[str, Any]()
+
+    def shared(path: str, *arguments: Any, **options: Any) -> Any:
+        if str(path) not in made:
+            made[str(path)] = reader(path, *arguments, **options)
+        return made[str(path)]
+
+    gguf.GGUFReader = shared
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = reader
 
 
 @contextlib.contextmanager

@@ -513,7 +513,8 @@ def select(run: Run, rows: CalibrationRows, scores: LayerScores) -> Selected:
 def _evaluate_original(run: Run, removed: Sequence[int], texts: Sequence[Rows]) -> _BothLosses:
     def compute() -> _BothLosses:
         run.reporter.total(2 * sum(len(text.ids) for text in texts))
-        return _BothLosses(losses_without(run, [], texts), losses_without(run, removed, texts))
+        both = losses_without(run, [(), removed], texts)
+        return _BothLosses(both[0], both[1])
 
     return run.stages.run(
         "evaluate-original",
@@ -524,11 +525,13 @@ def _evaluate_original(run: Run, removed: Sequence[int], texts: Sequence[Rows]) 
     )
 
 
-def losses_without(run: Run, removed: Sequence[int], texts: Sequence[Rows]) -> list[list[float]]:
-    """Per text, the mean NLL (nats per token) of each row in the original as it stands, without layers `removed`."""
+def losses_without(run: Run, sets: Sequence[Sequence[int]], texts: Sequence[Rows]) -> list[list[list[float]]]:
+    """For each of `sets` and each text, the mean NLL (nats per token) of each row in the original as it stands, without
+    the layers of that set."""
     decoder = run.decoder()
-    kept = [layer for layer in range(decoder.count) if layer not in set(removed)]
-    return [decoder.losses(text.ids, kept, run.reporter.advance) for text in texts]
+    kept = [[layer for layer in range(decoder.count) if layer not in removed] for removed in sets]
+    measured = [decoder.losses_of(text.ids, kept, run.reporter.advance) for text in texts]
+    return [[of_text[index] for of_text in measured] for index in range(len(sets))]
 
 
 def texts_inputs(run: Run, texts: Sequence[Rows]) -> dict[str, Any]:

@@ -23,6 +23,9 @@ from gradmap_hub.record import from_json, to_json
 
 T = TypeVar("T")
 
+# A stage of less seconds has not used memory that is worth a quarter of a second of looking for garbage.
+_LONG_ENOUGH = 1.0
+
 
 class Stages:
     """The stages of one run, in order. `timings` holds the seconds each took when it was computed."""
@@ -87,7 +90,8 @@ class Stages:
         partial.write_text(text, encoding="utf-8")
         os.replace(partial, self.folder / f"{name}.json")  # a stage is done or not, never half
         self.reporter.finish(describe(result))
-        _give_memory_back()
+        if seconds >= _LONG_ENOUGH:
+            _give_memory_back()
         return result
 
     def _read(self, name: str) -> dict[str, Any] | None:

@@ -175,7 +175,7 @@ def _measure(run: Run, shared: _Shared, count: int, ratios: Sequence[float], *, 
 def _evaluate_original(run: Run, texts: Sequence[Rows]) -> RowLosses:
     def compute() -> RowLosses:
         run.reporter.total(sum(len(text.ids) for text in texts))
-        return RowLosses(losses_without(run, [], texts))
+        return RowLosses(losses_without(run, [()], texts)[0])
 
     # On a branch: other texts to measure on are no reason to choose or correct anew.
     return run.stages.branch().run(
@@ -192,7 +192,7 @@ def _evaluate(run: Run, chosen: Corrected, healed: HealRecord | None, texts: Seq
         decoder = run.decoder()
         overrides = new_values(run, chosen.compensation, healed)
         run.reporter.total(sum(len(text.ids) for text in texts) * (2 if overrides else 1))
-        uncorrected = losses_without(run, chosen.removed, texts)
+        uncorrected = losses_without(run, [chosen.removed], texts)[0]
         if not overrides:
             return _Pruned(uncorrected, uncorrected)
         stored = storage_dtype(run.config.dtype, run.source.base.dtype)
@@ -200,7 +200,7 @@ def _evaluate(run: Run, chosen: Corrected, healed: HealRecord | None, texts: Seq
             for (layer, name), value in overrides.items():
                 rounded = value.to(stored).to(value.dtype).to(decoder.device)  # as read back from the checkpoint
                 replaced.enter_context(decoder.replaced(layer, {name: rounded}))
-            return _Pruned(uncorrected, losses_without(run, chosen.removed, texts))
+            return _Pruned(uncorrected, losses_without(run, [chosen.removed], texts)[0])
 
     inputs = {**texts_inputs(run, texts), "dtype": run.config.dtype}
     return run.stages.run("evaluate", "Measuring perplexity", _Pruned, compute, inputs=inputs)

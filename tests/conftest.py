@@ -5,6 +5,7 @@ Imports of torch and transformers stand inside the builders: tests of the Hub an
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import os
@@ -24,6 +25,12 @@ _spec = importlib.util.spec_from_file_location(
 )
 assert _spec is not None
 sys.modules["benchmarks"] = importlib.util.module_from_spec(_spec)
+
+# As the command line sets it, for the same reason.
+gc.set_threshold(100_000, 30, 30)
+# Two workers with a thread for each core wait for each other's threads; the subprocesses of both inherit this.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 FAMILIES = ("gemma", "llama", "mistral", "phi3", "qwen2", "qwen3")
 LAYERS = 5
@@ -399,8 +406,16 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, export_tiny: Callable[..., No
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The push of the real model first: it takes longest, and another worker has the rest meanwhile."""
-    items.sort(key=lambda item: item.get_closest_marker("real") is None)
+    """The push of the real model first: it takes longest, and another worker has the rest meanwhile. Then the longest
+    files, so that no worker is left with one of them at the end."""
+    long = ("test_push.py", "test_errors.py", "test_sweep.py", "test_evaluate.py", "test_formats.py", "test_browser.py")
+
+    def turn(item: pytest.Item) -> int:
+        if item.get_closest_marker("real") is not None:
+            return 0
+        return 1 if item.path.name in long else 2
+
+    items.sort(key=turn)
 
 
 def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:

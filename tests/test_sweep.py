@@ -88,10 +88,10 @@ def tensor_bytes(folder: Path) -> int:
     [
         ("float32", {}),
         # What is put in for the measurement is rounded as the checkpoint would hold it.
-        ("bfloat16", {"compute": "float32"}),
-        ("float32", {"heal": 3}),
-        ("float32", {"low_memory": True}),
-        ("float32", {"schedule": "iterative", "compensation": "projection"}),
+        pytest.param("bfloat16", {"compute": "float32"}, marks=pytest.mark.slow),
+        pytest.param("float32", {"heal": 3}, marks=pytest.mark.slow),
+        pytest.param("float32", {"low_memory": True}, marks=pytest.mark.slow),
+        pytest.param("float32", {"schedule": "iterative", "compensation": "projection"}, marks=pytest.mark.slow),
     ],
     ids=["default", "rounded", "healed", "low-memory", "iterative"],
 )
@@ -176,7 +176,10 @@ def test_each_is_computed_once(config: SweepConfig, other_text: Path, text_of: C
     assert watch.computed[1:3] == ["Scoring layers", "Measuring the original"] and len(watch.computed) == 11
 
 
-@pytest.mark.parametrize("stop_at", [f"{TWO}Correcting the drift", f"{TWO}Measuring perplexity"])
+@pytest.mark.parametrize(
+    "stop_at",
+    [f"{TWO}Correcting the drift", pytest.param(f"{TWO}Measuring perplexity", marks=pytest.mark.slow)],
+)
 def test_an_interruption_leaves_what_is_finished(stop_at: str, config: SweepConfig, tmp_path: Path) -> None:
     whole, everything = swept(config, output=tmp_path / "in-one-go")
     assert config.output is not None

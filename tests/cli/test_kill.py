@@ -23,8 +23,6 @@ from gradmap_hub.local_hub import ANY, Fault, LocalHub, Request
 
 Sums = Callable[[Path], dict[str, str]]
 POINTS = 20
-# In the default run: when the last of the large files has arrived. All of them cost half a minute each.
-QUICK = (10,)
 REPOSITORIES = (("model", "ada/out", "out"), ("space", "ada/out-compare", "out-space"))
 TABLE = "What kill -9 leaves of a push"
 
@@ -150,9 +148,8 @@ def sent_twice(first: list[Request], second: list[Request], when: str) -> list[s
     return [path for path in again if path in having or again.count(path) > 1]
 
 
-@pytest.mark.parametrize(
-    "index", [pytest.param(index, marks=[] if index in QUICK else [pytest.mark.slow]) for index in range(POINTS)]
-)
+@pytest.mark.slow  # half a minute each
+@pytest.mark.parametrize("index", range(POINTS))
 def test_killed_and_run_again(
     open_stage: Callable[..., Any],
     whole: Whole,

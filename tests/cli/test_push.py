@@ -200,6 +200,7 @@ for precision in ("int8", "float32"):
 """
 
 
+@pytest.mark.slow
 def test_the_original_is_quantised_as_the_pruned_model_is(quantised: Pushed, tmp_path: Path, sums: Sums) -> None:
     """The Space offers int8 and float32, holds the original's of both, knows what they cost, and runs them."""
     space = quantised.folder.with_name(f"{quantised.folder.name}-space")
@@ -224,26 +225,30 @@ def test_the_original_is_quantised_as_the_pruned_model_is(quantised: Pushed, tmp
     assert len(done.stdout.splitlines()) == 4, done.stderr
 
 
-def test_compare_runs_the_space_as_published(quantised: Pushed) -> None:
+@pytest.mark.parametrize(
+    ("which", "precision"), [("full", "float32"), pytest.param("quantised", "int8", marks=pytest.mark.slow)]
+)
+def test_compare_runs_the_space_as_published(which: str, precision: str, request: pytest.FixtureRequest) -> None:
     """Without a Hub and without another export."""
     import urllib.request
 
-    process = quantised.world.cli.start("compare", quantised.folder, "-q", token="", HF_HUB_OFFLINE="1")
+    pushed: Pushed = request.getfixturevalue(which)
+    process = pushed.world.cli.start("compare", pushed.folder, "-q", token="", HF_HUB_OFFLINE="1")
     try:
         url = process.stdout.readline().strip()
         with urllib.request.urlopen(f"{url}/health", timeout=20) as answer:
-            assert json.load(answer)["precision"] == "int8"
+            assert json.load(answer)["precision"] == precision
     finally:
         process.terminate()
         process.communicate(timeout=30)
 
 
 def test_a_space_of_another_original_holds_what_may_be_held(
-    world: Any, quantised: Pushed, tmp_path: Path, sums: Sums
+    world: Any, full: Pushed, tmp_path: Path, sums: Sums
 ) -> None:
     """`space --against` a gated repository: what it says holds, not what the record says."""
     folder = tmp_path / "small"
-    shutil.copytree(quantised.folder, folder)
+    shutil.copytree(full.folder, folder)
     world.hub.seed("acme/closed", world.base)
     world.hub.set_gated("acme/closed", "manual")
     world.hub.grant_access("acme/closed", "ada")

@@ -39,7 +39,7 @@ def node_types(path: Path) -> list[str]:
     return [node.op_type for node in Graph.load(path).model.graph.node]
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_each_format_passes_and_is_a_whole_file(shop: Shop, tmp_path: Path, tied: bool) -> None:
     made = shop(tied=tied)
     onnx = tmp_path / "model" / "onnx"
@@ -60,7 +60,7 @@ def test_each_format_passes_and_is_a_whole_file(shop: Shop, tmp_path: Path, tied
     assert results["int8"].bytes < 0.45 * float32 and results["int4"].bytes < results["int8"].bytes
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_the_embedding_is_stored_once_and_never_in_float(shop: Shop, tmp_path: Path, tied: bool) -> None:
     made = shop(tied=tied)
     exported(made, "int8", tmp_path / "onnx")
@@ -180,6 +180,7 @@ def test_better_settings_are_tried_in_order_and_all_are_told(
     assert mixed.settings["rounding"] == "gptq"
 
 
+@pytest.mark.slow
 def test_weights_that_come_from_four_bits_lose_nothing_more(shop: Shop, tmp_path: Path) -> None:
     """As a GGUF file's: 16 values per block of 32, their offset no whole number of steps. One matrix has been changed
     since."""
@@ -319,7 +320,7 @@ def test_a_builder_that_fails_says_so_and_leaves_nothing(
     assert not list((tmp_path / "out").iterdir()) and not list((tmp_path / "work").rglob("*.partial"))
 
 
-@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("sign", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
 def test_an_interrupted_export_leaves_nothing_that_looks_whole(
     shop: Shop, tmp_path: Path, sign: signal.Signals
 ) -> None:
