@@ -14,10 +14,7 @@ import argparse
 import json
 import math
 import os
-import resource
 import statistics
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,7 +23,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from gradmap_hub.speed import PROMPT_TOKENS, Backend, Eager, OnnxRuntime, median_interval, take_turns
+from gradmap_hub.speed import PROMPT_TOKENS, Backend, Eager, OnnxRuntime, median_interval, peak_memory, take_turns
 
 PYTORCH = "PyTorch fp32"
 NEW_TOKENS, ROW_TOKENS = 64, 512
@@ -67,13 +64,6 @@ def open_backend(folder: Path, name: str, threads: int) -> Backend:
     return Eager.load(folder, threads) if name == PYTORCH else OnnxRuntime(folder, name, threads, NEW_TOKENS)
 
 
-def peak_memory(folder: Path, name: str, threads: int) -> int:
-    """Bytes, of a fresh process that loads the backend and answers once."""
-    command = [sys.executable, "-m", "benchmarks.inference", str(folder), "--only", name, "--threads", str(threads)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
-    return int(done.stdout)
-
-
 def measure(
     folders: Sequence[tuple[str, Path]],
     rows: Sequence[Sequence[int]],
@@ -86,7 +76,8 @@ def measure(
     for label, folder in folders:
         for name, size in backends_of(folder):
             say(f"{label}, {name}: memory, loading")
-            memory = peak_memory(folder, name, threads)
+            backend = "PyTorch" if name == PYTORCH else name
+            memory = peak_memory(folder, backend, threads, new_tokens=NEW_TOKENS) or 0
             opened.append((Entry(label, name, size, memory=memory), open_backend(folder, name, threads)))
     prompt = rows[0][:PROMPT_TOKENS]
     say(f"{rounds} rounds of {len(opened)} backends")
@@ -138,15 +129,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8, help="of 512 tokens, for perplexity")
     parser.add_argument("--threads", type=int, default=cpu_count())
     parser.add_argument("--output", type=Path, default=Path("build/bench"))
-    parser.add_argument("--only", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.only:  # a process of its own, asked by `peak_memory`
-        backend = open_backend(options.folder, options.only, options.threads)
-        backend.read(list(range(5, 5 + PROMPT_TOKENS)))
-        for _ in range(NEW_TOKENS):
-            backend.write()
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-        return
     from transformers import AutoTokenizer
 
     from benchmarks.inputs import model_and_samples

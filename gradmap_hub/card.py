@@ -313,7 +313,7 @@ def percent(value: float) -> str:
 
 def points(value: float) -> str:
     """A difference of shares in percentage points, with its sign, such as -2.4."""
-    return f"{100 * value:+.1f}" if math.isfinite(value) else "not finite"
+    return f"{100 * value:+z.1f}" if math.isfinite(value) else "not finite"
 
 
 def rate(value: float) -> str:

@@ -477,7 +477,7 @@ def export(
         for artifact in exported:
             quality = artifact["quality"]
             ratio = quality["perplexity"] / quality["checkpoint_perplexity"] if quality else None
-            cost = f"  perplexity {100 * (ratio - 1):+.1f} %" if ratio else ""
+            cost = f"  perplexity {100 * (ratio - 1):+z.1f} %" if ratio else ""
             stdout.print(f"{artifact['path']}  {artifact['bytes']:,} bytes{cost}  sha256 {artifact['sha256']}")
 
 

@@ -158,7 +158,7 @@ def _metric_cells(metric: MeasuredMetric, task: MeasuredTask) -> tuple[str, str,
         return f"{metric.original:.3f}", f"{metric.pruned:.3f}", ""
     low, high = (100 * end for end in metric.interval)
     change = 100 * (metric.pruned - metric.original)
-    words = rf"{change:+.1f} \[{low:+.1f}, {high:+.1f}] on {task.documents:,}"
+    words = rf"{change:+z.1f} \[{low:+z.1f}, {high:+z.1f}] on {task.documents:,}"
     return f"{100 * metric.original:.1f} %", f"{100 * metric.pruned:.1f} %", words
 
 
@@ -175,8 +175,9 @@ def _add_files(measured: Measured, table: Table) -> None:
 
 
 def _speed_table(measured: Measured) -> Table:
-    table = Table("tokens per second", "batch", "reads", "writes", title_justify="left")
+    table = Table("tokens per second", "batch", "reads", "writes", "peak memory", title_justify="left")
     for entry in measured.speed:
         rates = [rf"{rate.median:,.1f} \[{rate.low:,.1f}, {rate.high:,.1f}]" for rate in (entry.prefill, entry.decode)]
-        table.add_row(escape(f"{entry.model}, {entry.backend}"), str(entry.batch), *rates)
+        peak = f"{entry.memory / 1e6:,.0f} MB" if entry.memory is not None else "-"
+        table.add_row(escape(f"{entry.model}, {entry.backend}"), str(entry.batch), *rates, peak)
     return table

@@ -31,14 +31,13 @@ from gradmap_hub.record import (
     MeasuredSpeed,
     MeasuredTask,
     MeasuredText,
-    Rate,
     RunRecord,
     Sample,
 )
 from gradmap_hub.redraw import find_contamination
 from gradmap_hub.run import Run, hardware, size, text_of, versions
 from gradmap_hub.source import folder_sizes, read_config, sha256_of
-from gradmap_hub.speed import NEW_TOKENS, PROMPT_TOKENS, ROUNDS
+from gradmap_hub.speed import NEW_TOKENS, PROMPT_TOKENS, PYTORCH, ROUNDS
 from gradmap_hub.stages import Stages
 
 if TYPE_CHECKING:
@@ -54,7 +53,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 ORIGINAL, PRUNED = "original", "pruned"
-PYTORCH = "PyTorch"
 SAMPLE_TOKENS = 48
 SPEED_BATCH = 8
 
@@ -69,11 +67,6 @@ class _Losses:
 @dataclass(frozen=True)
 class _Written:
     texts: list[str]
-
-
-@dataclass(frozen=True)
-class _Speeds:
-    entries: list[MeasuredSpeed]
 
 
 def evaluate_stages(folder: Path, config: EvaluateConfig, *, reporter: Reporter, hub: Hub) -> RunRecord:
@@ -92,7 +85,7 @@ class _Models:
     """The two models, one of them in memory at a time."""
 
     def __init__(self, folders: Mapping[str, Path], source: Source, tokens: int, precision: tuple[Any, str]) -> None:
-        self._folders = folders
+        self.folders = folders
         self._architecture = source.architecture
         self._tokens = tokens
         self._precision = precision
@@ -102,7 +95,7 @@ class _Models:
         from gradmap_hub.exporters.checkpoint import load_model
 
         dtype, device = self._precision
-        return load_model(self._folders[which], dtype)[0].to(device)
+        return load_model(self.folders[which], dtype)[0].to(device)
 
     def decoder(self, which: str) -> Decoder:
         if self._open is None or self._open[0] != which:
@@ -247,7 +240,7 @@ class _Evaluation:
             ],
             tasks=[self._compared_task(*pair) for pair in zip(results[ORIGINAL], results[PRUNED], strict=True)],
             files=files,
-            speed=self._speed(files) if self.config.speed else [],
+            speed=self._costs(files) if self.config.speed else [],
             samples=[Sample(*texts) for texts in zip(EXAMPLES, written[ORIGINAL], written[PRUNED], strict=True)],
             harness=_harness_version() if self.tasks else None,
             settings=self._settings(),
@@ -489,7 +482,7 @@ class _Evaluation:
             metrics=metrics,
         )
 
-    # -- ONNX files and speed ------------------------------------------------------------------------------------------
+    # -- ONNX files, speed and memory ----------------------------------------------------------------------------------
 
     def _files(self, compared: Sequence[Compared]) -> list[MeasuredFile]:
         """Every ONNX file on the rows of every text."""
@@ -542,53 +535,45 @@ class _Evaluation:
     def _prompt_tokens(self) -> int:
         return min(PROMPT_TOKENS, self.config.seq_len)
 
-    def _speed(self, files: Sequence[MeasuredFile]) -> list[MeasuredSpeed]:
-        import torch
+    def _costs(self, files: Sequence[MeasuredFile]) -> list[MeasuredSpeed]:
+        """Speed and memory of both models in PyTorch and of every ONNX file."""
+        from gradmap_hub.costs import Peaks, Runnable, Speeds, memory, speed
 
-        threads = torch.get_num_threads()
-
-        def compute() -> _Speeds:
-            from gradmap_hub.speed import Eager, OnnxRuntime, take_turns
-
-            backends: list[tuple[tuple[str, str, int], Backend]] = []
-            for which in (ORIGINAL, PRUNED):
-                model = self.models.load(which)
-                for batch in (1, SPEED_BATCH):
-                    backends.append(((which, PYTORCH, batch), Eager(model, batch)))
-            for entry in files:
-                graph = OnnxRuntime(self.folder, entry.path, threads, NEW_TOKENS)
-                backends.append(((PRUNED, entry.path, 1), graph))
-            self.reporter.total(len(backends) * (ROUNDS + 1))
-            prompt = self.texts[0].ids[0, : self._prompt_tokens()].tolist()
-            times = take_turns(
-                [backend for _, backend in backends],
-                prompt,
-                done=self.reporter.advance,
-            )
-            return _Speeds(
-                [
-                    MeasuredSpeed(
-                        *label,
-                        prefill=_rate(len(prompt) * label[2], timed.prefill),
-                        decode=_rate(NEW_TOKENS * label[2], timed.decode),
-                    )
-                    for (label, _), timed in zip(backends, times, strict=True)
-                ]
-            )
-
-        return self._stage(
+        backends = [Runnable(which, PYTORCH, batch) for which in (ORIGINAL, PRUNED) for batch in (1, SPEED_BATCH)]
+        backends += [Runnable(PRUNED, entry.path, 1) for entry in files]
+        prompt = self.texts[0].ids[0, : self._prompt_tokens()].tolist()
+        sums = [(entry.path, entry.sha256, entry.data_sha256) for entry in files]
+        inputs = {"backends": backends, "files": sums, "hardware": hardware(), **self._speed_settings()}
+        both = [ORIGINAL, PRUNED]
+        peaks = self._stage(
+            "memory",
+            "Memory, each in a process of its own",
+            Peaks,
+            lambda: memory(backends, self.models.folders, len(prompt), self.precision, self.reporter),
+            models=both,
+            inputs=inputs,
+        )
+        speeds = self._stage(
             "speed",
             f"Speed, {ROUNDS} rounds in turn",
-            _Speeds,
-            compute,
-            models=[ORIGINAL, PRUNED],
-            inputs={
-                "files": [(entry.path, entry.sha256, entry.data_sha256) for entry in files],
-                "tokens": (self._prompt_tokens(), NEW_TOKENS, SPEED_BATCH, ROUNDS),
-                "threads": threads,
-                "hardware": hardware(),
-            },
-        ).entries
+            Speeds,
+            lambda: speed(backends, self.models.load, self.folder, prompt, self.reporter),
+            models=both,
+            inputs=inputs,
+        )
+        return [
+            dataclasses.replace(entry, memory=peak) for entry, peak in zip(speeds.entries, peaks.bytes, strict=True)
+        ]
+
+    def _speed_settings(self) -> dict[str, int]:
+        import torch
+
+        return {
+            "prompt": self._prompt_tokens(),
+            "new_tokens": NEW_TOKENS,
+            "rounds": ROUNDS,
+            "threads": torch.get_num_threads(),
+        }
 
     def _contamination(self) -> list[Contamination]:
         """Per text, its rows that share words with the calibration rows."""
@@ -635,12 +620,6 @@ def _row_inputs(rows: Rows) -> dict[str, Any]:
 
 def _short(rows: Rows) -> str:
     return rows.sha256[:8]
-
-
-def _rate(tokens: int, seconds: Sequence[float]) -> Rate:
-    from gradmap_hub.speed import median_interval
-
-    return Rate(*median_interval([tokens / value for value in seconds]))
 
 
 def _ends(model: Any) -> set[int]:

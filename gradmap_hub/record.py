@@ -349,13 +349,15 @@ class Rate:
 
 @dataclass(frozen=True)
 class MeasuredSpeed:
-    """`model`: original or pruned; `backend`: "PyTorch" or the path of an ONNX file."""
+    """`model`: original or pruned; `backend`: "PyTorch" or the path of an ONNX file. `memory`: peak resident bytes of a
+    process with this backend alone; None where it was not measured (on a GPU, or where the system does not tell)."""
 
     model: str
     backend: str
     batch: int
     prefill: Rate
     decode: Rate
+    memory: int | None = None
 
 
 @dataclass(frozen=True)

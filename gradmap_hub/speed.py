@@ -1,12 +1,15 @@
-"""How fast a model reads a prompt and writes tokens: PyTorch eager, and ONNX files as `generate` and `serve` step them.
+"""How fast a model reads a prompt and writes tokens, and the memory it takes: PyTorch eager, and ONNX files as
+`generate` and `serve` step them.
 
-Backends are loaded once in one process and take turns, round by round, so that what slows the machine down for a while
-slows all of them.
+For speed, backends are loaded once in one process and take turns, round by round, so that what slows the machine down
+for a while slows all of them. For memory, each has a process of its own.
 """
 
 from __future__ import annotations
 
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -19,6 +22,7 @@ import numpy as np
 from gradmap_hub.sweeprecord import Ratio, Speed
 
 PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 128, 32, 5
+PYTORCH = "PyTorch"
 
 
 class Backend(Protocol):
@@ -44,13 +48,13 @@ class Eager:
         self._batch = batch
 
     @staticmethod
-    def load(folder: Path, threads: int) -> Eager:
-        """In float32. `threads` are those of the whole process."""
+    def load(folder: Path, threads: int, *, batch: int = 1, dtype: str = "float32") -> Eager:
+        """In `dtype`. `threads` are those of the whole process."""
         import torch
         from transformers import AutoModelForCausalLM
 
         torch.set_num_threads(threads)
-        return Eager(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval())
+        return Eager(AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval(), batch)
 
     def _run(self, ids: Sequence[int], past: Any) -> None:
         rows = self._torch.tensor([list(ids)] * self._batch, device=self._model.device)
@@ -179,8 +183,57 @@ def _seconds(action: Callable[[], Any]) -> float:
     return time.perf_counter() - started
 
 
+def peak_memory(
+    folder: Path,
+    backend: str,
+    threads: int,
+    *,
+    batch: int = 1,
+    dtype: str = "float32",
+    prompt_tokens: int = PROMPT_TOKENS,
+    new_tokens: int = NEW_TOKENS,
+) -> int | None:
+    """Bytes: the most that a process of its own had resident which loaded one backend, read a prompt and wrote, its
+    libraries included. `backend`: PYTORCH or the path of an ONNX file in `folder`. None where the system does not tell.
+
+    Raises:
+        subprocess.CalledProcessError: the backend does not run.
+    """
+    numbers = [str(number) for number in (threads, batch, prompt_tokens, new_tokens)]
+    command = [sys.executable, "-m", "gradmap_hub.speed", str(folder.resolve()), backend, dtype, *numbers]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    return int(said[-1]) if said else None
+
+
+def _peak_of_this_process() -> int | None:
+    """Bytes. The peak of getrusage is no use: on Linux a new process begins with that of the one that started it."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
+
+
+def _answer_once(folder: Path, name: str, dtype: str, threads: int, batch: int, prompt: int, new: int) -> None:
+    """What `peak_memory` asks its process to do."""
+    backend: Backend = (
+        Eager.load(folder, threads, batch=batch, dtype=dtype)
+        if name == PYTORCH
+        else OnnxRuntime(folder, name, threads, new)
+    )
+    backend.read([5 + index % 64 for index in range(prompt)])
+    for _ in range(new):
+        backend.write()
+    if (peak := _peak_of_this_process()) is not None:
+        print(peak)
+
+
 def median_interval(values: Sequence[float], draws: int = 2000) -> tuple[float, float, float]:
     """Median and its 95% bootstrap interval."""
     random = np.random.default_rng(0)
     medians = np.sort(np.median(random.choice(np.asarray(values), (draws, len(values))), axis=1))
     return float(np.median(values)), float(medians[int(0.025 * draws)]), float(medians[int(0.975 * draws) - 1])
+
+
+if __name__ == "__main__":
+    _answer_once(Path(sys.argv[1]), sys.argv[2], sys.argv[3], *map(int, sys.argv[4:]))

@@ -56,7 +56,7 @@ def change(original: float, pruned: float) -> str:
         return ""
     percent = (pruned / original - 1) * 100
     if round(percent) == 0 and percent != 0:
-        return f"{percent:+.1f}%".replace("-", MINUS)
+        return f"{percent:+z.1f}%".replace("-", MINUS)
     return f"{percent:+.0f}%".replace("-", MINUS)
 
 
@@ -252,7 +252,7 @@ def _costs(facts: Facts) -> str:
     def cost(stored: Stored) -> str:
         if stored.cost is None:
             return NONE_YET
-        return f"{(stored.cost.perplexity / stored.cost.checkpoint - 1) * 100:+.1f}%".replace("-", MINUS)
+        return f"{(stored.cost.perplexity / stored.cost.checkpoint - 1) * 100:+z.1f}%".replace("-", MINUS)
 
     def weight(stored: Stored) -> str:
         return NONE_YET if stored.bytes is None else size(stored.bytes)

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -25,7 +26,6 @@ from gradmap_hub.card import card_text, write_card
 from gradmap_hub.cardcheck import check_card
 from gradmap_hub.config import EvaluateConfig, PruneConfig
 from gradmap_hub.errors import CalibrationError, SourceError, UsageError
-from gradmap_hub.evaluating import PYTORCH
 from gradmap_hub.freshness import folder_sha256, with_earlier, without_stale
 from gradmap_hub.pipeline import evaluate_folder, export_folder, prune
 from gradmap_hub.progress import SilentReporter
@@ -33,6 +33,7 @@ from gradmap_hub.record import FILE_NAME, Measured, RunRecord, to_json
 from gradmap_hub.screening import Private, publishable, screen
 from gradmap_hub.source import sha256_of
 from gradmap_hub.space import refresh_compare
+from gradmap_hub.speed import PYTORCH, peak_memory
 from gradmap_hub.targets import is_ours
 
 TOKENS, ROWS = 64, 6
@@ -165,6 +166,17 @@ def test_speed_of_every_backend(world: SimpleNamespace) -> None:
     for entry in world.measured.speed:
         for rate in (entry.prefill, entry.decode):
             assert 0 < rate.low <= rate.median <= rate.high
+    peaks = [entry.memory for entry in world.measured.speed]
+    if Path("/proc/self/status").exists():
+        *eager, graph = peaks
+        assert graph > 20e6 and min(eager) > 2 * graph  # with torch in them
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux alone tells")
+def test_memory_is_not_that_of_the_process_that_asks(world: SimpleNamespace) -> None:
+    held = np.ones(100_000_000)  # 800 MB; the peak that getrusage tells a child begins here
+    peak = peak_memory(world.folder, "onnx/model.onnx", 1, prompt_tokens=8, new_tokens=2)
+    assert peak is not None and peak < 400e6 < held.nbytes
 
 
 def test_what_it_was_measured_on_is_on_record(world: SimpleNamespace) -> None:
@@ -186,7 +198,7 @@ def test_a_second_run_computes_nothing_and_says_the_same(world: SimpleNamespace)
     heard = Heard()
     assert evaluate_folder(world.folder, world.config, reporter=heard) == world.record
     assert (world.folder / FILE_NAME).read_bytes() == before
-    assert len(heard.reused) == 2 * 2 + 2 * 3 + 2 + 2 + 1 and not set(heard.reused) & set(heard.computed)
+    assert len(heard.reused) == 2 * 2 + 2 * 3 + 2 + 2 + 2 and not set(heard.reused) & set(heard.computed)
 
 
 def test_computed_anew_it_gives_the_same_numbers(world: SimpleNamespace, copy: Path) -> None:
