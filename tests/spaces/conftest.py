@@ -252,5 +252,5 @@ def kit() -> SimpleNamespace:
     """The helpers above; a conftest.py cannot be imported from under --import-mode=importlib."""
     return SimpleNamespace(
         load_module=load_module, facts=facts, precision=precision, deploy=deploy, start_app=start_app,
-        stop_app=stop_app, running_app=running_app,
+        stop_app=stop_app, running_app=running_app, App=App,
     )  # fmt: skip

@@ -1,10 +1,12 @@
-"""The page as a visitor meets it: headless Chromium on a Space with the tiny pair."""
+"""The page as a visitor meets it: headless Chromium on a Space with the tiny pair, and with the real one (slow)."""
 
 from __future__ import annotations
 
 import os
 import re
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -92,6 +94,24 @@ class Visit:
             self.open_settings()
         field.fill(str(tokens))
         field.press("Tab")
+
+
+@pytest.fixture(scope="module")
+def real_app(kit: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """`gradmap-hub compare` of the 135M model and its original, of the demo in the folder GRADMAP_DEMO or a new one."""
+    output = Path(os.environ.get("GRADMAP_DEMO") or tmp_path_factory.mktemp("demo") / "out")
+    program = [sys.executable, "-m", "gradmap_hub"]
+    if not output.exists():
+        subprocess.run([*program, "demo", "--output", output, "--quiet"], check=True)
+    (pruned,) = (path for path in output.glob("*-gradmap-*") if (path / "gradmap.json").is_file())
+    log = tmp_path_factory.mktemp("compare") / "log.txt"
+    with log.open("wb") as errors:
+        process = subprocess.Popen([*program, "compare", pruned, "-q"], stdout=subprocess.PIPE, stderr=errors)
+    assert process.stdout is not None
+    app = kit.App(process.stdout.readline().decode().strip(), process, log)
+    assert app.wait_until(lambda health: health["state"] != "loading")["state"] == "ready"
+    yield app
+    assert kit.stop_app(app) == 0
 
 
 @pytest.fixture
@@ -294,3 +314,43 @@ def _serious(axe: Any, page: Any) -> list[tuple[str, list[str]]]:
         for finding in axe.run(page).response["violations"]
         if finding["impact"] in ("serious", "critical")
     ]
+
+
+@pytest.mark.slow
+@pytest.mark.real
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")])
+def test_the_real_model_beside_its_original(
+    browser: Any, real_app: Any, width: int, scheme: str, request: pytest.FixtureRequest
+) -> None:
+    """Everything a visitor does, in one visit."""
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe is not installed").Axe()
+    visit = Visit(browser, real_app.url, width, scheme)
+    page = visit.page
+    visit.set_length(48)
+    visit.compare("What is the capital of France?")
+    assert all(state in FINISHED for state in visit.wait_until_finished())
+    assert "Paris" in page.inner_text("#left") and "This run" in page.inner_text("#verdict")
+    assert page.evaluate("document.documentElement.scrollWidth === window.innerWidth")
+    keep(page, f"real-{width}-{scheme}")
+    assert _serious(axe, page) == []
+
+    page.get_by_role("button", name="List three uses").click()
+    page.wait_for_function("document.querySelector('#prompt textarea').value.startsWith('List three uses')")
+    visit.set_length(256)
+    visit.compare("Write a long story about a lighthouse.")
+    real_app.wait_until(lambda health: health["running"] == 1)
+    page.click("#stop")
+    visit.wait_for_state("Stopped")
+
+    visit.compare("   ")
+    page.wait_for_selector("#notice .error")
+    visit.set_length(16)
+    page.get_by_label("Blind vote").check()
+    visit.compare("Name a colour.")
+    page.wait_for_selector("#votes", state="visible", timeout=30_000)
+    assert {page.inner_text(f"#{side} h2") for side in ("left", "right")} == {"Model A", "Model B"}
+    page.get_by_role("button", name="A is better").click()
+    page.wait_for_selector("#verdict .vote")
+    keep(page, f"real-{width}-{scheme}-vote")
+    visit.context.close()
+    assert visit.problems == []
