@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import os
@@ -9,7 +10,7 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 from uuid import uuid4
@@ -43,6 +44,8 @@ SECONDS_BETWEEN_UPDATES = 0.15
 LANE = "models"
 # Of visitors and calls of the API; who comes then is told to come again.
 MOST_WAITING = 20
+# Visitors whose page Gradio remembers, each with a copy of its configuration.
+MOST_SESSIONS = 256
 
 FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif"]
 THEME = Base(
@@ -478,6 +481,26 @@ def health_route(status: Callable[[], dict[str, str]], jobs: Jobs) -> Route:
     return Route("/health", health, methods=["GET"])
 
 
+class OpenEvents(dict[str, Any]):
+    """Gradio's events by id, without those that are over: it keeps each of them for good, 25 kB with its request.
+
+    `open_ids`: per session, the ids that are not over.
+    """
+
+    ROOM = 64
+
+    def __init__(self, open_ids: Mapping[str, Collection[str]]) -> None:
+        self._open_ids = open_ids
+
+    def __setitem__(self, event_id: str, event: Any) -> None:
+        super().__setitem__(event_id, event)
+        if len(self) <= self.ROOM:
+            return
+        still_open = {event_id}.union(*list(self._open_ids.values()))
+        for other in [known for known in self if known not in still_open]:
+            self.pop(other, None)
+
+
 def server_name() -> str:
     """Open to other machines only on Spaces, or where asked for."""
     on_spaces = os.environ.get("SYSTEM") == "spaces"
@@ -497,7 +520,10 @@ def main() -> None:
     demo = build(facts, page)
     # Room for calls of the API beside the visitors, whom `submit` turns away in words.
     demo.queue(default_concurrency_limit=1, max_size=2 * MOST_WAITING)
+    demo._queue.event_ids_to_events = OpenEvents(demo._queue.pending_event_ids_session)
 
+    # What the libraries made stays. Counted with it, the garbage of many requests would be too little to be collected.
+    gc.freeze()
     # Spaces stop a program with SIGTERM; end as with Ctrl-C, so that the threads below are waited for.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     loader.start()
@@ -511,6 +537,7 @@ def main() -> None:
             # Spaces have the package; elsewhere it may be left out, and its pins keep others back.
             mcp_server=importlib.util.find_spec("mcp") is not None,
             ssr_mode=False,
+            state_session_capacity=MOST_SESSIONS,
         )
     except KeyboardInterrupt:
         pass

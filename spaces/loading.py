@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
 import importlib
 import os
@@ -112,6 +114,13 @@ def _download(repo_id: str, revision: str | None, files: list[str]) -> Path:
     return Path(folder)
 
 
+def _give_memory_back() -> None:
+    """Free what is not referred to any more, and let the system have it: glibc would keep it in pieces."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # another libc has nothing to trim
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 class Loader:
     """Holds both models in one precision at a time, which is what the memory is planned for; everybody else asks it for
     the state. Only who runs the models may ask for another precision: there is one such at a time."""
@@ -156,7 +165,7 @@ class Loader:
         self._finished.clear()
         self.precision, self._problem = precision, None
         self._models = None
-        gc.collect()  # the sessions go before the next ones come
+        _give_memory_back()  # the sessions go before the next ones come
         self._thread = self._new_thread()
         self.start()
         return False

@@ -252,3 +252,18 @@ def test_the_card_has_the_front_matter_that_spaces_need(runtime: str) -> None:
     assert front["emoji"]
     assert ("license" in front) == (runtime == "onnx")
     assert ("HF_TOKEN" in text) == (runtime == "transformers")
+
+
+def test_events_that_are_over_are_forgotten(kit: SimpleNamespace) -> None:
+    """Gradio's own dictionary keeps all of them, each with its request."""
+    open_ids: dict[str, set[str]] = {"a": {"0"}, "b": {"1", "2"}}
+    events = kit.load_module("app").OpenEvents(open_ids)
+    for number in range(1000):
+        open_ids["c"] = {str(number)}
+        events[str(number)] = object()
+        assert {"0", str(number)} <= events.keys() and len(events) <= events.ROOM + 1
+    open_ids.clear()
+    events["last"] = object()
+    for number in range(events.ROOM):
+        events[f"next {number}"] = object()
+    assert "0" not in events

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 
 PROMPT = "What is the capital of France?"
 # One visitor who asks every few seconds, for an hour.
-REQUESTS, WARM_UP, VISIT = 900, 150, 30
+REQUESTS, WARM_UP, VISIT = 900, 300, 30
 
 
 def test_a_model_is_as_fast_as_its_copy(kit: SimpleNamespace, slow_model: Path) -> None:
