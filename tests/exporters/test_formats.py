@@ -327,7 +327,8 @@ def test_an_interrupted_export_leaves_nothing_that_looks_whole(
     made = shop(tied=True)
     np.save(tmp_path / "rows.npy", made.rows)
     script = (
-        "import sys, numpy as np\nfrom pathlib import Path\nfrom gradmap_hub.exporters import formats\n"
+        "import signal, sys, numpy as np\nfrom pathlib import Path\nfrom gradmap_hub.exporters import formats\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # as the command line does
         "root = Path(sys.argv[1])\n"
         "formats.export('int8', Path(sys.argv[2]), root / 'model' / 'onnx',"
         " rows=np.load(root / 'rows.npy'), work=root / 'work')\n"
