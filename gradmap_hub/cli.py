@@ -503,20 +503,29 @@ def space(
         stdout.print(f"Written to {escape(str(built))}. Run it with: gradmap-hub compare {escape(str(folder))}")
 
 
-@app.command(epilog="Example: gradmap-hub compare small --open")
+@app.command(epilog="Example: gradmap-hub compare small")
 def compare(
     folder: Folder,
     against: Against = None,
     text: SpaceText = DEFAULT_CALIBRATION,
     host: Host = "127.0.0.1",
     port: Port = 0,
-    open_browser: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
+    open_browser: Annotated[
+        bool | None,
+        typer.Option(
+            "--open/--no-open",
+            help="Open the page in a browser. Default: yes, in a terminal with a screen.",
+            show_default=False,
+        ),
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
     """Run the comparison app for FOLDER on this machine: the same files as the published Space."""
     from gradmap_hub.pipeline import build_space
-    from gradmap_hub.spacerunner import run_space
+    from gradmap_hub.spacerunner import at_a_screen, run_space
 
+    if open_browser is None:
+        open_browser = at_a_screen()
     reporter = TerminalReporter(stderr, quiet=quiet)
     try:
         built = build_space(folder, against, local=True, text=text, reporter=reporter)

@@ -71,6 +71,14 @@ def run_space(folder: Path, variables: Mapping[str, str], *, host: str, port: in
             return
 
 
+def at_a_screen() -> bool:
+    """Whether somebody sits here who would see a browser's window. Without a screen, a browser of the terminal would
+    take it over."""
+    if not sys.stdout.isatty():
+        return False
+    return sys.platform in ("darwin", "win32") or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
+
+
 def free_port(host: str) -> int:
     """A port nobody listens on now."""
     with socket.socket() as probe:

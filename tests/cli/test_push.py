@@ -383,3 +383,25 @@ def test_second_push_sends_nothing_and_public_flips_both(plain: Pushed) -> None:
     for kind in ("model", "space"):
         assert again.answer[kind] == plain.answer[kind]
         assert not api(plain.world).repo_info(plain.answer[kind]["repo_id"], repo_type=kind).private
+
+
+@pytest.mark.parametrize(
+    ("terminal", "variables", "wanted"),
+    [
+        (True, {"DISPLAY": ":0"}, True),
+        (True, {"WAYLAND_DISPLAY": "wayland-0"}, True),
+        (True, {}, sys.platform in ("darwin", "win32")),  # over ssh: a text browser would take the terminal
+        (False, {"DISPLAY": ":0"}, False),
+    ],
+)
+def test_a_browser_is_opened_where_it_would_be_seen(
+    terminal: bool, variables: dict[str, str], wanted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gradmap_hub.spacerunner import at_a_screen
+
+    for name in ("DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
+    assert at_a_screen() is wanted
