@@ -329,7 +329,9 @@ def _export_rows(folder: Path, source: str, hub: Hub) -> Rows:
     from gradmap_hub.calibration import evaluation_rows
 
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    return evaluation_rows(text_of(source, hub), tokenizer, seq_len=EXPORT_TOKENS, rows=EXPORT_ROWS)
+    longest = read_config(folder / "config.json").get("max_position_embeddings")
+    tokens = min(EXPORT_TOKENS, longest) if isinstance(longest, int) else EXPORT_TOKENS
+    return evaluation_rows(text_of(source, hub), tokenizer, seq_len=tokens, rows=EXPORT_ROWS)
 
 
 def build_space(

@@ -265,7 +265,7 @@ def test_a_space_without_the_text_has_float32_alone(quantised: Pushed, world: An
         done = world.cli.run("space", folder, "--text", text, "--json")
         assert done.code == 0, done.err
         facts = json.loads((Path(done.json["space_folder"]) / "compare.json").read_text())
-        assert [entry["name"] for entry in facts["precisions"]] == expected
+        assert [entry["name"] for entry in facts["precisions"]] == expected, done.err
         assert ("Without quantised files" in done.err) == (expected == ["float32"])
 
 
