@@ -70,6 +70,9 @@ class Visit:
 
     def compare(self, prompt: str) -> None:
         self.page.fill("#prompt textarea", prompt)
+        self.go()
+
+    def go(self) -> None:
         # What the cards say now is of the run before; a page may see no more of the next one than its end.
         self.page.evaluate("document.querySelectorAll('.state').forEach(state => { state.dataset.before = '' })")
         self.page.click("#go")
@@ -202,7 +205,7 @@ def test_the_precision_is_a_setting_of_both(visit: Visit, running: Any) -> None:
     visit.wait_until_finished()
     assert "This run, int8" in visit.page.inner_text("#verdict")
     visit.page.get_by_role("radio", name="float32").check()
-    visit.page.click("#go")
+    visit.go()
     assert all(state in FINISHED for state in visit.wait_until_finished())
     assert "This run, float32" in visit.page.inner_text("#verdict")
     assert running.health()["precision"] == "float32"
@@ -236,7 +239,7 @@ def test_a_model_that_cannot_be_loaded_is_said(
         keep(visit.page, request.node.name)
         visit.open_settings()
         visit.page.get_by_role("radio", name="float32").check()
-        visit.page.click("#go")
+        visit.go()
         assert all(state in FINISHED for state in visit.wait_until_finished())
         assert visit.page.inner_text("#notice").strip() == visit.page.inner_text("#banner").strip() == ""
         visit.context.close()
