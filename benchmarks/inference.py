@@ -23,6 +23,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from gradmap_hub import speed
 from gradmap_hub.speed import PROMPT_TOKENS, Backend, Eager, OnnxRuntime, median_interval, peak_memory, take_turns
 
 PYTORCH = "PyTorch fp32"
@@ -76,7 +77,7 @@ def measure(
     for label, folder in folders:
         for name, size in backends_of(folder):
             say(f"{label}, {name}: memory, loading")
-            backend = "PyTorch" if name == PYTORCH else name
+            backend = speed.PYTORCH if name == PYTORCH else name
             memory = peak_memory(folder, backend, threads, new_tokens=NEW_TOKENS) or 0
             opened.append((Entry(label, name, size, memory=memory), open_backend(folder, name, threads)))
     prompt = rows[0][:PROMPT_TOKENS]

@@ -5,14 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from gradmap_hub.progress import Reporter
 from gradmap_hub.record import MeasuredSpeed, Rate
-from gradmap_hub.speed import NEW_TOKENS, PYTORCH, ROUNDS, median_interval, peak_memory, take_turns
-
-if TYPE_CHECKING:
-    from gradmap_hub.speed import Backend
+from gradmap_hub.speed import (
+    NEW_TOKENS,
+    PYTORCH,
+    ROUNDS,
+    Backend,
+    Eager,
+    OnnxRuntime,
+    median_interval,
+    peak_memory,
+    take_turns,
+)
 
 
 class Runnable(NamedTuple):
@@ -74,8 +81,6 @@ def speed(
     reporter: Reporter,
 ) -> Speeds:
     """All backends in one process, in turns. `load` gives original or pruned model; `folder` holds the ONNX files."""
-    from gradmap_hub.speed import Eager, OnnxRuntime
-
     models: dict[str, Any] = {}
     opened: list[Backend] = []
     for which, backend, batch in backends:

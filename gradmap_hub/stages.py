@@ -23,7 +23,7 @@ from gradmap_hub.record import from_json, to_json
 
 T = TypeVar("T")
 
-# A stage of less seconds has not used memory that is worth a quarter of a second of looking for garbage.
+# A stage of fewer seconds has not used memory that is worth a quarter of a second of looking for garbage.
 _LONG_ENOUGH = 1.0
 
 
