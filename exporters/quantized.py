@@ -33,6 +33,8 @@ _GATE_ROLES = ("gate", "up", "gate_up")
 _LARGEST_REST = 0.5
 # Below this a matrix is not worth a node of its own.
 _LEAST_WEIGHTS = 1024
+# What ONNX Runtime's operators take.
+_LEAST_BLOCK = 16
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ class Stored:
     """Codes that are in the graph: `inputs` as the product takes them, more than the matrix has if it was regridded."""
 
     bits: int
+    block: int
     inputs: int
     has_zeros: bool
 
@@ -97,9 +100,9 @@ def main(base: str, destination: str, recipe: dict[str, Any], hessians: str | No
 
 
 def quantise(base: Path, destination: Path, recipe: Recipe, hessians: Path | None) -> Quantised | None:
-    """See `main`. Products whose inputs are not a multiple of the block stay as they are."""
+    """See `main`. Products whose inputs are no multiple of the least block stay as they are."""
     graph = Graph.load(base)
-    linears = [entry for entry in find_linears(graph) if entry.inputs % recipe.block == 0]
+    linears = [entry for entry in find_linears(graph) if _block_of(entry.inputs, recipe)]
     moments = _Moments(hessians) if hessians else None
     rounding = SEARCH if recipe.rounding == GPTQ and moments is None else recipe.rounding
     chosen = _eight_bit(linears, recipe)
@@ -115,26 +118,35 @@ def quantise(base: Path, destination: Path, recipe: Recipe, hessians: Path | Non
                 chosen.add(entry.name)
         before = []
         if stored[entry.weight].inputs > entry.inputs and entry.input not in summed:
-            before = _with_sums(graph, entry, recipe.block)
+            before = _with_sums(graph, entry, stored[entry.weight].block)
             summed.add(entry.input)
-        replaced[entry.place] = [*before, _product(nodes[entry.place], entry, stored[entry.weight], recipe.block)]
+        replaced[entry.place] = [*before, _product(nodes[entry.place], entry, stored[entry.weight])]
     if recipe.rounding == REGRID and _share(linears, chosen) > _LARGEST_REST:
         return None
     for lookup in find_lookups(graph):
-        if lookup.width % recipe.block:
+        block = _block_of(lookup.width, recipe)
+        if not block:
             continue
         if lookup.weight not in stored:
             weight = _matrix(graph, lookup.weight, lookup.rows_out)
-            blocks = nearest(weight, recipe.head_bits, recipe.block, symmetric=True)
+            blocks = nearest(weight, recipe.head_bits, block, symmetric=True)
             stored[lookup.weight] = _store(graph, lookup.weight, blocks)
         node = nodes[lookup.place]
-        replaced[lookup.place] = list(_gathered(graph, node, lookup, stored[lookup.weight], recipe.block))
+        replaced[lookup.place] = list(_gathered(graph, node, lookup, stored[lookup.weight]))
     graph.replace_nodes([new for place, node in enumerate(nodes) for new in replaced.get(place, [node])])
     graph.drop_unused_nodes()
     graph.use_runtime_operators()
     files = graph.save(destination)
     size = sum(file.stat().st_size for file in files)
     return Quantised([file.name for file in files], size, len(linears), sorted(chosen), rounding)
+
+
+def _block_of(inputs: int, recipe: Recipe) -> int:
+    """The recipe's block, or the largest half, quarter, ... that divides `inputs`; 0 if none of 16 or more does."""
+    block = recipe.block
+    while block >= _LEAST_BLOCK and inputs % block:
+        block //= 2
+    return block if block >= _LEAST_BLOCK else 0
 
 
 def find_linears(graph: Graph) -> list[Linear]:
@@ -206,21 +218,21 @@ def _blocks_of(
     graph: Graph, entry: Linear, recipe: Recipe, moments: _Moments | None, *, eight_bit: bool
 ) -> tuple[Blocks, bool]:
     """The codes of a matrix, and whether it is one that was put in 8 bits where others have 4."""
-    weight = _matrix(graph, entry.weight, entry.rows_out)
+    weight, block = _matrix(graph, entry.weight, entry.rows_out), _block_of(entry.inputs, recipe)
     if entry.role == "head" and recipe.head_bits != recipe.bits:
-        return nearest(weight, recipe.head_bits, recipe.block, symmetric=True), False
+        return nearest(weight, recipe.head_bits, block, symmetric=True), False
     if recipe.rounding == REGRID:
-        blocks = regridded(weight, recipe.block)
-        return (nearest(weight, 8, recipe.block, symmetric=True), True) if blocks is None else (blocks, False)
+        blocks = regridded(weight, block)
+        return (nearest(weight, 8, block, symmetric=True), True) if blocks is None else (blocks, False)
     if eight_bit:
-        return nearest(weight, 8, recipe.block, symmetric=True), True
+        return nearest(weight, 8, block, symmetric=True), True
     if recipe.rounding == NEAREST:
-        return nearest(weight, recipe.bits, recipe.block, recipe.symmetric), False
+        return nearest(weight, recipe.bits, block, recipe.symmetric), False
     hessian = moments.of(entry.input) if moments is not None else None
     if recipe.rounding == GPTQ and hessian is not None:
-        return gptq(weight, hessian, recipe.bits, recipe.block, recipe.symmetric), False
+        return gptq(weight, hessian, recipe.bits, block, recipe.symmetric), False
     importance = None if hessian is None else np.diag(hessian).astype(np.float32)
-    return search(weight, recipe.bits, recipe.block, recipe.symmetric, importance), False
+    return search(weight, recipe.bits, block, recipe.symmetric, importance), False
 
 
 def _share(linears: Sequence[Linear], chosen: set[str]) -> float:
@@ -253,7 +265,8 @@ def _store(graph: Graph, name: str, blocks: Blocks) -> Stored:
     zeros = blocks.packed_zeros()
     if zeros is not None:
         graph.weights[name + ".zeros"] = zeros
-    return Stored(blocks.bits, blocks.codes.shape[1] * blocks.codes.shape[2], zeros is not None)
+    count, block = blocks.codes.shape[1:]
+    return Stored(blocks.bits, block, count * block, zeros is not None)
 
 
 def _with_sums(graph: Graph, entry: Linear, block: int) -> list[NodeProto]:
@@ -269,7 +282,7 @@ def _with_sums(graph: Graph, entry: Linear, block: int) -> list[NodeProto]:
     ]
 
 
-def _product(node: NodeProto, entry: Linear, stored: Stored, block: int) -> NodeProto:
+def _product(node: NodeProto, entry: Linear, stored: Stored) -> NodeProto:
     from onnx import helper
 
     value = entry.input + ".summed" if stored.inputs > entry.inputs else entry.input
@@ -285,18 +298,18 @@ def _product(node: NodeProto, entry: Linear, stored: Stored, block: int) -> Node
         K=stored.inputs,
         N=entry.outputs,
         bits=stored.bits,
-        block_size=block,
+        block_size=stored.block,
         accuracy_level=_ACCURACY_LEVEL,
     )
 
 
-def _gathered(graph: Graph, node: NodeProto, lookup: Lookup, stored: Stored, block: int) -> Iterator[NodeProto]:
+def _gathered(graph: Graph, node: NodeProto, lookup: Lookup, stored: Stored) -> Iterator[NodeProto]:
     """Rows of codes (vocabulary, blocks, bytes) to (batch, tokens, blocks, block), then to (batch, tokens, width). The
     codes are gathered in the shape that MatMulNBits wants, so that a tied head uses the same tensor."""
     from onnx import helper
 
     weight = lookup.weight
-    count = lookup.width // block
+    count = lookup.width // stored.block
     vocabulary = graph.weights[weight + ".codes"].shape[0]
     graph.weights["gradmap.scales_shape"] = np.array([vocabulary, count, 1], np.int64)
     graph.weights["gradmap.embedding_shape"] = np.array([0, 0, lookup.width], np.int64)
@@ -318,7 +331,7 @@ def _gathered(graph: Graph, node: NodeProto, lookup: Lookup, stored: Stored, blo
         name=f"{node.name}_NBits",
         domain="com.microsoft",
         bits=stored.bits,
-        block_size=block,
+        block_size=stored.block,
         gather_axis=0,
         quantize_axis=2,
     )

@@ -26,7 +26,7 @@ class Session:
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         inputs = {entry.name: entry for entry in self._session.get_inputs()}
         self._has_positions = "position_ids" in inputs

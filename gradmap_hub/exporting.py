@@ -135,6 +135,7 @@ def _stage(
 ) -> Exported:
     from gradmap_hub.calibration import sha256_of_ids
     from gradmap_hub.exporters import formats
+    from gradmap_hub.exporters.recipes import LADDERS
 
     destination.mkdir(parents=True, exist_ok=True)
     optimum = destination / formats.FILE_NAMES["onnx"]
@@ -158,6 +159,7 @@ def _stage(
             "rows": rows.sha256,
             "fit": None if fit is None else sha256_of_ids(fit),
             "keep_failing": keep_failing,
+            "recipes": [dataclasses.asdict(recipe) for recipe in LADDERS.get(name, ())],
         },
         files=lambda: [path for path in _files(destination, name) if path.is_file()],
         describe=_in_words,

@@ -15,11 +15,14 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from gradmap_hub.sweeprecord import Ratio, Speed
+
+if TYPE_CHECKING:
+    from gradmap_hub.runtime import Generation
 
 PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 128, 32, 5
 PYTORCH = "PyTorch"
@@ -79,22 +82,38 @@ class Eager:
 
 
 class OnnxRuntime:
-    """One artifact. `most`: the most tokens that it will write after a prompt."""
+    """One artifact, as `generate` steps it or, `batch` equal rows at a time, as `serve` does. `most`: the most tokens
+    that it will write after a prompt."""
 
-    def __init__(self, folder: Path, artifact: str, threads: int, most: int) -> None:
+    def __init__(self, folder: Path, artifact: str, threads: int, most: int, batch: int = 1) -> None:
         from gradmap_hub import runtime
 
         self._model = runtime.load(folder, artifact=artifact, threads=threads)
         self._most = most
+        self._together = self._model.batch(batch) if batch > 1 else None
+        self._answers: list[Generation] = []
+        self._rows = batch
 
     def read(self, ids: Sequence[int]) -> None:
-        self._answer = self._model.start(ids, max_tokens=self._most + 1, ignore_end=True)
-        self._answer.advance()
+        for answer in self._answers:
+            answer.close()
+        start = self._model.start if self._together is None else self._together.start
+        self._answers = [start(ids, max_tokens=self._most + 1, ignore_end=True) for _ in range(self._rows)]
+        while self._answers[0].reading:
+            self._step()
 
     def write(self) -> int:
-        token = self._answer.token_ids[-1]
-        self._answer.advance()
+        token = self._answers[0].token_ids[-1]
+        self._step()
         return token
+
+    def _step(self) -> None:
+        if self._together is None:
+            self._answers[0].advance()
+            return
+        for said in self._together.step(self._answers):
+            if isinstance(said, Exception):
+                raise said
 
     def losses(self, ids: Sequence[int]) -> np.ndarray:
         return self._model.losses(ids)
@@ -219,7 +238,7 @@ def _answer_once(folder: Path, name: str, dtype: str, threads: int, batch: int, 
     backend: Backend = (
         Eager.load(folder, threads, batch=batch, dtype=dtype)
         if name == PYTORCH
-        else OnnxRuntime(folder, name, threads, new)
+        else OnnxRuntime(folder, name, threads, new, batch)
     )
     backend.read([5 + index % 64 for index in range(prompt)])
     for _ in range(new):

@@ -71,8 +71,8 @@ class OnnxModel:
 
         options = ort.SessionOptions()
         options.intra_op_num_threads = cpu_count()
-        # Two sessions share the processors in turn: an idle one must not keep them busy by spinning.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # Two sessions share the processors in turn: threads spin within a step, and an idle one's sleep.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         options.log_severity_level = 3
         try:
             self.session = ort.InferenceSession(str(graph), sess_options=options, providers=["CPUExecutionProvider"])

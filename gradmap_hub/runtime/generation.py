@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -11,6 +11,7 @@ import numpy as np
 from gradmap_hub.errors import GradmapError
 from gradmap_hub.prompting import ModelError, TextCodec
 from gradmap_hub.runtime.artifacts import Artifact
+from gradmap_hub.runtime.pool import Row, RowPool
 from gradmap_hub.runtime.sampling import Sampler, Sampling
 from gradmap_hub.runtime.stopping import StopText
 
@@ -103,6 +104,22 @@ class TextModel:
         Raises:
             PromptError: the prompt leaves no room in the context, is empty, or holds what is no token id.
         """
+        return self._started(self._session.start, prompt_ids, max_tokens, sampling, stop, ignore_end)
+
+    def batch(self, rows: int) -> Batch:
+        """For up to `rows` answers at a time that take their steps together."""
+        return Batch(self, self._session, rows)
+
+    def _started(
+        self,
+        room: Callable[[int], Steps],
+        prompt_ids: Sequence[int],
+        max_tokens: int,
+        sampling: Sampling | None,
+        stop: Sequence[str],
+        ignore_end: bool,
+    ) -> Generation:
+        """See `start`. `room`: an empty cache for so many tokens."""
         count = len(prompt_ids)
         if not count or max_tokens < 1:
             raise PromptError("There is nothing to do: no prompt, or no token to write.")
@@ -116,10 +133,10 @@ class TextModel:
                 limit=self.context_length - 1,
             )
         limit = min(max_tokens, self.context_length - count)
-        # Neither the last token written nor the end needs a place in the cache, but a full one is simpler to reason of.
-        steps = self._session.start(count + limit)
+        sampler = Sampler(sampling or Sampling(), list(prompt_ids))
         ends = frozenset() if ignore_end else self.end_ids
-        return Generation(steps, self._codec, list(prompt_ids), limit, sampling or Sampling(), stop, ends)
+        # Neither the last token written nor the end needs a place in the cache, but a full one is simpler to reason of.
+        return Generation(room(count + limit), self._codec, list(prompt_ids), limit, sampler, stop, ends)
 
     def losses(self, token_ids: Sequence[int]) -> np.ndarray:
         """Negative log-likelihood in nats of each token but the first, given those before it: (tokens - 1,) float64.
@@ -160,7 +177,7 @@ class Generation:
         codec: TextCodec,
         prompt_ids: list[int],
         limit: int,
-        sampling: Sampling,
+        sampler: Sampler,
         stop: Sequence[str],
         ends: frozenset[int],
     ) -> None:
@@ -174,7 +191,7 @@ class Generation:
         self._prompt = prompt_ids
         self._read = 0
         self._limit = limit
-        self._sampler = Sampler(sampling, prompt_ids)
+        self._sampler = sampler
         self._stop = StopText(stop)
         # Seconds of the steps alone: while others have their turn, this one's clock stands.
         self._prompt_seconds = self._token_seconds = 0.0
@@ -193,21 +210,35 @@ class Generation:
         count = len(self.token_ids) - 1
         return count / self._token_seconds if count > 0 and self._token_seconds > 0 else None
 
+    @property
+    def row(self) -> Row | None:
+        """Its place in the pool of a `Batch`, while it has one."""
+        return self._steps if isinstance(self._steps, Row) else None
+
+    @property
+    def reading(self) -> bool:
+        """Whether a part of the prompt is still to be read."""
+        return self._read < len(self._prompt)
+
     def advance(self) -> str:
         """One step: a part of the prompt, or one token. Returns the text that became final, which may be none."""
         if self._steps is None:
             return ""
         began = time.perf_counter()
-        if self._read < len(self._prompt):
+        if self.reading:
             part = self._prompt[self._read : self._read + PREFILL_TOKENS]
             logits = self._steps.run(part)
             self._read += len(part)
-            if self._read < len(self._prompt):
+            if self.reading:
                 self._prompt_seconds += time.perf_counter() - began
                 return ""
         else:
             logits = self._steps.run(self.token_ids[-1:])
-        token = self._sampler.take(logits[-1].astype(np.float32))
+        return self.take(logits[-1], began)
+
+    def take(self, logits: np.ndarray, began: float) -> str:
+        """The next token, chosen by its logits (vocabulary,), which took since `began` (perf_counter)."""
+        token = self._sampler.take(logits.astype(np.float32))
         seconds = time.perf_counter() - began
         if self.first_token_seconds is None:
             self.first_token_seconds = self._prompt_seconds + seconds
@@ -242,7 +273,9 @@ class Generation:
 
     def close(self) -> None:
         """Give the cache back; the text stays."""
-        self._steps = None
+        steps, self._steps = self._steps, None
+        if steps is not None:
+            steps.close()
 
     def __iter__(self) -> Iterator[str]:
         """The text, piece by piece, until the end."""
@@ -253,3 +286,55 @@ class Generation:
                     yield piece
         finally:
             self.cancel()
+
+
+class Batch:
+    """Answers of one model that take their steps together, as far as the graph allows it: see pool.py. Each gets the
+    tokens that it would get alone.
+
+    Not thread safe.
+    """
+
+    def __init__(self, model: TextModel, session: Session, rows: int) -> None:
+        self._model = model
+        self._session = session
+        self._pool = RowPool(session, rows, model.context_length) if session.batches else None
+
+    def start(
+        self,
+        prompt_ids: Sequence[int],
+        *,
+        max_tokens: int,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
+        ignore_end: bool = False,
+    ) -> Generation:
+        """See `TextModel.start`. Raises IndexError if all rows are taken."""
+        pool = self._pool
+        room = self._session.start if pool is None else lambda _: pool.take()
+        return self._model._started(room, prompt_ids, max_tokens, sampling, stop, ignore_end)
+
+    def step(self, answers: Sequence[Generation]) -> list[str | Exception]:
+        """One step of each, see `Generation.advance`: those that read their prompt one after the other, those that
+        write in one run. What goes wrong is in the place of the text, and ends no other."""
+        found: dict[Generation, str | Exception] = {}
+        writing = [(answer, answer.row) for answer in answers if not answer.reading]
+        together = [(answer, row) for answer, row in writing if row is not None]
+        if self._pool is not None and len(together) > 1:
+            began = time.perf_counter()
+            tokens = [answer.token_ids[-1] for answer, _ in together]
+            try:
+                logits = self._pool.write([row for _, row in together], tokens)
+            except GradmapError:
+                pass  # each alone, below: only the one that cannot will say so
+            else:
+                for (answer, _), own in zip(together, logits, strict=True):
+                    found[answer] = _tried(lambda answer=answer, own=own: answer.take(own, began))
+        return [found[answer] if answer in found else _tried(answer.advance) for answer in answers]
+
+
+def _tried(action: Callable[[], str]) -> str | Exception:
+    try:
+        return action()
+    except Exception as error:
+        return error

@@ -29,6 +29,10 @@ class Steps(Protocol):
         """Append the tokens; the logits behind each of them, (tokens, vocabulary) in the graph's own type."""
         ...
 
+    def close(self) -> None:
+        """Give the cache back. Called once."""
+        ...
+
 
 class Session:
     """A graph, loaded. `provider`: the execution provider that it really runs on. `head_size`: of keys and values, for
@@ -39,8 +43,9 @@ class Session:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
-        # Between two requests an idle server must not keep the processors busy.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # Within a step threads wait for each other in a loop, which is a third faster; when it ends they sleep, so
+        # that an idle server does not keep the processors busy.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         options.log_severity_level = 3
         try:
             self._session = ort.InferenceSession(str(graph), sess_options=options, providers=_providers(provider))
@@ -76,6 +81,12 @@ class Session:
         """An empty cache. `capacity`: the most tokens that it must hold."""
         return _SharedBuffer(self, capacity) if self.shares_buffer else _Growing(self)
 
+    @property
+    def batches(self) -> bool:
+        """Whether texts of different length can take a step together (see pool.py)."""
+        open_ended = all(not isinstance(shape[0], int) for shape, _ in self.past.values())
+        return self.shares_buffer and self.device == "cpu" and "position_ids" not in self.plain and open_ended
+
     def binding(self) -> ort.IOBinding:
         return self._session.io_binding()
 
@@ -95,15 +106,24 @@ class Session:
         }
         return {name: every[name] for name in self.plain}
 
-    def empty(self, name: str, tokens: int) -> ort.OrtValue:
-        """A cache tensor of a batch of one and so many tokens, zeros."""
-        shape, kind = self.past[name]
-        # (batch, heads, tokens, head size); a graph may fix any but the tokens.
+    def cache_shape(self, name: str, rows: int, tokens: int) -> list[int]:
+        """Of a cache tensor: (rows, heads, tokens, head size)."""
+        shape, _ = self.past[name]
+        # A graph may fix any but the tokens.
         if len(shape) != 4 or not isinstance(shape[1], int):
             raise SourceError(f"The cache input {name} has an unknown shape: {shape}.")
-        own = (1, shape[1], tokens, self._head_size)
-        sizes = [given if isinstance(given, int) else size for given, size in zip(shape, own, strict=True)]
-        return ort.OrtValue.ortvalue_from_numpy(np.zeros(sizes, dtype=kind), self.device, 0)
+        own = (rows, shape[1], tokens, self._head_size)
+        return [given if isinstance(given, int) else size for given, size in zip(shape, own, strict=True)]
+
+    def empty(self, name: str, tokens: int) -> ort.OrtValue:
+        """A cache tensor of a batch of one and so many tokens, zeros."""
+        zeros = np.zeros(self.cache_shape(name, 1, tokens), dtype=self.past[name][1])
+        return ort.OrtValue.ortvalue_from_numpy(zeros, self.device, 0)
+
+    @staticmethod
+    def present_of(past: str) -> str:
+        """The output that belongs to a cache input."""
+        return _PRESENT + past.removeprefix(_PAST)
 
 
 class _Growing:
@@ -127,9 +147,12 @@ class _Growing:
         session.run(binding)
         logits, *presents = binding.get_outputs()
         values = dict(zip(session.presents, presents, strict=True))
-        self._cache = {name: values[_PRESENT + name.removeprefix(_PAST)] for name in self._cache}
+        self._cache = {name: values[session.present_of(name)] for name in self._cache}
         self._length += len(token_ids)
         return logits.numpy()[0]
+
+    def close(self) -> None:
+        self._cache = {}
 
 
 class _SharedBuffer:
@@ -144,7 +167,7 @@ class _SharedBuffer:
         self._buffers = {name: session.empty(name, capacity) for name in session.past}
         for name, buffer in self._buffers.items():
             self._binding.bind_ortvalue_input(name, buffer)
-            self._binding.bind_ortvalue_output(_PRESENT + name.removeprefix(_PAST), buffer)
+            self._binding.bind_ortvalue_output(session.present_of(name), buffer)
 
     def run(self, token_ids: Sequence[int]) -> np.ndarray:
         binding = self._binding
@@ -156,6 +179,9 @@ class _SharedBuffer:
         self._length += len(token_ids)
         logits = binding.get_outputs()[0]
         return logits.numpy()[0]
+
+    def close(self) -> None:
+        self._buffers = {}
 
 
 def _shares_buffer(session: ort.InferenceSession) -> bool:

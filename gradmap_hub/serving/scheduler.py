@@ -1,8 +1,8 @@
 """Slots and a bounded queue around one decode thread. No asyncio and no HTTP here.
 
-The one thread steps every active generation in turn, one token each, and every step is a batch of one: a stream gets
-the tokens that it would get alone, whatever else runs. Whoever asks for more than slots and queue hold is refused
-at once rather than kept waiting for an unknown time.
+The one thread takes rounds: in each, every active generation gets one token, or reads a part of its prompt. Those that
+write do so together where the graph allows it, and each gets the tokens that it would get alone, whatever else runs.
+Whoever asks for more than slots and queue hold is refused at once rather than kept waiting for an unknown time.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
     from gradmap_hub.runtime import Sampling
@@ -38,9 +38,19 @@ class Answer(Protocol):
     def finish_reason(self) -> Literal["stop", "length", "cancelled"] | None: ...
     @property
     def tokens_per_second(self) -> float | None: ...
-    def advance(self) -> str: ...
     def cancel(self) -> None: ...
     def close(self) -> None: ...
+
+
+class Batch(Protocol):
+    """A `gradmap_hub.runtime.generation.Batch`."""
+
+    def start(
+        self, prompt_ids: Sequence[int], *, max_tokens: int, sampling: Sampling = ..., stop: Sequence[str] = ()
+    ) -> Any: ...
+    def step(self, answers: Sequence[Any]) -> list[str | Exception]:
+        """The text that became final in one step of each `Answer`, or what went wrong with it."""
+        ...
 
 
 class Engine(Protocol):
@@ -58,9 +68,7 @@ class Engine(Protocol):
     def has_chat_template(self) -> bool: ...
     def encode(self, text: str) -> list[int]: ...
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]: ...
-    def start(
-        self, prompt_ids: Sequence[int], *, max_tokens: int, sampling: Sampling = ..., stop: Sequence[str] = ()
-    ) -> Answer: ...
+    def batch(self, rows: int) -> Batch: ...
 
 
 class Busy(Exception):
@@ -155,13 +163,13 @@ class Scheduler:
     """Runs the generations of one engine.
 
     Args:
-        engine: used by the decode thread only, as far as `start` and what it returns go.
-        slots: generations stepped in turns.
+        engine: what its `batch` returns is used by the decode thread only.
+        slots: generations stepped in every round.
         queue: jobs admitted beyond those.
     """
 
     def __init__(self, engine: Engine, *, slots: int, queue: int) -> None:
-        self._engine = engine
+        self._batch = engine.batch(slots)
         self._slots = slots
         self._capacity = slots + queue
         self._changed = threading.Condition()
@@ -253,8 +261,10 @@ class Scheduler:
 
     def _run(self) -> None:
         while self._next_round():
-            for job in tuple(self._active):
-                self._step(job)
+            stepped = [job for job in tuple(self._active) if self._is_started(job)]
+            pieces = self._step_all([job.answer for job in stepped])
+            for job, piece in zip(stepped, pieces, strict=True):
+                self._deliver(job, piece)
         for job in (*self._active, *self._queued):
             self._end(job, error=Stopped())
 
@@ -270,23 +280,41 @@ class Scheduler:
                 self._active.append(job)
             return not self._stopping
 
-    def _step(self, job: Job) -> None:
-        """One step of one generation. Whatever goes wrong ends this job and no other."""
+    def _is_started(self, job: Job) -> bool:
+        """Whether the job takes a step in this round; one that is new or cancelled does not."""
         if job.cancelled:
             self._end(job)
+            return False
+        if job.answer is not None:
+            return True
+        work = job.work
+        assert work is not None
+        try:
+            job.answer = self._batch.start(
+                work.prompt, max_tokens=work.max_tokens, sampling=work.sampling, stop=work.stop
+            )
+        except Exception as error:
+            self._end(job, error=error)
+            return False
+        job.started = True
+        self._wake(job)
+        return False
+
+    def _step_all(self, answers: Sequence[Answer | None]) -> Sequence[str | Exception]:
+        try:
+            return self._batch.step(answers) if answers else []
+        except Exception as error:  # a batch says what is wrong with whom; this is a fault of its own
+            log.exception("A round failed")
+            return [error] * len(answers)
+
+    def _deliver(self, job: Job, piece: str | Exception) -> None:
+        """What a step of a job gave. Whatever goes wrong ends this job and no other."""
+        answer = job.answer
+        assert answer is not None
+        if isinstance(piece, Exception):
+            self._end(job, error=piece)
             return
         try:
-            answer = job.answer
-            if answer is None:
-                work = job.work
-                assert work is not None
-                job.answer = self._engine.start(
-                    work.prompt, max_tokens=work.max_tokens, sampling=work.sampling, stop=work.stop
-                )
-                job.started = True
-                self._wake(job)
-                return
-            piece = answer.advance()
             job.prompt_tokens, job.completion_tokens = answer.prompt_tokens, answer.completion_tokens
             if job.first_token_seconds is None and job.completion_tokens:
                 job.first_token_seconds = time.monotonic() - job.admitted_at

@@ -69,7 +69,7 @@ def test_the_embedding_is_stored_once_and_never_in_float(shop: Shop, tmp_path: P
     assert len(vocabulary) == (1 if tied else 2)
     assert all(weight.dtype == np.uint8 for weight in vocabulary)
     floats = [weight for weight in graph.weights.values() if weight.dtype == np.float32 and weight.shape[0] == 300]
-    assert floats and all(weight.shape == (300, 2) for weight in floats)  # the scales
+    assert floats and all(weight.shape == (300, 1) for weight in floats)  # the scales of blocks of 64
 
 
 def test_plain_onnxruntime_gives_the_same_with_and_without_past(shop: Shop, tmp_path: Path) -> None:

@@ -43,21 +43,21 @@ class Paced:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
-    def start(self, *arguments: Any, **options: Any) -> Any:
-        return _PacedGeneration(self._model.start(*arguments, **options), self._seconds)
+    def batch(self, rows: int) -> Any:
+        return _PacedBatch(self._model.batch(rows), self._seconds)
 
 
-class _PacedGeneration:
-    def __init__(self, generation: Any, seconds: float) -> None:
-        self._generation = generation
+class _PacedBatch:
+    def __init__(self, batch: Any, seconds: float) -> None:
+        self._batch = batch
         self._seconds = seconds
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._generation, name)
+        return getattr(self._batch, name)
 
-    def advance(self) -> str:
-        time.sleep(self._seconds)
-        return self._generation.advance()
+    def step(self, answers: Sequence[Any]) -> list[Any]:
+        time.sleep(self._seconds * len(answers))
+        return self._batch.step(answers)
 
 
 @contextmanager

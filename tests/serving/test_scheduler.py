@@ -35,6 +35,18 @@ class Counting:
         self.open += 1
         return _Count(self, prompt_ids, max_tokens)
 
+    def batch(self, rows: int) -> Counting:
+        return self
+
+    def step(self, answers: Sequence[Any]) -> list[str | Exception]:
+        found: list[str | Exception] = []
+        for answer in answers:
+            try:
+                found.append(answer.advance())
+            except RuntimeError as error:
+                found.append(error)
+        return found
+
 
 class _Count:
     def __init__(self, engine: Counting, prompt: Sequence[int], most: int) -> None:

@@ -1,0 +1,106 @@
+"""The KV cache of several texts side by side, so that each writes its next token in one step of the graph.
+
+For graphs with GroupQueryAttention on a CPU, which write keys and values into the buffers they read. Every layer has
+one buffer (rows, heads, capacity, head size); a text is a row of it. The texts in use are always the first rows: one
+step covers them all, whatever their lengths. It reads every weight once instead of once per text, and gives each text
+the logits that it would get alone.
+
+The operating system commits memory only for what has been written: a row costs what its text has filled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
+
+    from gradmap_hub.runtime.session import Session
+
+
+class RowPool:
+    """Room for `rows` texts of at most `capacity` tokens each. Not thread safe."""
+
+    def __init__(self, session: Session, rows: int, capacity: int) -> None:
+        self._session = session
+        self._most = rows
+        self._capacity = capacity
+        self._rows: list[Row] = []
+        self._buffers: dict[str, np.ndarray] = {}
+
+    def take(self) -> Row:
+        """A row for a new text; its `close` gives it back. Raises IndexError if all are taken."""
+        if len(self._rows) >= self._most:
+            raise IndexError(f"all {self._most} rows are taken")
+        if not self._rows:
+            session = self._session
+            self._buffers = {
+                name: np.zeros(session.cache_shape(name, self._most, self._capacity), session.past[name][1])
+                for name in session.past
+            }
+        self._rows.append(Row(self, len(self._rows)))
+        return self._rows[-1]
+
+    def write(self, wanted: Sequence[Row], token_ids: Sequence[int]) -> np.ndarray:
+        """One token behind each of these texts; the logits behind it, (texts, vocabulary) in the graph's own type.
+
+        The step covers the other rows too: there it leaves keys and values behind their end, where the next step of
+        theirs writes its own."""
+        step = dict(zip((row.index for row in wanted), token_ids, strict=True))
+        ends = [min(row.length + 1, self._capacity) for row in self._rows]
+        ids = np.array([[step.get(index, 0)] for index in range(len(self._rows))], dtype=np.int64)
+        mask = (np.arange(max(ends)) < np.array(ends)[:, None]).astype(np.int64)
+        logits = self._run(0, len(self._rows), ids, mask)
+        for row in wanted:
+            row.length += 1
+        return logits[[row.index for row in wanted], -1]
+
+    def read(self, row: Row, token_ids: Sequence[int]) -> np.ndarray:
+        """Tokens behind one text; the logits behind each, (tokens, vocabulary)."""
+        ids = np.array([token_ids], dtype=np.int64)
+        mask = np.ones((1, row.length + len(token_ids)), dtype=np.int64)
+        logits = self._run(row.index, 1, ids, mask)
+        row.length += len(token_ids)
+        return logits[0]
+
+    def give_back(self, row: Row) -> None:
+        """The last row moves into the place of one that ends, so that no step covers what is free."""
+        last = self._rows.pop()
+        if last is not row:
+            for buffer in self._buffers.values():
+                buffer[row.index, :, : last.length] = buffer[last.index, :, : last.length]
+            last.index = row.index
+            self._rows[last.index] = last
+        if not self._rows:
+            self._buffers = {}  # an idle server holds no cache
+
+    def _run(self, first: int, count: int, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        session = self._session
+        binding: ort.IOBinding = session.binding()
+        binding.bind_cpu_input("input_ids", ids)
+        binding.bind_cpu_input("attention_mask", mask)
+        binding.bind_output("logits", "cpu")
+        for name, buffer in self._buffers.items():
+            rows = buffer[first : first + count]
+            binding.bind_input(name, "cpu", 0, rows.dtype, rows.shape, rows.ctypes.data)
+            binding.bind_output(session.present_of(name), "cpu", 0, rows.dtype, rows.shape, rows.ctypes.data)
+        session.run(binding)
+        return binding.get_outputs()[0].numpy()
+
+
+class Row:
+    """The cache of one text of a pool: `Steps` of a text alone."""
+
+    def __init__(self, pool: RowPool, index: int) -> None:
+        self._pool = pool
+        self.index = index
+        self.length = 0
+
+    def run(self, token_ids: Sequence[int]) -> np.ndarray:
+        return self._pool.read(self, token_ids)
+
+    def close(self) -> None:
+        self._pool.give_back(self)
