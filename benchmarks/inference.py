@@ -303,7 +303,7 @@ def main() -> None:
     models = []
     for label, folder in folders:
         found = runnables(folder, options.threads)
-        if options.gguf is not None and llamacpp.available():
+        if label == "pruned" and options.gguf is not None and llamacpp.available():
             found += llama_runnables(folder, options.gguf, options.output / f"gguf-{label}", options.threads)
         models.append((label, found))
     entries = measure(models, rows, options.rounds, lambda said: console.print(said, highlight=False))

@@ -2,7 +2,8 @@
 
 - `onnx`: Optimum's graph, float32 (onnx/model.onnx), as transformers.js and Optimum load it.
 - `genai`: GenAI's graph, float32 (onnx/model_genai.onnx).
-- `int8`, `int4`: weight-only, of GenAI's graph where its builder knows the model, else of Optimum's.
+- `fp16`, for GPUs, and `int8`, `int4`, weight-only: of GenAI's graph where its builder knows the model, else of
+  Optimum's.
 
 The float32 graphs and the PyTorch numbers are made once and shared by all formats through the folder `work`.
 """
@@ -30,15 +31,16 @@ from gradmap_hub.exporters import gate, genai, onnx
 from gradmap_hub.exporters.gate import LIMITS, GateResult
 from gradmap_hub.exporters.graph import Graph, files_of
 from gradmap_hub.exporters.processes import WorkerFailed, call
-from gradmap_hub.exporters.recipes import GPTQ, LADDERS, Recipe
+from gradmap_hub.exporters.recipes import GPTQ, LADDERS, LEAST_BLOCK, Recipe
 from gradmap_hub.progress import Reporter, SilentReporter
 
-FORMATS = ("onnx", "int8", "int4", "genai")
+FORMATS = ("onnx", "int8", "int4", "genai", "fp16")
 FILE_NAMES = {
     "onnx": onnx.MODEL,
     "int8": "model_int8.onnx",
     "int4": "model_int4.onnx",
     "genai": "model_genai.onnx",
+    "fp16": "model_fp16.onnx",
 }
 # The graph that genai_config.json names, if it is there: int4 only where nothing else is.
 _PREFERRED = ("int8", "genai", "int4")
@@ -99,8 +101,8 @@ def supported(name: str, config: Mapping[str, Any]) -> str | None:
         return genai.unsupported(config)
     if _base_of(name, config) == "optimum" and onnx.unsupported(config) is not None:
         return onnx.unsupported(config)
-    if name in LADDERS and (dimension(config, "hidden_size") or 0) % LADDERS[name][0].block:
-        return f"its width is not a multiple of {LADDERS[name][0].block}"
+    if name in LADDERS and (dimension(config, "hidden_size") or 0) % LEAST_BLOCK:
+        return f"its width is not a multiple of {LEAST_BLOCK}"
     return None
 
 
@@ -222,9 +224,11 @@ class _Shared:
 
 
 def _export_float(name: str, shared: _Shared, partial: Path, destination: Path, keep_failing: bool) -> Exported:
-    """Either float32 graph, as it was built."""
+    """Either float32 graph, as it was built, or one of them in float16."""
     path = partial / FILE_NAMES[name]
-    if name == "onnx":
+    if name == "fp16":
+        _called("half", {"base": str(shared.base()), "destination": str(path)})
+    elif name == "onnx":
         for file in onnx.file_names(shared.optimum().parent):
             _link(file, partial / file.name)
     else:
@@ -233,8 +237,9 @@ def _export_float(name: str, shared: _Shared, partial: Path, destination: Path, 
     size = sum(file.stat().st_size for file in files_of(path))
     kept = _install(path, destination) if result.passed or keep_failing else []
     note = "" if result.passed else _failure(name, result, bool(kept))
-    base = "optimum" if name == "onnx" else "genai"
-    return Exported(name, kept, size if kept else 0, base, {"precision": "float32"}, result, note=note)
+    base = "optimum" if name == "onnx" else shared.kind
+    precision = "float16" if name == "fp16" else "float32"
+    return Exported(name, kept, size if kept else 0, base, {"precision": precision}, result, note=note)
 
 
 def _export_quantised(

@@ -36,6 +36,7 @@ FLOAT32 = Limits(perplexity=1.001, logits=1e-3, greedy=True)
 LIMITS: dict[str, Limits] = {
     "onnx": FLOAT32,
     "genai": FLOAT32,
+    "fp16": Limits(perplexity=1.005),
     "int8": Limits(perplexity=1.02),
     "int4": Limits(perplexity=1.10),
 }

@@ -32,13 +32,19 @@ class Graph:
     @classmethod
     def load(cls, path: Path) -> Graph:
         import onnx
+
+        return cls.of(onnx.load(path, load_external_data=False), path.parent)
+
+    @classmethod
+    def of(cls, model: ModelProto, folder: Path) -> Graph:
+        """Of a model in memory, whose initialisers are taken out of it. `folder`: where external data lie."""
+        import onnx
         from onnx import numpy_helper
 
-        model = onnx.load(path, load_external_data=False)
         weights: dict[str, Weight] = {}
         for tensor in model.graph.initializer:
             external = tensor.data_location == onnx.TensorProto.EXTERNAL
-            weights[tensor.name] = _mapped(tensor, path.parent) if external else numpy_helper.to_array(tensor)
+            weights[tensor.name] = _mapped(tensor, folder) if external else numpy_helper.to_array(tensor)
         del model.graph.initializer[:]
         return cls(model, weights)
 

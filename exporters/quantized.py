@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from gradmap_hub.exporters.blockwise import Blocks, block_sums, gptq, nearest, regridded, search
 from gradmap_hub.exporters.graph import Graph
-from gradmap_hub.exporters.recipes import GATES_ONLY, GPTQ, MIXED, NEAREST, NONE, REGRID, SEARCH, Recipe
+from gradmap_hub.exporters.recipes import GATES_ONLY, GPTQ, LEAST_BLOCK, MIXED, NEAREST, NONE, REGRID, SEARCH, Recipe
 
 if TYPE_CHECKING:
     from onnx import NodeProto
@@ -33,8 +33,6 @@ _GATE_ROLES = ("gate", "up", "gate_up")
 _LARGEST_REST = 0.5
 # Below this a matrix is not worth a node of its own.
 _LEAST_WEIGHTS = 1024
-# What ONNX Runtime's operators take.
-_LEAST_BLOCK = 16
 
 
 @dataclass(frozen=True)
@@ -144,9 +142,9 @@ def quantise(base: Path, destination: Path, recipe: Recipe, hessians: Path | Non
 def _block_of(inputs: int, recipe: Recipe) -> int:
     """The recipe's block, or the largest half, quarter, ... that divides `inputs`; 0 if none of 16 or more does."""
     block = recipe.block
-    while block >= _LEAST_BLOCK and inputs % block:
+    while block >= LEAST_BLOCK and inputs % block:
         block //= 2
-    return block if block >= _LEAST_BLOCK else 0
+    return block if block >= LEAST_BLOCK else 0
 
 
 def find_linears(graph: Graph) -> list[Linear]:

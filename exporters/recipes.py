@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+# The smallest that ONNX Runtime's operators take.
+LEAST_BLOCK = 16
 # Which matrices of an int4 graph are kept in 8 bits, beside the head and the embedding.
 NONE, MIXED, GATES_ONLY = "none", "mixed", "gates_only"
 NEAREST, SEARCH, GPTQ, REGRID = "nearest", "search", "gptq", "regrid"

@@ -36,7 +36,7 @@ DTYPES: tuple[str, ...] = ("auto", "float32", "bfloat16", "float16")
 DEVICES: tuple[str, ...] = ("auto", "cpu", "cuda")
 COMPUTES: tuple[str, ...] = ("auto", "float32", "bfloat16")
 # What is exported beside Optimum's float32 graph.
-QUANTIZED: tuple[str, ...] = ("int8", "int4", "genai")
+QUANTIZED: tuple[str, ...] = ("int8", "int4", "genai", "fp16")
 PRESETS: tuple[str, ...] = ("default", "paper")
 
 # WikiText as the Hub serves it: the default when no text is given.

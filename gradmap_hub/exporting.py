@@ -24,6 +24,7 @@ _TITLES = {
     "int8": "Exporting to ONNX with 8-bit weights, comparing with PyTorch",
     "int4": "Exporting to ONNX with 4-bit weights, comparing with PyTorch",
     "genai": "Exporting GenAI's ONNX graph, comparing with PyTorch",
+    "fp16": "Exporting to ONNX in float16, comparing with PyTorch",
 }
 
 

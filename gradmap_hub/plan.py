@@ -242,7 +242,7 @@ class Targets:
 
 
 # At most so much of the float32 weights, in bytes (docs/onnx.md).
-_QUANTIZED_SHARE = {"int8": 0.4, "int4": 0.4, "genai": 1.05}
+_QUANTIZED_SHARE = {"int8": 0.4, "int4": 0.4, "genai": 1.05, "fp16": 0.55}
 
 
 @dataclass(frozen=True)

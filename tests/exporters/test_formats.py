@@ -43,7 +43,7 @@ def node_types(path: Path) -> list[str]:
 def test_each_format_passes_and_is_a_whole_file(shop: Shop, tmp_path: Path, tied: bool) -> None:
     made = shop(tied=tied)
     onnx = tmp_path / "model" / "onnx"
-    results = {name: exported(made, name, onnx) for name in ("genai", "int8", "int4")}
+    results = {name: exported(made, name, onnx) for name in ("genai", "fp16", "int8", "int4")}
     for name, result in results.items():
         assert result.check.passed and not result.note, result.check
         assert result.files == [FILE_NAMES[name]] and result.base == "genai"
@@ -57,6 +57,7 @@ def test_each_format_passes_and_is_a_whole_file(shop: Shop, tmp_path: Path, tied
     assert json.loads((onnx / "genai_config.json").read_text())["model"]["decoder"]["filename"] == "model_int8.onnx"
     assert not (tmp_path / "model" / "onnx.partial").exists()
     float32 = results["genai"].bytes
+    assert results["fp16"].bytes < 0.55 * float32
     assert results["int8"].bytes < 0.45 * float32 and results["int4"].bytes < results["int8"].bytes
 
 
@@ -240,7 +241,7 @@ def test_what_is_missing_or_unknown_is_said_first(monkeypatch: pytest.MonkeyPatc
         formats.require(name, config)
     with pytest.raises(UsageError, match="formats: onnx, int8, int4, genai"):
         formats.require("gguf", config)
-    with pytest.raises(UsageError, match="multiple of 32"):
+    with pytest.raises(UsageError, match="multiple of 16"):
         formats.require("int4", {**config, "hidden_size": 72})
     from importlib import util
 

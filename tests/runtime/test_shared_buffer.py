@@ -12,6 +12,8 @@ from gradmap_hub import runtime
 from gradmap_hub.errors import GradmapError
 from gradmap_hub.exporters import genai
 from gradmap_hub.exporters.graph import Graph
+from gradmap_hub.exporters.quantized import quantise
+from gradmap_hub.exporters.recipes import INT4, INT8
 from gradmap_hub.runtime import TextModel, generation
 from gradmap_hub.runtime.pool import RowPool
 
@@ -23,6 +25,8 @@ def folder(published: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("shared")
     folder = Path(shutil.copytree(published, root / "tiny"))
     Graph.load(genai.build(folder, root / "built")).save(folder / "onnx" / "model_genai.onnx")
+    for name, recipe in {"int8": INT8[0], "int4": INT4[0]}.items():
+        quantise(folder / "onnx" / "model_genai.onnx", folder / "onnx" / f"model_{name}.onnx", recipe, None)
     return folder
 
 
@@ -81,12 +85,12 @@ def together(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return counts
 
 
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("artifact", "threads"), [("genai", 1), ("int8", 2), ("int4", 1)])
 def test_a_batch_gives_each_the_tokens_that_it_gets_alone(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, threads: int
+    folder: Path, monkeypatch: pytest.MonkeyPatch, artifact: str, threads: int
 ) -> None:
     """Answers come and go while others are being written, prompts are read in parts in between."""
-    shared = runtime.load(folder, artifact="genai", threads=threads)
+    shared = runtime.load(folder, artifact=artifact, threads=threads)
     monkeypatch.setattr(generation, "PREFILL_TOKENS", 5)
     asked = [(PROMPTS[number % 3] + " again" * (number % 4), 3 + 7 * number % 40) for number in range(14)]
     wanted = [tokens(shared, *one) for one in asked]
