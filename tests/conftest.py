@@ -430,7 +430,7 @@ def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pyte
                 found.setdefault(table, {}).setdefault(row, {})[column] = outcome
     # Not from what was deselected: with xdist only the workers know that.
     options = config.option
-    partial = bool(options.keyword or options.markexpr or options.deselect or options.lf) or any(
+    partial = bool(options.keyword or options.markexpr or options.deselect or getattr(options, "lf", False)) or any(
         "::" in argument for argument in config.args
     )
     file = os.environ.get("RELIABILITY")
