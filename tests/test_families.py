@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from gradmap_hub.architectures import ARCHITECTURES, SUPPORTED, architecture_of, correction_skipped, sliced_config
 from gradmap_hub.calibration import CalibrationRows
+from gradmap_hub.card import CACHE_FROM_GRAPH
 from gradmap_hub.compensation import (
     ATTENTION,
     MLP,
@@ -36,7 +37,7 @@ from gradmap_hub.compensation import (
 )
 from gradmap_hub.config import PruneConfig
 from gradmap_hub.decoder import Decoder
-from gradmap_hub.errors import UnsupportedArchitecture, UsageError
+from gradmap_hub.errors import UnsupportedArchitecture, UsageError, VerificationError
 from gradmap_hub.exporters import checkpoint, formats, onnx
 from gradmap_hub.heal import heal
 from gradmap_hub.plan import check_family, find_source
@@ -516,6 +517,10 @@ def test_experts_that_no_token_reaches_can_be_trained_with_the_others(random_row
         ("gemma3n_text", "share keys and values"),
         ("mllama", "attend to an image"),
         ("llama4_text", "pattern"),
+        ("afmoe", "not known to be safe"),
+        ("flex_olmo", "not known to be safe"),
+        ("gemma4_text", "not known to be safe"),
+        ("glm4_moe", "not known to be safe"),
     ],
 )
 def test_hybrids_are_refused_by_name(kind: str, reason: str) -> None:
@@ -548,6 +553,22 @@ def test_lists_of_another_meaning_are_not_sliced() -> None:
     found = sliced_config(model.config, [0, 2, 4])
     assert found.eos_token_id == [2, 3, 4, 5, 6] and found.suppress_tokens == [7, 8, 9, 10, 11]
     assert found.mlp_only_layers == [0, 1, 2, 3, 4]
+
+
+def test_torch_attends_without_the_cap_of_gemma_2(random_rows: Callable[..., Tensor]) -> None:
+    """docs/architectures.md tells of it; once transformers applies the cap by default, that goes."""
+    model = build("gemma2")
+    ids = random_rows(1, TOKENS)
+    logits = {}
+    for implementation in ("sdpa", "eager"):
+        for cap in (0.5, 5.0):
+            for layer in model.model.layers:
+                layer.self_attn.attn_logit_softcapping = cap
+            model.set_attn_implementation(implementation)
+            logits[implementation, cap] = logits_of(model, ids)
+    assert build("gemma2").config._attn_implementation == "sdpa"
+    assert torch.equal(logits["sdpa", 0.5], logits["sdpa", 5.0])
+    assert (logits["eager", 0.5] - logits["eager", 5.0]).abs().max() > 0.01
 
 
 def test_types_of_layers_are_written_out_when_transformers_derives_them(tmp_path: Path) -> None:
@@ -663,7 +684,7 @@ def test_a_type_that_optimum_does_not_export_is_refused(tell: Callable[[str, str
     tell("ONNX", f"no: {reason}")
 
 
-def exported(name: str, folder: Path, tokenizer: Any) -> None:
+def exported(name: str, folder: Path, tokenizer: Any) -> Any:
     model = build(name)
     remove_layers(model, ARCHITECTURES[model_type(name)], CASES[name].removed)
     (folder / "pruned").mkdir()
@@ -672,11 +693,24 @@ def exported(name: str, folder: Path, tokenizer: Any) -> None:
     onnx.export_onnx(folder / "pruned", folder / "onnx")
     parity = onnx.check_parity(folder / "pruned", folder / "onnx")
     assert parity.greedy_tokens_equal
+    graph = onnx.open_graph(folder / "onnx")
+    ids = probe_ids(model.config)
+    assert ids.shape[1] > 2 * WINDOW
+    with torch.no_grad():
+        whole = graph(ids, attention_mask=torch.ones_like(ids)).logits
+        assert float((whole - logits_of(model, ids)).abs().max()) <= 1e-4
+        assert onnx._with_past(graph, model, ids) <= 1e-4
+    return model
 
 
 @pytest.mark.parametrize("case", ["gpt2"])
 def test_onnx(case: str, tokenizer: Any, tmp_path: Path) -> None:
-    exported(case, tmp_path, tokenizer)
+    model = exported(case, tmp_path, tokenizer)
+    with torch.no_grad():
+        model.get_submodule(ARCHITECTURES[model_type(case)].final_norm).weight[0] += 0.5
+    checkpoint.save_checkpoint(model, tmp_path / "pruned", torch.float32)
+    with pytest.raises(VerificationError, match="differs from PyTorch: logits by"):
+        onnx.check_parity(tmp_path / "pruned", tmp_path / "onnx")
 
 
 @pytest.mark.slow
@@ -684,3 +718,27 @@ def test_onnx(case: str, tokenizer: Any, tmp_path: Path) -> None:
 def test_onnx_of_every_type(name: str, tokenizer: Any, tmp_path: Path, tell: Callable[[str, str], None]) -> None:
     exported(name, tmp_path, tokenizer)
     tell("ONNX", "yes")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["llama", "gemma2", "phi3 (grouped heads)"])
+def test_the_lines_of_the_card_load_the_graph(
+    case: str, tokenizer: Any, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gradmap_hub.pipeline import export_folder, prune
+
+    out = tmp_path / "out"
+    config = PruneConfig(layers=2, samples=8, seq_len=32, eval_rows=4, calibration=(str(text_file),))
+    folder = folder_of(case, tmp_path / "model", tokenizer)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings["model_input_names"] = ["input_ids", "attention_mask"]  # generate refuses others
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    prune(str(folder), out, config)
+    export_folder(out, ["onnx"])
+    blocks = re.findall(r"(?s)```python\n(.*?)```", (out / "README.md").read_text())
+    (code,) = (block for block in blocks if "ORTModelForCausalLM" in block)
+    assert ("num_key_value_heads" in code) == (model_type(case) in CACHE_FROM_GRAPH)
+    monkeypatch.chdir(tmp_path)
+    found: dict[str, Any] = {}
+    exec(code.replace("path/to/", ""), found)
+    assert found["output"].shape[1] > found["inputs"]["input_ids"].shape[1]
