@@ -44,6 +44,7 @@ from gradmap_hub.plan import check_family, find_source
 from gradmap_hub.progress import SilentReporter
 from gradmap_hub.pruning import parameter_count, remove_layers
 from gradmap_hub.residual import Tap, writer_of
+from gradmap_hub.ridge import Correction
 from gradmap_hub.scoring import score_layers
 from gradmap_hub.streaming import key_report, open_streamed, pruned_logits, write_pruned
 from gradmap_hub.verification import logits_of, probe_ids, verify
@@ -109,7 +110,7 @@ CASES: dict[str, Case] = {
     "bloom": Case({"hidden_size": 64, "n_layer": LAYERS, "n_head": 4}, depth="n_layer"),
     "cohere": like_llama(logit_scale=0.25),
     "cohere2": mixed(logit_scale=0.25),
-    "deepseek_v3": like_llama({"first_k_dense_replace": 1, "num_nextn_predict_layers": 0}, **DEEPSEEK),
+    "deepseek_v3": like_llama({"first_k_dense_replace": 1, "num_nextn_predict_layers": 0}, (0, 3), **DEEPSEEK),
     "exaone4": mixed(),
     "falcon": Case(FALCON),
     "falcon (new decoder)": Case({**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2}),
@@ -156,8 +157,8 @@ CASES: dict[str, Case] = {
     "phi3 (grouped heads)": like_llama(sliding_window=WINDOW),
     "qwen2": like_llama(MIXED_LEFT, use_sliding_window=True, max_window_layers=0, **MIXED),
     "qwen2_moe": like_llama(
-        {"decoder_sparse_step": 1, "mlp_only_layers": [1, 2], "max_window_layers": 2},
-        (0, 3),
+        {"decoder_sparse_step": 1, "mlp_only_layers": [2], "max_window_layers": 1},
+        (0, 2),
         decoder_sparse_step=2,
         shared_expert_intermediate_size=48,
         max_window_layers=3,
@@ -167,7 +168,7 @@ CASES: dict[str, Case] = {
     "qwen3": like_llama(
         MIXED_LEFT, use_sliding_window=True, max_window_layers=2, sliding_window=WINDOW, head_dim=16
     ),
-    "qwen3_moe": like_llama({"mlp_only_layers": [1]}, (0, 3), mlp_only_layers=[2, 3], head_dim=16, **QWEN_EXPERTS),
+    "qwen3_moe": like_llama({"mlp_only_layers": [1]}, (0, 2), mlp_only_layers=[0, 3], head_dim=16, **QWEN_EXPERTS),
     "seed_oss": like_llama(head_dim=16),
     "smollm3": like_llama(
         {**MIXED_LEFT, "no_rope_layers": [1, 1, 0]}, no_rope_layers=[1, 0, 1, 1, 0], use_sliding_window=True, **MIXED
@@ -332,7 +333,7 @@ def test_a_pruned_checkpoint_is_a_stock_model(
 
 
 def gap_of(case: Case) -> Site:
-    """The MLP before the first gap that has a layer before it."""
+    """The MLP before the first gap that has a layer before it. (It has experts, if any layer of the case has.)"""
     last = next(layer for layer in case.removed if layer > 0)
     return Site(last - 1, MLP, last)
 
@@ -353,6 +354,7 @@ def test_what_is_folded_is_what_was_fitted(name: str, part: str, random_rows: Ca
     kind = site_kind(decoder, site, "weight")
     correction, values = solved(decoder, site, gram, kind, 0.001)
     writer = writer_of(decoder.layers[site.layer], decoder.architecture, part)
+    assert part == ATTENTION or writer.experts == (decoder.architecture.experts is not None)
     with torch.no_grad():
         with Tap(writer.tapped) as plain, Tap(writer.added) as added:
             after = decoder.step(hidden[0], site.layer)
@@ -373,6 +375,28 @@ def test_what_is_folded_is_what_was_fitted(name: str, part: str, random_rows: Ca
         shown = (corrected - after).double().view(-1) - case.scale * extra.view(-1)
         assert shown.abs().max() <= 1e-4 * extra.abs().max() + 1e-5
     assert (targets[0] - corrected).norm() < (targets[0] - after).norm()
+
+
+@pytest.mark.parametrize("case", ["llama", "granite", "granitemoe"])
+def test_the_equation_finds_the_change_that_made_a_drift(case: str, random_rows: Callable[..., Tensor]) -> None:
+    """With all that stands between the weight and the stream in it, such as a residual multiplier."""
+    decoder = decoder_of(build(case), case)
+    ids = random_rows(4, TOKENS)
+    writer = writer_of(decoder.layers[1], decoder.architecture, MLP)
+    change = 0.1 * torch.randn(writer.weight.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    made = (
+        Correction("projection", 0, 0, projection=writer.weight.double() + change)
+        if writer.experts
+        else Correction("weight", 0, 0, delta=change)
+    )
+    hidden = decoder.run(decoder.embed(ids), [0])
+    with torch.no_grad():
+        with Tap(writer.tapped) as tap:
+            before = decoder.step(hidden, 1)
+        with decoder.replaced(1, writer.folded(made)):
+            drift = decoder.step(hidden, 1) - before
+    z, e = writer.equation(tap, drift.double().view(-1, drift.shape[-1]))
+    assert torch.allclose(torch.linalg.lstsq(z, e).solution.T, change, atol=1e-3)
 
 
 @pytest.mark.parametrize("case", ["gemma2", "olmo2", "glm4"])
