@@ -39,6 +39,8 @@ LAYERS_PLOT = "assets/layers.png"
 SHIFT_PLOT = "assets/shift.png"
 CALIBRATION_KIND = "calibration (held out)"
 HUB = "https://huggingface.co"
+# Of these types Optimum's ORTModelForCausalLM makes an empty cache of another shape than the graph wants.
+CACHE_FROM_GRAPH = frozenset({"gemma2", "phi3"})
 
 
 def write_card(record: RunRecord, folder: Path) -> list[Path]:
@@ -146,6 +148,7 @@ def _context(record: RunRecord) -> dict[str, Any]:
         "treatment": _treatment(record),
         "graphs": graphs,
         "main_graph": _main_graph(graphs),
+        "cache_from_graph": record.base.model_type in CACHE_FROM_GRAPH,
         "onnx_files": _onnx_files(record),
         "quality_known": any(entry.quality for entry in record.artifacts),
         "calibration_kind": CALIBRATION_KIND,

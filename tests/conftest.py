@@ -420,25 +420,32 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:
     """Prints what `record_property("reliability", (table, row, column, outcome))` told with -v; with RELIABILITY=FILE
-    writes it there, between the two marks of its table."""
+    writes it there, between the two marks of its table, if all tests passed. A run of some of the tests of a file
+    leaves the cells alone that it did not measure; only a run of all of them knows which rows are no more."""
     found: dict[str, dict[str, dict[str, str]]] = {}
     for report in terminalreporter.stats.get("passed", []):
         for name, value in report.user_properties:
             if name == "reliability":
                 table, row, column, outcome = value
                 found.setdefault(table, {}).setdefault(row, {})[column] = outcome
+    # Not from what was deselected: with xdist only the workers know that.
+    options = config.option
+    partial = bool(options.keyword or options.markexpr or options.deselect or getattr(options, "lf", False)) or any(
+        "::" in argument for argument in config.args
+    )
     file = os.environ.get("RELIABILITY")
     text = Path(file).read_text(encoding="utf-8") if file else ""
     for table, rows in found.items():
-        lines = markdown_table(rows)
         if config.get_verbosity() > 0:
             terminalreporter.write_line("")
             terminalreporter.write_line(table)
-            for line in lines:
+            for line in markdown_table(rows):
                 terminalreporter.write_line(line)
         before, start, after = text.partition(f"<!-- {table} -->\n")
         if start:
-            text = before + start + "\n".join(["", *lines, ""]) + "\n" + after[after.index("<!-- end -->") :]
+            old, end, rest = after.partition("<!-- end -->")
+            kept = merged(table_cells(old), rows) if partial else rows
+            text = before + start + "\n".join(["", *markdown_table(kept), ""]) + "\n" + end + rest
     if file and exitstatus == 0:
         Path(file).write_text(text, encoding="utf-8")
 
@@ -449,3 +456,18 @@ def markdown_table(rows: dict[str, dict[str, str]]) -> list[str]:
     lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     lines += [f"| {row} | {' | '.join(cells.get(column, '-') for column in columns)} |" for row, cells in rows.items()]
     return lines
+
+
+def table_cells(text: str) -> dict[str, dict[str, str]]:
+    """What `markdown_table` made the lines of."""
+    lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    columns = lines[0] if lines else []
+    return {
+        row: {column: cell for column, cell in zip(columns, cells, strict=True) if cell != "-"}
+        for row, *cells in lines[1:]
+    }
+
+
+def merged(old: dict[str, dict[str, str]], new: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
+    """The cells of both, the new ones before the old, in the order of the old."""
+    return {row: {**old.get(row, {}), **new.get(row, {})} for row in {**old, **new}}

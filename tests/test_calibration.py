@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -43,6 +44,18 @@ def test_fit_selection_and_held_out_never_overlap(count: int, texts: list[Text],
     # every row really is a row of its text, in its own place
     cut = {row for text in texts[:count] for row in rows_of(tokenize(text, tokenizer, SEQ_LEN).ids)}
     assert cut.issuperset(everything)
+
+
+def test_rows_begin_as_the_tokenizer_begins_a_text(texts: list[Text], tokenizer: Any) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    ids = tokenizer(texts[0].content)["input_ids"]
+    begun = copy.deepcopy(tokenizer)
+    begun.backend_tokenizer.post_processor = TemplateProcessing("<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    rows = tokenize(texts[0], begun, SEQ_LEN).ids
+    assert rows.shape[1] == SEQ_LEN and (rows[:, 0] == 1).all()
+    assert len(rows) == len(ids) // (SEQ_LEN - 1) and not (rows == 2).any()
+    assert rows[:, 1:].flatten().tolist() == ids[: rows[:, 1:].numel()]
 
 
 def test_all_rows_of_a_text_that_just_suffices(texts: list[Text], tokenizer: Any) -> None:

@@ -73,7 +73,7 @@ class Cli:
             "HF_HOME": str(self.home / "hf"),
             "HOME": str(self.home),
             "NO_PROXY": "127.0.0.1",
-            "PYTHONPATH": str(self.patches),
+            "PYTHONPATH": os.pathsep.join([str(self.patches), *filter(None, [os.environ.get("PYTHONPATH")])]),
             "OMP_NUM_THREADS": "1",
             "COLUMNS": "100",
         }

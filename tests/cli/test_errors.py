@@ -146,6 +146,8 @@ def test_architectures(world: Any, fails: Any, variant: Any, config: dict[str, A
     repo_id = f"acme/arch-{config.get('model_type', 'code')}"
     world.hub.seed(repo_id, folder)
     fails(1, *push(world, "--layers", "1", model=repo_id), words=words)
+    asked = [entry.path for entry in world.hub.requests if repo_id in entry.path]
+    assert any("config.json" in path for path in asked) and not any("safetensors" in path for path in asked)
     fails(1, "prune", folder, "out", "--layers", "1", *world.cli.quick, words=words)
 
 
