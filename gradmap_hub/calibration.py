@@ -127,7 +127,7 @@ def _start(tokenizer: Any) -> list[int]:
     """The special tokens before a text; most tokenizers have none, or one."""
     word = tokenizer("a", add_special_tokens=False)["input_ids"]
     ids = tokenizer("a")["input_ids"]
-    return ids[: next(place for place in range(len(ids)) if ids[place : place + len(word)] == word)]
+    return ids[: next((place for place in range(len(ids)) if ids[place : place + len(word)] == word), 0)]
 
 
 def split_rows(
