@@ -197,6 +197,8 @@ def _rate(seconds: Sequence[float], rows: int) -> str:
     return f"{middle:.1f} [{low:.1f}, {high:.1f}]"
 
 
+# Perplexities nearer than this are the same: so few rows do not tell them apart.
+_SAME_DAMAGE = 1.001
 # Of PyTorch's float32 perplexity.
 _INT8_LIMIT, _INT4_LIMIT = 1.02, 1.10
 
@@ -246,7 +248,7 @@ def claims(entries: Sequence[Entry]) -> list[tuple[str, str, str]]:
             )
         )
     for name in gated:
-        damage = gated[name].perplexity
+        damage = _SAME_DAMAGE * gated[name].perplexity
         peers = [entry for key, entry in pruned.items() if key.startswith(LLAMA_CPP) and entry.perplexity <= damage]
         if peers:
             peer = min(peers, key=lambda entry: statistics.median(entry.one.decode))
