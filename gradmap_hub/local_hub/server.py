@@ -28,6 +28,7 @@ from .wire import OpenProtocol
 
 _START_SECONDS = 30
 _STOP_SECONDS = 10
+_IDLE_SECONDS = 75
 
 
 class LocalHub:
@@ -170,6 +171,9 @@ class LocalHub:
             server_header=False,
             ws="none",
             timeout_graceful_shutdown=_STOP_SECONDS // 2,
+            # After 5 s, uvicorn's own, a client that was busy elsewhere may write just as its connection is closed: a
+            # failure that nobody asked for.
+            timeout_keep_alive=_IDLE_SECONDS,
         )
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, args=(listeners,), name="local-hub", daemon=True)
