@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -153,6 +154,7 @@ def _context(record: RunRecord) -> dict[str, Any]:
         "quality_known": any(entry.quality for entry in record.artifacts),
         "calibration_kind": CALIBRATION_KIND,
         "target": record.target or f"path/to/{record.name}",
+        "shell_target": shlex.quote(record.target or f"path/to/{record.name}"),
         "repeat_command": Safe(_repeat_command(record)),
         "local_texts": _local_texts(record, "calibration", "eval_text"),
         "text_options": [
@@ -346,7 +348,7 @@ def strength(value: float) -> str:
 def change(after: float, before: float) -> str:
     """Relative change with its sign, such as -21.1%."""
     ratio = after / before - 1 if before else math.nan
-    return f"{ratio:+,.1%}" if math.isfinite(ratio) else "not finite"
+    return f"{ratio:+,.1%}".replace("-0.0%", "0.0%").replace("+0.0%", "0.0%") if math.isfinite(ratio) else "not finite"
 
 
 def less_than(after: int, before: int) -> str:

@@ -567,7 +567,8 @@ def hub(
     except (OSError, RuntimeError, ValueError) as error:
         raise GradmapError(f"The Hub cannot be started: {error}") from error
     print(server.url, flush=True)
-    stderr.print(f"Use it with: export HF_ENDPOINT={server.url} HF_TOKEN={token}", highlight=False)
+    settings = f"HF_ENDPOINT={server.url} HF_TOKEN={token} HF_HUB_DISABLE_XET=1"
+    stderr.print(f"Use it with: export {settings}", highlight=False)
     server.serve_forever()
 
 

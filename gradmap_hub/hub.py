@@ -32,8 +32,6 @@ from huggingface_hub.utils import (
     hf_raise_for_status,  # pyright: ignore[reportPrivateImportUsage]
 )
 from huggingface_hub.utils.tqdm import disable_progress_bars
-from requests import RequestException
-from requests.exceptions import JSONDecodeError
 
 from gradmap_hub.accounts import Account, account_of
 from gradmap_hub.errors import (
@@ -50,12 +48,9 @@ from gradmap_hub.errors import (
 from gradmap_hub.errors import UsageError as Usage
 from gradmap_hub.patience import BRIEF, Patience, Retry, asked_wait, persist
 from gradmap_hub.progress import Reporter, SilentReporter
-from gradmap_hub.transport import Watch, guarded
+from gradmap_hub.transport import PASSING, HttpFailure, RequestFailed, Watch, guarded, is_http, may_pass
 
 T = TypeVar("T")
-
-# Failures of a moment. 501 and 505 are not.
-_PASSING = frozenset({408, 425, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529})
 
 
 @dataclass(frozen=True)
@@ -125,7 +120,7 @@ class Hub:
             )
         try:
             answer = self.attempt(self.api.whoami, brief=True)
-        except OSError as error:  # what requests and the client raise, and the client's offline mode
+        except (OSError, HttpFailure) as error:  # OSError: also the client's offline mode
             if status_of(error) in (401, 403):
                 raise token_refused(self.endpoint) from error
             raise _unanswered(self.endpoint, error) from error
@@ -207,7 +202,7 @@ class Hub:
 
         try:
             status = self.attempt(ask, brief=True)
-        except OSError as error:
+        except (OSError, HttpFailure) as error:
             raise _unanswered(self.endpoint, error) from error
         if status == 400:
             raise Usage(f"The Hub knows no licence {license_id!r}; give its id, such as apache-2.0, or other.")
@@ -279,7 +274,7 @@ class Hub:
             if status in (401, 403):
                 raise RepositoryNotFound(repo_id) from error
             raise _unanswered(self.endpoint, error) from error
-        except (RequestException, OSError) as error:
+        except (OSError, HttpFailure) as error:
             raise _unanswered(self.endpoint, error) from error
 
 
@@ -294,14 +289,13 @@ def worth_retrying(error: Exception) -> Retry | None:
         response = getattr(cause, "response", None)
         if response is not None:
             status = response.status_code
-            if status == 429 or status in _PASSING:
+            if status in PASSING:
                 return Retry(f"status {status}", asked_wait(response.headers))
             return None
-        if isinstance(cause, RequestException):
-            # Those that are ValueErrors say that a request cannot even be made; an answer cut short is one too.
-            if isinstance(cause, ValueError) and not isinstance(cause, JSONDecodeError):
-                return None
-            return Retry(type(cause).__name__)
+        if may_pass(cause):
+            return Retry(_reason(cause))
+        if is_http(cause):
+            return None
     return None
 
 
@@ -327,9 +321,11 @@ def status_line(error: BaseException) -> str:
     status = status_of(error)
     if status is not None:
         return f"status {status}"
-    return next((type(cause).__name__ for cause in chain_of(error) if isinstance(cause, RequestException)), "") or (
-        type(error).__name__
-    )
+    return next((_reason(cause) for cause in chain_of(error) if is_http(cause)), type(error).__name__)
+
+
+def _reason(error: BaseException) -> str:
+    return error.reason if isinstance(error, RequestFailed) else type(error).__name__
 
 
 def said_by(error: BaseException) -> str:

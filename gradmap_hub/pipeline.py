@@ -43,7 +43,7 @@ from gradmap_hub.record import Candidate, RunRecord
 from gradmap_hub.repeat import check_expected
 from gradmap_hub.run import Run, artifact, export_rows, inspect_stages, prune_stages, size, text_of
 from gradmap_hub.source import read_config
-from gradmap_hub.spacefolder import finished_space, terms_of, write_space_folder
+from gradmap_hub.spacefolder import finished_space, remove_space, terms_of, write_space_folder
 from gradmap_hub.spaceplan import GRAPHS, SpacePlan, plan_of, precisions_of
 from gradmap_hub.stages import Stages
 from gradmap_hub.sweep import check_sweep_output, default_sweep_output, sweep_stages
@@ -182,6 +182,8 @@ def push(config: PushConfig, *, command: str = "", reporter: Reporter | None = N
         if plan.space is None:
             space_folder = None
             record = _write_card(dataclasses.replace(record, space=None), plan.output)
+    if config.space and plan.space is None and remove_space(space_folder_of(plan.output), record):
+        reporter.note("The Space folder of an earlier run of this push is removed: there is no Space any more.")
     return _publish_both(record, plan.output, space_folder, plan, config, Publisher(hub))
 
 

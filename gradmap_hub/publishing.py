@@ -12,14 +12,15 @@ import copy
 import tempfile
 import warnings
 from collections.abc import Callable, Collection, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete
 from huggingface_hub.errors import HfHubHTTPError
-from requests import RequestException
 
+from gradmap_hub import xet
 from gradmap_hub.cardcheck import CardFacts, check_card
 from gradmap_hub.contents import HUB_OWN_FILES, PLACEHOLDERS, holds, same_content
 from gradmap_hub.errors import (
@@ -37,7 +38,7 @@ from gradmap_hub.refusals import AGAIN, CLIENT_ERRORS, refusal, step
 from gradmap_hub.screening import Private, screen
 from gradmap_hub.source import CARD, sha256_of
 from gradmap_hub.targets import Terms
-from gradmap_hub.transport import Watch
+from gradmap_hub.transport import HttpFailure, Watch
 
 T = TypeVar("T")
 
@@ -296,19 +297,31 @@ class Publisher:
         not sent; that is asked for each file, and again before each further try."""
         additions = {name: CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in local.items()}
         large = [name for name, path in local.items() if _is_sent_first(path)]
+        by_xet = bool(large) and step(
+            self.hub,
+            "upload to",
+            repo_id,
+            lambda: xet.offered(self.hub, repo_id, kind, pull_request=pull_request),
+            "Nothing was committed",
+        )
         for name in sorted(large, key=lambda name: local[name].stat().st_size):
-            self._upload_one(repo_id, kind, additions[name], pull_request)
+            self._upload_one(repo_id, kind, additions[name], pull_request, by_xet)
         rest = [addition for name, addition in additions.items() if name not in large]
         self._preupload(repo_id, kind, rest, pull_request, Watch(lambda _: None))
         return list(additions.values())
 
-    def _upload_one(self, repo_id: str, kind: str, addition: CommitOperationAdd, pull_request: bool) -> None:
+    def _upload_one(
+        self, repo_id: str, kind: str, addition: CommitOperationAdd, pull_request: bool, by_xet: bool
+    ) -> None:
         reporter, size = self.hub.reporter, addition.upload_info.size
         reporter.start(f"Uploading {addition.path_in_repo}")
         reporter.total(size, unit="bytes")
         watch = Watch(reporter.advance)
-        self._preupload(repo_id, kind, [addition], pull_request, watch)
-        if watch.sent:
+        self._preupload(repo_id, kind, [addition], pull_request, watch, by_xet=by_xet)
+        if watch.by_xet:
+            speed = f", {_size(round(watch.sent / max(watch.seconds, 1e-3)))}/s" if watch.sent else ""
+            reporter.finish(f"{_size(size)}, of which {_size(watch.sent)} left by xet{speed}")
+        elif watch.sent:
             reporter.finish(f"{_size(size)}, {_size(round(watch.sent / max(watch.seconds, 1e-3)))}/s")
         elif watch.asked:
             had = ", which the Hub had already" if watch.stored_before else ""
@@ -317,20 +330,30 @@ class Publisher:
             reporter.finish(f"{_size(size)}, goes with the commit")
 
     def _preupload(
-        self, repo_id: str, kind: str, additions: list[CommitOperationAdd], pull_request: bool, watch: Watch
+        self,
+        repo_id: str,
+        kind: str,
+        additions: list[CommitOperationAdd],
+        pull_request: bool,
+        watch: Watch,
+        *,
+        by_xet: bool = False,
     ) -> None:
+        """`by_xet` is for one file: whether it goes that way if the Hub does not have it."""
         if not additions:
             return
-        step(
-            self.hub,
-            "upload to",
-            repo_id,
-            lambda: self.hub.api.preupload_lfs_files(
-                repo_id, additions, repo_type=kind, create_pr=pull_request, free_memory=False, num_threads=1
-            ),
-            "Nothing was committed",
-            watch=watch,
-        )
+
+        def send() -> None:
+            with ExitStack() as stack:
+                new = by_xet and not xet.stored(self.hub, repo_id, kind, additions[0], pull_request=pull_request)
+                stack.enter_context(xet.switched(new))
+                if new:
+                    stack.enter_context(xet.watched(watch, repo_id))
+                self.hub.api.preupload_lfs_files(
+                    repo_id, additions, repo_type=kind, create_pr=pull_request, free_memory=False, num_threads=1
+                )
+
+        step(self.hub, "upload to", repo_id, send, "Nothing was committed", watch=watch)
 
     def _commit(
         self,
@@ -403,7 +426,7 @@ class Publisher:
                 if status_of(error) == 412 and (found := landed()) is not None:
                     return found
                 raise
-            except (RequestException, ValueError, KeyError):  # also an answer that the client cannot read
+            except (HttpFailure, OSError, ValueError, KeyError):  # also an answer that the client cannot read
                 unsure = True
                 raise
 

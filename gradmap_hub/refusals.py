@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-from requests import RequestException
-
 from gradmap_hub.errors import (
     HubConflict,
     HubError,
@@ -16,13 +14,13 @@ from gradmap_hub.errors import (
     TargetGone,
 )
 from gradmap_hub.hub import Hub, chain_of, rate_limited, said_by, status_line, status_of, token_refused
-from gradmap_hub.transport import Watch
+from gradmap_hub.transport import HttpFailure, Watch, is_http
 
 T = TypeVar("T")
 
-# What the client raises: requests' own are OSErrors, a failed upload is a RuntimeError, and an answer that it does not
-# understand, or a refused README.md, comes as one of the others.
-CLIENT_ERRORS = (OSError, RuntimeError, ValueError, KeyError)
+# What the client raises: what its HTTP library does, a RuntimeError for a failed upload, and for an answer that it does
+# not understand, or a refused README.md, one of the others.
+CLIENT_ERRORS = (HttpFailure, OSError, RuntimeError, ValueError, KeyError)
 ON_DISK = "What was built is on disk"
 AGAIN = f"{ON_DISK}. Run the same command again (push: with --resume); what the Hub already has is not sent again."
 
@@ -46,7 +44,7 @@ def refusal(endpoint: str, doing: str, repo_id: str, known: str, error: Exceptio
     status, said = status_of(error), said_by(error)
     known = f" {known}." if known else ""
     if status is None and not isinstance(error, ValueError | KeyError):
-        if not any(isinstance(cause, RequestException) for cause in chain_of(error)):
+        if not any(is_http(cause) for cause in chain_of(error)):
             return error  # a file that cannot be read, a full disk
         return _interrupted(endpoint, doing, repo_id, known, error)
     match status:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -86,6 +87,21 @@ def finished_space(folder: Path, record: RunRecord, precisions: Collection[str])
         return None
     there = {name for name, here in stored.items() if not here or (space / ORIGINAL_FOLDER / GRAPHS[name]).is_file()}
     return space if set(precisions) <= there and (space / "app.py").is_file() else None
+
+
+def remove_space(space: Path, record: RunRecord) -> bool:
+    """Remove the folder that an earlier run of this very push left, which `publish` would take up; whether there was
+    one. Anything else by that name is not ours to touch."""
+    try:
+        facts = json.loads((space / "compare.json").read_text(encoding="utf-8"))
+        same = (facts["original"]["repo_id"], facts["original"]["revision"], facts["pruned"]["repo_id"]) == (
+            record.base.repo_id, record.base.commit, record.target,
+        )  # fmt: skip
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    if same:
+        shutil.rmtree(space)
+    return same
 
 
 def _held_by_repository(source: Source) -> dict[str, Held]:

@@ -508,7 +508,7 @@ def test_hostile_strings_stay_text() -> None:
     assert isinstance(parsed, ModelCardData) and len(parsed.eval_results or []) == 4 + 4
     assert_tables_whole(text)
     fences = re.findall(r"(?m)^(`{3,})", body)
-    assert fences[0::2] == fences[1::2] and len(fences) == 10
+    assert fences[0::2] == fences[1::2] and len(fences) == 12
     outside = without_code(body)
     assert "<script" not in outside and "](javascript" not in outside.replace("\\](javascript", "")
     assert not re.search(r"(?<!\\)\{\{", outside)

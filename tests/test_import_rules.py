@@ -61,7 +61,7 @@ FORMULAS = {
     "heal": {"calibration", "compensation"},
     "speed": {"runtime"},  # what it times
 }
-HUB_USERS = {"pipeline", "publishing", "guard", "refusals", "collecting", "spacewatch", "cli", "demo"}
+HUB_USERS = {"pipeline", "publishing", "guard", "refusals", "collecting", "spacewatch", "xet", "cli", "demo"}
 HUB_NAMERS = {"evaluating", "plan", "publishplan", "redraw", "repeat", "run"}  # for type checkers only
 # Who writes to the Hub, and who may have it written.
 WRITERS = {"pipeline"}

@@ -26,7 +26,7 @@ from gradmap_hub.record import (
     RunRecord,
 )
 from gradmap_hub.space import Held, write_space
-from gradmap_hub.spacefolder import terms_of
+from gradmap_hub.spacefolder import remove_space, terms_of
 from gradmap_hub.spaceplan import CPU_BASIC, Hardware, memory_needed, plan_of, plan_space
 
 OPEN = Base("acme/base", "acme/base", "main", "c" * 40, "apache-2.0", dtype="bfloat16")
@@ -212,6 +212,22 @@ def test_only_what_is_planned_stays_in_the_space(written: Path) -> None:
     assert "somebody" not in (written / "original" / "config.json").read_text()
     write_space(record(), plan_space(base(has_onnx=True), ("float32",), SMALL), written, pruned_repo="me/small")
     assert not (written / "original").exists()
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"target": "me/other"}, {"target": None}, {"base": base(repo_id="acme/other")}, {"base": base(commit="d" * 40)}],
+)
+def test_only_the_space_of_this_push_is_removed(written: Path, tmp_path: Path, other: dict[str, Any]) -> None:
+    of_this = record(target="me/small")
+    assert not remove_space(written, dataclasses.replace(of_this, **other)) and written.is_dir()
+    (tmp_path / "theirs").mkdir()
+    for text in (None, "", "[]", "{}"):
+        if text is not None:
+            (tmp_path / "theirs" / "compare.json").write_text(text)
+        assert not remove_space(tmp_path / "theirs", of_this) and (tmp_path / "theirs").is_dir()
+    assert remove_space(written, of_this) and not written.exists()
+    assert not remove_space(written, of_this)
 
 
 @pytest.mark.parametrize("change", [{"gated": True}, {"private": True}, {"license": "llama3"}, {"license": None}])

@@ -16,7 +16,7 @@ from .errors import HubError, RepoNotFound
 from .gate import PortGate
 from .names import PLURALS
 from .requestlog import LogMiddleware, RequestLog
-from .routes import accounts, collections, discussions, files, lfs, pages, repos, spaces, uploads
+from .routes import accounts, collections, discussions, files, lfs, pages, repos, spaces, uploads, xet
 from .wire import Wire
 
 #: What follows the id of a repository in API addresses that have a revision.
@@ -34,7 +34,7 @@ def build_app(hub: Hub, log: RequestLog, host: str | None) -> Starlette:
         host: the loopback address it listens on; requests under other names are refused, so that a web page
             cannot reach the hub by pointing a host name of its own at this machine. None allows any name.
     """
-    modules = (accounts, repos, uploads, lfs, spaces, collections, discussions, files, pages)
+    modules = (accounts, repos, uploads, lfs, xet, spaces, collections, discussions, files, pages)
     routes = [route for module in modules for route in module.routes(hub)]
     # An id without an owner, as "gpt2" has on the Hub, is a repository that is not here.
     missing = ["/api/{kind}/{name}", "/api/{kind}/{name}/{rest:path}", "/{name}/resolve/{file:path}"]

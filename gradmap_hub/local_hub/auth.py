@@ -214,6 +214,8 @@ class Signer:
         if not file.exists():
             write_atomically(file, secrets.token_bytes(32), root / "tmp")
         self._key = file.read_bytes()
+        #: What tells this hub from any other, at whatever address; nothing can be signed with it.
+        self.name = hashlib.sha256(b"name" + self._key).hexdigest()[:16]
 
     def sign(self, purpose: str, key: RepoKey, sha256: str, seconds: float, **fields: str | int) -> str:
         """The query string that allows one thing to be done with one object for so many seconds."""

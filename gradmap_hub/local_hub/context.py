@@ -34,6 +34,8 @@ class Hub:
     browse_private: bool
     multipart_bytes: int
     cdn_seconds: float
+    #: Whether uploads by xet are taken.
+    xet: bool = False
     #: None where LFS files are served at the first port.
     cdn_port: int | None = None
     page_size: int = 1000
@@ -146,7 +148,9 @@ AsyncHandler = Callable[[Call], Awaitable[Response]]
 Endpoint = Callable[[HttpRequest], Awaitable[Response]]
 
 
-def endpoint(hub: Hub, handler: Handler, repo_type: RepoType = "model", signed: bool = False) -> Endpoint:
+def endpoint(
+    hub: Hub, handler: Handler, repo_type: RepoType = "model", signed: bool = False, own_tokens: bool = False
+) -> Endpoint:
     """A handler that gets the whole body and runs in a worker thread, where it may touch the disk."""
 
     async def with_body(call: Call) -> Response:
@@ -157,22 +161,23 @@ def endpoint(hub: Hub, handler: Handler, repo_type: RepoType = "model", signed: 
                 raise HubError(413, "The request is too large")
         return await run_in_threadpool(handler, replace(call, body=bytes(body)))
 
-    return streaming_endpoint(hub, with_body, repo_type, signed)
+    return streaming_endpoint(hub, with_body, repo_type, signed, own_tokens)
 
 
 def streaming_endpoint(
-    hub: Hub, handler: AsyncHandler, repo_type: RepoType = "model", signed: bool = False
+    hub: Hub, handler: AsyncHandler, repo_type: RepoType = "model", signed: bool = False, own_tokens: bool = False
 ) -> Endpoint:
     """A handler that reads the body itself, piece by piece.
 
     ``signed`` is for addresses that stand for storage outside the Hub: a request that shows a token there is
-    refused, as S3 refuses it, and for the same reason a client should never send it.
+    refused, as S3 refuses it, and for the same reason a client should never send it. ``own_tokens`` is for storage
+    with tokens that are none of the Hub's: the handler looks at them.
     """
 
     async def run(http: HttpRequest) -> Response:
         try:
             try:
-                identity = None if signed else await run_in_threadpool(_identify, hub, http)
+                identity = None if signed or own_tokens else await run_in_threadpool(_identify, hub, http)
                 if signed and "authorization" in http.headers:
                     raise HubError(400, "Only one auth mechanism allowed: the address is signed, and there is a token")
                 return await handler(Call(hub, http, identity, repo_type))

@@ -15,7 +15,7 @@ PLURALS: dict[RepoType, str] = {"model": "models", "dataset": "datasets", "space
 PREFIXES: dict[RepoType, str] = {"space": "spaces/", "dataset": "datasets/", "model": ""}
 
 _NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?")
-_RESERVED_NAMESPACES = frozenset({"api", "datasets", "spaces", "models", "lfs", "collections", "docs"})
+_RESERVED_NAMESPACES = frozenset({"api", "datasets", "spaces", "models", "lfs", "xet", "collections", "docs"})
 _REF_COMPONENT = re.compile(r"[^\x00-\x20\x7f~^:?*\[\\]+")
 _SHA = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")

@@ -35,6 +35,13 @@ class RouteMaker:
     def signed_streaming_route(self, name: str, path: str, handler: AsyncHandler, method: str = "GET") -> Route:
         return self._named(name, path, streaming_endpoint(self.hub, handler, self.repo_type, signed=True), method)
 
+    def storage_route(self, name: str, path: str, handler: Handler, method: str = "GET") -> Route:
+        """For storage with tokens of its own, which the handler looks at."""
+        return self._named(name, path, endpoint(self.hub, handler, self.repo_type, own_tokens=True), method)
+
+    def storage_streaming_route(self, name: str, path: str, handler: AsyncHandler, method: str = "GET") -> Route:
+        return self._named(name, path, streaming_endpoint(self.hub, handler, self.repo_type, own_tokens=True), method)
+
     def _named(self, name: str, path: str, target: Endpoint, method: str) -> Route:
         if name not in ROUTES:
             raise ValueError(f"{name!r} is not in ROUTES")

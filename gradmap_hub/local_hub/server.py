@@ -28,6 +28,7 @@ from .wire import OpenProtocol
 
 _START_SECONDS = 30
 _STOP_SECONDS = 10
+_IDLE_SECONDS = 75
 
 
 class LocalHub:
@@ -51,6 +52,8 @@ class LocalHub:
         cdn_port: a second port, from which LFS files are downloaded, as from the Hub's CDN: by signed addresses,
             and refusing whoever shows a token. 0 takes any free one; None serves everything at the first port.
         cdn_seconds: for how long such an address works.
+        xet: offer uploads by xet, beside LFS. Off, as clients from 1.x on do not ask: tell them with
+            HF_HUB_DISABLE_XET=1.
 
     Raises:
         ValueError: ``host`` is not a loopback address and ``allow_remote`` is off; ``multipart_bytes`` is not
@@ -70,6 +73,7 @@ class LocalHub:
         multipart_bytes: int = 64 * 1024 * 1024,
         cdn_port: int | None = 0,
         cdn_seconds: float = 3600,
+        xet: bool = False,
     ) -> None:
         if multipart_bytes < 1:
             raise ValueError(f"multipart_bytes must be positive, got {multipart_bytes}")
@@ -96,6 +100,7 @@ class LocalHub:
             browse_private=browse_private,
             multipart_bytes=multipart_bytes,
             cdn_seconds=cdn_seconds,
+            xet=xet,
         )
         self._server: uvicorn.Server | None = None
         self._thread: threading.Thread | None = None
@@ -166,6 +171,9 @@ class LocalHub:
             server_header=False,
             ws="none",
             timeout_graceful_shutdown=_STOP_SECONDS // 2,
+            # After 5 s, uvicorn's own, a client that was busy elsewhere may write just as its connection is closed: a
+            # failure that nobody asked for.
+            timeout_keep_alive=_IDLE_SECONDS,
         )
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, args=(listeners,), name="local-hub", daemon=True)

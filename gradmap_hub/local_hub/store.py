@@ -168,6 +168,10 @@ class Store:
     def objects(self, key: RepoKey) -> Objects:
         return Objects(self._folder(key), self.temporary)
 
+    def xorb(self, name: str) -> Path:
+        """Where a xorb lies, or would. They are of all repositories: a client sends none that it has sent before."""
+        return self.root / "xorbs" / name[:2] / name[2:]
+
     def clear_temporary(self) -> None:
         """Remove what an interrupted hub left half written. Only while no other hub uses the root."""
         for leftover in self.temporary.iterdir():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -173,6 +174,22 @@ def test_onnx_loads_both_ways_and_says_the_same(full: Pushed) -> None:
     for folder, options in ((full.folder, {"subfolder": "onnx"}), (full.folder / "onnx", {})):
         exported = ORTModelForCausalLM.from_pretrained(folder, file_name="model.onnx", **options)
         assert exported.generate(**inputs, **greedy).tolist() == expected
+
+
+def test_the_card_runs_the_graph_alone(full: Pushed, capsys: pytest.CaptureFixture[str]) -> None:
+    """What the card says to do with ONNX Runtime and nothing else, word for word but for the download."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    blocks = re.findall(r"(?ms)^```python\n(.*?)^```$", (full.folder / "README.md").read_text())
+    [code] = [block for block in blocks if "import onnxruntime\n" in block]
+    fetched = f'snapshot_download("{full.answer["model"]["repo_id"]}")'
+    assert fetched in code
+    exec(code.replace(fetched, repr(str(full.folder))), {})
+    tokenizer = AutoTokenizer.from_pretrained(full.folder)
+    inputs = tokenizer("The capital of France is", return_tensors="pt", return_token_type_ids=False)
+    greedy = {"max_new_tokens": 40, "min_new_tokens": 40, "do_sample": False, "pad_token_id": 0}
+    [ids] = AutoModelForCausalLM.from_pretrained(full.folder).generate(**inputs, **greedy).tolist()
+    assert capsys.readouterr().out == tokenizer.decode(ids, skip_special_tokens=True) + "\n"
 
 
 def test_space_matches_the_runtime(plain: Pushed, full: Pushed) -> None:

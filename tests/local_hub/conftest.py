@@ -8,12 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from gradmap_hub.local_hub import LocalHub, Request
 
 disable_progress_bars()
+
+# What every exception of the client's HTTP library is: requests, httpx or httpx2.
+HTTP_FAILURE: type[Exception] = [base for base in HfHubHTTPError.__mro__ if base.__module__ != "builtins"][-1]
+
+
+@pytest.fixture(autouse=True)
+def by_lfs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client of 1.x and later does not ask whether the Hub speaks xet."""
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
 
 
 @pytest.fixture

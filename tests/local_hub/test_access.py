@@ -11,6 +11,8 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNot
 
 from gradmap_hub.local_hub import LocalHub
 
+from .conftest import HTTP_FAILURE
+
 
 def status_of(error: requests.HTTPError) -> int:
     assert error.response is not None
@@ -22,9 +24,9 @@ def test_whoami(hub: LocalHub, ada: HfApi) -> None:
     assert me["name"] == "ada" and me["type"] == "user"
     assert [org["name"] for org in me["orgs"]] == ["acme"]
     assert me["auth"]["accessToken"]["role"] == "write"
-    with pytest.raises(requests.HTTPError, match="Invalid user token"):
+    with pytest.raises(HTTP_FAILURE, match="Invalid user token"):
         HfApi(endpoint=hub.url, token="hf_wrong").whoami()
-    with pytest.raises(requests.HTTPError):
+    with pytest.raises(HTTP_FAILURE):
         HfApi(endpoint=hub.url, token="hf_wrong").model_info("ada/tiny")
 
 

@@ -5,6 +5,7 @@ import os
 import socket
 import struct
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -14,6 +15,8 @@ from huggingface_hub import HfApi, constants, hf_hub_download
 from huggingface_hub.file_download import get_hf_file_metadata, hf_hub_url
 
 from gradmap_hub.local_hub import Fault, LocalHub, Request
+
+from .conftest import HTTP_FAILURE
 
 On = Callable[[LocalHub, str], list[Request]]
 CONTENT = os.urandom(300_000)
@@ -164,7 +167,7 @@ def test_download_goes_on_after_a_cut(
     # It writes what it has in pieces of this size.
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 10_000)
     hub.faults.add(Fault("cdn-get", "truncate"))
-    with pytest.raises(requests.exceptions.ChunkedEncodingError):
+    with suppress(HTTP_FAILURE):  # from 1.x on, the client itself goes on
         hf_hub_download("ada/tiny", "a b.bin", cache_dir=tmp_path / "c", token=ada.token)
     file = hf_hub_download("ada/tiny", "a b.bin", cache_dir=tmp_path / "c", token=ada.token)
     assert Path(file).read_bytes() == CONTENT

@@ -5,6 +5,7 @@ import os
 import random
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +146,7 @@ def test_corrupted_file_is_refused(hub: LocalHub, ada: HfApi, tiny: str, tmp_pat
     file = tmp_path / "a.bin"
     file.write_bytes(CONTENT)
     operation = CommitOperationAdd("a.bin", file)
-    assert operation.upload_info.size == 250_001
+    assert operation.upload_info.size == 250_001 and operation.upload_info.sha256  # read now, whatever the client
     file.write_bytes(os.urandom(250_001))
     with pytest.raises(RuntimeError, match=r"Error while uploading 'a\.bin'"):
         ada.create_commit("ada/tiny", [operation], commit_message="Broken")
@@ -177,7 +178,7 @@ def test_interrupted(hub: LocalHub, ada: HfApi, tiny: str, on: On, point_client_
 
 def test_lost_answer_of_the_completion(hub: LocalHub, ada: HfApi, tiny: str, on: On) -> None:
     hub.faults.add(Fault("lfs-complete", "reset-after"))
-    with pytest.raises(RuntimeError, match="Error while uploading"):
+    with suppress(RuntimeError):  # from 1.x on, the client itself asks again
         upload(ada)
     hub.requests.clear()
     assert upload(ada) and not on(hub, "lfs-part") and len(on(hub, "lfs-batch")) == 1

@@ -98,7 +98,8 @@ def test_resumes_an_incomplete_download(ada: HfApi, folder: Path, tmp_path: Path
         "ada/tiny", "model.safetensors", cache_dir=tmp_path / "cache", token=ada.token, endpoint=hub.url
     )
     assert Path(file).read_bytes() == content
-    assert [request.status for request in hub.requests if request.method == "GET"] == [206]
+    # The rest of it; all of it from 1.x on, which leaves alone what another call began.
+    assert [request.status for request in hub.requests if request.method == "GET"] in ([206], [200])
 
 
 RANGES = [

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
-import requests
+from huggingface_hub.errors import HfHubHTTPError
 
 from gradmap_hub.hub import worth_retrying
 from gradmap_hub.patience import Patience, Retry, asked_wait, persist
+from gradmap_hub.transport import RequestFailed
 
 
 @pytest.mark.parametrize(
@@ -87,11 +92,19 @@ def test_what_is_asked_for_is_waited_for_within_reason() -> None:
     assert said[0] == "The Hub asks to wait 3600 s (status 429); trying again after 120 s"
 
 
-def response(status: int, **headers: str) -> requests.Response:
-    answer = requests.Response()
-    answer.status_code = status
-    answer.headers.update(headers)
-    return answer
+# The HTTP library of the client that is installed: requests, httpx or httpx2.
+LIBRARY = importlib.import_module(HfHubHTTPError.__mro__[1].__module__.partition(".")[0])
+
+
+def http(*names: str) -> Exception:
+    """An exception of the client's HTTP library, by the first of these names that it knows."""
+    places = (LIBRARY, getattr(LIBRARY, "exceptions", None))
+    return next(getattr(place, name) for name in names for place in places if hasattr(place, name))("no")
+
+
+def answered(status: int, **headers: str) -> HfHubHTTPError:
+    response: Any = SimpleNamespace(status_code=status, headers=headers, request=None)
+    return HfHubHTTPError("no", response=response)
 
 
 def wrapped(error: Exception) -> Exception:
@@ -105,20 +118,20 @@ def wrapped(error: Exception) -> Exception:
 @pytest.mark.parametrize(
     ("error", "worth"),
     [
-        (requests.HTTPError(response=response(503)), True),
-        (requests.HTTPError(response=response(429)), True),
-        (requests.HTTPError(response=response(504)), True),
-        *[
-            (requests.HTTPError(response=response(status)), False)
-            for status in (400, 401, 402, 403, 404, 409, 412, 501)
-        ],
-        (wrapped(requests.HTTPError(response=response(500))), True),
-        (wrapped(requests.HTTPError(response=response(403))), False),
-        (requests.ConnectionError(), True),
-        (requests.ReadTimeout(), True),
-        (requests.exceptions.ChunkedEncodingError(), True),
-        (requests.exceptions.JSONDecodeError("x", "y", 0), True),  # the page of a proxy
-        (requests.exceptions.InvalidURL(), False),
+        (answered(503), True),
+        (answered(429), True),
+        (answered(504), True),
+        *[(answered(status), False) for status in (400, 401, 402, 403, 404, 409, 412, 501)],
+        (wrapped(answered(500)), True),
+        (wrapped(answered(403)), False),
+        (http("ConnectError", "ConnectionError"), True),
+        (http("ReadTimeout"), True),
+        (http("ReadError", "ConnectionError"), True),
+        (http("ProxyError", "Timeout"), True),
+        (http("UnsupportedProtocol", "MissingSchema"), False),
+        (RequestFailed(http("ReadTimeout")), True),
+        (RequestFailed(http("InvalidURL")), False),
+        (json.JSONDecodeError("x", "y", 0), True),  # the page of a proxy
         (FileNotFoundError(), False),
         (ValueError(), False),
         (KeyError("url"), False),
@@ -129,5 +142,5 @@ def test_what_may_pass(error: Exception, worth: bool) -> None:
 
 
 def test_the_wait_comes_from_the_answer() -> None:
-    retry = worth_retrying(requests.HTTPError(response=response(429, **{"Retry-After": "7"})))
+    retry = worth_retrying(answered(429, **{"Retry-After": "7"}))
     assert retry == Retry("status 429", 7)

@@ -43,8 +43,9 @@ def batch(call: Call) -> Response:
         raise HubError(400, "Only uploads are offered; files are downloaded from /resolve/")
     transfers = payload.get("transfers")
     in_parts = isinstance(transfers, list) and "multipart" in transfers
+    by_xet = call.hub.xet and isinstance(transfers, list) and "xet" in transfers
     objects = call.hub.store.objects(key)
-    transfer = "basic"
+    transfer = "xet" if by_xet else "basic"
     rows: list[dict[str, Any]] = []
     for asked in objects_in(payload, "objects"):
         oid, size = asked.get("oid"), asked.get("size")
@@ -55,7 +56,7 @@ def batch(call: Call) -> Response:
         if not is_sha256(oid) or size < 0 or stored not in (None, size):
             row["error"] = {"code": 422, "message": "The oid is not a SHA-256, or the size does not fit it"}
         elif stored is None:
-            if in_parts and size > call.hub.multipart_bytes:
+            if not by_xet and in_parts and size > call.hub.multipart_bytes:
                 transfer = "multipart"
                 upload = _upload_in_parts(call, key, oid, size)
             else:

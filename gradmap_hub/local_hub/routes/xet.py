@@ -1,0 +1,124 @@
+"""Uploading by xet: leave to do so, and the storage that takes it.
+
+The storage has tokens of its own, which are good for one repository; a token of the Hub is refused there. What it is
+asked beside these, the client can do without: whether it knows a piece already, another way to send, its telemetry.
+"""
+
+import base64
+import os
+import time
+from contextlib import suppress
+from pathlib import Path
+from urllib.parse import parse_qs
+
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from ..context import Call, Hub, answer
+from ..errors import HubError, Unauthorized
+from ..names import PLURALS, RepoKey, is_sha256, parse_repo_id
+from ..routing import RouteMaker
+from ..xet import XORB_LIMIT, BadXet, read_pieces, read_shard
+
+#: Where the storage is, below the address of the hub. A client remembers what it sent to an address: another hub that
+#: listens there some day has none of that, so it has another one.
+STORAGE = "/xet/{hub}"
+_TOKEN_SECONDS = 3600
+#: What is signed is not an object, as with LFS, but a repository.
+_ANY_OBJECT = ""
+
+
+def routes(hub: Hub) -> list[Route]:
+    found: list[Route] = []
+    for repo_type, plural in PLURALS.items():
+        make = RouteMaker(hub, repo_type)
+        address = f"/api/{plural}/{{namespace}}/{{name}}/xet-write-token/{{revision}}"
+        found.append(make.route("xet-token", address, token))
+    make = RouteMaker(hub)
+    return [
+        *found,
+        make.storage_streaming_route("xet-xorb", STORAGE + "/v1/xorbs/default/{hash}", take_xorb, "POST"),
+        make.storage_route("xet-shard", STORAGE + "/v1/shards", take_shard, "POST"),
+    ]
+
+
+def token(call: Call) -> Response:
+    if not call.hub.xet:
+        raise HTTPException(404)
+    key = call.key()
+    call.contributor(key)
+    query = call.hub.signer.sign("xet", key, _ANY_OBJECT, _TOKEN_SECONDS)
+    text = base64.urlsafe_b64encode(f"{key.type} {key.id} {query}".encode()).decode()
+    url, expires = call.base_url + STORAGE.format(hub=call.hub.signer.name), int(time.time()) + _TOKEN_SECONDS
+    headers = {"X-Xet-Cas-Url": url, "X-Xet-Access-Token": text, "X-Xet-Token-Expiration": str(expires)}
+    return answer({"casUrl": url, "accessToken": text, "exp": expires}, headers)
+
+
+async def take_xorb(call: Call) -> Response:
+    await run_in_threadpool(_repository, call)
+    name = call.param("hash")
+    if not is_sha256(name):
+        raise BadXet("This is not the hash of a xorb")
+    store, received = call.hub.store, 0
+    target = store.xorb(name)
+    draft = store.temporary / os.urandom(16).hex()
+    try:
+        with draft.open("xb") as file:
+            async for chunk in call.http.stream():
+                received += len(chunk)
+                if received > XORB_LIMIT:
+                    raise HubError(413, "The xorb is too large")
+                file.write(chunk)
+
+        def keep() -> None:
+            for _ in read_pieces(draft):  # before it could take the place of a whole one
+                pass
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(draft, target)
+
+        await run_in_threadpool(keep)
+    finally:
+        draft.unlink(missing_ok=True)
+    return JSONResponse({"was_inserted": True})
+
+
+def take_shard(call: Call) -> Response:
+    key = _repository(call)
+    store = call.hub.store
+    store.state(key)
+    for file in read_shard(call.body):
+        if store.objects(key).lfs_size(file.sha256) is None:
+            chunks = (
+                piece
+                for segment in file.segments
+                for piece in read_pieces(_known(call, segment.xorb), segment.start, segment.end)
+            )
+            store.objects(key).put_lfs(chunks, file.sha256, file.size)
+    return JSONResponse({"result": 1})
+
+
+def _known(call: Call, xorb: str) -> Path:
+    path = call.hub.store.xorb(xorb)
+    if not path.is_file():
+        raise BadXet(f"There is no xorb {xorb}")
+    return path
+
+
+def _repository(call: Call) -> RepoKey:
+    """The repository for which the caller was given leave.
+
+    Raises:
+        Unauthorized: not, or not any more.
+    """
+    scheme, _, text = call.http.headers.get("authorization", "").partition(" ")
+    if call.param("hub") != call.hub.signer.name:
+        raise HTTPException(404)
+    with suppress(ValueError, KeyError, HubError):
+        repo_type, repo_id, query = base64.urlsafe_b64decode(text.strip()).decode().split(" ")
+        key = parse_repo_id(repo_id, repo_type)
+        fields = {name: values[0] for name, values in parse_qs(query).items()}
+        if scheme.lower() == "bearer" and call.hub.signer.allows("xet", key, _ANY_OBJECT, fields):
+            return key
+    raise Unauthorized("This token is not for the storage, or it has expired")
