@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gradmap_hub.errors import RemoteCodeRefused, UnsupportedArchitecture
+from gradmap_hub.generations import ONLY_5, NotInBothForms, both_read_config, has_5, installed
 
 # The axis of a weight along which the residual stream lies: (d, f) as in nn.Linear, or (f, d) and (d).
 ROWS, COLUMNS = -2, -1
@@ -35,10 +36,17 @@ class Condition:
 class Experts:
     """A mixture of experts within a layer. `block`: the module whose output (the first, if it is a tuple) is added to
     the residual stream. `outputs`: patterns of the parameters that write that output, every expert's and the shared
-    one's, and the axis along which the stream lies in each: the output is linear in all of them together."""
+    one's, and the axis along which the stream lies in each: the output is linear in all of them together. `|` stands
+    between the names that transformers 4.57 and 5 have for the same.
+
+    transformers 5 holds all experts in one tensor where 4.57 has a module for each, which is how they are stored.
+    `stored`: the name of such a tensor within the layer, and of the tensors that a checkpoint has for it: `*` is the
+    number of the expert, and several of one expert stand above each other.
+    """
 
     block: str
     outputs: tuple[tuple[str, int], ...]
+    stored: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,8 @@ class Architecture:
     `mlp_output` and `attention_output` are linears (nn.Linear, or transformers' transposed Conv1D) that write to the
     residual stream: through `mlp_norm` and `attention_norm` where a norm stands in between, times the layer's attribute
     `residual_multiplier` where there is one. A layer without `mlp_output` has `experts`.
+
+    `stored`: tensors outside the layers that transformers 5 names otherwise than a checkpoint does, see `Experts`.
 
     `after_norm`: a projection between final norm and head. The head's logits are multiplied by the config field
     `logit_multiplier`, divided by `logit_divisor`, capped by `logit_cap`, as far as they are given.
@@ -80,14 +90,25 @@ class Architecture:
     refused: tuple[Condition, ...] = ()
     uncorrected: tuple[Condition, ...] = ()
     unstreamed: str | None = None
+    stored: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
 
-def _experts(block: str, *outputs: str) -> Experts:
-    return Experts(block, tuple((f"{block}.{output}", ROWS) for output in outputs))
+def _experts(block: str, *shared: str) -> Experts:
+    """Experts named as in most families; `shared`: what writes the output of those that every token reaches."""
+    outputs = ("experts*down_proj*", *shared)
+    fused = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+    return Experts(
+        block,
+        tuple((f"{block}.{output}", ROWS) for output in outputs),
+        tuple(
+            (f"{block}.experts.{name}", tuple(f"{block}.experts.*.{part}.weight" for part in parts))
+            for name, parts in fused.items()
+        ),
+    )
 
 
 _GPT: dict[str, Any] = {"layers": "transformer.h", "final_norm": "transformer.ln_f"}
-_EXPERTS = _experts("mlp", "experts.*.down_proj.weight")
+_EXPERTS = _experts("mlp")
 # The norms around attention and MLP of Gemma 2 and 3, OLMo 2 and 3, EXAONE 4.
 _SANDWICH: dict[str, Any] = {"mlp_norm": "post_feedforward_layernorm", "attention_norm": "post_attention_layernorm"}
 _GEMMA: dict[str, Any] = {**_SANDWICH, "norm_offset": 1.0, "logit_cap": "final_logit_softcapping"}
@@ -110,7 +131,7 @@ _ROWS = (
     Architecture(
         "deepseek_v3",
         "DeepseekV3ForCausalLM",
-        experts=_experts("mlp", "experts.*.down_proj.weight", "shared_experts.down_proj.weight"),
+        experts=_experts("mlp", "shared_experts.down_proj.weight"),
         leading=("first_k_dense_replace",),
         dropped=("num_nextn_predict_layers",),
         unstreamed="its layers have buffers of their own, which are not streamed",
@@ -154,6 +175,7 @@ _ROWS = (
         final_norm="gpt_neox.final_layer_norm",
         mlp_output="mlp.dense_4h_to_h",
         attention_output="attention.dense",
+        stored=(("lm_head.weight", ("embed_out.weight",)),),
     ),
     Architecture(
         "gpt_oss",
@@ -167,7 +189,15 @@ _ROWS = (
     Architecture(
         "granitemoe",
         "GraniteMoeForCausalLM",
-        experts=_experts("block_sparse_moe", "output_linear.weight"),
+        experts=Experts(
+            "block_sparse_moe",
+            (("block_sparse_moe.output_linear.weight|block_sparse_moe.experts.down_proj", ROWS),),
+            (
+                ("block_sparse_moe.experts.gate_up_proj", ("block_sparse_moe.input_linear.weight",)),
+                ("block_sparse_moe.experts.down_proj", ("block_sparse_moe.output_linear.weight",)),
+                ("block_sparse_moe.router.weight", ("block_sparse_moe.router.layer.weight",)),
+            ),
+        ),
         residual_multiplier="residual_multiplier",
         logit_divisor="logits_scaling",
     ),
@@ -175,7 +205,22 @@ _ROWS = (
     Architecture("llama", "LlamaForCausalLM"),
     Architecture("ministral", "MinistralForCausalLM"),
     Architecture("mistral", "MistralForCausalLM"),
-    Architecture("mixtral", "MixtralForCausalLM", experts=_experts("block_sparse_moe", "experts.*.w2.weight")),
+    Architecture(
+        "mixtral",
+        "MixtralForCausalLM",
+        experts=Experts(
+            "block_sparse_moe|mlp",
+            (("block_sparse_moe.experts.*.w2.weight|mlp.experts.down_proj", ROWS),),
+            (
+                (
+                    "mlp.experts.gate_up_proj",
+                    ("block_sparse_moe.experts.*.w1.weight", "block_sparse_moe.experts.*.w3.weight"),
+                ),
+                ("mlp.experts.down_proj", ("block_sparse_moe.experts.*.w2.weight",)),
+                ("mlp.gate.weight", ("block_sparse_moe.gate.weight",)),
+            ),
+        ),
+    ),
     Architecture(
         "mpt",
         "MptForCausalLM",
@@ -211,7 +256,7 @@ _ROWS = (
     Architecture(
         "qwen2_moe",
         "Qwen2MoeForCausalLM",
-        experts=_experts("mlp", "experts.*.down_proj.weight", "shared_expert.down_proj.weight"),
+        experts=_experts("mlp", "shared_expert.down_proj.weight"),
         leading=("max_window_layers",),
         sparse=True,
     ),
@@ -302,13 +347,8 @@ def architecture_of(config: dict[str, Any]) -> Architecture:
         raise UnsupportedArchitecture(
             model_type, f"the checkpoint is a {declared[0]}, not a {row.causal_lm}", SUPPORTED
         )
-    if "rope_parameters" in config and "rope_theta" not in config:
-        # transformers 4.57 would silently fall back to its default rope_theta.
-        raise UnsupportedArchitecture(
-            model_type,
-            "its config was saved by transformers 5 (rope_parameters), which 4.57 reads wrongly",
-            SUPPORTED,
-        )
+    if not has_5():
+        _check_generation(model_type, config)
     quantization = config.get("quantization_config")
     if quantization:
         method = quantization.get("quant_method", "method unknown") if isinstance(quantization, dict) else quantization
@@ -321,6 +361,17 @@ def architecture_of(config: dict[str, Any]) -> Architecture:
     if (dimension(config, "num_hidden_layers") or 0) < 2:
         raise UnsupportedArchitecture(model_type, "it has fewer than two layers", SUPPORTED)
     return row
+
+
+def _check_generation(model_type: str, config: dict[str, Any]) -> None:
+    """Raises UnsupportedArchitecture: transformers 4.57 cannot read it."""
+    advice = f"transformers 5 can; {installed()} is installed"
+    if model_type in ONLY_5:
+        raise UnsupportedArchitecture(model_type, f"transformers 4.57 does not know them, {advice}", SUPPORTED)
+    try:
+        both_read_config(config)
+    except NotInBothForms as error:
+        raise UnsupportedArchitecture(model_type, f"{error}, which 4.57 cannot read; {advice}", SUPPORTED) from None
 
 
 def _needs_own_code(config: dict[str, Any], row: Architecture | None) -> bool:

@@ -25,7 +25,7 @@ from gradmap_hub.record import (
     LayerDecision,
     RunRecord,
 )
-from gradmap_hub.source import CARD, Files, check_weights, choose_files, folder_sizes, read_config
+from gradmap_hub.source import CARD, Files, check_weights, choose_files, folder_sizes, in_both_forms, read_config
 from gradmap_hub.spaceplan import GRAPHS, SpacePlan, plan_space
 from gradmap_hub.targets import Terms, model_mark, space_mark
 
@@ -72,6 +72,7 @@ def find_source(model: str, revision: str | None, hub: Hub) -> Source:
         raise SourceError(f"{model} has no config.json: it is not a transformers model.", hint="Give another model.")
     config = read_config(hub.fetch(model, remote.commit, ["config.json"]) / "config.json")
     architecture = architecture_of(config)
+    config = in_both_forms(config)
     files = choose_files(remote.files)
     exports = own_exports(remote.files)
     base = Base(
@@ -111,6 +112,7 @@ def _folder_source(path: Path) -> Source:
 
     config = read_config(path / "config.json")
     architecture = architecture_of(config)
+    config = in_both_forms(config)
     files = choose_files(folder_sizes(path))
     check_weights(path, files)
     base = Base(
