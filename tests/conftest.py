@@ -402,8 +402,9 @@ def export_tiny() -> Callable[..., None]:
 
     def export(checkpoint: Path, onnx: Path, layers: int, *, endless: bool = False, hidden: int = 64) -> None:
         import torch
-        from optimum.exporters.onnx import main_export
         from transformers import LlamaConfig, LlamaForCausalLM
+
+        from gradmap_hub.generations import has_5
 
         checkpoint.mkdir()
         vocabulary = _save_tokenizer(checkpoint)
@@ -427,6 +428,18 @@ def export_tiny() -> Callable[..., None]:
             with torch.no_grad():
                 model.model.embed_tokens.weight[2] = 0
         model.save_pretrained(checkpoint)
+        if has_5():
+            from gradmap_hub.exporters import environment
+            from gradmap_hub.exporters.onnx import export_onnx
+            from gradmap_hub.progress import SilentReporter
+            from gradmap_hub.source import clean_config
+
+            clean_config(checkpoint / "config.json")
+            environment.prepare(SilentReporter())
+            export_onnx(checkpoint, onnx)
+            return
+        from optimum.exporters.onnx import main_export
+
         main_export(
             str(checkpoint),
             output=str(onnx),
