@@ -128,6 +128,7 @@ _ROWS = (
     ),
     Architecture("cohere", "CohereForCausalLM", logit_multiplier="logit_scale"),
     Architecture("cohere2", "Cohere2ForCausalLM", logit_multiplier="logit_scale"),
+    Architecture("cwm", "CwmForCausalLM"),
     Architecture(
         "deepseek_v3",
         "DeepseekV3ForCausalLM",
@@ -187,6 +188,12 @@ _ROWS = (
         "granite", "GraniteForCausalLM", residual_multiplier="residual_multiplier", logit_divisor="logits_scaling"
     ),
     Architecture(
+        "granite_swa",
+        "GraniteSWAForCausalLM",
+        residual_multiplier="residual_multiplier",
+        logit_divisor="logits_scaling",
+    ),
+    Architecture(
         "granitemoe",
         "GraniteMoeForCausalLM",
         experts=Experts(
@@ -202,8 +209,11 @@ _ROWS = (
         logit_divisor="logits_scaling",
     ),
     Architecture("helium", "HeliumForCausalLM"),
+    Architecture("jais2", "Jais2ForCausalLM"),
     Architecture("llama", "LlamaForCausalLM"),
+    Architecture("mellum", "MellumForCausalLM", experts=_EXPERTS, dropped=("num_mtp_layers",)),
     Architecture("ministral", "MinistralForCausalLM"),
+    Architecture("ministral3", "Ministral3ForCausalLM"),
     Architecture("mistral", "MistralForCausalLM"),
     Architecture(
         "mixtral",
@@ -229,6 +239,7 @@ _ROWS = (
         mlp_output="ffn.down_proj",
         attention_output="attn.out_proj",
     ),
+    Architecture("nanochat", "NanoChatForCausalLM", mlp_output="mlp.fc2", logit_cap="final_logit_softcapping"),
     Architecture("nemotron", "NemotronForCausalLM"),
     Architecture("olmo", "OlmoForCausalLM"),
     Architecture("olmo2", "Olmo2ForCausalLM", **_SANDWICH),
@@ -284,16 +295,29 @@ _NOT_PER_LAYER = ("token_id", "token_ids", "tokens", "words_ids", "mlp_only_laye
 _STATE = "some of its layers keep a recurrent state instead of attending, in a pattern that removing layers would break"
 _SHARED = "its layers share weights or keys and values with each other"
 _CROSS = "some of its layers attend to an image"
+_PRODUCERS = "its layers share keys and values, and each adds an embedding of its own to the stream"
+_INDEXED = "its layers choose what to attend to by an index, and what that means to a layer removed is not known"
 _REFUSED = {
     "bamba": _STATE,
+    "bailing_hybrid": _STATE,
+    "deepseek_v32": _INDEXED,
+    "deepseek_v4": _INDEXED,
     "falcon_h1": _STATE,
     "falcon_mamba": "it has no attention layers, and its layers are not known to be safe to remove",
     "gemma3n": "its layers share keys and values, and its embedding table has a part for each layer",
     "gemma3n_text": "its layers share keys and values, and its embedding table has a part for each layer",
+    "gemma4": _PRODUCERS,
+    "gemma4_text": _PRODUCERS,
+    "gemma4_unified": _PRODUCERS,
+    "gemma4_unified_text": _PRODUCERS,
+    "glm_moe_dsa": _INDEXED,
     "granitemoehybrid": _STATE,
     "jamba": "its attention and expert layers follow a period in the depth (attn_layer_period), which removing layers "
     "would shift",
+    "kimi_linear": _STATE,
     "lfm2": _STATE,
+    "lfm2_moe": _STATE,
+    "lfm3": _STATE,
     "llama4": "its attention and expert layers follow a pattern in the depth that is not renumbered yet",
     "llama4_text": "its attention and expert layers follow a pattern in the depth that is not renumbered yet",
     "longcat_flash": "each of its layers has two attentions and two places in the cache",
@@ -301,10 +325,18 @@ _REFUSED = {
     "mllama": _CROSS,
     "mllama_text_model": _CROSS,
     "nemotron_h": _STATE,
+    "olmo_hybrid": _STATE,
+    "qwen3_5": _STATE,
+    "qwen3_5_moe": _STATE,
+    "qwen3_5_moe_text": _STATE,
+    "qwen3_5_text": _STATE,
     "qwen3_next": _STATE,
+    "qwen4_exp": _STATE,
+    "qwen4_exp_text": _STATE,
     "recurrent_gemma": _STATE,
     "zamba": _SHARED,
     "zamba2": _SHARED,
+    "zaya": _STATE,
 }
 _ENCODERS = {
     "bert",

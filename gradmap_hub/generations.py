@@ -12,7 +12,7 @@ from importlib.metadata import version
 from typing import Any
 
 # Model types that transformers has from version 5 on. Their configs stay as 5 writes them.
-ONLY_5: frozenset[str] = frozenset()
+ONLY_5 = frozenset({"cwm", "granite_swa", "jais2", "mellum", "ministral3", "nanochat"})
 
 # Per model type: what 5 calls a field, and 4.57. Only where 4.57 does not know the former.
 _RENAMED = {"qwen3_moe": {"num_local_experts": "num_experts"}}
