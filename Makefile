@@ -8,7 +8,7 @@ BIN5 := .venv5/bin
 STAMP5 := .venv5/.installed
 PIP5 := $(BIN5)/pip --disable-pip-version-check
 
-.PHONY: install install-5 demo test test-5 test-all reliability architectures check bench bench-inference clean
+.PHONY: install install-5 demo test test-5 test-all reliability architectures architectures-5 check bench bench-inference clean
 
 install: $(STAMP)
 
@@ -54,6 +54,10 @@ reliability: install
 # Every model type, ONNX included: the table of docs/architectures.md.
 architectures: install
 	RELIABILITY=docs/architectures.md $(BIN)/python -m pytest -m '' tests/test_families.py
+
+# The same with transformers 5, printed and not written.
+architectures-5: install-5
+	$(BIN5)/python -m pytest -v -m '' tests/test_families.py -k 'not onnx'
 
 check: install
 	$(BIN)/ruff check .

@@ -10,6 +10,7 @@ import importlib.util
 import json
 import os
 import random
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -437,6 +438,9 @@ def export_tiny() -> Callable[..., None]:
             clean_config(checkpoint / "config.json")
             environment.prepare(SilentReporter())
             export_onnx(checkpoint, onnx)
+            for path in checkpoint.iterdir():  # as Optimum does by itself
+                if path.name.startswith(("tokenizer", "special_tokens", "chat_template")):
+                    shutil.copyfile(path, onnx / path.name)
             return
         from optimum.exporters.onnx import main_export
 
