@@ -62,6 +62,16 @@ def both_read_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
+def needs_5(config: Mapping[str, Any]) -> bool:
+    """Whether transformers 4.57 reads another model from this config.json than 5, or none."""
+    if config.get("model_type") in ONLY_5:
+        return True
+    try:
+        return "rope_parameters" in config and both_read_config(config) != config
+    except NotInBothForms:
+        return True
+
+
 def _rope(kind: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of 4.57 for `rope_parameters`, which are flat or by kind of layer."""
     if not parameters:

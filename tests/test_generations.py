@@ -21,6 +21,7 @@ from gradmap_hub.generations import (
     both_read_tokenizer_config,
     has_5,
     installed,
+    needs_5,
 )
 from gradmap_hub.pruning import remove_layers
 from gradmap_hub.source import COMPANION_FILES, readable
@@ -202,6 +203,12 @@ def test_olmo_3_is_written_in_the_words_of_both() -> None:
     for config in (expected, {name: value for name, value in expected.items() if name != "rope_parameters"},
                    {"model_type": "olmo3", "rope_parameters": parameters}):  # fmt: skip
         assert both_read_config(config) == expected
+
+
+def test_what_needs_5_as_it_lies_in_its_repository() -> None:
+    assert needs_5({"model_type": "cwm"}) and needs_5({"model_type": "llama", "rope_parameters": {"rope_theta": 3.0}})
+    assert needs_5({"model_type": "llama", "rope_parameters": {**LONG, "rope_theta": 1.0}})
+    assert not needs_5({"model_type": "llama", "rope_theta": 3.0}) and not needs_5({"model_type": "gpt2"})
 
 
 def test_tokenizers_in_the_words_of_4() -> None:
