@@ -4,8 +4,11 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 PIP := $(BIN)/pip --disable-pip-version-check
 DEMO := build/demo
+BIN5 := .venv5/bin
+STAMP5 := .venv5/.installed
+PIP5 := $(BIN5)/pip --disable-pip-version-check
 
-.PHONY: install demo test test-all reliability architectures check bench bench-inference clean
+.PHONY: install install-5 demo test test-5 test-all reliability architectures architectures-5 check bench bench-inference clean
 
 install: $(STAMP)
 
@@ -16,6 +19,15 @@ $(STAMP): pyproject.toml constraints.txt Makefile
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[cpu,onnx,serve,space,dev,eval]'
 	@touch $(STAMP)
 
+# The other lane: transformers 5, for which Optimum has no release; exports run in an environment of their own there.
+install-5: $(STAMP5)
+
+$(STAMP5): pyproject.toml constraints-5.txt Makefile
+	$(PYTHON) -m venv .venv5
+	$(PIP5) install --quiet --constraint constraints-5.txt torch
+	$(PIP5) install --quiet --constraint constraints-5.txt --editable '.[cpu,serve,space,dev,eval]'
+	@touch $(STAMP5)
+
 demo: install
 	@rm -rf $(DEMO)
 	$(BIN)/gradmap-hub demo --output $(DEMO)
@@ -24,8 +36,16 @@ demo: install
 test: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-test-all: install
+# With the other lane installed too, the tests that compare the two run as well.
+test-all: install install-5
 	$(BIN)/python -m pytest -m ''
+	$(BIN5)/python -m pytest -m '' $(TESTS5)
+
+# What transformers has a part in. Exporters and Space are tested with 4.57, which is what they run on.
+TESTS5 := tests/runtime tests/serving $(filter-out tests/conftest.py, $(wildcard tests/*.py))
+
+test-5: install-5
+	$(BIN5)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS5)
 
 # Every fault and every kill of docs/reliability.md, whose tables it writes anew.
 reliability: install
@@ -34,6 +54,10 @@ reliability: install
 # Every model type, ONNX included: the table of docs/architectures.md.
 architectures: install
 	RELIABILITY=docs/architectures.md $(BIN)/python -m pytest -m '' tests/test_families.py
+
+# The same with transformers 5, printed and not written.
+architectures-5: install-5
+	$(BIN5)/python -m pytest -v -m '' tests/test_families.py -k 'not onnx'
 
 check: install
 	$(BIN)/ruff check .

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from gradmap_hub.errors import BrokenCheckpointError, GradmapError
-from gradmap_hub.source import clean_config
+from gradmap_hub.source import TOKENIZER_CONFIG, clean_config, copy_tokenizer_config
 
 SHARD_LIMIT = "5GB"
 
@@ -43,9 +43,11 @@ def save_checkpoint(model: Any, folder: Path, dtype: torch.dtype) -> None:
 
 
 def copy_companions(source: Path, folder: Path, names: Sequence[str]) -> None:
-    """Copy tokenizer, chat template, generation config and legal texts byte for byte."""
+    """Copy tokenizer, chat template, generation config and legal texts byte for byte (see `copy_tokenizer_config`)."""
     for name in names:
-        if (source / name).is_file():
+        if name == TOKENIZER_CONFIG and (source / name).is_file():
+            copy_tokenizer_config(source / name, folder / name)
+        elif (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
 
 

@@ -29,7 +29,7 @@ from gradmap_hub.architectures import dimension
 from gradmap_hub.errors import UsageError, VerificationError
 from gradmap_hub.exporters import gate, genai, onnx
 from gradmap_hub.exporters.gate import LIMITS, GateResult
-from gradmap_hub.exporters.graph import Graph, files_of
+from gradmap_hub.exporters.graph import files_of
 from gradmap_hub.exporters.processes import WorkerFailed, call
 from gradmap_hub.exporters.recipes import GPTQ, LADDERS, LEAST_BLOCK, Recipe
 from gradmap_hub.progress import Reporter, SilentReporter
@@ -232,7 +232,7 @@ def _export_float(name: str, shared: _Shared, partial: Path, destination: Path, 
         for file in onnx.file_names(shared.optimum().parent):
             _link(file, partial / file.name)
     else:
-        Graph.load(shared.base()).save(path)
+        _called("graph", {"source": str(shared.base()), "destination": str(path)})
     result = shared.check(path, name)
     size = sum(file.stat().st_size for file in files_of(path))
     kept = _install(path, destination) if result.passed or keep_failing else []

@@ -15,6 +15,7 @@ from typing import Any
 
 from gradmap_hub.errors import MissingExtra, VerificationError
 from gradmap_hub.exporters.processes import WorkerFailed, call
+from gradmap_hub.generations import has_5
 
 MODEL = "model.onnx"
 CONFIG = "genai_config.json"
@@ -30,6 +31,8 @@ def require() -> None:
     Raises:
         MissingExtra: the extra `onnx` or a runtime is not installed.
     """
+    if has_5():
+        return  # in an environment of its own
     if any(importlib.util.find_spec(module) is None for module in ("onnx", "onnx_ir")):
         raise MissingExtra("The GenAI export", "onnx")
     if any(importlib.util.find_spec(module) is None for module in ("onnxruntime", "onnxruntime_genai")):
@@ -95,13 +98,12 @@ def build(checkpoint: Path, destination: Path) -> Path:
                 f"The GenAI export failed: {error}", hint="The pruned checkpoint is whole; leave this format out."
             ) from error
         raise
-    _mark(partial / MODEL)
     shutil.rmtree(destination, ignore_errors=True)
     partial.rename(destination)
     return destination / MODEL
 
 
-def _mark(graph: Path) -> None:
+def mark(graph: Path) -> None:
     """Say in the graph itself that past and present may be one buffer; every graph made from this one says so too."""
     import onnx
 

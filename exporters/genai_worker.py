@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from gradmap_hub.exporters.genai import CONFIG, MODEL
+from gradmap_hub.exporters.genai import CONFIG, MODEL, mark
 
 _KEPT = (MODEL, MODEL + ".data", CONFIG)
 
@@ -23,4 +23,5 @@ def main(source: str, destination: str) -> list[str]:
             shutil.rmtree(path)
         elif path.name not in _KEPT:
             path.unlink()  # tokenizer files: saved anew, and the originals stay at the top of the folder
+    mark(Path(destination) / MODEL)
     return sorted(path.name for path in Path(destination).iterdir())

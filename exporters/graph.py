@@ -118,6 +118,11 @@ class Graph:
             self.model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
 
 
+def main(source: str, destination: str) -> list[str]:
+    """Write the graph `source` anew as `destination`: without unused weights, in as many files as `save` makes."""
+    return [path.name for path in Graph.load(Path(source)).save(Path(destination))]
+
+
 def files_of(path: Path) -> list[Path]:
     """A graph that was written here, with its weight file if it has one."""
     return [file for file in (path, path.with_name(path.name + "_data")) if file.is_file()]

@@ -9,12 +9,14 @@ import importlib.util
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from gradmap_hub.errors import MissingExtra, VerificationError
+from gradmap_hub.exporters import environment
+from gradmap_hub.exporters.processes import WorkerFailed, call
+from gradmap_hub.generations import has_5
 from gradmap_hub.record import Parity
 from gradmap_hub.source import clean_config
 
@@ -66,6 +68,8 @@ def require() -> None:
     Raises:
         MissingExtra: the extra `onnx`, or a runtime, is not installed.
     """
+    if has_5():
+        return  # in an environment of its own
     for module in ("optimum.exporters.onnx", "optimum.onnxruntime", "onnx"):
         if not _importable(module):
             raise MissingExtra("The ONNX export", "onnx")
@@ -90,7 +94,7 @@ def export_onnx(source: Path, destination: Path) -> list[Path]:
     """
     partial = destination.with_name(destination.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    worker = [sys.executable, "-m", "gradmap_hub.exporters.onnx_worker", str(source), str(partial)]
+    worker = [environment.python(), "-m", "gradmap_hub.exporters.onnx_worker", str(source), str(partial)]
     try:
         done = subprocess.run(worker, capture_output=True, text=True)
     except BaseException:  # Ctrl-C: the worker is gone by now, its half of a model need not stay
@@ -125,6 +129,30 @@ def check_parity(checkpoint: Path, onnx_folder: Path) -> Parity:
     Raises:
         VerificationError: the largest logit difference exceeds 1e-3 or greedy tokens differ.
     """
+    if has_5():
+        try:
+            found = call("parity_worker", {"checkpoint": str(checkpoint), "graph": str(onnx_folder)})
+        except WorkerFailed as error:
+            raise VerificationError(f"The ONNX file could not be compared with PyTorch: {error}") from error
+        parity = Parity(**found)
+    else:
+        parity = measure(checkpoint, onnx_folder)
+    plain, with_past, equal = (
+        parity.max_logit_difference,
+        parity.max_logit_difference_with_past,
+        parity.greedy_tokens_equal,
+    )
+    if max(plain, with_past) > PARITY_LIMIT or not equal:
+        raise VerificationError(
+            f"The ONNX file differs from PyTorch: logits by {plain:.2g} (with past {with_past:.2g}), greedy tokens "
+            f"{'equal' if equal else 'differ'}.",
+            hint="It is not published. Report the model; --no-onnx goes on without it.",
+        )
+    return parity
+
+
+def measure(checkpoint: Path, onnx_folder: Path) -> Parity:
+    """What `check_parity` judges; where Optimum is installed."""
     import torch
     from transformers import AutoTokenizer
 
@@ -142,14 +170,7 @@ def check_parity(checkpoint: Path, onnx_folder: Path) -> Parity:
             plain = max(plain, _difference(exported(ids, attention_mask=mask), reference(ids, attention_mask=mask)))
             with_past = max(with_past, _with_past(exported, reference, ids))
             equal = equal and torch.equal(_greedy(exported, ids, mask), _greedy(reference, ids, mask))
-    parity = Parity(plain, with_past, equal, GREEDY_TOKENS * len(PROMPTS))
-    if max(plain, with_past) > PARITY_LIMIT or not equal:
-        raise VerificationError(
-            f"The ONNX file differs from PyTorch: logits by {plain:.2g} (with past {with_past:.2g}), greedy tokens "
-            f"{'equal' if equal else 'differ'}.",
-            hint="It is not published. Report the model; --no-onnx goes on without it.",
-        )
-    return parity
+    return Parity(plain, with_past, equal, GREEDY_TOKENS * len(PROMPTS))
 
 
 def open_graph(onnx_folder: Path) -> Any:

@@ -8,11 +8,12 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from gradmap_hub.exporters import environment
 
 # Nothing that is exported may be looked up on the Hub: the checkpoint is on disk, and whole.
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -23,8 +24,8 @@ class WorkerFailed(Exception):
 
 
 def call(module: str, arguments: Mapping[str, Any]) -> Any:
-    """What `gradmap_hub.exporters.MODULE.main(**arguments)` returns, computed in a fresh Python process. Arguments and
-    result are JSON; paths are strings.
+    """What `gradmap_hub.exporters.MODULE.main(**arguments)` returns, computed in a fresh Python process of the
+    environment for exports. Arguments and result are JSON; paths are strings.
 
     Raises:
         WorkerFailed: it raised, or died.
@@ -34,7 +35,7 @@ def call(module: str, arguments: Mapping[str, Any]) -> Any:
         task = json.dumps({"module": module, "arguments": dict(arguments), "result": str(result)})
         # On Ctrl-C `run` kills the process before it lets the exception through.
         done = subprocess.run(
-            [sys.executable, "-m", "gradmap_hub.exporters.worker"],
+            [environment.python(), "-m", "gradmap_hub.exporters.worker"],
             input=task,
             capture_output=True,
             text=True,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gradmap_hub.errors import RemoteCodeRefused, UnsupportedArchitecture
+from gradmap_hub.generations import ONLY_5, NotInBothForms, both_read_config, has_5, installed
 
 # The axis of a weight along which the residual stream lies: (d, f) as in nn.Linear, or (f, d) and (d).
 ROWS, COLUMNS = -2, -1
@@ -35,10 +36,17 @@ class Condition:
 class Experts:
     """A mixture of experts within a layer. `block`: the module whose output (the first, if it is a tuple) is added to
     the residual stream. `outputs`: patterns of the parameters that write that output, every expert's and the shared
-    one's, and the axis along which the stream lies in each: the output is linear in all of them together."""
+    one's, and the axis along which the stream lies in each: the output is linear in all of them together. `|` stands
+    between the names that transformers 4.57 and 5 have for the same.
+
+    transformers 5 holds all experts in one tensor where 4.57 has a module for each, which is how they are stored.
+    `stored`: the name of such a tensor within the layer, and of the tensors that a checkpoint has for it: `*` is the
+    number of the expert, and several of one expert stand above each other.
+    """
 
     block: str
     outputs: tuple[tuple[str, int], ...]
+    stored: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,8 @@ class Architecture:
     `mlp_output` and `attention_output` are linears (nn.Linear, or transformers' transposed Conv1D) that write to the
     residual stream: through `mlp_norm` and `attention_norm` where a norm stands in between, times the layer's attribute
     `residual_multiplier` where there is one. A layer without `mlp_output` has `experts`.
+
+    `stored`: tensors outside the layers that transformers 5 names otherwise than a checkpoint does, see `Experts`.
 
     `after_norm`: a projection between final norm and head. The head's logits are multiplied by the config field
     `logit_multiplier`, divided by `logit_divisor`, capped by `logit_cap`, as far as they are given.
@@ -80,14 +90,25 @@ class Architecture:
     refused: tuple[Condition, ...] = ()
     uncorrected: tuple[Condition, ...] = ()
     unstreamed: str | None = None
+    stored: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
 
-def _experts(block: str, *outputs: str) -> Experts:
-    return Experts(block, tuple((f"{block}.{output}", ROWS) for output in outputs))
+def _experts(block: str, *shared: str) -> Experts:
+    """Experts named as in most families; `shared`: what writes the output of those that every token reaches."""
+    outputs = ("experts*down_proj*", *shared)
+    fused = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+    return Experts(
+        block,
+        tuple((f"{block}.{output}", ROWS) for output in outputs),
+        tuple(
+            (f"{block}.experts.{name}", tuple(f"{block}.experts.*.{part}.weight" for part in parts))
+            for name, parts in fused.items()
+        ),
+    )
 
 
 _GPT: dict[str, Any] = {"layers": "transformer.h", "final_norm": "transformer.ln_f"}
-_EXPERTS = _experts("mlp", "experts.*.down_proj.weight")
+_EXPERTS = _experts("mlp")
 # The norms around attention and MLP of Gemma 2 and 3, OLMo 2 and 3, EXAONE 4.
 _SANDWICH: dict[str, Any] = {"mlp_norm": "post_feedforward_layernorm", "attention_norm": "post_attention_layernorm"}
 _GEMMA: dict[str, Any] = {**_SANDWICH, "norm_offset": 1.0, "logit_cap": "final_logit_softcapping"}
@@ -107,10 +128,11 @@ _ROWS = (
     ),
     Architecture("cohere", "CohereForCausalLM", logit_multiplier="logit_scale"),
     Architecture("cohere2", "Cohere2ForCausalLM", logit_multiplier="logit_scale"),
+    Architecture("cwm", "CwmForCausalLM"),
     Architecture(
         "deepseek_v3",
         "DeepseekV3ForCausalLM",
-        experts=_experts("mlp", "experts.*.down_proj.weight", "shared_experts.down_proj.weight"),
+        experts=_experts("mlp", "shared_experts.down_proj.weight"),
         leading=("first_k_dense_replace",),
         dropped=("num_nextn_predict_layers",),
         unstreamed="its layers have buffers of their own, which are not streamed",
@@ -154,6 +176,7 @@ _ROWS = (
         final_norm="gpt_neox.final_layer_norm",
         mlp_output="mlp.dense_4h_to_h",
         attention_output="attention.dense",
+        stored=(("lm_head.weight", ("embed_out.weight",)),),
     ),
     Architecture(
         "gpt_oss",
@@ -165,17 +188,49 @@ _ROWS = (
         "granite", "GraniteForCausalLM", residual_multiplier="residual_multiplier", logit_divisor="logits_scaling"
     ),
     Architecture(
+        "granite_swa",
+        "GraniteSWAForCausalLM",
+        residual_multiplier="residual_multiplier",
+        logit_divisor="logits_scaling",
+    ),
+    Architecture(
         "granitemoe",
         "GraniteMoeForCausalLM",
-        experts=_experts("block_sparse_moe", "output_linear.weight"),
+        experts=Experts(
+            "block_sparse_moe",
+            (("block_sparse_moe.output_linear.weight|block_sparse_moe.experts.down_proj", ROWS),),
+            (
+                ("block_sparse_moe.experts.gate_up_proj", ("block_sparse_moe.input_linear.weight",)),
+                ("block_sparse_moe.experts.down_proj", ("block_sparse_moe.output_linear.weight",)),
+                ("block_sparse_moe.router.weight", ("block_sparse_moe.router.layer.weight",)),
+            ),
+        ),
         residual_multiplier="residual_multiplier",
         logit_divisor="logits_scaling",
     ),
     Architecture("helium", "HeliumForCausalLM"),
+    Architecture("jais2", "Jais2ForCausalLM"),
     Architecture("llama", "LlamaForCausalLM"),
+    Architecture("mellum", "MellumForCausalLM", experts=_EXPERTS, dropped=("num_mtp_layers",)),
     Architecture("ministral", "MinistralForCausalLM"),
+    Architecture("ministral3", "Ministral3ForCausalLM"),
     Architecture("mistral", "MistralForCausalLM"),
-    Architecture("mixtral", "MixtralForCausalLM", experts=_experts("block_sparse_moe", "experts.*.w2.weight")),
+    Architecture(
+        "mixtral",
+        "MixtralForCausalLM",
+        experts=Experts(
+            "block_sparse_moe|mlp",
+            (("block_sparse_moe.experts.*.w2.weight|mlp.experts.down_proj", ROWS),),
+            (
+                (
+                    "mlp.experts.gate_up_proj",
+                    ("block_sparse_moe.experts.*.w1.weight", "block_sparse_moe.experts.*.w3.weight"),
+                ),
+                ("mlp.experts.down_proj", ("block_sparse_moe.experts.*.w2.weight",)),
+                ("mlp.gate.weight", ("block_sparse_moe.gate.weight",)),
+            ),
+        ),
+    ),
     Architecture(
         "mpt",
         "MptForCausalLM",
@@ -184,6 +239,7 @@ _ROWS = (
         mlp_output="ffn.down_proj",
         attention_output="attn.out_proj",
     ),
+    Architecture("nanochat", "NanoChatForCausalLM", mlp_output="mlp.fc2", logit_cap="final_logit_softcapping"),
     Architecture("nemotron", "NemotronForCausalLM"),
     Architecture("olmo", "OlmoForCausalLM"),
     Architecture("olmo2", "Olmo2ForCausalLM", **_SANDWICH),
@@ -211,7 +267,7 @@ _ROWS = (
     Architecture(
         "qwen2_moe",
         "Qwen2MoeForCausalLM",
-        experts=_experts("mlp", "experts.*.down_proj.weight", "shared_expert.down_proj.weight"),
+        experts=_experts("mlp", "shared_expert.down_proj.weight"),
         leading=("max_window_layers",),
         sparse=True,
     ),
@@ -239,16 +295,29 @@ _NOT_PER_LAYER = ("token_id", "token_ids", "tokens", "words_ids", "mlp_only_laye
 _STATE = "some of its layers keep a recurrent state instead of attending, in a pattern that removing layers would break"
 _SHARED = "its layers share weights or keys and values with each other"
 _CROSS = "some of its layers attend to an image"
+_PRODUCERS = "its layers share keys and values, and each adds an embedding of its own to the stream"
+_INDEXED = "its layers choose what to attend to by an index, and what that means to a layer removed is not known"
 _REFUSED = {
     "bamba": _STATE,
+    "bailing_hybrid": _STATE,
+    "deepseek_v32": _INDEXED,
+    "deepseek_v4": _INDEXED,
     "falcon_h1": _STATE,
     "falcon_mamba": "it has no attention layers, and its layers are not known to be safe to remove",
     "gemma3n": "its layers share keys and values, and its embedding table has a part for each layer",
     "gemma3n_text": "its layers share keys and values, and its embedding table has a part for each layer",
+    "gemma4": _PRODUCERS,
+    "gemma4_text": _PRODUCERS,
+    "gemma4_unified": _PRODUCERS,
+    "gemma4_unified_text": _PRODUCERS,
+    "glm_moe_dsa": _INDEXED,
     "granitemoehybrid": _STATE,
     "jamba": "its attention and expert layers follow a period in the depth (attn_layer_period), which removing layers "
     "would shift",
+    "kimi_linear": _STATE,
     "lfm2": _STATE,
+    "lfm2_moe": _STATE,
+    "lfm3": _STATE,
     "llama4": "its attention and expert layers follow a pattern in the depth that is not renumbered yet",
     "llama4_text": "its attention and expert layers follow a pattern in the depth that is not renumbered yet",
     "longcat_flash": "each of its layers has two attentions and two places in the cache",
@@ -256,10 +325,18 @@ _REFUSED = {
     "mllama": _CROSS,
     "mllama_text_model": _CROSS,
     "nemotron_h": _STATE,
+    "olmo_hybrid": _STATE,
+    "qwen3_5": _STATE,
+    "qwen3_5_moe": _STATE,
+    "qwen3_5_moe_text": _STATE,
+    "qwen3_5_text": _STATE,
     "qwen3_next": _STATE,
+    "qwen4_exp": _STATE,
+    "qwen4_exp_text": _STATE,
     "recurrent_gemma": _STATE,
     "zamba": _SHARED,
     "zamba2": _SHARED,
+    "zaya": _STATE,
 }
 _ENCODERS = {
     "bert",
@@ -302,13 +379,8 @@ def architecture_of(config: dict[str, Any]) -> Architecture:
         raise UnsupportedArchitecture(
             model_type, f"the checkpoint is a {declared[0]}, not a {row.causal_lm}", SUPPORTED
         )
-    if "rope_parameters" in config and "rope_theta" not in config:
-        # transformers 4.57 would silently fall back to its default rope_theta.
-        raise UnsupportedArchitecture(
-            model_type,
-            "its config was saved by transformers 5 (rope_parameters), which 4.57 reads wrongly",
-            SUPPORTED,
-        )
+    if not has_5():
+        _check_generation(model_type, config)
     quantization = config.get("quantization_config")
     if quantization:
         method = quantization.get("quant_method", "method unknown") if isinstance(quantization, dict) else quantization
@@ -321,6 +393,17 @@ def architecture_of(config: dict[str, Any]) -> Architecture:
     if (dimension(config, "num_hidden_layers") or 0) < 2:
         raise UnsupportedArchitecture(model_type, "it has fewer than two layers", SUPPORTED)
     return row
+
+
+def _check_generation(model_type: str, config: dict[str, Any]) -> None:
+    """Raises UnsupportedArchitecture: transformers 4.57 cannot read it."""
+    advice = f"transformers 5 can; {installed()} is installed"
+    if model_type in ONLY_5:
+        raise UnsupportedArchitecture(model_type, f"transformers 4.57 does not know them, {advice}", SUPPORTED)
+    try:
+        both_read_config(config)
+    except NotInBothForms as error:
+        raise UnsupportedArchitecture(model_type, f"{error}, which 4.57 cannot read; {advice}", SUPPORTED) from None
 
 
 def _needs_own_code(config: dict[str, Any], row: Architecture | None) -> bool:

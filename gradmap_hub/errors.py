@@ -107,6 +107,10 @@ class MissingExtra(GradmapError):
         self.extra = extra
 
 
+class ExportEnvironmentError(GradmapError):
+    """The environment that exports run in, beside transformers 5, is not there and cannot be made."""
+
+
 class VerificationError(GradmapError):
     """The saved model or an export does not compute what it should. Nothing is published."""
 

@@ -400,7 +400,7 @@ class _Evaluation:
         tokenizer = self.run.tokenizer()
         if tokenizer.chat_template:
             messages = [{"role": "user", "content": prompt}]
-            ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+            ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         else:
             ids = tokenizer(prompt)["input_ids"]
         backend.read(ids)

@@ -44,8 +44,9 @@ def export_checked(
     Raises:
         VerificationError: a float32 graph differs from PyTorch, or an exporter failed.
     """
-    from gradmap_hub.exporters import formats
+    from gradmap_hub.exporters import environment, formats
 
+    environment.prepare(stages.reporter)
     destination, work = folder / "onnx", work_folder(folder) / "export"
     artifacts = [entry for entry in record.artifacts if entry.format not in names]
     try:
@@ -70,7 +71,9 @@ def onnx_stage(stages: Stages, name: str, title: str, checkpoint: Path, destinat
     Raises:
         VerificationError: the export failed, or differs from PyTorch.
     """
-    from gradmap_hub.exporters import onnx
+    from gradmap_hub.exporters import environment, onnx
+
+    environment.prepare(stages.reporter)
 
     def compute() -> Parity:
         destination.parent.mkdir(parents=True, exist_ok=True)
@@ -106,8 +109,9 @@ def export_original(
     Raises:
         VerificationError: an exporter failed.
     """
-    from gradmap_hub.exporters import formats, genai
+    from gradmap_hub.exporters import environment, formats, genai
 
+    environment.prepare(stages.reporter)
     found: dict[str, Quality] = {}
     try:
         for name in names:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gradmap_hub.errors import BrokenCheckpointError, SourceError
+from gradmap_hub.generations import has_5
 from gradmap_hub.source import clean_config
 
 # llama.cpp names the pre-tokenizer in `tokenizer.ggml.pre`; these are byte-level BPE variants whose
@@ -69,7 +70,10 @@ def convert_gguf(path: Path, folder: Path) -> None:
     try:
         with _quiet(), _read_once():
             metadata = read_metadata(path)
-            model = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.float32)
+            model = AutoModelForCausalLM.from_pretrained(
+                str(path.parent), gguf_file=path.name, dtype=torch.float32, **_unpacked()
+            )
+            _forget_quantization(model)
             tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
     except (ValueError, KeyError, OSError, RuntimeError) as error:
         raise BrokenCheckpointError(f"{path.name} cannot be read as a model: {error}") from error
@@ -80,6 +84,27 @@ def convert_gguf(path: Path, folder: Path) -> None:
     _mend_tokenizer(tokenizer, metadata)
     tokenizer.save_pretrained(folder)
     _mend_tokenizer_config(folder / "tokenizer_config.json")
+
+
+def _unpacked() -> dict[str, Any]:
+    """What has transformers 5 dequantise the weights, as 4.57 always does, instead of keeping them in their blocks."""
+    if not has_5():
+        return {}
+    from transformers import GgufConfig  # pyright: ignore - of transformers 5
+
+    return {"quantization_config": GgufConfig(dequantize=True)}
+
+
+def _forget_quantization(model: Any) -> None:
+    """transformers 5 goes on to call the dequantised model quantised, and refuses to save it."""
+    for holder, name in (
+        (model, "hf_quantizer"),
+        (model, "quantization_method"),
+        (model.config, "quantization_config"),
+    ):
+        if hasattr(holder, name):
+            delattr(holder, name)
+    model.is_quantized = False
 
 
 def _mend_tokenizer(tokenizer: Any, metadata: dict[str, Any]) -> None:

@@ -151,11 +151,14 @@ def push(config: PushConfig, *, command: str = "", reporter: Reporter | None = N
     Raises:
         GradmapError: one of its subclasses says what is wrong; see errors.py.
     """
+    from gradmap_hub.exporters import environment
     from gradmap_hub.publishing import Publisher
 
     reporter = reporter or SilentReporter()
     _reporting(hub, reporter)
     plan = make_plan(config, hub)
+    if config.onnx:
+        environment.prepare(reporter)  # which fails before the work, if it fails
     with _no_empty_folders(plan.output):
         run = Run(
             plan.source, config.prune, plan.removals, plan.output, command, reporter, hub, expected=config.repeats

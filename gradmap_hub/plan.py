@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from gradmap_hub.architectures import Architecture, architecture_of, correction_skipped, dimension
 from gradmap_hub.config import PruneConfig, PublishConfig, PushConfig
 from gradmap_hub.errors import CalibrationError, DiskTooSmall, LicenseUnknown, OutputExists, SourceError, UsageError
+from gradmap_hub.generations import needs_5
 from gradmap_hub.record import (
     FILE_NAME,
     SCHEMA_VERSION,
@@ -25,7 +26,7 @@ from gradmap_hub.record import (
     LayerDecision,
     RunRecord,
 )
-from gradmap_hub.source import CARD, Files, check_weights, choose_files, folder_sizes, read_config
+from gradmap_hub.source import CARD, Files, check_weights, choose_files, folder_sizes, in_both_forms, read_config
 from gradmap_hub.spaceplan import GRAPHS, SpacePlan, plan_space
 from gradmap_hub.targets import Terms, model_mark, space_mark
 
@@ -72,6 +73,8 @@ def find_source(model: str, revision: str | None, hub: Hub) -> Source:
         raise SourceError(f"{model} has no config.json: it is not a transformers model.", hint="Give another model.")
     config = read_config(hub.fetch(model, remote.commit, ["config.json"]) / "config.json")
     architecture = architecture_of(config)
+    only_5 = needs_5(config)
+    config = in_both_forms(config)
     files = choose_files(remote.files)
     exports = own_exports(remote.files)
     base = Base(
@@ -86,6 +89,7 @@ def find_source(model: str, revision: str | None, hub: Hub) -> Source:
         dtype=_dtype_of(config),
         has_onnx="float32" in exports,
         exports=exports,
+        needs_5=only_5,
     )
     return Source(
         base,
@@ -111,6 +115,8 @@ def _folder_source(path: Path) -> Source:
 
     config = read_config(path / "config.json")
     architecture = architecture_of(config)
+    only_5 = needs_5(config)
+    config = in_both_forms(config)
     files = choose_files(folder_sizes(path))
     check_weights(path, files)
     base = Base(
@@ -118,6 +124,7 @@ def _folder_source(path: Path) -> Source:
         model_type=architecture.model_type,
         dtype=_dtype_of(config),
         **_card_facts(header_of(path / CARD) or {}),
+        needs_5=only_5,
     )
     return Source(base, architecture, _depth(config), files, files.weight_bytes, folder=path, config=config)
 

@@ -45,6 +45,8 @@ class Base:
     # Precisions (see spaceplan.GRAPHS) of which its repository has ONNX files that are like ours.
     exports: list[str] = field(default_factory=list)
     weights_sha256: str | None = None
+    # Whether transformers 4.57 cannot read it as it lies in its repository.
+    needs_5: bool = False
 
 
 @dataclass(frozen=True)

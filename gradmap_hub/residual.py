@@ -146,15 +146,17 @@ def _mixture(layer: nn.Module, row: Architecture, scale: float) -> Writer:
     assert row.experts is not None
     outputs: dict[str, int] = {}
     for pattern, axis in row.experts.outputs:
-        found = [name for name, _ in layer.named_parameters() if fnmatch(name, pattern)]
+        names = [name for name, _ in layer.named_parameters()]
+        found = [name for name in names if any(fnmatch(name, one) for one in pattern.split("|"))]
         if not found:
             raise AttributeError(f"a layer of {row.model_type} has no parameter {pattern}")
         outputs.update(dict.fromkeys(found, axis))
-    block = layer.get_submodule(row.experts.block)
+    path = next(path for path in row.experts.block.split("|") if has_module(layer, path))
+    block = layer.get_submodule(path)
     name, axis = next(iter(outputs.items()))
     parameter = layer.get_parameter(name)
     identity = torch.eye(parameter.shape[axis], dtype=torch.float64, device=parameter.device)
-    return Writer(layer, row.experts.block, block, block, identity, None, scale, outputs=outputs)
+    return Writer(layer, path, block, block, identity, None, scale, outputs=outputs)
 
 
 def _projected(value: Tensor, axis: int, projection: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ from gradmap_hub.record import (
     TextSource,
     VerificationRecord,
 )
-from gradmap_hub.source import COMPANION_FILES, check_weights, legal_texts, sha256_of, weights_sha256
+from gradmap_hub.source import COMPANION_FILES, check_weights, legal_texts, readable, sha256_of, weights_sha256
 from gradmap_hub.stages import Stages
 
 if TYPE_CHECKING:  # torch is only imported once there is something to compute
@@ -90,6 +90,7 @@ class Run:
         self.reporter = reporter
         self.hub = hub
         self._converted = self.work / "original"
+        self._stand_in = self.work / "readable"
         self._opened: list[Decoder] = []  # none or one; branches share it
         self._tokenizer: Any = None
         self.stages = Stages(self.work, reporter, {"version": __version__, "what": stages, "base": identity(source)})
@@ -108,13 +109,13 @@ class Run:
         if self.source.gguf is not None:
             return self.checkpoint()
         if self.source.folder is not None:
-            return self.source.folder
-        return self._fetch(["config.json", *self.source.files.companions])
+            return readable(self.source.folder, self._stand_in)
+        return readable(self._fetch(["config.json", *self.source.files.companions]), self._stand_in)
 
     def checkpoint(self) -> Path:
         """A local folder with config, safetensors weights and companions, checked to be whole."""
         if self.source.folder is not None:
-            return self.source.folder
+            return readable(self.source.folder, self._stand_in)
         if self.source.gguf is not None:
             if not (self._converted / "tokenizer_config.json").is_file():
                 from gradmap_hub.gguf_source import convert_gguf
@@ -123,7 +124,7 @@ class Run:
             return self._converted
         folder = self._fetch(["config.json", *self.source.files.weights, *self.source.files.companions])
         check_weights(folder, self.source.files)
-        return folder
+        return readable(folder, self._stand_in)
 
     def tokenizer(self) -> Any:
         """The original's tokenizer, loaded when first needed.

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
+import shutil
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -11,16 +14,19 @@ from pathlib import Path
 from typing import Any
 
 from gradmap_hub.errors import BrokenCheckpointError, SourceError
+from gradmap_hub.generations import NotInBothForms, both_read_config, both_read_tokenizer_config
 
 CARD = "README.md"
 # Results of benchmarks, as the Hub reads them.
 RESULTS_FOLDER = ".eval_results"
+CONFIG = "config.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 # Copied byte for byte from the original to the result; re-saving a tokenizer changes it.
 TOKENIZER_FILES = (
     "tokenizer.json",
-    "tokenizer_config.json",
+    TOKENIZER_CONFIG,
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
@@ -106,11 +112,55 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def clean_config(path: Path) -> None:
     """Rewrite a config.json that is to be published without what belongs to where it came from: a path of the machine
-    that built it, at worst, and code that is not copied and not needed."""
-    config = json.loads(path.read_text(encoding="utf-8"))
+    that built it, at worst, and code that is not copied and not needed. It says what it says to transformers 4.57 and 5
+    alike, unless only 5 has words for it."""
+    config = in_both_forms(json.loads(path.read_text(encoding="utf-8")))
     for key in ("_name_or_path", "_model_name_or_path", "auto_map"):
         config.pop(key, None)
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def in_both_forms(config: dict[str, Any]) -> dict[str, Any]:
+    """A config.json as either generation of transformers reads it; unchanged if only 5 has words for it."""
+    with contextlib.suppress(NotInBothForms):
+        return both_read_config(config)
+    return config
+
+
+def copy_tokenizer_config(source: Path, target: Path) -> None:
+    """Copy a tokenizer_config.json byte for byte, unless transformers 4.57 could not read it so."""
+    config = read_config(source)
+    translated = both_read_tokenizer_config(config)
+    if translated == config:
+        shutil.copyfile(source, target)
+    else:
+        target.write_text(json.dumps(translated, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def readable(folder: Path, stand_in: Path) -> Path:
+    """A model folder whose config and tokenizer either generation of transformers reads: the folder itself, or, if 5
+    has saved it in its own way, `stand_in`, which then holds the two files translated and links to all others."""
+    config, tokenizer = read_config(folder / CONFIG), folder / TOKENIZER_CONFIG
+    saved = read_config(tokenizer) if tokenizer.is_file() else {}
+    if in_both_forms(config) == config and both_read_tokenizer_config(saved) == saved:
+        return folder
+    stand_in.mkdir(parents=True, exist_ok=True)
+    for path in folder.iterdir():
+        if path.is_file() and not (stand_in / path.name).exists():
+            _link(path.resolve(), stand_in / path.name)
+    for name, translated in ((CONFIG, in_both_forms(config)), (TOKENIZER_CONFIG, both_read_tokenizer_config(saved))):
+        if (folder / name).is_file():
+            (stand_in / name).unlink()  # a link: what it points to is not ours to write
+            text = json.dumps(translated, indent=2, ensure_ascii=False) + "\n"
+            (stand_in / name).write_text(text, encoding="utf-8")
+    return stand_in
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.symlink(source, target)
+    except OSError:  # not on every file system, nor for every user of Windows
+        shutil.copyfile(source, target)
 
 
 def check_weights(folder: Path, files: Files) -> None:

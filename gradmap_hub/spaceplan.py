@@ -132,6 +132,9 @@ def _with_transformers(
         )
     else:
         cause = "the ONNX files are too large for the Space, which runs both with transformers"
+    if base.needs_5:
+        words = f"no Space: {cause}; but the original is for transformers 5, and the Space has 4.57{left_out}"
+        return SpacePlan("transformers", words, ())
     halved = BeforeAfter(float32.before // 2, float32.after // 2)
     tries = [("float32", float32)] + ([(base.dtype, halved)] if base.dtype in ("bfloat16", "float16") else [])
     problem = ""

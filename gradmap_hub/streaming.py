@@ -24,9 +24,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gradmap_hub.architectures import Architecture, sliced_config
+from gradmap_hub.architectures import ARCHITECTURES, Architecture, sliced_config
 from gradmap_hub.decoder import Decoder
 from gradmap_hub.errors import BrokenCheckpointError
+from gradmap_hub.parts import Parts, flat, parts_of, split, whole, whole_shape
 from gradmap_hub.source import WEIGHTS, WEIGHTS_INDEX, clean_config, read_config, read_safetensors_header
 
 # Bytes that `score_layers` may spend on the residual stream between layers, which decides how many rows it carries.
@@ -56,6 +57,7 @@ class WeightFiles:
         """
         self.folder = folder
         self._entries: dict[str, tuple[Path, torch.dtype, tuple[int, ...], int]] = {}
+        self._made: dict[str, Parts] = {}
         self._maps: dict[Path, mmap.mmap] = {}
         if (folder / WEIGHTS).is_file():
             shards: dict[str, set[str] | None] = {WEIGHTS: None}
@@ -86,27 +88,40 @@ class WeightFiles:
             offset = start + entry["data_offsets"][0]
             self._entries[name] = (path, _DTYPES[entry["dtype"]], tuple(entry["shape"]), offset)
 
-    def expect(self, architecture: Architecture) -> None:
-        """Read the names of a checkpoint of the model without its head, as older ones are, as those of the whole model
-        are: with the name of that part before them."""
+    def expect(self, architecture: Architecture, wanted: Iterable[tuple[str, Tensor]]) -> None:
+        """Read the names of the checkpoint as those of the model, whose tensors are `wanted`: in older checkpoints the
+        name of the part without the head is missing, and some tensors of the model are several in a checkpoint."""
         prefix = architecture.layers.partition(".")[0]
         if not any(name.startswith(f"{prefix}.") for name in self._entries):
             self._entries = {f"{prefix}.{name}": entry for name, entry in self._entries.items()}
+        for name, tensor in wanted:
+            parts = None if name in self._entries else parts_of(architecture, name, len(tensor))
+            if parts is not None and all(part in self._entries for part in flat(parts)):
+                self._made[name] = parts
+
+    def parts(self, name: str) -> Parts | None:
+        """The tensors of the checkpoint that make up one of the model; None if it is stored as it is."""
+        return self._made.get(name)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._entries
+        return name in self._entries or name in self._made
 
     def names(self) -> list[str]:
-        return list(self._entries)
+        used = {part for parts in self._made.values() for part in flat(parts)}
+        return [*(name for name in self._entries if name not in used), *self._made]
 
     def shape(self, name: str) -> tuple[int, ...]:
+        if name in self._made:
+            return whole_shape([[self.shape(part) for part in row] for row in self._made[name]])
         return self._entry(name)[2]
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._entry(name)[1]
+        return self._entry(self._made[name][0][0] if name in self._made else name)[1]
 
     def tensor(self, name: str) -> Tensor:
-        """A tensor as stored; a view of the file, never to be written to."""
+        """A tensor as stored; where it is one in the checkpoint, a view of the file, never to be written to."""
+        if name in self._made:
+            return whole([[self.tensor(part) for part in row] for row in self._made[name]])
         path, dtype, shape, offset = self._entry(name)
         count = math.prod(shape)
         if not count:
@@ -124,6 +139,9 @@ class WeightFiles:
         if not hasattr(mmap, "MADV_DONTNEED"):
             return
         for name in names:
+            if name in self._made:
+                self.release(flat(self._made[name]))
+                continue
             path, dtype, shape, offset = self._entry(name)
             if path in self._maps:
                 # Whole pages only; the neighbours' bytes on the first page are simply read again.
@@ -344,7 +362,7 @@ def open_streamed(
     stored = files.dtype(next((name for name in files.names() if "embed" in name), files.names()[0]))
     dtype = dtype or stored
     model = _empty_model(config, dtype)
-    files.expect(architecture)
+    files.expect(architecture, _named_tensors(model))
     missing, _, mismatched = _compared(model, files)
     if missing or mismatched:
         kind, name = ("no tensor", missing[0]) if missing else ("another shape of", mismatched[0])
@@ -361,7 +379,9 @@ def key_report(folder: Path) -> dict[str, list[str]]:
     from safetensors import safe_open
 
     model = _empty_model(_config_of(folder), torch.float32)
-    missing, unexpected, mismatched = _compared(model, WeightFiles(folder))
+    files = WeightFiles(folder)
+    files.expect(ARCHITECTURES[model.config.model_type], _named_tensors(model))
+    missing, unexpected, mismatched = _compared(model, files)
     for path in folder.glob("*.safetensors"):
         with safe_open(path, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118 - not a mapping
@@ -410,9 +430,8 @@ def write_pruned(
     files = WeightFiles(source)
     planned: list[PlannedTensor] = []
     used: set[tuple[int, str]] = set()
-    empty = _empty_model(pruned, dtype)
-    files.expect(architecture)
-    for name, parameter in _named_tensors(empty):
+    files.expect(architecture, _named_tensors(_empty_model(config, dtype)))
+    for name, parameter in _named_tensors(_empty_model(pruned, dtype)):
         original = name
         replacement = None
         if name.startswith(f"{architecture.layers}."):
@@ -424,7 +443,7 @@ def write_pruned(
         shape = files.shape(original) if replacement is None else tuple(replacement.shape)
         if shape != tuple(parameter.shape):
             raise BrokenCheckpointError(f"{original} is {shape}, where the config means {tuple(parameter.shape)}.")
-        planned.append(PlannedTensor(name, shape, _pieces(files, original, replacement)))
+        planned += _planned(files, architecture, name, original, replacement)
     unused = set(overrides) - used
     if unused:
         raise ValueError(f"no tensor is written for {sorted(unused)[0]}")
@@ -488,6 +507,27 @@ def _write_file(path: Path, tensors: Sequence[PlannedTensor], dtype: torch.dtype
         raise ValueError(f"{path.name} should hold {end} bytes of tensors, {written} were given")
 
 
+def _planned(
+    files: WeightFiles, architecture: Architecture, name: str, original: str, replacement: Tensor | None
+) -> list[PlannedTensor]:
+    """What is written for the tensor `name` of the model: as many tensors as the checkpoint has for `original`."""
+    parts = files.parts(original)
+    if parts is None:
+        shape = files.shape(original) if replacement is None else tuple(replacement.shape)
+        return [PlannedTensor(name, shape, _pieces(files, original, replacement))]
+    renamed = parts_of(architecture, name, len(parts))
+    assert renamed is not None
+    shapes = [[files.shape(part) for part in row] for row in parts]
+    values = None if replacement is None else split(replacement, shapes)
+    return [
+        PlannedTensor(
+            new, shapes[row][place], _pieces(files, parts[row][place], None if values is None else values[row][place])
+        )
+        for row, names in enumerate(renamed)
+        for place, new in enumerate(names)
+    ]
+
+
 def _pieces(files: WeightFiles, name: str, replacement: Tensor | None) -> Callable[[], Iterator[Tensor]]:
     def pieces() -> Iterator[Tensor]:
         value = files.tensor(name) if replacement is None else replacement.detach().contiguous()
@@ -503,7 +543,9 @@ def _write_config(config: Any, architecture: Architecture, folder: Path, dtype: 
     config.architectures = [architecture.causal_lm]
     config.dtype = dtype
     config._name_or_path = ""
-    for name in config._get_non_default_generation_parameters():  # belongs into generation_config.json
+    # Named otherwise in transformers 4.57. What it returns belongs into generation_config.json.
+    stray = getattr(config, "_get_generation_parameters", None) or config._get_non_default_generation_parameters
+    for name in stray():
         setattr(config, name, None)
     config.save_pretrained(folder)
     clean_config(folder / "config.json")

@@ -10,6 +10,7 @@ import importlib.util
 import json
 import os
 import random
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -289,6 +290,53 @@ def decoder_of() -> Callable[..., Any]:
     return make
 
 
+# Plain transformers, no code of ours: reads each folder, leaves the logits in it, and saves it again in its own way.
+_OTHER = """
+import json, sys, torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+task = json.load(sys.stdin)
+torch.set_num_threads(1)
+for folder in task["folders"]:
+    capped = getattr(AutoConfig.from_pretrained(folder), "attn_logit_softcapping", None) is not None
+    options = {"attn_implementation": "eager"} if capped else {}  # 4.57 would not cap
+    model, report = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True, **options
+    )
+    wrong = [name for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in report[kind]]
+    assert not wrong, (folder, wrong)
+    with torch.no_grad():
+        torch.save(model.eval()(torch.tensor(task["ids"]), use_cache=False).logits[0].float(), folder + "/logits.pt")
+    model.save_pretrained(folder + "/again")
+    if task["text"]:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokens = tokenizer(task["text"])
+        assert set(tokens) == {"input_ids", "attention_mask"}, set(tokens)
+        torch.save(torch.tensor(tokens["input_ids"]), folder + "/tokens.pt")
+        tokenizer.save_pretrained(folder + "/again")
+"""
+
+
+@pytest.fixture(scope="session")
+def other_transformers() -> Callable[..., None]:
+    """Reads folders with the transformers of the other lane (.venv, .venv5): `other_transformers(folders, ids, text)`.
+    Each then has logits.pt, with a text tokens.pt, and the folder `again`."""
+    import subprocess
+
+    from gradmap_hub.generations import has_5
+
+    lane = ".venv" if has_5() else ".venv5"
+    python = Path(__file__).parents[1] / lane / "bin" / "python"
+    if not python.is_file():
+        pytest.skip(f"the other lane is not installed: no {lane} (`make install` and `make install-5`)")
+
+    def read(folders: Sequence[Path], ids: Any, text: str = "") -> None:
+        task = {"folders": [str(folder) for folder in folders], "ids": ids.tolist(), "text": text}
+        done = subprocess.run([python, "-c", _OTHER], input=json.dumps(task), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+
+    return read
+
+
 @pytest.fixture(scope="session")
 def prune_copy() -> Callable[..., Any]:
     """A copy of a model without some of its layers; the model itself is left alone."""
@@ -361,8 +409,9 @@ def export_tiny() -> Callable[..., None]:
 
     def export(checkpoint: Path, onnx: Path, layers: int, *, endless: bool = False, hidden: int = 64) -> None:
         import torch
-        from optimum.exporters.onnx import main_export
         from transformers import LlamaConfig, LlamaForCausalLM
+
+        from gradmap_hub.generations import has_5
 
         checkpoint.mkdir()
         vocabulary = _save_tokenizer(checkpoint)
@@ -386,6 +435,21 @@ def export_tiny() -> Callable[..., None]:
             with torch.no_grad():
                 model.model.embed_tokens.weight[2] = 0
         model.save_pretrained(checkpoint)
+        if has_5():
+            from gradmap_hub.exporters import environment
+            from gradmap_hub.exporters.onnx import export_onnx
+            from gradmap_hub.progress import SilentReporter
+            from gradmap_hub.source import clean_config
+
+            clean_config(checkpoint / "config.json")
+            environment.prepare(SilentReporter())
+            export_onnx(checkpoint, onnx)
+            for path in checkpoint.iterdir():  # as Optimum does by itself
+                if path.name.startswith(("tokenizer", "special_tokens", "chat_template")):
+                    shutil.copyfile(path, onnx / path.name)
+            return
+        from optimum.exporters.onnx import main_export
+
         main_export(
             str(checkpoint),
             output=str(onnx),

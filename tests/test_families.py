@@ -39,6 +39,7 @@ from gradmap_hub.config import PruneConfig
 from gradmap_hub.decoder import Decoder
 from gradmap_hub.errors import UnsupportedArchitecture, UsageError, VerificationError
 from gradmap_hub.exporters import checkpoint, formats, onnx
+from gradmap_hub.generations import ONLY_5, has_5
 from gradmap_hub.heal import heal
 from gradmap_hub.plan import check_family, find_source
 from gradmap_hub.progress import SilentReporter
@@ -46,6 +47,7 @@ from gradmap_hub.pruning import parameter_count, remove_layers
 from gradmap_hub.residual import Tap, writer_of
 from gradmap_hub.ridge import Correction
 from gradmap_hub.scoring import score_layers
+from gradmap_hub.source import readable
 from gradmap_hub.streaming import key_report, open_streamed, pruned_logits, write_pruned
 from gradmap_hub.verification import logits_of, probe_ids, verify
 
@@ -70,21 +72,32 @@ MIXED_LEFT = {"layer_types": [FULL, SLIDING, SLIDING]}
 
 @dataclass(frozen=True)
 class Case:
-    """`settings` of the config; `left`: what the config must say without the layers `removed`."""
+    """`settings` of the config; `left`: what the config must say without the layers `removed`; `left_5`: what that of
+    transformers 5 must say besides."""
 
     settings: dict[str, Any]
     left: dict[str, Any] = field(default_factory=dict)
     removed: tuple[int, ...] = (1, 3)
     depth: str = "num_hidden_layers"
     scale: float = 1.0
+    left_5: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if has_5():
+            self.left.update(self.left_5)
 
     @property
     def kept(self) -> list[int]:
         return [layer for layer in range(LAYERS) if layer not in self.removed]
 
 
-def like_llama(left: dict[str, Any] | None = None, removed: tuple[int, ...] = (1, 3), **settings: Any) -> Case:
-    return Case({**LIKE_LLAMA, **settings}, left or {}, removed)
+def like_llama(
+    left: dict[str, Any] | None = None,
+    removed: tuple[int, ...] = (1, 3),
+    left_5: dict[str, Any] | None = None,
+    **settings: Any,
+) -> Case:
+    return Case({**LIKE_LLAMA, **settings}, dict(left or {}), removed, left_5=left_5 or {})
 
 
 def mixed(**settings: Any) -> Case:
@@ -159,6 +172,7 @@ CASES: dict[str, Case] = {
     "qwen2_moe": like_llama(
         {"decoder_sparse_step": 1, "mlp_only_layers": [2], "max_window_layers": 1},
         (0, 2),
+        {"layer_types": [FULL] * 3},
         decoder_sparse_step=2,
         shared_expert_intermediate_size=48,
         max_window_layers=3,
@@ -177,6 +191,25 @@ CASES: dict[str, Case] = {
     "stablelm (parallel)": like_llama(use_parallel_residual=True),
     "starcoder2": like_llama(sliding_window=WINDOW),
 }  # fmt: skip
+if has_5():
+    CASES |= {
+        "cwm": mixed(head_dim=16),
+        "granite_swa": Case(
+            {**LIKE_LLAMA, **GRANITE, **MIXED, "layer_rope_theta": [1e4, 300.0, 0.0, 2e3, 50.0]},
+            {**MIXED_LEFT, "layer_rope_theta": [1e4, 0.0, 50.0]},
+            scale=0.6,
+        ),
+        "jais2": like_llama(mlp_bias=True),
+        "mellum": like_llama(
+            {**MIXED_LEFT, "mlp_layer_types": ["sparse", "dense", "sparse"]},
+            mlp_layer_types=["sparse", "sparse", "dense", "dense", "sparse"],
+            head_dim=16,
+            **MIXED,
+            **QWEN_EXPERTS,
+        ),
+        "ministral3": like_llama(sliding_window=WINDOW, head_dim=16),
+        "nanochat": like_llama(final_logit_softcapping=4.0),
+    }
 # The models, saved once by the first test that wants one.
 _built: dict[str, Any] = {}
 
@@ -270,7 +303,7 @@ def indices_of(layer: nn.Module) -> set[int]:
 
 
 def test_every_family_has_a_case() -> None:
-    assert {model_type(name) for name in CASES} == set(SUPPORTED)
+    assert {model_type(name) for name in CASES} == set(SUPPORTED) - (set() if has_5() else ONLY_5)
 
 
 def test_layers_are_run_and_scored_as_the_model_does(name: str, random_rows: Callable[..., Tensor]) -> None:
@@ -517,13 +550,42 @@ def test_weights_streamed_from_disk_give_the_same(
 def test_experts_that_no_token_reaches_can_be_trained_with_the_others(random_rows: Callable[..., Tensor]) -> None:
     model = build("mixtral")
     for layer in model.model.layers:
-        layer.block_sparse_moe.gate.weight.data[3] = 0
-        layer.block_sparse_moe.gate.weight.data[:3] *= 50  # of two among three at least one is surely above 0
+        router = (layer.mlp if has_5() else layer.block_sparse_moe).gate
+        router.weight.data[3] = 0
+        router.weight.data[:3] *= 50  # of two among three at least one is surely above 0
     decoder = decoder_of(model, "mixtral")
     ids = own_text(model, random_rows(2, 4))
     rows = CalibrationRows(ids, ids, [], [])
     record, _ = heal(decoder, rows, [1, 3], {}, 2, 0, SilentReporter())
     assert record.steps == 2 and len(record.checks) > 0
+
+
+@pytest.mark.slow
+def test_the_other_transformers_reads_the_same_models(
+    other_transformers: Callable[..., None], random_rows: Callable[..., Tensor], tmp_path: Path
+) -> None:
+    """Every type, pruned and written here, by plain transformers of the other generation; and what that saves in its
+    own way, here."""
+    ids = random_rows(1, TOKENS)
+    names = [name for name in CASES if model_type(name) not in ONLY_5]
+    folders, expected = [tmp_path / str(number) for number in range(len(names))], {}
+    for name, folder in zip(names, folders, strict=True):
+        model = build(name)
+        remove_layers(model, ARCHITECTURES[model_type(name)], CASES[name].removed)
+        if name == "gemma2":  # 4.57 would not cap its attention
+            model.set_attn_implementation("eager")
+        expected[name] = logits_of(model, ids)
+        checkpoint.save_checkpoint(model, folder, torch.float32)
+    other_transformers(folders, ids)
+    differences = {}
+    for name, folder in zip(names, folders, strict=True):
+        there = torch.load(folder / "logits.pt", weights_only=True)
+        back, report = checkpoint.load_model(readable(folder / "again", folder / "stand-in"))
+        assert not report["unexpected_keys"], name
+        if name == "gemma2":
+            back.set_attn_implementation("eager")
+        differences[name] = [float((found - expected[name]).abs().max()) for found in (there, logits_of(back, ids))]
+    assert {name: found for name, found in differences.items() if max(found) > 1e-5} == {}
 
 
 # --- what must not be guessed -----------------------------------------------------------------------------------------
@@ -543,13 +605,25 @@ def test_experts_that_no_token_reaches_can_be_trained_with_the_others(random_row
         ("llama4_text", "pattern"),
         ("afmoe", "not known to be safe"),
         ("flex_olmo", "not known to be safe"),
-        ("gemma4_text", "not known to be safe"),
         ("glm4_moe", "not known to be safe"),
+        ("gemma4_text", "share keys and values"),
+        ("qwen3_5", "recurrent state"),
+        ("qwen4_exp", "recurrent state"),
+        ("kimi_linear", "recurrent state"),
+        ("glm_moe_dsa", "by an index"),
     ],
 )
 def test_hybrids_are_refused_by_name(kind: str, reason: str) -> None:
     config = {"model_type": kind, "num_hidden_layers": 8}
     with pytest.raises(UnsupportedArchitecture, match=f"'{kind}' cannot be pruned: .*{reason}"):
+        architecture_of(config)
+
+
+@pytest.mark.skipif(has_5(), reason="transformers 5 knows them")
+@pytest.mark.parametrize("kind", sorted(ONLY_5))
+def test_types_that_only_transformers_5_knows_are_refused_with_4(kind: str) -> None:
+    config = {"model_type": kind, "num_hidden_layers": 8}
+    with pytest.raises(UnsupportedArchitecture, match=f"'{kind}' cannot be pruned: .*transformers 5 can; 4.57"):
         architecture_of(config)
 
 
@@ -683,6 +757,8 @@ def stated(name: str) -> dict[str, Any]:
 
 
 def test_what_optimum_exports_is_known_before_anything_is_computed() -> None:
+    if has_5():
+        pytest.skip("Optimum's export needs transformers 4.57")
     import optimum.exporters.onnx.model_configs  # noqa: F401 - its import registers what it knows
     from optimum.exporters.tasks import TasksManager
 

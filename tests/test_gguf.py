@@ -17,7 +17,7 @@ HIDDEN, HEADS, LAYERS, FEED = 64, 4, 3, 96
 def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama with a byte-level BPE: 256 bytes, three merges, and special tokens whose roles must survive."""
     from gguf import GGUFWriter
-    from transformers.models.gpt2.tokenization_gpt2 import bytes_to_unicode
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     specials = ["<unk>", "<start>", "<end>"]
     merges = ["h e", "he l", "l o"]

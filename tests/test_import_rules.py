@@ -20,6 +20,7 @@ LEAVES = {
     "contents",
     "errors",
     "freshness",
+    "generations",
     "knee",
     "patience",
     "progress",
@@ -41,6 +42,7 @@ NUMERIC = {
     "gguf_source",
     "harness",
     "heal",
+    "parts",
     "pruning",
     "residual",
     "ridge",
@@ -60,6 +62,7 @@ FORMULAS = {
     "residual": {"ridge"},
     "heal": {"calibration", "compensation"},
     "speed": {"runtime"},  # what it times
+    "streaming": {"parts"},
 }
 HUB_USERS = {"pipeline", "publishing", "guard", "refusals", "collecting", "spacewatch", "xet", "cli", "demo"}
 HUB_NAMERS = {"evaluating", "plan", "publishplan", "redraw", "repeat", "run"}  # for type checkers only

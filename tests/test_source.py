@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 from gguf import GGUFWriter
-from transformers import AutoConfig
 
 from gradmap_hub.architectures import ARCHITECTURES, SUPPORTED, architecture_of
 from gradmap_hub.errors import BrokenCheckpointError, RemoteCodeRefused, SourceError, UnsupportedArchitecture
@@ -278,16 +277,6 @@ def test_own_code_is_refused_whatever_the_type() -> None:
         config = {**LLAMA, "model_type": model_type, "auto_map": {"AutoModelForCausalLM": "modeling.Own"}}
         with pytest.raises(RemoteCodeRefused, match="brings its own code"):
             architecture_of(config)
-
-
-def test_configs_of_transformers_5_are_refused_because_4_reads_them_wrongly(tmp_path: Path) -> None:
-    config = {k: v for k, v in LLAMA.items() if k != "rope_theta"}
-    config["rope_parameters"] = {"rope_type": "default", "rope_theta": 500000.0}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    assert AutoConfig.from_pretrained(tmp_path).rope_theta != 500000.0  # the reason for the refusal still holds
-    with pytest.raises(UnsupportedArchitecture, match="transformers 5"):
-        architecture_of(config)
-    assert architecture_of({**config, "rope_theta": 500000.0})
 
 
 def test_a_config_without_architectures_is_judged_by_its_type() -> None:

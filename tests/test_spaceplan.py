@@ -94,6 +94,12 @@ def test_too_large_for_onnx_may_still_fit_in_half_precision() -> None:
     assert not plan_space(base(dtype="float32"), ("float32",), one_and_a_half).precisions
 
 
+def test_an_original_that_only_transformers_5_reads_is_not_given_to_4() -> None:
+    plan = plan_space(base(needs_5=True), (), SMALL)
+    assert plan.precisions == () and "the original is for transformers 5" in plan.reason
+    assert plan_space(base(needs_5=True), ALL, SMALL).precisions  # ONNX files are no matter of transformers
+
+
 def test_nothing_fits() -> None:
     plan = plan_space(OPEN, ("float32",), LARGE)
     assert plan.precisions == plan.stored == ()

@@ -122,7 +122,9 @@ def test_chat_goes_through_the_template(model: TextModel, tiny: Any) -> None:
         {"role": "assistant", "content": "Hi"},
         {"role": "user", "content": "Again"},
     ]
-    wanted = AutoTokenizer.from_pretrained(tiny.original).apply_chat_template(messages, add_generation_prompt=True)
+    wanted = AutoTokenizer.from_pretrained(tiny.original).apply_chat_template(
+        messages, add_generation_prompt=True, return_dict=False
+    )
     assert model.has_chat_template and model.encode_chat(messages) == wanted
 
 

@@ -1,0 +1,54 @@
+"""A tensor of the model that is several in a checkpoint, or has another name there: transformers 5 holds the weights of
+all experts in one tensor (experts, outputs, inputs), where files go on to have those of each expert on their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gradmap_hub.architectures import Architecture
+
+# A row of names for each expert, which stand above each other; one row with one name if it is only called otherwise.
+Parts = tuple[tuple[str, ...], ...]
+Shape = tuple[int, ...]
+
+
+def parts_of(architecture: Architecture, name: str, experts: int) -> Parts | None:
+    """What a checkpoint may have for the tensor `name` of the model, whose first dimension is `experts`."""
+    prefix, inner, stored = "", name, architecture.stored
+    if name.startswith(f"{architecture.layers}."):
+        number, _, inner = name.removeprefix(f"{architecture.layers}.").partition(".")
+        prefix = f"{architecture.layers}.{number}."
+        stored = () if architecture.experts is None else architecture.experts.stored
+    patterns = dict(stored).get(inner)
+    if patterns is None:
+        return None
+    rows = range(experts) if "*" in patterns[0] else (0,)
+    return tuple(tuple(prefix + pattern.replace("*", str(row)) for pattern in patterns) for row in rows)
+
+
+def flat(parts: Parts) -> list[str]:
+    return [name for row in parts for name in row]
+
+
+def whole(values: Sequence[Sequence[Tensor]]) -> Tensor:
+    """(experts, outputs, inputs) of the parts; the part itself if there is one."""
+    if len(values) == len(values[0]) == 1:
+        return values[0][0]
+    return torch.stack([torch.cat(list(row)) for row in values])
+
+
+def whole_shape(shapes: Sequence[Sequence[Shape]]) -> Shape:
+    if len(shapes) == len(shapes[0]) == 1:
+        return shapes[0][0]
+    return len(shapes), sum(shape[0] for shape in shapes[0]), *shapes[0][0][1:]
+
+
+def split(value: Tensor, shapes: Sequence[Sequence[Shape]]) -> list[list[Tensor]]:
+    """The parts, of these shapes, of which `whole` makes the value."""
+    if len(shapes) == len(shapes[0]) == 1:
+        return [[value]]
+    return [list(one.split([shape[0] for shape in row])) for one, row in zip(value, shapes, strict=True)]
