@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,8 +60,8 @@ def memory(
         if backend == PYTORCH and device != "cpu":
             found.append(None)
         else:
-            found.append(
-                peak_memory(
+            try:
+                peak = peak_memory(
                     folders[which],
                     backend,
                     threads,
@@ -68,7 +69,9 @@ def memory(
                     dtype=str(dtype).removeprefix("torch."),
                     prompt_tokens=prompt_tokens,
                 )
-            )
+            except subprocess.CalledProcessError:  # killed for want of memory, say: everything else is measured
+                peak = None
+            found.append(peak)
         reporter.advance()
     return Peaks(found)
 

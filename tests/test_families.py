@@ -51,7 +51,7 @@ from gradmap_hub.source import readable
 from gradmap_hub.streaming import key_report, open_streamed, pruned_logits, write_pruned
 from gradmap_hub.verification import logits_of, probe_ids, verify
 
-TABLE = "model types"
+TABLE = "model types with transformers 5" if has_5() else "model types"
 LAYERS = 5
 WINDOW = 12
 TOKENS = 40

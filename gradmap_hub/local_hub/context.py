@@ -14,6 +14,7 @@ from starlette.responses import JSONResponse, Response
 from .auth import Accounts, Identity, Signer, can_open, can_see
 from .errors import Forbidden, Gated, HubError, InvalidName, RepoNotFound, Unauthorized
 from .faults import Faults
+from .gate import cdn_host
 from .names import RepoKey, RepoType, check_path, requested_key
 from .shelf import Shelf
 from .store import RepoState, Store
@@ -58,8 +59,12 @@ class Call:
 
     @property
     def cdn_url(self) -> str:
-        """The address of the second port, under the name by which the client reached the first."""
-        return str(self.http.base_url.replace(port=self.hub.cdn_port)).rstrip("/")
+        """The address of the second port, as the client can reach it."""
+        url = self.http.base_url.replace(port=self.hub.cdn_port)
+        name = url.hostname or ""
+        if cdn_host(name) != name:
+            url = url.replace(hostname=cdn_host(name))
+        return str(url).rstrip("/")
 
     def param(self, name: str) -> str:
         """A part of the address, fully unquoted (a revision may contain slashes)."""

@@ -5,6 +5,14 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 #: Addresses that the second port serves, and the first one does not.
 CDN_PREFIX = "/cdn/"
+# Clients take their token along to another port of the same host (huggingface_hub 1.33), and the Hub's CDN is another.
+_OTHER_NAMES = {"127.0.0.1": "localhost", "localhost": "127.0.0.1"}
+
+
+def cdn_host(host: str) -> str:
+    """The name of the second port's host, for a hub that is reached as `host`: this machine's other name, if it has
+    one."""
+    return _OTHER_NAMES.get(host, host)
 
 
 class PortGate:

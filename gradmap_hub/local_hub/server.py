@@ -18,6 +18,7 @@ from .app import build_app
 from .auth import Accounts, Role, Signer
 from .context import Hub
 from .faults import Faults
+from .gate import cdn_host
 from .names import parse_repo_id
 from .requestlog import Request, RequestLog
 from .seeding import seed_folder
@@ -128,7 +129,7 @@ class LocalHub:
         """
         if self._bound_port is None:
             raise RuntimeError("The hub is not running")
-        return None if self._bound_cdn_port is None else self._address(self._bound_cdn_port)
+        return None if self._bound_cdn_port is None else self._address(self._bound_cdn_port, cdn_host(self.host))
 
     @property
     def requests(self) -> list[Request]:
@@ -328,9 +329,9 @@ class LocalHub:
                 self.set_private(repo_id, True, repo_type)
             return seed_folder(store, key, folder)
 
-    def _address(self, port: int) -> str:
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"http://{host}:{port}"
+    def _address(self, port: int, host: str | None = None) -> str:
+        host = host or self.host
+        return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
     def _unlock(self) -> None:
         if self._lock_file is not None:

@@ -72,7 +72,7 @@ class Cli:
             "HF_ENDPOINT": self.url,
             "HF_HOME": str(self.home / "hf"),
             "HOME": str(self.home),
-            "NO_PROXY": "127.0.0.1",
+            "NO_PROXY": "127.0.0.1,localhost",
             "PYTHONPATH": os.pathsep.join([str(self.patches), *filter(None, [os.environ.get("PYTHONPATH")])]),
             "OMP_NUM_THREADS": "1",
             "COLUMNS": "100",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -24,6 +25,28 @@ def tiny_onnx(tmp_path_factory: pytest.TempPathFactory, export_tiny: Callable[..
     root = tmp_path_factory.mktemp("serving")
     export_tiny(root / "checkpoint", root / "served", 2, endless=True)
     return root / "served"
+
+
+@pytest.fixture(scope="session")
+def tiny_int8(tiny_onnx: Path) -> Path:
+    """The same in int8 on GenAI's graph, on which texts take their steps together."""
+    pytest.importorskip("onnx", reason="of the extra onnx; beside transformers 5 it is in another environment")
+    from gradmap_hub.exporters import genai
+    from gradmap_hub.exporters.quantized import quantise
+    from gradmap_hub.exporters.recipes import INT8
+
+    folder = Path(shutil.copytree(tiny_onnx, tiny_onnx.parent / "served-int8"))
+    (folder / "model.onnx").unlink()
+    built = genai.build(tiny_onnx.parent / "checkpoint", tiny_onnx.parent / "built")
+    quantise(built, folder / "model_int8.onnx", INT8[0], None)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def batching(tiny_int8: Path) -> Any:
+    from gradmap_hub import runtime
+
+    return runtime.load(tiny_int8, threads=1)
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,8 @@ from typing import Any
 import httpx
 import pytest
 
+from gradmap_hub.runtime.pool import RowPool
+
 PLAIN = "/v1/completions"
 PROMPTS = [
     "The capital of France",
@@ -32,7 +34,19 @@ def body(kit: Any, prompt: str = PROMPTS[0], tokens: int = 500, stream: bool = T
     return {"model": kit.name, "prompt": prompt, "max_tokens": tokens, "temperature": 0, "stream": stream}
 
 
-def test_64_streams_say_what_each_says_alone(model: Any, kit: Any) -> None:
+@pytest.mark.parametrize("which", ["model", "batching"])
+def test_64_streams_say_what_each_says_alone(
+    which: str, request: pytest.FixtureRequest, kit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = request.getfixturevalue(which)
+    together: list[int] = []
+    write = RowPool.write
+
+    def counted(pool: RowPool, rows: Any, token_ids: Any) -> Any:
+        together.append(len(rows))
+        return write(pool, rows, token_ids)
+
+    monkeypatch.setattr(RowPool, "write", counted)
     tokens = {prompt: 16 + 4 * number for number, prompt in enumerate(PROMPTS)}
     alone = {prompt: kit.alone(model, model.encode(prompt), tokens[prompt]) for prompt in PROMPTS}
     assert len(set(alone.values())) > 4
@@ -56,6 +70,7 @@ def test_64_streams_say_what_each_says_alone(model: Any, kit: Any) -> None:
         said = asyncio.run(all_at_once(server.url))
         assert said == [alone[prompt] for prompt in PROMPTS * 8]
         kit.wait_until(lambda: server.scheduler.active == server.scheduler.waiting == 0)
+    assert max(together, default=0) == (8 if which == "batching" else 0)
 
 
 class Client:

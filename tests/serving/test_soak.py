@@ -26,7 +26,7 @@ def resident(process: int) -> int:
     raise AssertionError("no VmRSS")
 
 
-def test_memory_does_not_grow(tiny_onnx: Path, kit: Any) -> None:
+def test_memory_does_not_grow(tiny_int8: Path, kit: Any) -> None:
     def ask(count: int) -> None:
         connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=60)
         for number in range(count):
@@ -47,7 +47,7 @@ def test_memory_does_not_grow(tiny_onnx: Path, kit: Any) -> None:
         with ThreadPoolExecutor(CLIENTS) as pool:
             list(pool.map(ask, [count // CLIENTS] * CLIENTS))
 
-    with kit.command(tiny_onnx, "--threads", "1", "-q") as server:
+    with kit.command(tiny_int8, "--threads", "1", "-q") as server:
         ask_all(WARM_UP)
         before = resident(server.process.pid)
         ask_all(REQUESTS)
