@@ -42,6 +42,10 @@ class Sampling:
             raise UsageError(f"seed lies between 0 and 2**64 - 1, it is {self.seed}.")
 
 
+# The first number of tokens that top_p looks among.
+_NUCLEUS = 128
+
+
 def _within(name: str, value: float, low: float, high: float) -> None:
     if not (math.isfinite(value) and low <= value <= high):
         raise UsageError(f"{name} lies between {low:g} and {high:g}, it is {value:g}.")
@@ -77,17 +81,30 @@ class Sampler:
         settings = self.sampling
         candidates = np.arange(len(logits))
         if 0 < settings.top_k < len(logits):
-            candidates = np.argpartition(logits, -settings.top_k)[-settings.top_k :]
-        # Likeliest first; equal ones by id, so that a seed gives the same answer on every machine.
-        candidates = candidates[np.lexsort((candidates, -logits[candidates]))]
+            # By id, so that a seed gives the same answer on every machine.
+            candidates = np.sort(np.argpartition(logits, -settings.top_k)[-settings.top_k :])
         scaled = logits[candidates].astype(np.float64) / settings.temperature
-        weights = np.exp(scaled - scaled[0])
-        weights /= weights.sum()
+        weights = np.exp(scaled - scaled.max())
         if settings.top_p < 1.0:
-            # The token that crosses top_p belongs to the set, so at least one always does.
-            count = int(np.searchsorted(np.cumsum(weights), settings.top_p)) + 1
-            candidates, weights = candidates[:count], weights[:count]
+            kept = _nucleus(weights, settings.top_p)
+            candidates, weights = candidates[kept], weights[kept]
         if settings.min_p > 0.0:
-            likely = weights >= settings.min_p * weights[0]
+            likely = weights >= settings.min_p * weights.max()
             candidates, weights = candidates[likely], weights[likely]
-        return int(self._random.choice(candidates, p=weights / weights.sum()))
+        mass = np.cumsum(weights)
+        place = int(np.searchsorted(mass, self._random.random() * mass[-1], side="right"))
+        return int(candidates[min(place, len(mass) - 1)])
+
+
+def _nucleus(weights: np.ndarray, top_p: float) -> np.ndarray:
+    """The places of the largest weights that make up `top_p` of all, largest first, equal ones in order. The one that
+    crosses `top_p` belongs to them, so at least one always does."""
+    count, wanted = len(weights), top_p * weights.sum()
+    tried = min(_NUCLEUS, count)
+    while True:  # a few hold most of the mass: sorting a whole vocabulary costs as much as a step of a small model
+        top = np.arange(count) if tried == count else np.argpartition(weights, count - tried)[count - tried :]
+        top = top[np.lexsort((top, -weights[top]))]
+        mass = np.cumsum(weights[top])
+        if mass[-1] >= wanted or tried == count:
+            return top[: int(np.searchsorted(mass, wanted)) + 1]
+        tried = min(8 * tried, count)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from gradmap_hub.errors import UsageError
+from gradmap_hub.runtime import sampling as module
 from gradmap_hub.runtime.sampling import Sampler, Sampling
 
 LOGITS = np.log(np.array([0.05, 0.4, 0.1, 0.25, 0.2], dtype=np.float32))
@@ -80,3 +81,14 @@ def test_a_seed_gives_the_same_tokens_and_none_gives_others() -> None:
 def test_what_cannot_be_meant_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=next(iter(wrong)).split("_")[0]):
         Sampling(**wrong)
+
+
+@pytest.mark.parametrize("spread", [0.5, 3.0, 20.0])
+@pytest.mark.parametrize("top_p", [0.1, 0.9, 0.999])
+def test_the_nucleus_of_a_large_vocabulary(spread: float, top_p: float) -> None:
+    """As sorting all of it would have it."""
+    weights = np.exp(np.random.default_rng(0).normal(0, spread, 20_000))
+    order = np.argsort(-weights, kind="stable")
+    mass = np.cumsum(weights[order]) / weights.sum()
+    wanted = order[: int(np.argmax(mass >= top_p)) + 1]
+    assert module._nucleus(weights, top_p).tolist() == wanted.tolist()
