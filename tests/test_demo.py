@@ -165,13 +165,13 @@ def _against_hub(root: Path, script: str, tmp_path: Path) -> str:
         try:
             assert hub.stdout is not None and hub.stderr is not None
             url = hub.stdout.readline().strip()
-            token = hub.stderr.readline().strip().rpartition("HF_TOKEN=")[2]
+            token = hub.stderr.readline().strip().rpartition("HF_TOKEN=")[2].split()[0]
             environment = {
                 **os.environ,
                 "HF_ENDPOINT": url,
                 "HF_TOKEN": token,
                 "HF_HOME": str(tmp_path / "hf"),
-                "NO_PROXY": "127.0.0.1",
+                "NO_PROXY": "127.0.0.1,localhost",
             }
             done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
             assert done.returncode == 0, done.stderr

@@ -163,7 +163,7 @@ TRAPS = (
         _folded("gpt2-mlp", "gpt2-attention"),
     ),
     Trap(
-        "every expert", ARCHITECTURES, '_EXPERTS = _experts("mlp", "experts.*', '_EXPERTS = _experts("mlp", "experts.0',
+        "every expert", ARCHITECTURES, 'outputs = ("experts*down_proj*"', 'outputs = ("experts.0*down_proj*"',
         _folded("olmoe-mlp", "qwen3_moe-mlp"),
     ),
     Trap(
