@@ -41,8 +41,8 @@ test-all: install install-5
 	$(BIN)/python -m pytest -m ''
 	$(BIN5)/python -m pytest -m '' $(TESTS5)
 
-# What transformers has a part in. Exporters and Space are tested with 4.57, which is what they run on.
-TESTS5 := tests/runtime tests/serving $(filter-out tests/conftest.py, $(wildcard tests/*.py))
+# What transformers and the Hub's client have a part in. Exporters and Space are tested with 4.57, which they run on.
+TESTS5 := tests/runtime tests/serving tests/local_hub tests/publish $(filter-out tests/conftest.py, $(wildcard tests/*.py))
 
 test-5: install-5
 	$(BIN5)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS5)

@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import huggingface_hub
 import pytest
 import requests
 from huggingface_hub import HfApi, constants, hf_hub_download
@@ -146,12 +147,15 @@ def test_other_loopback_addresses(start_hub: Callable[..., LocalHub], tmp_path: 
         socket.create_server(("::1", 0), family=socket.AF_INET6).close()
     except OSError:
         pytest.skip("This machine has no IPv6")
-    hub = start_hub(host="::1")
+    # Clients 1.x take their token to another port of the same host, and ::1 has no other name.
+    second_port = None if huggingface_hub.__version__.startswith("1.") else 0
+    hub = start_hub(host="::1", cdn_port=second_port)
     api = HfApi(endpoint=hub.url, token=hub.add_user("ada"))
     api.create_repo("ada/tiny")
     api.upload_file(path_or_fileobj=CONTENT, path_in_repo="a.bin", repo_id="ada/tiny")
     file = hf_hub_download("ada/tiny", "a.bin", cache_dir=tmp_path / "c", token=api.token)
-    assert Path(file).read_bytes() == CONTENT and str(hub.cdn_url).startswith("http://[::1]:")
+    assert Path(file).read_bytes() == CONTENT
+    assert hub.cdn_url is None if second_port is None else str(hub.cdn_url).startswith("http://[::1]:")
 
 
 def test_the_address_by_which_the_hub_was_reached(hub: LocalHub, ada: HfApi, made: str) -> None:
