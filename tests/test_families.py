@@ -653,6 +653,7 @@ def test_lists_of_another_meaning_are_not_sliced() -> None:
     assert found.mlp_only_layers == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.skipif(has_5(), reason="transformers 5 has no such attention for Gemma 2")
 def test_torch_attends_without_the_cap_of_gemma_2(random_rows: Callable[..., Tensor]) -> None:
     """docs/architectures.md tells of it; once transformers applies the cap by default, that goes."""
     model = build("gemma2")
@@ -825,6 +826,7 @@ def test_onnx_of_every_type(name: str, tokenizer: Any, tmp_path: Path, tell: Cal
 def test_the_lines_of_the_card_load_the_graph(
     case: str, tokenizer: Any, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    pytest.importorskip("optimum.onnxruntime", reason="the lines are for transformers 4.57")
     from gradmap_hub.pipeline import export_folder, prune
 
     out = tmp_path / "out"
