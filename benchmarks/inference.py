@@ -31,6 +31,8 @@ from rich.table import Table
 
 from benchmarks import llamacpp
 from gradmap_hub import speed
+from gradmap_hub.exporters.gate import LIMITS
+from gradmap_hub.exporters.recipes import LADDERS
 from gradmap_hub.speed import (
     PROMPT_TOKENS,
     Backend,
@@ -199,8 +201,6 @@ def _rate(seconds: Sequence[float], rows: int) -> str:
 
 # Perplexities nearer than this are the same: so few rows do not tell them apart.
 _SAME_DAMAGE = 1.001
-# Of PyTorch's float32 perplexity.
-_INT8_LIMIT, _INT4_LIMIT = 1.02, 1.10
 
 
 def claims(entries: Sequence[Entry]) -> list[tuple[str, str, str]]:
@@ -210,12 +210,11 @@ def claims(entries: Sequence[Entry]) -> list[tuple[str, str, str]]:
     original = next((entry for entry in entries if (entry.model, entry.backend) == ("original", PYTORCH)), None)
     if eager is None:
         return []
-    limits = {"int8": _INT8_LIMIT, "int4": _INT4_LIMIT}
     found: list[tuple[str, bool, str]] = []
     gated = {
         name: entry
         for name, entry in pruned.items()
-        if name in limits and entry.perplexity <= limits[name] * eager.perplexity
+        if name in LADDERS and entry.perplexity <= LIMITS[name].perplexity * eager.perplexity
     }
     if gated:
         best = max(gated, key=lambda name: ratio(eager.one, gated[name].one))

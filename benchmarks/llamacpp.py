@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from gradmap_hub.runtime.generation import negative_log_likelihoods
+
 # By llama.cpp's own names. Widths that are no multiple of 256 have no K-quants.
 TYPES = ("Q8_0", "Q5_1", "Q4_1", "Q4_0")
 
@@ -126,10 +128,7 @@ class LlamaCpp:
 
     def losses(self, ids: Sequence[int]) -> np.ndarray:
         self._forget()
-        logits = self._run(ids, 1, "all")[:-1].astype(np.float64)
-        highest = logits.max(axis=1)
-        normaliser = highest + np.log(np.exp(logits - highest[:, None]).sum(axis=1))
-        return normaliser - logits[np.arange(len(ids) - 1), np.asarray(ids[1:])]
+        return negative_log_likelihoods(self._run(ids, 1, "all")[:-1], ids[1:])
 
 
 def _quiet(llama_cpp: Any) -> None:

@@ -88,7 +88,7 @@ def speed(
     opened: list[Backend] = []
     for which, backend, batch in backends:
         if backend != PYTORCH:
-            opened.append(OnnxRuntime(folder, backend, _threads(), NEW_TOKENS))
+            opened.append(OnnxRuntime(folder, backend, _threads(), NEW_TOKENS, batch))
             continue
         if which not in models:
             models[which] = load(which)

@@ -89,3 +89,25 @@ def test_conversion_reads_as_an_ordinary_model(gguf_file: Path, tmp_path: Path) 
     output = model.generate(**inputs, max_new_tokens=3, do_sample=False)
     assert output.shape[1] > inputs["input_ids"].shape[1]
     assert torch.isfinite(model(**inputs).logits).all()
+
+
+def test_the_bench_writes_llama_cpp_the_same_model(gguf_file: Path, tmp_path: Path) -> None:
+    """A checkpoint without its middle layer, to GGUF and back: the same tensors, the same tokenizer."""
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    from benchmarks.llamacpp import write_gguf
+    from gradmap_hub.architectures import ARCHITECTURES
+    from gradmap_hub.pruning import remove_layers
+
+    whole, pruned, back = (tmp_path / name for name in ("whole", "pruned", "back"))
+    convert_gguf(gguf_file, whole)
+    model = AutoModelForCausalLM.from_pretrained(whole, dtype=torch.float32)
+    remove_layers(model, ARCHITECTURES["llama"], (1,))
+    model.save_pretrained(pruned)
+    write_gguf(pruned, gguf_file, tmp_path / "pruned.gguf")
+    convert_gguf(tmp_path / "pruned.gguf", back)
+    wanted, found = (load_file(folder / "model.safetensors") for folder in (pruned, back))
+    assert wanted.keys() == found.keys()
+    assert all(torch.equal(wanted[name], found[name]) for name in wanted)
+    assert (back / "tokenizer.json").read_bytes() == (whole / "tokenizer.json").read_bytes()

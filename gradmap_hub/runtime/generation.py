@@ -96,30 +96,16 @@ class TextModel:
         sampling: Sampling | None = None,
         stop: Sequence[str] = (),
         ignore_end: bool = False,
+        room: Callable[[int], Steps] | None = None,
     ) -> Generation:
         """Begin an answer of at most `max_tokens` tokens, fewer where the context ends; nothing is computed yet.
 
-        `ignore_end`: go on behind the end of the text, for measurements.
+        `ignore_end`: go on behind the end of the text, for measurements; `room`: gives an empty cache for so many
+        tokens, default one of its own.
 
         Raises:
             PromptError: the prompt leaves no room in the context, is empty, or holds what is no token id.
         """
-        return self._started(self._session.start, prompt_ids, max_tokens, sampling, stop, ignore_end)
-
-    def batch(self, rows: int) -> Batch:
-        """For up to `rows` answers at a time that take their steps together."""
-        return Batch(self, self._session, rows)
-
-    def _started(
-        self,
-        room: Callable[[int], Steps],
-        prompt_ids: Sequence[int],
-        max_tokens: int,
-        sampling: Sampling | None,
-        stop: Sequence[str],
-        ignore_end: bool,
-    ) -> Generation:
-        """See `start`. `room`: an empty cache for so many tokens."""
         count = len(prompt_ids)
         if not count or max_tokens < 1:
             raise PromptError("There is nothing to do: no prompt, or no token to write.")
@@ -136,7 +122,12 @@ class TextModel:
         sampler = Sampler(sampling or Sampling(), list(prompt_ids))
         ends = frozenset() if ignore_end else self.end_ids
         # Neither the last token written nor the end needs a place in the cache, but a full one is simpler to reason of.
-        return Generation(room(count + limit), self._codec, list(prompt_ids), limit, sampler, stop, ends)
+        steps = (room or self._session.start)(count + limit)
+        return Generation(steps, self._codec, list(prompt_ids), limit, sampler, stop, ends)
+
+    def batch(self, rows: int) -> Batch:
+        """For up to `rows` answers at a time that take their steps together."""
+        return Batch(self, self._session, rows)
 
     def losses(self, token_ids: Sequence[int]) -> np.ndarray:
         """Negative log-likelihood in nats of each token but the first, given those before it: (tokens - 1,) float64.
@@ -152,10 +143,7 @@ class TextModel:
         for start in range(0, count, PREFILL_TOKENS):
             part = list(token_ids[start : start + PREFILL_TOKENS])
             wanted = np.asarray(token_ids[start + 1 : start + 1 + PREFILL_TOKENS], dtype=np.int64)
-            logits = steps.run(part)[: len(wanted)].astype(np.float64)
-            highest = logits.max(axis=1)
-            normaliser = highest + np.log(np.exp(logits - highest[:, None]).sum(axis=1))
-            found.append(normaliser - logits[np.arange(len(wanted)), wanted])
+            found.append(negative_log_likelihoods(steps.run(part)[: len(wanted)], wanted))
         return np.concatenate(found)
 
     def warm_up(self) -> None:
@@ -163,6 +151,14 @@ class TextModel:
         answer = self.start([min(self.end_ids, default=0)], max_tokens=1)
         answer.advance()
         answer.close()
+
+
+def negative_log_likelihoods(logits: np.ndarray, token_ids: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Nats of each token under the logits (tokens, vocabulary) before it: (tokens,) float64."""
+    logits = logits.astype(np.float64)
+    highest = logits.max(axis=1)
+    normaliser = highest + np.log(np.exp(logits - highest[:, None]).sum(axis=1))
+    return normaliser - logits[np.arange(len(logits)), np.asarray(token_ids)]
 
 
 class Generation:
@@ -297,22 +293,12 @@ class Batch:
 
     def __init__(self, model: TextModel, session: Session, rows: int) -> None:
         self._model = model
-        self._session = session
         self._pool = RowPool(session, rows, model.context_length) if session.batches else None
 
-    def start(
-        self,
-        prompt_ids: Sequence[int],
-        *,
-        max_tokens: int,
-        sampling: Sampling | None = None,
-        stop: Sequence[str] = (),
-        ignore_end: bool = False,
-    ) -> Generation:
-        """See `TextModel.start`. Raises IndexError if all rows are taken."""
+    def start(self, prompt_ids: Sequence[int], **options: Any) -> Generation:
+        """As `TextModel.start`, with its options. Raises IndexError if all rows are taken."""
         pool = self._pool
-        room = self._session.start if pool is None else lambda _: pool.take()
-        return self._model._started(room, prompt_ids, max_tokens, sampling, stop, ignore_end)
+        return self._model.start(prompt_ids, room=None if pool is None else lambda _: pool.take(), **options)
 
     def step(self, answers: Sequence[Generation]) -> list[str | Exception]:
         """One step of each, see `Generation.advance`: those that read their prompt one after the other, those that

@@ -101,7 +101,7 @@ def _nucleus(weights: np.ndarray, top_p: float) -> np.ndarray:
     crosses `top_p` belongs to them, so at least one always does."""
     count, wanted = len(weights), top_p * weights.sum()
     tried = min(_NUCLEUS, count)
-    while True:  # a few hold most of the mass: sorting a whole vocabulary costs as much as a step of a small model
+    while True:  # a few hold most of the mass, and sorting a whole vocabulary is slow
         top = np.arange(count) if tried == count else np.argpartition(weights, count - tried)[count - tried :]
         top = top[np.lexsort((top, -weights[top]))]
         mass = np.cumsum(weights[top])

@@ -43,8 +43,8 @@ class Session:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
-        # Within a step threads wait for each other in a loop, which is a third faster; when it ends they sleep, so
-        # that an idle server does not keep the processors busy.
+        # Within a step threads wait for each other in a loop, which is faster than being woken; when it ends they
+        # sleep, so that an idle server does not keep the processors busy.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         options.log_severity_level = 3
         try:

@@ -180,18 +180,17 @@ def test_refusals_are_told_and_the_next_run_finishes(
         assert "Nothing was committed" in f"{refused.message} {refused.hint}"
 
 
-def _afterwards() -> list[Any]:
-    """The routes of what comes after, with every way to fail; one of each kind of ending by default."""
+def matrix(routes: Iterable[str], quick: Callable[[str, str], bool]) -> list[Any]:
+    """Routes with every way to fail: route, name and fields of the fault; those that are `quick` by default."""
     ways = {**PASSING, **{str(status): {"kind": "status", "status": status} for status in REFUSALS}}
-    quick = ("503", "403")
     return [
-        pytest.param(route, name, way, id=f"{route}-{name}", marks=[] if name in quick else [pytest.mark.slow])
-        for route in AFTERWARDS
+        pytest.param(route, name, way, id=f"{route}-{name}", marks=[] if quick(route, name) else [pytest.mark.slow])
+        for route in routes
         for name, way in ways.items()
     ]
 
 
-@pytest.mark.parametrize(("route", "name", "way"), _afterwards())
+@pytest.mark.parametrize(("route", "name", "way"), matrix(AFTERWARDS, lambda _, name: name in ("503", "403")))
 def test_what_comes_after_never_takes_it_back(
     server: LocalHub,
     ada: Side,

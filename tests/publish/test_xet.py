@@ -14,7 +14,7 @@ from huggingface_hub import constants
 from gradmap_hub.local_hub import Fault, LocalHub
 
 from .conftest import SPACE, TARGET, Side, local_bytes, remote_bytes, tensors, write_folders
-from .test_faults import PASSING, REFUSALS, TABLE, TYPED, commits, publish, run_against
+from .test_faults import TABLE, TYPED, commits, matrix, publish, run_against
 
 ROUTES = ("xet-token", "xet-xorb", "xet-shard")
 QUICK = (("xet-token", "403"), ("xet-token", "404"), ("xet-xorb", "503"), ("xet-shard", "reset-after"))
@@ -116,16 +116,7 @@ def test_a_pull_request(server: LocalHub, ada: Side, as_user: Callable[..., Side
     assert made.pull_request and "xet-xorb" in routes(server)
 
 
-def _matrix() -> list[Any]:
-    ways = {**PASSING, **{str(status): {"kind": "status", "status": status} for status in REFUSALS}}
-    return [
-        pytest.param(route, name, way, id=f"{route}-{name}", marks=[] if (route, name) in QUICK else [pytest.mark.slow])
-        for route in ROUTES
-        for name, way in ways.items()
-    ]
-
-
-@pytest.mark.parametrize(("route", "name", "way"), _matrix())
+@pytest.mark.parametrize(("route", "name", "way"), matrix(ROUTES, lambda *place: place in QUICK))
 def test_faults(
     server: LocalHub,
     ada: Side,
