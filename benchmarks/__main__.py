@@ -32,7 +32,7 @@ from benchmarks.inputs import SEQ_LEN, data, dtype_of, load, model_and_samples
 from benchmarks.plot import quality_time
 from gradmap_hub.calibration import Rows, sha256_of_ids
 from gradmap_hub.config import PruneConfig
-from gradmap_hub.decoder import Decoder
+from gradmap_hub.models.decoder import Decoder
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs" / "benchmarks.md"

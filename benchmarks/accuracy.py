@@ -36,7 +36,7 @@ from benchmarks.methods import (
 )
 from benchmarks.peers import Patch
 from gradmap_hub import harness as lm_harness
-from gradmap_hub.decoder import Decoder
+from gradmap_hub.models.decoder import Decoder
 
 DOCUMENTS = DATA / "tasks"
 # Rows of the first draw that get an accuracy. Who collapses anyway (random, the last layers, Taylor+) is left out.

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from gradmap_hub import demo
-from gradmap_hub.architectures import architecture_of
 from gradmap_hub.calibration import Rows, Text, evaluation_rows, read_text, sha256_of_ids, split_rows
-from gradmap_hub.decoder import Decoder
-from gradmap_hub.exporters.checkpoint import cast_parameters
+from gradmap_hub.models.architectures import architecture_of
+from gradmap_hub.models.checkpoint import cast_parameters
+from gradmap_hub.models.decoder import Decoder
 from gradmap_hub.progress import SilentReporter
 
 SEQ_LEN = 512

@@ -28,9 +28,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradmap_hub.architectures import ARCHITECTURES
-from gradmap_hub.source import WEIGHTS_INDEX
-from gradmap_hub.streaming import PlannedTensor, open_streamed, write_pruned, write_safetensors
+from gradmap_hub.models.architectures import ARCHITECTURES
+from gradmap_hub.models.safetensors_files import WEIGHTS_INDEX
+from gradmap_hub.models.streaming import PlannedTensor, open_streamed, write_pruned, write_safetensors
 
 _LLAMA = ARCHITECTURES["llama"]
 _STORED = torch.bfloat16
@@ -356,9 +356,9 @@ def in_memory(folder: Path, rows: int, tokens: int) -> dict[str, Any]:
     import accelerate  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401
 
-    from gradmap_hub import decoder as decoder_module
-    from gradmap_hub.architectures import architecture_of
-    from gradmap_hub.exporters.checkpoint import load_model
+    from gradmap_hub.models import decoder as decoder_module
+    from gradmap_hub.models.architectures import architecture_of
+    from gradmap_hub.models.checkpoint import load_model
     from gradmap_hub.scoring import score_layers
 
     sampler = Sampler()

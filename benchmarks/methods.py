@@ -38,7 +38,7 @@ from benchmarks.peers import (
 from gradmap_hub.calibration import CalibrationRows, Rows
 from gradmap_hub.compensation import Overrides, correct_best, fit_correction
 from gradmap_hub.config import PruneConfig, paper_preset
-from gradmap_hub.decoder import Decoder
+from gradmap_hub.models.decoder import Decoder
 from gradmap_hub.progress import SilentReporter
 from gradmap_hub.record import Candidate, CompensationRecord
 from gradmap_hub.scoring import iterative_removals, score_layers

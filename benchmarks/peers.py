@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gradmap_hub.decoder import Decoder, parameters_replaced
+from gradmap_hub.models.decoder import Decoder, parameters_replaced
 
 # The other matrix of a layer that writes to the residual stream, under this name in every family we prune.
 ATTENTION_OUTPUT = "self_attn.o_proj"

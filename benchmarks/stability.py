@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from benchmarks.inputs import SEQ_LEN, data, opened
 from benchmarks.table import ranges
 from gradmap_hub.calibration import Rows, read_text, tokenize
-from gradmap_hub.decoder import Decoder
 from gradmap_hub.demo import CALIBRATION
+from gradmap_hub.models.decoder import Decoder
 from gradmap_hub.scoring import LayerScores, score_layers
 from gradmap_hub.selection import lowest, lowest_window
 

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from gradmap_hub.errors import ExportEnvironmentError
-from gradmap_hub.generations import has_5
+from gradmap_hub.models.transformers_compat import has_5
 from gradmap_hub.progress import Reporter
 
 _EXTRAS = ("cpu", "onnx")

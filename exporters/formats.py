@@ -25,13 +25,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gradmap_hub.architectures import dimension
 from gradmap_hub.errors import UsageError, VerificationError
 from gradmap_hub.exporters import gate, genai, onnx
 from gradmap_hub.exporters.gate import LIMITS, GateResult
 from gradmap_hub.exporters.graph import files_of
 from gradmap_hub.exporters.processes import WorkerFailed, call
 from gradmap_hub.exporters.recipes import GPTQ, LADDERS, LEAST_BLOCK, Recipe
+from gradmap_hub.models.architectures import dimension
 from gradmap_hub.progress import Reporter, SilentReporter
 
 FORMATS = ("onnx", "int8", "int4", "genai", "fp16")

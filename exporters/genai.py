@@ -15,7 +15,7 @@ from typing import Any
 
 from gradmap_hub.errors import MissingExtra, VerificationError
 from gradmap_hub.exporters.processes import WorkerFailed, call
-from gradmap_hub.generations import has_5
+from gradmap_hub.models.transformers_compat import has_5
 
 MODEL = "model.onnx"
 CONFIG = "genai_config.json"

@@ -16,9 +16,9 @@ from typing import Any
 from gradmap_hub.errors import MissingExtra, VerificationError
 from gradmap_hub.exporters import environment
 from gradmap_hub.exporters.processes import WorkerFailed, call
-from gradmap_hub.generations import has_5
+from gradmap_hub.models.safetensors_files import clean_config
+from gradmap_hub.models.transformers_compat import has_5
 from gradmap_hub.record import Parity
-from gradmap_hub.source import clean_config
 
 MODEL = "model.onnx"
 MODEL_DATA = "model.onnx_data"
@@ -156,7 +156,7 @@ def measure(checkpoint: Path, onnx_folder: Path) -> Parity:
     import torch
     from transformers import AutoTokenizer
 
-    from gradmap_hub.exporters.checkpoint import load_model
+    from gradmap_hub.models.checkpoint import load_model
 
     tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
     reference, _ = load_model(checkpoint)

@@ -28,7 +28,7 @@ def main(checkpoint: str, rows: str, destination: str) -> int:
     """
     import torch
 
-    from gradmap_hub.exporters.checkpoint import load_model
+    from gradmap_hub.models.checkpoint import load_model
 
     model, _ = load_model(Path(checkpoint))
     ids = np.load(rows)

@@ -22,6 +22,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from gradmap_hub.evalcard import is_measured, measured_results, one_line, perplexity_result, task_mean, write_results
+from gradmap_hub.models.safetensors_files import CARD
 from gradmap_hub.plots import layers_plot, save_plot, shift_plot
 from gradmap_hub.record import (
     GROWN,
@@ -33,7 +34,6 @@ from gradmap_hub.record import (
     SiteCorrection,
     TextPerplexity,
 )
-from gradmap_hub.source import CARD
 
 TEMPLATE = "card.md.jinja"
 LAYERS_PLOT = "assets/layers.png"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gradmap_hub.errors import CardInvalid
-from gradmap_hub.source import CARD
+from gradmap_hub.models.safetensors_files import CARD
 
 _OTHER_HINT = "Name the licence and say where it stands, with --license-name and --license-link."
 

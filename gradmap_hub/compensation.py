@@ -25,10 +25,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from gradmap_hub.architectures import correction_skipped
 from gradmap_hub.calibration import CalibrationRows
 from gradmap_hub.config import PruneConfig
-from gradmap_hub.decoder import Decoder
+from gradmap_hub.models.architectures import correction_skipped
+from gradmap_hub.models.decoder import Decoder
 from gradmap_hub.progress import Reporter
 from gradmap_hub.record import Candidate, CompensationRecord, SiteCorrection, Trial
 from gradmap_hub.residual import ATTENTION, MLP, Tap, Writer, writer_of

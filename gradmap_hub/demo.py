@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from gradmap_hub.errors import GradmapError
+from gradmap_hub.models.safetensors_files import sha256_of
 from gradmap_hub.plan import check_disk, check_output
 from gradmap_hub.progress import Reporter
 from gradmap_hub.record import RunRecord
-from gradmap_hub.source import sha256_of
 
 REPO_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 # Half the default: a demonstration should end within minutes on two cores.
@@ -348,7 +348,7 @@ def _original(output: Path, samples: dict[str, Path], reporter: Reporter) -> Pat
     done = folder / "README.md"  # written last
     reused = done.is_file()
     if not reused:
-        worker = [sys.executable, "-m", "gradmap_hub.gguf_source", str(samples[MODEL.name]), str(folder)]
+        worker = [sys.executable, "-m", "gradmap_hub.models.gguf", str(samples[MODEL.name]), str(folder)]
         run = subprocess.run(worker, capture_output=True, text=True)
         if run.returncode != 0:
             raise GradmapError(f"Converting {MODEL.name} failed: {(run.stderr.strip().splitlines() or ['?'])[-1]}")

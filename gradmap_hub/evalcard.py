@@ -15,8 +15,8 @@ from typing import Any
 
 import yaml
 
+from gradmap_hub.models.safetensors_files import RESULTS_FOLDER
 from gradmap_hub.record import MeasuredMetric, MeasuredTask, RunRecord
-from gradmap_hub.source import RESULTS_FOLDER
 
 _ACCURACIES = ("acc", "acc_norm")
 _TASK = {"type": "text-generation", "name": "Text Generation"}

@@ -19,6 +19,7 @@ from gradmap_hub import __version__
 from gradmap_hub.config import EvaluateConfig, PruneConfig
 from gradmap_hub.errors import CalibrationError, SourceError, UsageError
 from gradmap_hub.freshness import data_file, folder_sha256
+from gradmap_hub.models.safetensors_files import folder_sizes, read_config, sha256_of
 from gradmap_hub.plan import Source, check_text_files, find_source, is_local_text, work_folder
 from gradmap_hub.progress import Reporter
 from gradmap_hub.record import (
@@ -36,7 +37,6 @@ from gradmap_hub.record import (
 )
 from gradmap_hub.redraw import find_contamination
 from gradmap_hub.run import Run, hardware, size, text_of, versions
-from gradmap_hub.source import folder_sizes, read_config, sha256_of
 from gradmap_hub.speed import NEW_TOKENS, PROMPT_TOKENS, PYTORCH, ROUNDS
 from gradmap_hub.stages import Stages
 
@@ -44,10 +44,10 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from gradmap_hub.calibration import Rows
-    from gradmap_hub.decoder import Decoder
     from gradmap_hub.evaluation import Compared
     from gradmap_hub.harness import TaskResult
     from gradmap_hub.hub import Hub
+    from gradmap_hub.models.decoder import Decoder
     from gradmap_hub.speed import Backend
 
 T = TypeVar("T")
@@ -92,14 +92,14 @@ class _Models:
         self._open: tuple[str, Decoder] | None = None
 
     def load(self, which: str) -> Any:
-        from gradmap_hub.exporters.checkpoint import load_model
+        from gradmap_hub.models.checkpoint import load_model
 
         dtype, device = self._precision
         return load_model(self.folders[which], dtype)[0].to(device)
 
     def decoder(self, which: str) -> Decoder:
         if self._open is None or self._open[0] != which:
-            from gradmap_hub.decoder import Decoder
+            from gradmap_hub.models.decoder import Decoder
 
             self.close()
             self._open = which, Decoder(self.load(which), self._architecture, self._tokens)
@@ -156,7 +156,7 @@ class _Evaluation:
         return names
 
     def _precision(self) -> tuple[Any, str]:
-        from gradmap_hub.decoder import choose_precision
+        from gradmap_hub.models.decoder import choose_precision
 
         both = {self.source.base.dtype, self.record.dtype}
         return choose_precision("auto", "auto", "bfloat16" if both == {"bfloat16"} else "float32", streamed=False)
@@ -223,7 +223,7 @@ class _Evaluation:
         results[PRUNED] = [self._task(PRUNED, name) for name in self.tasks]
         self.models.close()
         files = self._files(compared)
-        from gradmap_hub.exporters.checkpoint import checkpoint_bytes
+        from gradmap_hub.models.checkpoint import checkpoint_bytes
         from gradmap_hub.space import EXAMPLES
 
         return Measured(

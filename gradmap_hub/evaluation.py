@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from gradmap_hub.decoder import LOGIT_CHUNK, Decoder
+from gradmap_hub.models.decoder import LOGIT_CHUNK, Decoder
 
 BOOTSTRAP_DRAWS = 2000
 # Draws x values that exist at once; a task has up to ten thousand documents.

@@ -6,8 +6,8 @@ import dataclasses
 from pathlib import Path
 
 from gradmap_hub.errors import SourceError
+from gradmap_hub.models.safetensors_files import sha256_of, weights_sha256
 from gradmap_hub.record import FILE_NAME, Measured, MeasuredFile, RunRecord, read_record
-from gradmap_hub.source import sha256_of, weights_sha256
 
 _AGAIN = "measure again with gradmap-hub evaluate"
 

@@ -26,6 +26,7 @@ from gradmap_hub.config import (
 from gradmap_hub.errors import GradmapError, HubError, OutputExists, SourceError, SpaceImpossible
 from gradmap_hub.exporting import export_checked, onnx_stage, remove_exports
 from gradmap_hub.freshness import with_earlier, without_stale
+from gradmap_hub.models.safetensors_files import read_config
 from gradmap_hub.plan import (
     PushPlan,
     Targets,
@@ -42,7 +43,6 @@ from gradmap_hub.publishplan import PublishPlan, look_through
 from gradmap_hub.record import Candidate, RunRecord
 from gradmap_hub.repeat import check_expected
 from gradmap_hub.run import Run, artifact, export_rows, inspect_stages, prune_stages, size, text_of
-from gradmap_hub.source import read_config
 from gradmap_hub.spacefolder import finished_space, remove_space, terms_of, write_space_folder
 from gradmap_hub.spaceplan import GRAPHS, SpacePlan, plan_of, precisions_of
 from gradmap_hub.stages import Stages

@@ -12,10 +12,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gradmap_hub.architectures import Architecture, architecture_of, correction_skipped, dimension
 from gradmap_hub.config import PruneConfig, PublishConfig, PushConfig
 from gradmap_hub.errors import CalibrationError, DiskTooSmall, LicenseUnknown, OutputExists, SourceError, UsageError
-from gradmap_hub.generations import needs_5
+from gradmap_hub.models.architectures import Architecture, architecture_of, correction_skipped, dimension
+from gradmap_hub.models.safetensors_files import (
+    CARD,
+    Files,
+    check_weights,
+    choose_files,
+    folder_sizes,
+    in_both_forms,
+    read_config,
+)
+from gradmap_hub.models.transformers_compat import needs_5
 from gradmap_hub.record import (
     FILE_NAME,
     SCHEMA_VERSION,
@@ -26,7 +35,6 @@ from gradmap_hub.record import (
     LayerDecision,
     RunRecord,
 )
-from gradmap_hub.source import CARD, Files, check_weights, choose_files, folder_sizes, in_both_forms, read_config
 from gradmap_hub.spaceplan import GRAPHS, SpacePlan, plan_space
 from gradmap_hub.targets import Terms, model_mark, space_mark
 
@@ -130,7 +138,7 @@ def _folder_source(path: Path) -> Source:
 
 
 def _gguf_source(path: Path) -> Source:
-    from gradmap_hub.gguf_source import gguf_config, read_metadata
+    from gradmap_hub.models.gguf import gguf_config, read_metadata
 
     metadata = read_metadata(path)
     config = gguf_config(path)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from gradmap_hub.architectures import Architecture, sliced_config
+from gradmap_hub.models.architectures import Architecture, sliced_config
 
 # What submodules of a layer call its place in the model.
 _INDICES = ("layer_idx", "layer_id")

@@ -34,9 +34,9 @@ from gradmap_hub.errors import (
 )
 from gradmap_hub.guard import Guard
 from gradmap_hub.hub import Hub, RepoState, status_of, worth_retrying
+from gradmap_hub.models.safetensors_files import CARD, sha256_of
 from gradmap_hub.refusals import AGAIN, CLIENT_ERRORS, refusal, step
 from gradmap_hub.screening import Private, screen
-from gradmap_hub.source import CARD, sha256_of
 from gradmap_hub.targets import Terms
 from gradmap_hub.transport import HttpFailure, Watch
 

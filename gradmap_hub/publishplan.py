@@ -15,6 +15,7 @@ from gradmap_hub.cardcheck import is_known_license
 from gradmap_hub.config import PublishConfig
 from gradmap_hub.errors import DiskTooSmall, SourceError, UnsafeToPublish, UsageError
 from gradmap_hub.freshness import without_stale
+from gradmap_hub.models.safetensors_files import CARD
 from gradmap_hub.plan import (
     Check,
     Targets,
@@ -27,7 +28,6 @@ from gradmap_hub.plan import (
     state_license,
 )
 from gradmap_hub.record import Base, RunRecord
-from gradmap_hub.source import CARD
 from gradmap_hub.spaceplan import GRAPHS, ORIGINAL_FOLDER, may_be_stored, plan_of
 
 if TYPE_CHECKING:

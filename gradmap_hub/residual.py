@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradmap_hub.architectures import COLUMNS, Architecture
+from gradmap_hub.models.architectures import COLUMNS, Architecture
 from gradmap_hub.ridge import Correction, corrected_parameters
 
 MLP, ATTENTION = "mlp", "attention"

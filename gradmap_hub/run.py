@@ -20,6 +20,14 @@ from typing import TYPE_CHECKING, Any
 from gradmap_hub import __version__
 from gradmap_hub.config import Expected, PruneConfig
 from gradmap_hub.errors import CalibrationError, SourceError
+from gradmap_hub.models.safetensors_files import (
+    COMPANION_FILES,
+    check_weights,
+    legal_texts,
+    readable,
+    sha256_of,
+    weights_sha256,
+)
 from gradmap_hub.plan import Source, is_local_text, work_folder
 from gradmap_hub.progress import Reporter
 from gradmap_hub.record import (
@@ -37,15 +45,14 @@ from gradmap_hub.record import (
     TextSource,
     VerificationRecord,
 )
-from gradmap_hub.source import COMPANION_FILES, check_weights, legal_texts, readable, sha256_of, weights_sha256
 from gradmap_hub.stages import Stages
 
 if TYPE_CHECKING:  # torch is only imported once there is something to compute
     from torch import Tensor
 
     from gradmap_hub.calibration import CalibrationRows, Rows, Text
-    from gradmap_hub.decoder import Decoder
     from gradmap_hub.hub import Hub
+    from gradmap_hub.models.decoder import Decoder
     from gradmap_hub.scoring import LayerScores
 
 _VERSIONED = (
@@ -118,7 +125,7 @@ class Run:
             return readable(self.source.folder, self._stand_in)
         if self.source.gguf is not None:
             if not (self._converted / "tokenizer_config.json").is_file():
-                from gradmap_hub.gguf_source import convert_gguf
+                from gradmap_hub.models.gguf import convert_gguf
 
                 convert_gguf(self.source.gguf, self._converted)
             return self._converted
@@ -154,11 +161,11 @@ class Run:
         """A checkpoint of this family, in memory or, with --low-memory, left on disk and streamed."""
         dtype, device = self.precision()
         if self.config.low_memory:
-            from gradmap_hub.streaming import open_streamed
+            from gradmap_hub.models.streaming import open_streamed
 
             return open_streamed(folder, self.source.architecture, self.config.seq_len, dtype=dtype)
-        from gradmap_hub.decoder import Decoder
-        from gradmap_hub.exporters.checkpoint import load_model
+        from gradmap_hub.models.checkpoint import load_model
+        from gradmap_hub.models.decoder import Decoder
 
         model, _ = load_model(folder, dtype)
         return Decoder(model.to(device), self.source.architecture, self.config.seq_len)
@@ -169,7 +176,7 @@ class Run:
         Raises:
             UsageError: --compute or --device asks for what model or machine do not have.
         """
-        from gradmap_hub.decoder import choose_precision
+        from gradmap_hub.models.decoder import choose_precision
 
         return choose_precision(
             self.config.compute, self.config.device, self.source.base.dtype, streamed=self.config.low_memory
@@ -656,7 +663,7 @@ def _write(run: Run, removed: Sequence[int], compensation: CompensationRecord, h
     """Remove the layers, put the corrected and healed weights in, save, read back, compare."""
 
     def compute() -> _Written:
-        from gradmap_hub.exporters import checkpoint
+        from gradmap_hub.models import checkpoint
         from gradmap_hub.pruning import storage_dtype
 
         source = run.checkpoint()
@@ -687,7 +694,7 @@ def _write(run: Run, removed: Sequence[int], compensation: CompensationRecord, h
 def _write_from_memory(
     run: Run, removed: Sequence[int], overrides: Mapping[tuple[int, str], Any], dtype: Any
 ) -> tuple[VerificationRecord, BeforeAfter]:
-    from gradmap_hub.exporters import checkpoint
+    from gradmap_hub.models import checkpoint
     from gradmap_hub.pruning import parameter_count, remove_layers
     from gradmap_hub.verification import logits_of, probe_ids, verify
 
@@ -712,8 +719,8 @@ def _write_streamed(
     run: Run, removed: Sequence[int], overrides: Mapping[tuple[int, str], Any], dtype: Any
 ) -> tuple[VerificationRecord, BeforeAfter]:
     """The same without a model in memory: from file to file, and both ends streamed for the comparison."""
+    from gradmap_hub.models.streaming import key_report, open_streamed, pruned_logits, write_pruned
     from gradmap_hub.pruning import parameter_count
-    from gradmap_hub.streaming import key_report, open_streamed, pruned_logits, write_pruned
     from gradmap_hub.verification import probe_ids, verify
 
     source, architecture = run.checkpoint(), run.source.architecture

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gradmap_hub.decoder import Decoder
+from gradmap_hub.models.decoder import Decoder
 
 
 @dataclass(frozen=True)

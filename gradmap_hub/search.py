@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping, Sequence, Set
 import torch
 from torch import Tensor
 
-from gradmap_hub.decoder import Decoder
+from gradmap_hub.models.decoder import Decoder
 from gradmap_hub.record import GROWN, SWAPPED, Candidate
 
 # Sets, and trials of a sweep, that go on to all rows; swaps that are measured after being predicted.

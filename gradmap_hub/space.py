@@ -13,8 +13,8 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from gradmap_hub.models.safetensors_files import clean_config
 from gradmap_hub.record import Quality, RunRecord
-from gradmap_hub.source import clean_config
 from gradmap_hub.spaceplan import GRAPHS, ORIGINAL_FOLDER, SpacePlan, graph_of
 
 SDK_VERSION = "6.17.3"

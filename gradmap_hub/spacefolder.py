@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 from gradmap_hub.config import QUANTIZED
 from gradmap_hub.exporting import export_original, onnx_stage
+from gradmap_hub.models.safetensors_files import COMPANION_FILES, legal_texts
 from gradmap_hub.plan import space_folder_of
 from gradmap_hub.record import Base, Quality, RunRecord
-from gradmap_hub.source import COMPANION_FILES, legal_texts
 from gradmap_hub.spaceplan import GRAPHS, ORIGINAL_FOLDER, SpacePlan
 
 if TYPE_CHECKING:

@@ -208,7 +208,7 @@ def _evaluate(run: Run, chosen: Corrected, healed: HealRecord | None, texts: Seq
 
 def _size(run: Run, removed: Sequence[int]) -> _Size:
     def compute() -> _Size:
-        from gradmap_hub.exporters.checkpoint import checkpoint_bytes
+        from gradmap_hub.models.checkpoint import checkpoint_bytes
         from gradmap_hub.pruning import parameter_count, storage_dtype
 
         decoder = run.decoder()

@@ -7,8 +7,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+from gradmap_hub.models.safetensors_files import (
+    CARD,
+    COMPANION_FILES,
+    RESULTS_FOLDER,
+    WEIGHTS,
+    WEIGHTS_INDEX,
+    legal_texts,
+)
 from gradmap_hub.record import FILE_NAME, RunRecord, from_json
-from gradmap_hub.source import CARD, COMPANION_FILES, RESULTS_FOLDER, WEIGHTS, WEIGHTS_INDEX, legal_texts
 
 _COMPARE = "compare.json"
 # The names that we write; a repository with others holds somebody else's work too.

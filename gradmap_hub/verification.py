@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradmap_hub.architectures import dimension
 from gradmap_hub.errors import VerificationError
+from gradmap_hub.models.architectures import dimension
 from gradmap_hub.record import VerificationRecord
 
 LOGIT_LIMIT = 1e-4

@@ -282,8 +282,8 @@ def decoder_of() -> Callable[..., Any]:
     """A Decoder over a model for rows of so many tokens."""
 
     def make(model: Any, tokens: int) -> Any:
-        from gradmap_hub.architectures import architecture_of
-        from gradmap_hub.decoder import Decoder
+        from gradmap_hub.models.architectures import architecture_of
+        from gradmap_hub.models.decoder import Decoder
 
         return Decoder(model, architecture_of(model.config.to_dict()), tokens)
 
@@ -322,7 +322,7 @@ def other_transformers() -> Callable[..., None]:
     Each then has logits.pt, with a text tokens.pt, and the folder `again`."""
     import subprocess
 
-    from gradmap_hub.generations import has_5
+    from gradmap_hub.models.transformers_compat import has_5
 
     lane = ".venv" if has_5() else ".venv5"
     python = Path(__file__).parents[1] / lane / "bin" / "python"
@@ -344,7 +344,7 @@ def prune_copy() -> Callable[..., Any]:
     def prune(model: Any, removed: Sequence[int] = REMOVED) -> Any:
         import copy
 
-        from gradmap_hub.architectures import architecture_of
+        from gradmap_hub.models.architectures import architecture_of
         from gradmap_hub.pruning import remove_layers
 
         pruned = copy.deepcopy(model)
@@ -411,7 +411,7 @@ def export_tiny() -> Callable[..., None]:
         import torch
         from transformers import LlamaConfig, LlamaForCausalLM
 
-        from gradmap_hub.generations import has_5
+        from gradmap_hub.models.transformers_compat import has_5
 
         checkpoint.mkdir()
         vocabulary = _save_tokenizer(checkpoint)
@@ -438,8 +438,8 @@ def export_tiny() -> Callable[..., None]:
         if has_5():
             from gradmap_hub.exporters import environment
             from gradmap_hub.exporters.onnx import export_onnx
+            from gradmap_hub.models.safetensors_files import clean_config
             from gradmap_hub.progress import SilentReporter
-            from gradmap_hub.source import clean_config
 
             clean_config(checkpoint / "config.json")
             environment.prepare(SilentReporter())

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from gradmap_hub.config import PruneConfig, paper_preset
-from gradmap_hub.decoder import choose_precision
 from gradmap_hub.errors import UsageError
+from gradmap_hub.models.decoder import choose_precision
 from gradmap_hub.pipeline import inspect, prune
 from gradmap_hub.record import RunRecord
 

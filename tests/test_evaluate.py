@@ -27,11 +27,11 @@ from gradmap_hub.cardcheck import check_card
 from gradmap_hub.config import EvaluateConfig, PruneConfig
 from gradmap_hub.errors import CalibrationError, SourceError, UsageError
 from gradmap_hub.freshness import folder_sha256, with_earlier, without_stale
+from gradmap_hub.models.safetensors_files import sha256_of
 from gradmap_hub.pipeline import evaluate_folder, export_folder, prune
 from gradmap_hub.progress import SilentReporter
 from gradmap_hub.record import FILE_NAME, Measured, RunRecord, to_json
 from gradmap_hub.screening import Private, publishable, screen
-from gradmap_hub.source import sha256_of
 from gradmap_hub.space import refresh_compare
 from gradmap_hub.speed import PYTORCH, peak_memory
 from gradmap_hub.targets import is_ours

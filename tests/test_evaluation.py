@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from gradmap_hub import decoder as decoder_module
 from gradmap_hub import evaluation as evaluation_module
 from gradmap_hub.evaluation import (
     compare_rows,
@@ -20,6 +19,7 @@ from gradmap_hub.evaluation import (
     ratio_interval,
     reference_states,
 )
+from gradmap_hub.models import decoder as decoder_module
 
 TOKENS = 40
 

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gradmap_hub.architectures import ARCHITECTURES, SUPPORTED, architecture_of, correction_skipped, sliced_config
 from gradmap_hub.calibration import CalibrationRows
 from gradmap_hub.card import CACHE_FROM_GRAPH
 from gradmap_hub.compensation import (
@@ -36,19 +35,27 @@ from gradmap_hub.compensation import (
     through_norm,
 )
 from gradmap_hub.config import PruneConfig
-from gradmap_hub.decoder import Decoder
 from gradmap_hub.errors import UnsupportedArchitecture, UsageError, VerificationError
-from gradmap_hub.exporters import checkpoint, formats, onnx
-from gradmap_hub.generations import ONLY_5, has_5
+from gradmap_hub.exporters import formats, onnx
 from gradmap_hub.heal import heal
+from gradmap_hub.models import checkpoint
+from gradmap_hub.models.architectures import (
+    ARCHITECTURES,
+    SUPPORTED,
+    architecture_of,
+    correction_skipped,
+    sliced_config,
+)
+from gradmap_hub.models.decoder import Decoder
+from gradmap_hub.models.safetensors_files import readable
+from gradmap_hub.models.streaming import key_report, open_streamed, pruned_logits, write_pruned
+from gradmap_hub.models.transformers_compat import ONLY_5, has_5
 from gradmap_hub.plan import check_family, find_source
 from gradmap_hub.progress import SilentReporter
 from gradmap_hub.pruning import parameter_count, remove_layers
 from gradmap_hub.residual import Tap, writer_of
 from gradmap_hub.ridge import Correction
 from gradmap_hub.scoring import score_layers
-from gradmap_hub.source import readable
-from gradmap_hub.streaming import key_report, open_streamed, pruned_logits, write_pruned
 from gradmap_hub.verification import logits_of, probe_ids, verify
 
 TABLE = "model types with transformers 5" if has_5() else "model types"

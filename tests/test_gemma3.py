@@ -18,9 +18,9 @@ import torch
 from gradmap_hub.config import PruneConfig
 from gradmap_hub.demo import CALIBRATION, ELSEWHERE, Package, Sample, _extract, _wheel
 from gradmap_hub.exporters import onnx
+from gradmap_hub.models.safetensors_files import sha256_of
 from gradmap_hub.pipeline import export_folder, prune
 from gradmap_hub.record import RunRecord
-from gradmap_hub.source import sha256_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.real]
 

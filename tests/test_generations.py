@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from gradmap_hub.architectures import architecture_of
 from gradmap_hub.errors import UnsupportedArchitecture
-from gradmap_hub.exporters import checkpoint
-from gradmap_hub.generations import (
+from gradmap_hub.models import checkpoint
+from gradmap_hub.models.architectures import architecture_of
+from gradmap_hub.models.safetensors_files import COMPANION_FILES, readable
+from gradmap_hub.models.transformers_compat import (
     NotInBothForms,
     both_read_config,
     both_read_tokenizer_config,
@@ -24,7 +25,6 @@ from gradmap_hub.generations import (
     needs_5,
 )
 from gradmap_hub.pruning import remove_layers
-from gradmap_hub.source import COMPANION_FILES, readable
 from gradmap_hub.verification import logits_of
 
 TOKENS = 48

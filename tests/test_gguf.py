@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from gradmap_hub.gguf_source import convert_gguf, gguf_config, read_metadata
+from gradmap_hub.models.gguf import convert_gguf, gguf_config, read_metadata
 
 HIDDEN, HEADS, LAYERS, FEED = 64, 4, 3, 96
 
@@ -97,7 +97,7 @@ def test_the_bench_writes_llama_cpp_the_same_model(gguf_file: Path, tmp_path: Pa
     from transformers import AutoModelForCausalLM
 
     from benchmarks.llamacpp import write_gguf
-    from gradmap_hub.architectures import ARCHITECTURES
+    from gradmap_hub.models.architectures import ARCHITECTURES
     from gradmap_hub.pruning import remove_layers
 
     whole, pruned, back = (tmp_path / name for name in ("whole", "pruned", "back"))

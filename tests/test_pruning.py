@@ -13,9 +13,9 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from gradmap_hub.architectures import ARCHITECTURES
 from gradmap_hub.errors import BrokenCheckpointError, VerificationError
-from gradmap_hub.exporters import checkpoint
+from gradmap_hub.models import checkpoint
+from gradmap_hub.models.architectures import ARCHITECTURES
 from gradmap_hub.pruning import layers_left_out, parameter_count, remove_layers, storage_dtype
 from gradmap_hub.verification import logits_of, probe_ids, verify
 

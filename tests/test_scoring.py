@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from gradmap_hub import decoder as decoder_module
-from gradmap_hub.decoder import parameters_replaced
+from gradmap_hub.models import decoder as decoder_module
+from gradmap_hub.models.decoder import parameters_replaced
 from gradmap_hub.scoring import iterative_removals, score_layers
 
 TOKENS = 40

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from gguf import GGUFWriter
 
-from gradmap_hub.architectures import ARCHITECTURES, SUPPORTED, architecture_of
 from gradmap_hub.errors import BrokenCheckpointError, RemoteCodeRefused, SourceError, UnsupportedArchitecture
-from gradmap_hub.exporters import checkpoint
-from gradmap_hub.gguf_source import read_metadata
-from gradmap_hub.source import (
+from gradmap_hub.models import checkpoint
+from gradmap_hub.models.architectures import ARCHITECTURES, SUPPORTED, architecture_of
+from gradmap_hub.models.gguf import read_metadata
+from gradmap_hub.models.safetensors_files import (
     check_weights,
     choose_files,
     folder_sizes,

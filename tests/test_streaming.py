@@ -13,13 +13,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gradmap_hub import streaming
-from gradmap_hub.architectures import ARCHITECTURES, Architecture
-from gradmap_hub.decoder import Decoder
 from gradmap_hub.errors import BrokenCheckpointError
-from gradmap_hub.pruning import parameter_count
-from gradmap_hub.scoring import score_layers
-from gradmap_hub.streaming import (
+from gradmap_hub.models import streaming
+from gradmap_hub.models.architectures import ARCHITECTURES, Architecture
+from gradmap_hub.models.decoder import Decoder
+from gradmap_hub.models.streaming import (
     PlannedTensor,
     StreamedDecoder,
     WeightFiles,
@@ -29,6 +27,8 @@ from gradmap_hub.streaming import (
     write_pruned,
     write_safetensors,
 )
+from gradmap_hub.pruning import parameter_count
+from gradmap_hub.scoring import score_layers
 from gradmap_hub.verification import logits_of, probe_ids, verify
 
 TOKENS = 40
@@ -253,7 +253,7 @@ def test_a_checkpoint_that_is_not_whole_is_refused(damage: str, model_of: Callab
 
 def reference(model: Any, architecture: Architecture, overrides: dict[tuple[int, str], Tensor], folder: Path) -> Any:
     """What the in-memory path writes: layers removed from the loaded model, then `save_pretrained`."""
-    from gradmap_hub.exporters.checkpoint import save_checkpoint
+    from gradmap_hub.models.checkpoint import save_checkpoint
     from gradmap_hub.pruning import remove_layers
 
     for (layer, name), value in overrides.items():

@@ -19,8 +19,8 @@ from gradmap_hub.cli import app
 from gradmap_hub.cli_options import HOW, HOW_MUCH, PruneOptions, prune_options
 from gradmap_hub.config import PruneConfig, SweepConfig, paper_preset
 from gradmap_hub.errors import CalibrationError, OutputExists, UsageError
+from gradmap_hub.models.safetensors_files import read_safetensors_header
 from gradmap_hub.progress import SilentReporter
-from gradmap_hub.source import read_safetensors_header
 from gradmap_hub.sweeprecord import SweepRecord
 from gradmap_hub.sweepreport import PLOT_FILE, TABLE_FILE
 

@@ -32,10 +32,10 @@ class Trap:
     tests: tuple[str, ...]
 
 
-ARCHITECTURES = "gradmap_hub/architectures.py"
+ARCHITECTURES = "gradmap_hub/models/architectures.py"
 PRUNING = "gradmap_hub/pruning.py"
 RESIDUAL = "gradmap_hub/residual.py"
-STREAMING = "gradmap_hub/streaming.py"
+STREAMING = "gradmap_hub/models/streaming.py"
 VERIFICATION = "gradmap_hub/verification.py"
 _FAMILIES = "tests/test_families.py"
 _PRUNING = "tests/test_pruning.py"
@@ -226,7 +226,7 @@ TRAPS = (
         ("tests/test_streaming.py::test_the_written_checkpoint_is_that_of_the_path_in_memory[llama-True]",),
     ),
     Trap(
-        "scores of what is not a layer", "gradmap_hub/decoder.py",
+        "scores of what is not a layer", "gradmap_hub/models/decoder.py",
         "for name, parameter in module.named_parameters() if is_matrix(name, parameter)",
         "for name, parameter in self.model.named_parameters() if is_matrix(name, parameter)",
         (f"{_FAMILIES}::test_tied_embeddings_stay_tied_and_are_no_part_of_any_score",),

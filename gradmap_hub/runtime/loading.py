@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gradmap_hub.architectures import dimension
 from gradmap_hub.errors import MissingExtra, SourceError, UsageError
+from gradmap_hub.models.architectures import dimension
 from gradmap_hub.prompting import TEXT_FILES
 from gradmap_hub.runtime.artifacts import Artifact, available_artifacts, choose_artifact, cpu_count
 from gradmap_hub.runtime.generation import TextModel

@@ -11,7 +11,7 @@ import pytest
 
 from gradmap_hub.errors import ExportEnvironmentError
 from gradmap_hub.exporters import environment
-from gradmap_hub.generations import has_5
+from gradmap_hub.models.transformers_compat import has_5
 from gradmap_hub.progress import SilentReporter
 
 only_5 = pytest.mark.skipif(not has_5(), reason="transformers 4.57: exports run in this environment")

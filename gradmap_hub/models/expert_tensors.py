@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gradmap_hub.architectures import Architecture
+from gradmap_hub.models.architectures import Architecture
 
 # A row of names for each expert, which stand above each other; one row with one name if it is only called otherwise.
 Parts = tuple[tuple[str, ...], ...]

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradmap_hub.architectures import Architecture
 from gradmap_hub.errors import UsageError
+from gradmap_hub.models.architectures import Architecture
 
 # Positions whose logits exist at once: the logits of a large vocabulary are the biggest tensor of a forward pass.
 LOGIT_CHUNK = 256

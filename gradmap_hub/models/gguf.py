@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from gradmap_hub.errors import BrokenCheckpointError, SourceError
-from gradmap_hub.generations import has_5
-from gradmap_hub.source import clean_config
+from gradmap_hub.models.safetensors_files import clean_config
+from gradmap_hub.models.transformers_compat import has_5
 
 # llama.cpp names the pre-tokenizer in `tokenizer.ggml.pre`; these are byte-level BPE variants whose
 # splitting rule is known exactly. Others keep what transformers derived.

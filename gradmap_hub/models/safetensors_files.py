@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gradmap_hub.errors import BrokenCheckpointError, SourceError
-from gradmap_hub.generations import NotInBothForms, both_read_config, both_read_tokenizer_config
+from gradmap_hub.models.transformers_compat import NotInBothForms, both_read_config, both_read_tokenizer_config
 
 CARD = "README.md"
 # Results of benchmarks, as the Hub reads them.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gradmap_hub.errors import RemoteCodeRefused, UnsupportedArchitecture
-from gradmap_hub.generations import ONLY_5, NotInBothForms, both_read_config, has_5, installed
+from gradmap_hub.models.transformers_compat import ONLY_5, NotInBothForms, both_read_config, has_5, installed
 
 # The axis of a weight along which the residual stream lies: (d, f) as in nn.Linear, or (f, d) and (d).
 ROWS, COLUMNS = -2, -1

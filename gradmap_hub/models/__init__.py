@@ -1,0 +1,1 @@
+"""What a checkpoint is: families, files, and the decoder that computes layer by layer."""
