@@ -30,8 +30,8 @@ from rich.table import Table
 from benchmarks import accuracy, methods, table
 from benchmarks.inputs import SEQ_LEN, data, dtype_of, load, model_and_samples
 from benchmarks.plot import quality_time
-from gradmap_hub.calibration import Rows, sha256_of_ids
 from gradmap_hub.config import PruneConfig
+from gradmap_hub.data.rows import Rows, sha256_of_ids
 from gradmap_hub.models.decoder import Decoder
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -22,9 +22,9 @@ from rich.table import Table
 
 from benchmarks.inputs import data, opened
 from benchmarks.methods import split_pool
-from gradmap_hub.calibration import Rows
 from gradmap_hub.compensation import ATTENTION, MLP, Overrides, Site, fit_correction, sites_at_gaps
 from gradmap_hub.config import Compensation, PruneConfig
+from gradmap_hub.data.rows import Rows
 from gradmap_hub.heal import heal
 from gradmap_hub.models.decoder import Decoder
 from gradmap_hub.progress import SilentReporter

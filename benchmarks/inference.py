@@ -289,7 +289,7 @@ def main() -> None:
     from transformers import AutoTokenizer
 
     from benchmarks.inputs import model_and_samples
-    from gradmap_hub.calibration import evaluation_rows, read_text
+    from gradmap_hub.data.rows import evaluation_rows, read_text
     from gradmap_hub.demo import ELSEWHERE
 
     console = Console(stderr=True)

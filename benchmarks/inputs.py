@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gradmap_hub import demo
-from gradmap_hub.calibration import Rows, Text, evaluation_rows, read_text, sha256_of_ids, split_rows
+from gradmap_hub.data.rows import Rows, Text, evaluation_rows, read_text, sha256_of_ids, split_rows
 from gradmap_hub.models.architectures import architecture_of
 from gradmap_hub.models.checkpoint import cast_parameters
 from gradmap_hub.models.decoder import Decoder

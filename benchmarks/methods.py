@@ -35,9 +35,9 @@ from benchmarks.peers import (
     random_layers,
     sleb,
 )
-from gradmap_hub.calibration import CalibrationRows, Rows
 from gradmap_hub.compensation import Overrides, correct_best, fit_correction
 from gradmap_hub.config import PruneConfig, paper_preset
+from gradmap_hub.data.rows import CalibrationRows, Rows
 from gradmap_hub.models.decoder import Decoder
 from gradmap_hub.progress import SilentReporter
 from gradmap_hub.record import Candidate, CompensationRecord

@@ -25,8 +25,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from gradmap_hub.calibration import CalibrationRows
 from gradmap_hub.config import PruneConfig
+from gradmap_hub.data.rows import CalibrationRows
 from gradmap_hub.models.architectures import correction_skipped
 from gradmap_hub.models.decoder import Decoder
 from gradmap_hub.progress import Reporter

@@ -43,7 +43,7 @@ from gradmap_hub.stages import Stages
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from gradmap_hub.calibration import Rows
+    from gradmap_hub.data.rows import Rows
     from gradmap_hub.evaluation import Compared
     from gradmap_hub.harness import TaskResult
     from gradmap_hub.hub import Hub
@@ -168,7 +168,7 @@ class _Evaluation:
             CalibrationError: a text is too short, or is given twice.
             SourceError: the two models have different tokenizers.
         """
-        from gradmap_hub.calibration import Rows, tokenize
+        from gradmap_hub.data.rows import Rows, tokenize
 
         self.reporter.start("Reading text")
         tokenizer = self.run.tokenizer()
@@ -613,7 +613,7 @@ def _text(rows: Rows, reference: Sequence[float], found: Compared, shared: Conta
 
 
 def _row_inputs(rows: Rows) -> dict[str, Any]:
-    from gradmap_hub.calibration import sha256_of_ids
+    from gradmap_hub.data.rows import sha256_of_ids
 
     return {"rows": sha256_of_ids(rows.ids), "shape": list(rows.ids.shape)}
 

@@ -17,7 +17,7 @@ from gradmap_hub.stages import Stages
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from gradmap_hub.calibration import Rows
+    from gradmap_hub.data.rows import Rows
     from gradmap_hub.exporters.formats import Exported
 
 _TITLES = {
@@ -138,7 +138,7 @@ def _stage(
     keep_failing: bool = False,
     of: str = "",
 ) -> Exported:
-    from gradmap_hub.calibration import sha256_of_ids
+    from gradmap_hub.data.rows import sha256_of_ids
     from gradmap_hub.exporters import formats
     from gradmap_hub.exporters.recipes import LADDERS
 

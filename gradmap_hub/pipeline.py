@@ -51,8 +51,8 @@ from gradmap_hub.sweeprecord import SweepRecord
 from gradmap_hub.sweepreport import write_report
 
 if TYPE_CHECKING:
-    from gradmap_hub.calibration import Rows
     from gradmap_hub.collecting import Collected
+    from gradmap_hub.data.rows import Rows
     from gradmap_hub.hub import Hub
     from gradmap_hub.publishing import Checked, Published, Publisher
     from gradmap_hub.scoring import LayerScores
@@ -331,7 +331,7 @@ def evaluate_folder(
 def _export_rows(folder: Path, source: str, hub: Hub) -> Rows:
     from transformers import AutoTokenizer
 
-    from gradmap_hub.calibration import evaluation_rows
+    from gradmap_hub.data.rows import evaluation_rows
 
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     longest = read_config(folder / "config.json").get("max_position_embeddings")

@@ -16,7 +16,7 @@ from gradmap_hub.run import text_of
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from gradmap_hub.calibration import Rows
+    from gradmap_hub.data.rows import Rows
     from gradmap_hub.hub import Hub
 
 _DRAWING = ("samples", "seq_len", "eval_rows", "seed")
@@ -32,7 +32,7 @@ def find_contamination(
 ) -> list[Contamination]:
     """Per text, its rows that share words with the calibration rows, or why that was not checked. The calibration
     texts are looked for in `places`, and on the Hub if `online`."""
-    from gradmap_hub.contamination import shared_rows
+    from gradmap_hub.data.contamination import shared_rows
 
     try:
         drawn = _calibration(record, tokenizer, places, hub=hub, online=online)
@@ -61,7 +61,7 @@ def _calibration(
     Raises:
         GradmapError: the texts are not at hand, or are others.
     """
-    from gradmap_hub.calibration import split_rows
+    from gradmap_hub.data.rows import split_rows
 
     sources = find_calibration(record, places)
     remote = next((source for source in sources if not is_local_text(source)), None)

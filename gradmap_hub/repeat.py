@@ -217,7 +217,7 @@ def _texts(
 
 
 def _reader() -> Callable[[Path], str]:
-    from gradmap_hub.calibration import read_text
+    from gradmap_hub.data.rows import read_text
 
     known: dict[Path, str] = {}
 

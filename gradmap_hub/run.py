@@ -50,7 +50,7 @@ from gradmap_hub.stages import Stages
 if TYPE_CHECKING:  # torch is only imported once there is something to compute
     from torch import Tensor
 
-    from gradmap_hub.calibration import CalibrationRows, Rows, Text
+    from gradmap_hub.data.rows import CalibrationRows, Rows, Text
     from gradmap_hub.hub import Hub
     from gradmap_hub.models.decoder import Decoder
     from gradmap_hub.scoring import LayerScores
@@ -326,7 +326,7 @@ def _check_weights_expected(run: Run, fetched: Fetched) -> None:
 
 def calibrate(run: Run) -> tuple[CalibrationRows, list[Rows]]:
     """Tokenise and split the texts. Cheap, so it is done on every run, and before any weight is fetched."""
-    from gradmap_hub.calibration import evaluation_rows, split_rows
+    from gradmap_hub.data.rows import evaluation_rows, split_rows
 
     config = run.config
     run.reporter.start("Reading calibration text")
@@ -365,7 +365,7 @@ def _check_contamination(run: Run, rows: CalibrationRows, extra: Sequence[Rows])
     Raises:
         CalibrationError: that is more than half of a text's rows.
     """
-    from gradmap_hub.contamination import shared_rows
+    from gradmap_hub.data.contamination import shared_rows
 
     if not extra:
         return []
@@ -397,7 +397,7 @@ def _check_contamination(run: Run, rows: CalibrationRows, extra: Sequence[Rows])
 
 def text_of(source: str, hub: Hub) -> Text:
     """A local file, or the first file of a data set of the Hub, which is far more than is needed."""
-    from gradmap_hub.calibration import read_text
+    from gradmap_hub.data.rows import read_text
 
     if is_local_text(source):
         return read_text(Path(source).expanduser())
@@ -475,7 +475,7 @@ def score(run: Run, rows: CalibrationRows) -> LayerScores:
 
 def select(run: Run, rows: CalibrationRows, scores: LayerScores) -> Selected:
     """Form candidate sets from the scores and let the loss on held-out rows decide."""
-    from gradmap_hub.calibration import sha256_of_ids
+    from gradmap_hub.data.rows import sha256_of_ids
     from gradmap_hub.scoring import iterative_removals
     from gradmap_hub.search import SWAPS_MEASURED, search_layers
     from gradmap_hub.selection import candidates, stems

@@ -19,7 +19,7 @@ from gradmap_hub.spaceplan import GRAPHS, ORIGINAL_FOLDER, SpacePlan
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from gradmap_hub.calibration import Rows
+    from gradmap_hub.data.rows import Rows
     from gradmap_hub.plan import Source
     from gradmap_hub.run import Run
     from gradmap_hub.space import Held

@@ -45,7 +45,7 @@ from gradmap_hub.run import (
 from gradmap_hub.sweeprecord import SWEEP_FILE, SWEEP_VERSION, Speed, SweepPoint, SweepRecord
 
 if TYPE_CHECKING:  # torch is only imported once there is something to compute
-    from gradmap_hub.calibration import CalibrationRows, Rows
+    from gradmap_hub.data.rows import CalibrationRows, Rows
     from gradmap_hub.scoring import LayerScores
 
 NOT_ASKED_FOR = "not asked for"

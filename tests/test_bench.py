@@ -31,7 +31,7 @@ def _no_cleaning() -> Iterator[None]:
 def work_of(
     model_of: Callable[..., Any], decoder_of: Callable[..., Any], random_rows: Callable[..., Any]
 ) -> Callable[..., methods.Work]:
-    from gradmap_hub.calibration import Rows
+    from gradmap_hub.data.rows import Rows
 
     decoder = decoder_of(model_of("llama", num_hidden_layers=LAYERS), TOKENS)
     texts = [Rows(f"text {index}", "", random_rows(3, TOKENS, seed=10 + index)) for index in range(3)]

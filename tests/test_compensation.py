@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from gradmap_hub.calibration import CalibrationRows
 from gradmap_hub.compensation import (
     ATTENTION,
     MLP,
@@ -31,6 +30,7 @@ from gradmap_hub.compensation import (
     with_shift,
 )
 from gradmap_hub.config import PruneConfig
+from gradmap_hub.data.rows import CalibrationRows
 from gradmap_hub.progress import SilentReporter
 from gradmap_hub.record import Candidate
 from gradmap_hub.ridge import Correction, Gram, corrected_parameters, folded_weight, solve

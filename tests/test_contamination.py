@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from gradmap_hub.config import PruneConfig
-from gradmap_hub.contamination import WORDS, runs_of_words, shared_rows
+from gradmap_hub.data.contamination import WORDS, runs_of_words, shared_rows
 from gradmap_hub.errors import CalibrationError
 from gradmap_hub.pipeline import prune
 from gradmap_hub.progress import SilentReporter

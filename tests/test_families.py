@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gradmap_hub.calibration import CalibrationRows
 from gradmap_hub.card import CACHE_FROM_GRAPH
 from gradmap_hub.compensation import (
     ATTENTION,
@@ -35,6 +34,7 @@ from gradmap_hub.compensation import (
     through_norm,
 )
 from gradmap_hub.config import PruneConfig
+from gradmap_hub.data.rows import CalibrationRows
 from gradmap_hub.errors import UnsupportedArchitecture, UsageError, VerificationError
 from gradmap_hub.exporters import formats, onnx
 from gradmap_hub.heal import heal

@@ -15,11 +15,11 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from gradmap_hub import heal as healing
-from gradmap_hub.calibration import CalibrationRows
 from gradmap_hub.card import card_text
 from gradmap_hub.cli import app
 from gradmap_hub.compensation import fit_correction
 from gradmap_hub.config import PruneConfig
+from gradmap_hub.data.rows import CalibrationRows
 from gradmap_hub.errors import UsageError
 from gradmap_hub.heal import divergence_gradient, heal, layers_around_gaps, rate_at
 from gradmap_hub.progress import SilentReporter
