@@ -22,12 +22,12 @@ from rich.table import Table
 
 from benchmarks.inputs import data, opened
 from benchmarks.methods import split_pool
-from gradmap_hub.compensation import ATTENTION, MLP, Overrides, Site, fit_correction, sites_at_gaps
 from gradmap_hub.config import Compensation, PruneConfig
 from gradmap_hub.data.rows import Rows
-from gradmap_hub.heal import heal
 from gradmap_hub.models.decoder import Decoder
 from gradmap_hub.progress import SilentReporter
+from gradmap_hub.pruning.compensation import ATTENTION, MLP, Overrides, Site, fit_correction, sites_at_gaps
+from gradmap_hub.pruning.heal import heal
 
 DEFAULT = "default"
 STRENGTHS = (0.03, 0.003, 0.001, 0.0003)

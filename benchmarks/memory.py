@@ -310,7 +310,7 @@ def _measure(folder: Path, rows: int, tokens: int, dtype: str, write: bool) -> M
     import accelerate  # noqa: F401 - so that the baseline holds everything that is imported
     import transformers.models.llama.modeling_llama  # noqa: F401
 
-    from gradmap_hub.scoring import score_layers
+    from gradmap_hub.pruning.scoring import score_layers
 
     sampler = Sampler()
     with sampler.phase("open"):
@@ -359,7 +359,7 @@ def in_memory(folder: Path, rows: int, tokens: int) -> dict[str, Any]:
     from gradmap_hub.models import decoder as decoder_module
     from gradmap_hub.models.architectures import architecture_of
     from gradmap_hub.models.checkpoint import load_model
-    from gradmap_hub.scoring import score_layers
+    from gradmap_hub.pruning.scoring import score_layers
 
     sampler = Sampler()
     with sampler.phase("load"):

@@ -35,15 +35,15 @@ from benchmarks.peers import (
     random_layers,
     sleb,
 )
-from gradmap_hub.compensation import Overrides, correct_best, fit_correction
 from gradmap_hub.config import PruneConfig, paper_preset
 from gradmap_hub.data.rows import CalibrationRows, Rows
 from gradmap_hub.models.decoder import Decoder
 from gradmap_hub.progress import SilentReporter
+from gradmap_hub.pruning.candidates import candidates, finalists, stems
+from gradmap_hub.pruning.compensation import Overrides, correct_best, fit_correction
+from gradmap_hub.pruning.scoring import iterative_removals, score_layers
+from gradmap_hub.pruning.search import search_layers
 from gradmap_hub.record import Candidate, CompensationRecord
-from gradmap_hub.scoring import iterative_removals, score_layers
-from gradmap_hub.search import search_layers
-from gradmap_hub.selection import candidates, finalists, stems
 
 RANDOM_SEEDS = (0, 1, 2)
 PUBLISHED, OWN, STAGE_2 = "as published", "+ own compensation", "+ our stage 2"

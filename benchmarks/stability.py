@@ -25,8 +25,8 @@ from benchmarks.table import ranges
 from gradmap_hub.data.rows import Rows, read_text, tokenize
 from gradmap_hub.demo import CALIBRATION
 from gradmap_hub.models.decoder import Decoder
-from gradmap_hub.scoring import LayerScores, score_layers
-from gradmap_hub.selection import lowest, lowest_window
+from gradmap_hub.pruning.candidates import lowest, lowest_window
+from gradmap_hub.pruning.scoring import LayerScores, score_layers
 
 MIXTURE = "mixture"
 

@@ -54,8 +54,8 @@ if TYPE_CHECKING:
     from gradmap_hub.collecting import Collected
     from gradmap_hub.data.rows import Rows
     from gradmap_hub.hub import Hub
+    from gradmap_hub.pruning.scoring import LayerScores
     from gradmap_hub.publishing import Checked, Published, Publisher
-    from gradmap_hub.scoring import LayerScores
     from gradmap_hub.spacewatch import SpaceState
 
 __all__ = [

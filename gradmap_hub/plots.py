@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from gradmap_hub.scoring import LayerScores
+    from gradmap_hub.pruning.scoring import LayerScores
     from gradmap_hub.sweeprecord import Ratio, Speed, SweepPoint, SweepRecord
 
 # Okabe-Ito colours: distinct under the common colour-vision deficiencies; removed layers are hatched as well.

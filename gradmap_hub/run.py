@@ -53,7 +53,7 @@ if TYPE_CHECKING:  # torch is only imported once there is something to compute
     from gradmap_hub.data.rows import CalibrationRows, Rows, Text
     from gradmap_hub.hub import Hub
     from gradmap_hub.models.decoder import Decoder
-    from gradmap_hub.scoring import LayerScores
+    from gradmap_hub.pruning.scoring import LayerScores
 
 _VERSIONED = (
     "torch",
@@ -254,7 +254,7 @@ class _Written:
 
 
 def prune_stages(run: Run, *, target: str | None = None, license: str | None = None) -> RunRecord:
-    from gradmap_hub.selection import decide
+    from gradmap_hub.pruning.candidates import decide
 
     run.precision()  # refuses what cannot be, before anything is fetched
     run.output.mkdir(parents=True, exist_ok=True)
@@ -414,8 +414,8 @@ def export_rows(run: Run) -> tuple[Rows, Tensor]:
 
 def inspect_stages(run: Run, ratios: Sequence[float]) -> tuple[LayerScores, dict[float, Candidate]]:
     """Only what `inspect` needs: texts, weights, scores, and at each ratio the better of two rankings."""
-    from gradmap_hub.search import Search
-    from gradmap_hub.selection import candidates
+    from gradmap_hub.pruning.candidates import candidates
+    from gradmap_hub.pruning.search import Search
 
     rows, _ = calibrate(run)
     scores = score(run, rows)
@@ -454,7 +454,7 @@ def _fetch_weights(run: Run) -> Fetched:
 
 
 def score(run: Run, rows: CalibrationRows) -> LayerScores:
-    from gradmap_hub.scoring import LayerScores, score_layers
+    from gradmap_hub.pruning.scoring import LayerScores, score_layers
 
     scoring = rows.fit[: run.config.scoring_rows]
 
@@ -476,9 +476,9 @@ def score(run: Run, rows: CalibrationRows) -> LayerScores:
 def select(run: Run, rows: CalibrationRows, scores: LayerScores) -> Selected:
     """Form candidate sets from the scores and let the loss on held-out rows decide."""
     from gradmap_hub.data.rows import sha256_of_ids
-    from gradmap_hub.scoring import iterative_removals
-    from gradmap_hub.search import SWAPS_MEASURED, search_layers
-    from gradmap_hub.selection import candidates, stems
+    from gradmap_hub.pruning.candidates import candidates, stems
+    from gradmap_hub.pruning.scoring import iterative_removals
+    from gradmap_hub.pruning.search import SWAPS_MEASURED, search_layers
 
     config = run.config
 
@@ -566,8 +566,8 @@ def correct(run: Run, rows: CalibrationRows, selected: Selected) -> Corrected:
     correction_file = run.work / CORRECTION
 
     def compute() -> Corrected:
-        from gradmap_hub.compensation import correct_best, with_shift
-        from gradmap_hub.selection import finalists
+        from gradmap_hub.pruning.candidates import finalists
+        from gradmap_hub.pruning.compensation import correct_best, with_shift
 
         correction_file.unlink(missing_ok=True)
         decoder, config = run.decoder(), run.config
@@ -609,7 +609,7 @@ def heal_gaps(run: Run, rows: CalibrationRows, chosen: Corrected) -> HealRecord 
     healed_file = run.work / HEALED
 
     def compute() -> HealRecord:
-        from gradmap_hub.heal import heal
+        from gradmap_hub.pruning.heal import heal
 
         healed_file.unlink(missing_ok=True)
         corrected = _load_overrides(run.work / CORRECTION)
@@ -664,7 +664,7 @@ def _write(run: Run, removed: Sequence[int], compensation: CompensationRecord, h
 
     def compute() -> _Written:
         from gradmap_hub.models import checkpoint
-        from gradmap_hub.pruning import storage_dtype
+        from gradmap_hub.pruning.removal import storage_dtype
 
         source = run.checkpoint()
         dtype = storage_dtype(run.config.dtype, run.source.base.dtype)
@@ -695,8 +695,8 @@ def _write_from_memory(
     run: Run, removed: Sequence[int], overrides: Mapping[tuple[int, str], Any], dtype: Any
 ) -> tuple[VerificationRecord, BeforeAfter]:
     from gradmap_hub.models import checkpoint
-    from gradmap_hub.pruning import parameter_count, remove_layers
-    from gradmap_hub.verification import logits_of, probe_ids, verify
+    from gradmap_hub.pruning.removal import parameter_count, remove_layers
+    from gradmap_hub.pruning.verification import logits_of, probe_ids, verify
 
     decoder = run.decoder()
     model = decoder.model
@@ -720,8 +720,8 @@ def _write_streamed(
 ) -> tuple[VerificationRecord, BeforeAfter]:
     """The same without a model in memory: from file to file, and both ends streamed for the comparison."""
     from gradmap_hub.models.streaming import key_report, open_streamed, pruned_logits, write_pruned
-    from gradmap_hub.pruning import parameter_count
-    from gradmap_hub.verification import probe_ids, verify
+    from gradmap_hub.pruning.removal import parameter_count
+    from gradmap_hub.pruning.verification import probe_ids, verify
 
     source, architecture = run.checkpoint(), run.source.architecture
     after = write_pruned(source, run.output, architecture, removed, overrides, dtype)

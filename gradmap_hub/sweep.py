@@ -46,7 +46,7 @@ from gradmap_hub.sweeprecord import SWEEP_FILE, SWEEP_VERSION, Speed, SweepPoint
 
 if TYPE_CHECKING:  # torch is only imported once there is something to compute
     from gradmap_hub.data.rows import CalibrationRows, Rows
-    from gradmap_hub.scoring import LayerScores
+    from gradmap_hub.pruning.scoring import LayerScores
 
 NOT_ASKED_FOR = "not asked for"
 STREAMED = "with --low-memory the weights come from the disk, whose speed it would be"
@@ -187,7 +187,7 @@ def _evaluate(run: Run, chosen: Corrected, healed: HealRecord | None, texts: Seq
     """The losses of the pruned model, first as it is, then with the new weights put in for a while."""
 
     def compute() -> _Pruned:
-        from gradmap_hub.pruning import storage_dtype
+        from gradmap_hub.pruning.removal import storage_dtype
 
         decoder = run.decoder()
         overrides = new_values(run, chosen.compensation, healed)
@@ -209,7 +209,7 @@ def _evaluate(run: Run, chosen: Corrected, healed: HealRecord | None, texts: Seq
 def _size(run: Run, removed: Sequence[int]) -> _Size:
     def compute() -> _Size:
         from gradmap_hub.models.checkpoint import checkpoint_bytes
-        from gradmap_hub.pruning import parameter_count, storage_dtype
+        from gradmap_hub.pruning.removal import parameter_count, storage_dtype
 
         decoder = run.decoder()
         before = parameter_count(decoder.model)
@@ -241,7 +241,7 @@ def _time(run: Run, removed: Sequence[int], rows: CalibrationRows) -> Speed:
     prompt = rows.fit.flatten()[: min(speed.PROMPT_TOKENS, room - new_tokens)]
 
     def compute() -> Speed:
-        from gradmap_hub.pruning import layers_left_out
+        from gradmap_hub.pruning.removal import layers_left_out
 
         model = run.decoder().model
         run.reporter.total(2 * (speed.ROUNDS + 1))

@@ -22,7 +22,7 @@ from rich.progress import TimeRemainingColumn as Remaining
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from gradmap_hub.scoring import LayerScores
+    from gradmap_hub.pruning.scoring import LayerScores
 
 
 class TerminalReporter:

@@ -345,7 +345,7 @@ def prune_copy() -> Callable[..., Any]:
         import copy
 
         from gradmap_hub.models.architectures import architecture_of
-        from gradmap_hub.pruning import remove_layers
+        from gradmap_hub.pruning.removal import remove_layers
 
         pruned = copy.deepcopy(model)
         remove_layers(pruned, architecture_of(pruned.config.to_dict()), removed)

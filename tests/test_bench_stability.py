@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks.stability import Sums, choices, plot
-from gradmap_hub.scoring import score_layers
+from gradmap_hub.pruning.scoring import score_layers
 
 LAYERS, TOKENS, COUNT = 6, 24, 2
 

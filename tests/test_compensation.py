@@ -12,7 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from gradmap_hub.compensation import (
+from gradmap_hub.config import PruneConfig
+from gradmap_hub.data.rows import CalibrationRows
+from gradmap_hub.progress import SilentReporter
+from gradmap_hub.pruning.compensation import (
     ATTENTION,
     MLP,
     Original,
@@ -29,11 +32,8 @@ from gradmap_hub.compensation import (
     stream_losses,
     with_shift,
 )
-from gradmap_hub.config import PruneConfig
-from gradmap_hub.data.rows import CalibrationRows
-from gradmap_hub.progress import SilentReporter
+from gradmap_hub.pruning.ridge import Correction, Gram, corrected_parameters, folded_weight, solve
 from gradmap_hub.record import Candidate
-from gradmap_hub.ridge import Correction, Gram, corrected_parameters, folded_weight, solve
 
 TOKENS = 40
 ROWS = 3  # more tokens than the MLP is wide

@@ -20,24 +20,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gradmap_hub.card import CACHE_FROM_GRAPH
-from gradmap_hub.compensation import (
-    ATTENTION,
-    MLP,
-    Original,
-    Site,
-    Streams,
-    _fitted_gain,
-    accumulate_gram,
-    fit_correction,
-    site_kind,
-    solved,
-    through_norm,
-)
 from gradmap_hub.config import PruneConfig
 from gradmap_hub.data.rows import CalibrationRows
 from gradmap_hub.errors import UnsupportedArchitecture, UsageError, VerificationError
 from gradmap_hub.exporters import formats, onnx
-from gradmap_hub.heal import heal
 from gradmap_hub.models import checkpoint
 from gradmap_hub.models.architectures import (
     ARCHITECTURES,
@@ -52,11 +38,25 @@ from gradmap_hub.models.streaming import key_report, open_streamed, pruned_logit
 from gradmap_hub.models.transformers_compat import ONLY_5, has_5
 from gradmap_hub.plan import check_family, find_source
 from gradmap_hub.progress import SilentReporter
-from gradmap_hub.pruning import parameter_count, remove_layers
-from gradmap_hub.residual import Tap, writer_of
-from gradmap_hub.ridge import Correction
-from gradmap_hub.scoring import score_layers
-from gradmap_hub.verification import logits_of, probe_ids, verify
+from gradmap_hub.pruning.compensation import (
+    ATTENTION,
+    MLP,
+    Original,
+    Site,
+    Streams,
+    _fitted_gain,
+    accumulate_gram,
+    fit_correction,
+    site_kind,
+    solved,
+    through_norm,
+)
+from gradmap_hub.pruning.heal import heal
+from gradmap_hub.pruning.removal import parameter_count, remove_layers
+from gradmap_hub.pruning.residual import Tap, writer_of
+from gradmap_hub.pruning.ridge import Correction
+from gradmap_hub.pruning.scoring import score_layers
+from gradmap_hub.pruning.verification import logits_of, probe_ids, verify
 
 TABLE = "model types with transformers 5" if has_5() else "model types"
 LAYERS = 5

@@ -24,8 +24,8 @@ from gradmap_hub.models.transformers_compat import (
     installed,
     needs_5,
 )
-from gradmap_hub.pruning import remove_layers
-from gradmap_hub.verification import logits_of
+from gradmap_hub.pruning.removal import remove_layers
+from gradmap_hub.pruning.verification import logits_of
 
 TOKENS = 48
 SIZES = {

@@ -98,7 +98,7 @@ def test_the_bench_writes_llama_cpp_the_same_model(gguf_file: Path, tmp_path: Pa
 
     from benchmarks.llamacpp import write_gguf
     from gradmap_hub.models.architectures import ARCHITECTURES
-    from gradmap_hub.pruning import remove_layers
+    from gradmap_hub.pruning.removal import remove_layers
 
     whole, pruned, back = (tmp_path / name for name in ("whole", "pruned", "back"))
     convert_gguf(gguf_file, whole)

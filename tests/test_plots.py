@@ -12,6 +12,8 @@ from rich.console import Console
 
 from gradmap_hub.knee import recommend
 from gradmap_hub.plots import inspect_plot, sweep_plot
+from gradmap_hub.pruning.candidates import lowest
+from gradmap_hub.pruning.scoring import LayerScores
 from gradmap_hub.record import (
     Base,
     BeforeAfter,
@@ -20,8 +22,6 @@ from gradmap_hub.record import (
     EvaluationRecord,
     TextPerplexity,
 )
-from gradmap_hub.scoring import LayerScores
-from gradmap_hub.selection import lowest
 from gradmap_hub.sweeprecord import Ratio, Speed, SweepPoint, SweepRecord
 from gradmap_hub.terminal import inspect_table
 

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 from gradmap_hub.errors import BrokenCheckpointError, VerificationError
 from gradmap_hub.models import checkpoint
 from gradmap_hub.models.architectures import ARCHITECTURES
-from gradmap_hub.pruning import layers_left_out, parameter_count, remove_layers, storage_dtype
-from gradmap_hub.verification import logits_of, probe_ids, verify
+from gradmap_hub.pruning.removal import layers_left_out, parameter_count, remove_layers, storage_dtype
+from gradmap_hub.pruning.verification import logits_of, probe_ids, verify
 
 REMOVED = [1, 3]
 KEPT = [0, 2, 4]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gradmap_hub.models import decoder as decoder_module
 from gradmap_hub.models.decoder import parameters_replaced
-from gradmap_hub.scoring import iterative_removals, score_layers
+from gradmap_hub.pruning.scoring import iterative_removals, score_layers
 
 TOKENS = 40
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from gradmap_hub.search import Search, search_layers
+from gradmap_hub.pruning.search import Search, search_layers
 
 TOKENS = 24
 LAYERS = 5

@@ -10,9 +10,9 @@ import pytest
 
 from gradmap_hub.config import PruneConfig, help_of, paper_preset
 from gradmap_hub.errors import UsageError
+from gradmap_hub.pruning.candidates import candidates, decide, finalists, gaps, lowest, lowest_window, stems
+from gradmap_hub.pruning.scoring import LayerScores
 from gradmap_hub.record import Candidate
-from gradmap_hub.scoring import LayerScores
-from gradmap_hub.selection import candidates, decide, finalists, gaps, lowest, lowest_window, stems
 
 
 def distances(influence: list[float], windows: list[float]) -> list[list[float]]:

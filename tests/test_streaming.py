@@ -27,9 +27,9 @@ from gradmap_hub.models.streaming import (
     write_pruned,
     write_safetensors,
 )
-from gradmap_hub.pruning import parameter_count
-from gradmap_hub.scoring import score_layers
-from gradmap_hub.verification import logits_of, probe_ids, verify
+from gradmap_hub.pruning.removal import parameter_count
+from gradmap_hub.pruning.scoring import score_layers
+from gradmap_hub.pruning.verification import logits_of, probe_ids, verify
 
 TOKENS = 40
 REMOVED = (1, 3)
@@ -254,7 +254,7 @@ def test_a_checkpoint_that_is_not_whole_is_refused(damage: str, model_of: Callab
 def reference(model: Any, architecture: Architecture, overrides: dict[tuple[int, str], Tensor], folder: Path) -> Any:
     """What the in-memory path writes: layers removed from the loaded model, then `save_pretrained`."""
     from gradmap_hub.models.checkpoint import save_checkpoint
-    from gradmap_hub.pruning import remove_layers
+    from gradmap_hub.pruning.removal import remove_layers
 
     for (layer, name), value in overrides.items():
         model.model.layers[layer].get_parameter(name).data = value

@@ -33,10 +33,10 @@ class Trap:
 
 
 ARCHITECTURES = "gradmap_hub/models/architectures.py"
-PRUNING = "gradmap_hub/pruning.py"
-RESIDUAL = "gradmap_hub/residual.py"
+PRUNING = "gradmap_hub/pruning/removal.py"
+RESIDUAL = "gradmap_hub/pruning/residual.py"
 STREAMING = "gradmap_hub/models/streaming.py"
-VERIFICATION = "gradmap_hub/verification.py"
+VERIFICATION = "gradmap_hub/pruning/verification.py"
 _FAMILIES = "tests/test_families.py"
 _PRUNING = "tests/test_pruning.py"
 _BUILDER = "tests/exporters/test_formats.py::test_what_the_builder_would_get_wrong_is_known_from_the_config"

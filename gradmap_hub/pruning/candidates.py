@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+from gradmap_hub.pruning.scoring import LayerScores
 from gradmap_hub.record import Candidate, LayerDecision
-from gradmap_hub.scoring import LayerScores
 
 # Cosine windows among the candidates, and sets whose corrections are fitted, if their loss is this near (nats).
 WINDOWS = 3

@@ -30,9 +30,9 @@ from gradmap_hub.data.rows import CalibrationRows
 from gradmap_hub.models.architectures import correction_skipped
 from gradmap_hub.models.decoder import Decoder
 from gradmap_hub.progress import Reporter
+from gradmap_hub.pruning.residual import ATTENTION, MLP, Tap, Writer, writer_of
+from gradmap_hub.pruning.ridge import Correction, Gram, solve
 from gradmap_hub.record import Candidate, CompensationRecord, SiteCorrection, Trial
-from gradmap_hub.residual import ATTENTION, MLP, Tap, Writer, writer_of
-from gradmap_hub.ridge import Correction, Gram, solve
 
 # lambda over the mean Gram diagonal: all are tried at the first site, the best one at the others, where it hardly
 # matters. The diagonal's mean is that of a few massive features, so that even 0.001 is a strong ridge for the others:

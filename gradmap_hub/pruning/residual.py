@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from gradmap_hub.models.architectures import COLUMNS, Architecture
-from gradmap_hub.ridge import Correction, corrected_parameters
+from gradmap_hub.pruning.ridge import Correction, corrected_parameters
 
 MLP, ATTENTION = "mlp", "attention"
 # Gains that are small beside the others are not divided by: the dimension would outweigh all others in W.

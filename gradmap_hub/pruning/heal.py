@@ -20,10 +20,10 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from gradmap_hub.compensation import Overrides, lowers, stream_losses
 from gradmap_hub.data.rows import CalibrationRows
 from gradmap_hub.models.decoder import LOGIT_CHUNK, Decoder
 from gradmap_hub.progress import Reporter
+from gradmap_hub.pruning.compensation import Overrides, lowers, stream_losses
 from gradmap_hub.record import HealCheck, HealRecord
 
 # Peak learning rate of AdamW; docs/method.md has what was measured.

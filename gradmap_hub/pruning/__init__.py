@@ -1,0 +1,1 @@
+"""Score, choose, remove, compensate, heal, verify: the numerics of depth pruning."""
