@@ -30,10 +30,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import llamacpp
-from gradmap_hub import speed
-from gradmap_hub.exporters.gate import LIMITS
-from gradmap_hub.exporters.recipes import LADDERS
-from gradmap_hub.speed import (
+from gradmap_hub.evaluation.metrics import speed
+from gradmap_hub.evaluation.speed import (
     PROMPT_TOKENS,
     Backend,
     Eager,
@@ -43,6 +41,8 @@ from gradmap_hub.speed import (
     peak_memory,
     take_turns,
 )
+from gradmap_hub.exporters.gate import LIMITS
+from gradmap_hub.exporters.recipes import LADDERS
 
 PYTORCH = "PyTorch fp32"
 LLAMA_CPP = "llama.cpp "

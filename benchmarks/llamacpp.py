@@ -77,7 +77,7 @@ def quantise(source: Path, destination: Path, type_name: str, threads: int) -> N
 
 
 class LlamaCpp:
-    """A `gradmap_hub.speed.Backend`; `batch` equal rows at a time."""
+    """A `gradmap_hub.evaluation.speed.Backend`; `batch` equal rows at a time."""
 
     def __init__(self, path: Path, threads: int, batch: int = 1, context: int = 512) -> None:
         import llama_cpp

@@ -25,7 +25,7 @@ from benchmarks.methods import (
     STAGE_2,
     Cell,
 )
-from gradmap_hub.evaluation import BOOTSTRAP_DRAWS
+from gradmap_hub.evaluation.metrics import BOOTSTRAP_DRAWS
 
 # At least so much lower than the best peer, on the mean of the logs.
 WANTED_GAIN = 0.20

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from gradmap_hub import __version__
 from gradmap_hub.config import EvaluateConfig, PruneConfig
 from gradmap_hub.errors import CalibrationError, SourceError, UsageError
-from gradmap_hub.freshness import data_file, folder_sha256
+from gradmap_hub.evaluation.speed import NEW_TOKENS, PROMPT_TOKENS, PYTORCH, ROUNDS
+from gradmap_hub.evaluation.staleness import data_file, folder_sha256
 from gradmap_hub.models.safetensors_files import folder_sizes, read_config, sha256_of
 from gradmap_hub.plan import Source, check_text_files, find_source, is_local_text, work_folder
 from gradmap_hub.progress import Reporter
@@ -37,18 +38,17 @@ from gradmap_hub.record import (
 )
 from gradmap_hub.redraw import find_contamination
 from gradmap_hub.run import Run, hardware, size, text_of, versions
-from gradmap_hub.speed import NEW_TOKENS, PROMPT_TOKENS, PYTORCH, ROUNDS
 from gradmap_hub.stages import Stages
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from gradmap_hub.data.rows import Rows
-    from gradmap_hub.evaluation import Compared
-    from gradmap_hub.harness import TaskResult
+    from gradmap_hub.evaluation.metrics import Compared
+    from gradmap_hub.evaluation.speed import Backend
+    from gradmap_hub.evaluation.tasks import TaskResult
     from gradmap_hub.hub import Hub
     from gradmap_hub.models.decoder import Decoder
-    from gradmap_hub.speed import Backend
 
 T = TypeVar("T")
 
@@ -149,7 +149,7 @@ class _Evaluation:
     def _tasks(self) -> tuple[str, ...]:
         if not self.config.tasks:
             return ()
-        from gradmap_hub import harness
+        from gradmap_hub.evaluation.metrics import tasks as harness
 
         names = harness.chosen(self.config.tasks)
         harness.check(names, self.config.tasks_from)
@@ -300,7 +300,7 @@ class _Evaluation:
 
     def _reference(self, rows: Rows) -> _Losses:
         """Measure the original, and keep what the pruned model will be compared with."""
-        from gradmap_hub.evaluation import perplexity
+        from gradmap_hub.evaluation.metrics import perplexity
 
         return self._stage(
             f"{ORIGINAL}-text-{_short(rows)}",
@@ -313,7 +313,7 @@ class _Evaluation:
         )
 
     def _keep_states(self, rows: Rows) -> list[float]:
-        from gradmap_hub.evaluation import reference_states
+        from gradmap_hub.evaluation.metrics import reference_states
 
         decoder = self.models.decoder(ORIGINAL)
         self.reporter.total(len(rows.ids))
@@ -324,7 +324,7 @@ class _Evaluation:
         return losses
 
     def _compare(self, rows: Rows) -> Compared:
-        from gradmap_hub.evaluation import Compared, compare_rows, perplexity
+        from gradmap_hub.evaluation.metrics import Compared, compare_rows, perplexity
 
         def compute() -> Compared:
             states, head = self._states(rows)
@@ -376,7 +376,7 @@ class _Evaluation:
         from gradmap_hub.space import EXAMPLES
 
         def compute() -> _Written:
-            from gradmap_hub.speed import Eager
+            from gradmap_hub.evaluation.speed import Eager
 
             model: Any = self.models.decoder(which).model
             backend = Eager(model)
@@ -410,7 +410,7 @@ class _Evaluation:
         return tokenizer.decode(answer, skip_special_tokens=True).strip()
 
     def _task(self, which: str, name: str) -> TaskResult:
-        from gradmap_hub import harness
+        from gradmap_hub.evaluation.metrics import tasks as harness
 
         documents = self.config.tasks_from
         file = None if documents is None else documents / harness.TASKS[name].file
@@ -446,8 +446,8 @@ class _Evaluation:
         )
 
     def _compared_task(self, original: TaskResult, pruned: TaskResult) -> MeasuredTask:
-        from gradmap_hub import harness
-        from gradmap_hub.evaluation import difference_interval
+        from gradmap_hub.evaluation.metrics import difference_interval
+        from gradmap_hub.evaluation.metrics import tasks as harness
 
         if original.sha256 != pruned.sha256:
             raise SourceError(
@@ -486,7 +486,7 @@ class _Evaluation:
 
     def _files(self, compared: Sequence[Compared]) -> list[MeasuredFile]:
         """Every ONNX file on the rows of every text."""
-        from gradmap_hub.evaluation import perplexity, ratio_interval
+        from gradmap_hub.evaluation.metrics import perplexity, ratio_interval
 
         if importlib.util.find_spec("onnxruntime") is None:
             self.reporter.note(
@@ -509,7 +509,7 @@ class _Evaluation:
         return found
 
     def _graph_losses(self, path: str, rows: Rows, sums: tuple[str, str]) -> list[float]:
-        from gradmap_hub.evaluation import perplexity
+        from gradmap_hub.evaluation.metrics import perplexity
 
         def compute() -> _Losses:
             from gradmap_hub import runtime
@@ -537,7 +537,7 @@ class _Evaluation:
 
     def _costs(self, files: Sequence[MeasuredFile]) -> list[MeasuredSpeed]:
         """Speed and memory of both models in PyTorch and of every ONNX file."""
-        from gradmap_hub.costs import Peaks, Runnable, Speeds, memory, speed
+        from gradmap_hub.evaluation.costs import Peaks, Runnable, Speeds, memory, speed
 
         backends = [Runnable(which, PYTORCH, batch) for which in (ORIGINAL, PRUNED) for batch in (1, SPEED_BATCH)]
         backends += [Runnable(PRUNED, entry.path, 1) for entry in files]
@@ -593,7 +593,7 @@ class _Evaluation:
 
 
 def _text(rows: Rows, reference: Sequence[float], found: Compared, shared: Contamination) -> MeasuredText:
-    from gradmap_hub.evaluation import mean_interval, perplexity, ratio_interval
+    from gradmap_hub.evaluation.metrics import mean_interval, perplexity, ratio_interval
 
     return MeasuredText(
         name=rows.name,
@@ -629,7 +629,7 @@ def _ends(model: Any) -> set[int]:
 
 
 def _harness_version() -> str:
-    from gradmap_hub.harness import harness_version
+    from gradmap_hub.evaluation.tasks import harness_version
 
     return harness_version()
 

@@ -24,8 +24,8 @@ from gradmap_hub.config import (
     SweepConfig,
 )
 from gradmap_hub.errors import GradmapError, HubError, OutputExists, SourceError, SpaceImpossible
+from gradmap_hub.evaluation.staleness import with_earlier, without_stale
 from gradmap_hub.exporting import export_checked, onnx_stage, remove_exports
-from gradmap_hub.freshness import with_earlier, without_stale
 from gradmap_hub.models.safetensors_files import read_config
 from gradmap_hub.plan import (
     PushPlan,

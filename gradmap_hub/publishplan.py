@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from gradmap_hub.cardcheck import is_known_license
 from gradmap_hub.config import PublishConfig
 from gradmap_hub.errors import DiskTooSmall, SourceError, UnsafeToPublish, UsageError
-from gradmap_hub.freshness import without_stale
+from gradmap_hub.evaluation.staleness import without_stale
 from gradmap_hub.models.safetensors_files import CARD
 from gradmap_hub.plan import (
     Check,

@@ -759,7 +759,7 @@ def evaluation_record(
     compensated: Sequence[Sequence[float]],
 ) -> EvaluationRecord:
     """Perplexities, from the NLL of each row per text."""
-    from gradmap_hub.evaluation import perplexity, ratio_interval
+    from gradmap_hub.evaluation.metrics import perplexity, ratio_interval
 
     measured = [
         TextPerplexity(

@@ -138,7 +138,7 @@ def sweep_stages(run: Run, config: SweepConfig) -> Iterator[SweepRecord]:
 
 
 def _measure(run: Run, shared: _Shared, count: int, ratios: Sequence[float], *, timed: bool) -> SweepPoint:
-    from gradmap_hub.evaluation import perplexity, ratio_interval
+    from gradmap_hub.evaluation.metrics import perplexity, ratio_interval
 
     branch = run.branch(f"without-{count}", f"Without {count} of {run.source.layer_count} layers: ", ratios[0])
     rows = shared.rows
@@ -232,7 +232,7 @@ def _size(run: Run, removed: Sequence[int]) -> _Size:
 
 def _time(run: Run, removed: Sequence[int], rows: CalibrationRows) -> Speed:
     """Speed against the original, from the decoder's own model: layers are left out and put back."""
-    from gradmap_hub import speed
+    from gradmap_hub.evaluation.metrics import speed
 
     dtype, device = run.precision()
     positions = run.source.config.get("max_position_embeddings")

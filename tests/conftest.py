@@ -230,7 +230,7 @@ def text_of() -> Callable[..., str]:
 @pytest.fixture(scope="session")
 def task_documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with six documents of every task of lm-evaluation-harness that is known here, in its field names."""
-    from gradmap_hub.harness import TASKS
+    from gradmap_hub.evaluation.tasks import TASKS
 
     draw, folder = random.Random(5), tmp_path_factory.mktemp("tasks")
     made: dict[str, list[dict[str, Any]]] = {name: [] for name in TASKS}

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from benchmarks.inference import PYTORCH, Entry, claims, lines
-from gradmap_hub.speed import Timed
+from gradmap_hub.evaluation.speed import Timed
 
 
 def entry(backend: str, speed: float, loss: float = 0.0, *, size: int = 100, model: str = "pruned") -> Entry:

@@ -21,19 +21,19 @@ import yaml
 pytest.importorskip("lm_eval")
 pytest.importorskip("onnxruntime")
 
-from gradmap_hub import freshness
 from gradmap_hub.card import card_text, write_card
 from gradmap_hub.cardcheck import check_card
 from gradmap_hub.config import EvaluateConfig, PruneConfig
 from gradmap_hub.errors import CalibrationError, SourceError, UsageError
-from gradmap_hub.freshness import folder_sha256, with_earlier, without_stale
+from gradmap_hub.evaluation.metrics import staleness as freshness
+from gradmap_hub.evaluation.speed import PYTORCH, peak_memory
+from gradmap_hub.evaluation.staleness import folder_sha256, with_earlier, without_stale
 from gradmap_hub.models.safetensors_files import sha256_of
 from gradmap_hub.pipeline import evaluate_folder, export_folder, prune
 from gradmap_hub.progress import SilentReporter
 from gradmap_hub.record import FILE_NAME, Measured, RunRecord, to_json
 from gradmap_hub.screening import Private, publishable, screen
 from gradmap_hub.space import refresh_compare
-from gradmap_hub.speed import PYTORCH, peak_memory
 from gradmap_hub.targets import is_ours
 
 TOKENS, ROWS = 64, 6
@@ -138,7 +138,7 @@ def test_files_are_measured_by_onnx_runtime_on_the_same_rows(world: SimpleNamesp
 def test_tasks_compare_the_same_documents(world: SimpleNamespace, tokenizer: Any, task_documents: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    from gradmap_hub import harness
+    from gradmap_hub.evaluation.metrics import tasks as harness
 
     assert [task.name for task in world.measured.tasks] == list(TASKS)
     for which, folder in (("original", world.original), ("pruned", world.folder)):

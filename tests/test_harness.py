@@ -16,9 +16,9 @@ import torch
 
 pytest.importorskip("lm_eval")
 
-from gradmap_hub import harness
 from gradmap_hub.errors import CalibrationError, SourceError, UsageError
-from gradmap_hub.harness import TASKS, TaskResult
+from gradmap_hub.evaluation.metrics import tasks as harness
+from gradmap_hub.evaluation.tasks import TASKS, TaskResult
 
 
 @pytest.fixture(scope="module")

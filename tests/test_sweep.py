@@ -367,7 +367,7 @@ def test_speed_tells_the_two_apart(model_of: Callable[..., Any], random_rows: Ca
     """A pause in every call of the `pruned` model makes it slower; rounds take turns, and the cache is used."""
     import time
 
-    from gradmap_hub.speed import against_original
+    from gradmap_hub.evaluation.speed import against_original
 
     model, calls = model_of("llama"), []
     inside = False

@@ -22,7 +22,7 @@ from gradmap_hub.errors import (
     UsageError,
     VerificationError,
 )
-from gradmap_hub.freshness import folder_sha256
+from gradmap_hub.evaluation.staleness import folder_sha256
 from gradmap_hub.local_hub import LocalHub
 from gradmap_hub.pipeline import PushResult, publish_folder
 from gradmap_hub.record import Base, BeforeAfter, Measured, MeasuredMetric, MeasuredTask, MeasuredText, RunRecord

@@ -219,7 +219,7 @@ def peak_memory(
         subprocess.CalledProcessError: the backend does not run.
     """
     numbers = [str(number) for number in (threads, batch, prompt_tokens, new_tokens)]
-    command = [sys.executable, "-m", "gradmap_hub.speed", str(folder.resolve()), backend, dtype, *numbers]
+    command = [sys.executable, "-m", "gradmap_hub.evaluation.speed", str(folder.resolve()), backend, dtype, *numbers]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     return int(said[-1]) if said else None
 

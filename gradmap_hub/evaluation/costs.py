@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gradmap_hub.progress import Reporter
-from gradmap_hub.record import MeasuredSpeed, Rate
-from gradmap_hub.speed import (
+from gradmap_hub.evaluation.speed import (
     NEW_TOKENS,
     PYTORCH,
     ROUNDS,
@@ -21,6 +19,8 @@ from gradmap_hub.speed import (
     peak_memory,
     take_turns,
 )
+from gradmap_hub.progress import Reporter
+from gradmap_hub.record import MeasuredSpeed, Rate
 
 
 class Runnable(NamedTuple):
