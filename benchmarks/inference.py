@@ -290,7 +290,7 @@ def main() -> None:
 
     from benchmarks.inputs import model_and_samples
     from gradmap_hub.data.rows import evaluation_rows, read_text
-    from gradmap_hub.demo import ELSEWHERE
+    from gradmap_hub.pipeline.demo import ELSEWHERE
 
     console = Console(stderr=True)
     options.output.mkdir(parents=True, exist_ok=True)

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradmap_hub import demo
 from gradmap_hub.data.rows import Rows, Text, evaluation_rows, read_text, sha256_of_ids, split_rows
 from gradmap_hub.models.architectures import architecture_of
 from gradmap_hub.models.checkpoint import cast_parameters
 from gradmap_hub.models.decoder import Decoder
+from gradmap_hub.pipeline.push import demo
 from gradmap_hub.progress import SilentReporter
 
 SEQ_LEN = 512

@@ -254,7 +254,7 @@ def split_pool(pool: Tensor) -> CalibrationRows:
 
 
 def ours(decoder: Decoder, pool: Tensor, config: PruneConfig, count: int, *, scoring: Tensor | None = None) -> Ours:
-    """The chain of `gradmap_hub.run` (`_score`, `_select`, `_correct`), without its stages and files.
+    """The chain of `gradmap_hub.pipeline.run` (`_score`, `_select`, `_correct`), without its stages and files.
 
     `scoring`: other rows for the backward pass than the chain's own choice.
     """

@@ -46,12 +46,12 @@ from gradmap_hub.record import RunRecord
 from gradmap_hub.terminal import TerminalReporter, inspect_table
 
 if TYPE_CHECKING:
-    from gradmap_hub.demo import DemoResult
     from gradmap_hub.hub import Hub
-    from gradmap_hub.pipeline import PushResult
-    from gradmap_hub.plan import Check, PushPlan
-    from gradmap_hub.publishplan import PublishPlan
-    from gradmap_hub.repeat import Repeat
+    from gradmap_hub.pipeline.checks import Check, PushPlan
+    from gradmap_hub.pipeline.demo import DemoResult
+    from gradmap_hub.pipeline.publish import PublishPlan
+    from gradmap_hub.pipeline.push import PushResult
+    from gradmap_hub.pipeline.reproduce import Repeat
 
 app = typer.Typer(
     name="gradmap-hub",
@@ -201,7 +201,7 @@ def _given(context: typer.Context) -> set[str]:
 def _repeat(
     context: typer.Context, record: str, model: str | None, revision: str | None, options: PruneOptions, hub: Hub
 ) -> Repeat:
-    from gradmap_hub.repeat import repeat
+    from gradmap_hub.pipeline.reproduce import repeat
 
     given = {name: value for name, value in options.values.items() if name in _given(context)}
     return repeat(record, model=model, revision=revision, given=given, hub=hub)
@@ -245,8 +245,8 @@ def push(
 ) -> None:
     """Prune, verify, measure, export, write the card and the Space, publish, and verify what was published."""
     from gradmap_hub.hub import Hub
-    from gradmap_hub.pipeline import make_plan
-    from gradmap_hub.pipeline import push as run_push
+    from gradmap_hub.pipeline.push import make_plan
+    from gradmap_hub.pipeline.push import push as run_push
 
     reporter = TerminalReporter(stderr, quiet=quiet)
     hub = Hub()
@@ -323,7 +323,7 @@ def prune(
 ) -> None:
     """Prune MODEL into the folder OUTPUT: checkpoint, tokenizer, card and gradmap.json. Publishes nothing."""
     from gradmap_hub.hub import Hub
-    from gradmap_hub.pipeline import prune as run_prune
+    from gradmap_hub.pipeline.push import prune as run_prune
 
     if from_ is not None and output is None and model is not None:  # with a record, one word is where it goes
         model, output = None, Path(model)
@@ -376,7 +376,7 @@ def inspect(
     if plot is not None and (plot.suffix not in (".png", ".svg") or not plot.parent.is_dir()):
         raise UsageError(f"--plot takes a .png or .svg file in a folder that exists; got {plot}.")
     config, wanted = options.config(layers=1), parse_ratios(ratios)
-    from gradmap_hub.pipeline import inspect as run_inspect
+    from gradmap_hub.pipeline.push import inspect as run_inspect
 
     reporter = TerminalReporter(stderr, quiet=quiet)
     try:
@@ -421,7 +421,7 @@ def publish(
 ) -> None:
     """Upload what is already built and verify it. Nothing is computed again; running it twice does nothing new."""
     from gradmap_hub.hub import Hub
-    from gradmap_hub.pipeline import plan_publish, publish_folder
+    from gradmap_hub.pipeline.push import plan_publish, publish_folder
 
     config = PublishConfig(
         to=to, space=space, public=public, update=update, create_pr=create_pr, license=license,
@@ -463,7 +463,7 @@ def export(
     quiet: Quiet = False,
 ) -> None:
     """Export a pruned folder to ONNX with KV cache, and compare every file with PyTorch."""
-    from gradmap_hub.pipeline import export_folder
+    from gradmap_hub.pipeline.push import export_folder
 
     reporter = TerminalReporter(stderr, quiet=quiet)
     try:
@@ -490,7 +490,7 @@ def space(
     quiet: Quiet = False,
 ) -> None:
     """Write the comparison Space for FOLDER beside it (FOLDER-space)."""
-    from gradmap_hub.pipeline import build_space
+    from gradmap_hub.pipeline.push import build_space
 
     reporter = TerminalReporter(stderr, quiet=quiet)
     try:
@@ -521,7 +521,7 @@ def compare(
     quiet: Quiet = False,
 ) -> None:
     """Run the comparison app for FOLDER on this machine: the same files as the published Space."""
-    from gradmap_hub.pipeline import build_space
+    from gradmap_hub.pipeline.push import build_space
     from gradmap_hub.spacerunner import at_a_screen, run_space
 
     if open_browser is None:
@@ -586,7 +586,7 @@ def demo(
     quiet: Quiet = False,
 ) -> None:
     """The whole push on this machine, no account needed: a real 135M model, a real Hub client, an embedded Hub."""
-    from gradmap_hub.demo import run_demo
+    from gradmap_hub.pipeline.demo import run_demo
 
     PruneConfig(ratio=ratio)  # refuse a bad ratio before anything is downloaded
     reporter = TerminalReporter(stderr, quiet=quiet)

@@ -29,7 +29,7 @@ from gradmap_hub.evaluation.metrics import staleness as freshness
 from gradmap_hub.evaluation.speed import PYTORCH, peak_memory
 from gradmap_hub.evaluation.staleness import folder_sha256, with_earlier, without_stale
 from gradmap_hub.models.safetensors_files import sha256_of
-from gradmap_hub.pipeline import evaluate_folder, export_folder, prune
+from gradmap_hub.pipeline.push import evaluate_folder, export_folder, prune
 from gradmap_hub.progress import SilentReporter
 from gradmap_hub.record import FILE_NAME, Measured, RunRecord, to_json
 from gradmap_hub.screening import Private, publishable, screen

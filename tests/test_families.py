@@ -36,7 +36,7 @@ from gradmap_hub.models.decoder import Decoder
 from gradmap_hub.models.safetensors_files import readable
 from gradmap_hub.models.streaming import key_report, open_streamed, pruned_logits, write_pruned
 from gradmap_hub.models.transformers_compat import ONLY_5, has_5
-from gradmap_hub.plan import check_family, find_source
+from gradmap_hub.pipeline.checks import check_family, find_source
 from gradmap_hub.progress import SilentReporter
 from gradmap_hub.pruning.compensation import (
     ATTENTION,
@@ -737,7 +737,7 @@ def folder_of(name: str, folder: Path, tokenizer: Any) -> Path:
     ["qwen2_moe", "opt (norm behind)", *(pytest.param(case, marks=pytest.mark.slow) for case in ("gpt2", "gemma2"))],
 )
 def test_prune_and_what_it_records(case: str, tokenizer: Any, text_file: Path, tmp_path: Path) -> None:
-    from gradmap_hub.pipeline import prune
+    from gradmap_hub.pipeline.push import prune
     from gradmap_hub.record import RunRecord
 
     folder = folder_of(case, tmp_path / "model", tokenizer)
@@ -834,7 +834,7 @@ def test_the_lines_of_the_card_load_the_graph(
     case: str, tokenizer: Any, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("optimum.onnxruntime", reason="the lines are for transformers 4.57")
-    from gradmap_hub.pipeline import export_folder, prune
+    from gradmap_hub.pipeline.push import export_folder, prune
 
     out = tmp_path / "out"
     config = PruneConfig(layers=2, samples=8, seq_len=32, eval_rows=4, calibration=(str(text_file),))

@@ -11,11 +11,11 @@ from typing import Any, cast
 
 import pytest
 
-from gradmap_hub import pipeline
 from gradmap_hub.config import PruneConfig
 from gradmap_hub.errors import CalibrationError, SourceError, UsageError
+from gradmap_hub.pipeline.push import push as pipeline
+from gradmap_hub.pipeline.reproduce import Repeat, repeat
 from gradmap_hub.record import RunRecord
-from gradmap_hub.repeat import Repeat, repeat
 
 NO_HUB = cast("Any", None)  # nothing here asks one
 DATA_SET = f"acme/texts:small/train@{'d' * 40}"

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from gradmap_hub.errors import UnsafeToPublish
-from gradmap_hub.plan import own_exports
-from gradmap_hub.publishplan import check_space_folder
+from gradmap_hub.pipeline.checks import own_exports
+from gradmap_hub.pipeline.publish import check_space_folder
+from gradmap_hub.pipeline.space import remove_space, terms_of
 from gradmap_hub.record import (
     Artifact,
     Base,
@@ -26,7 +27,6 @@ from gradmap_hub.record import (
     RunRecord,
 )
 from gradmap_hub.space import Held, write_space
-from gradmap_hub.spacefolder import remove_space, terms_of
 from gradmap_hub.spaceplan import CPU_BASIC, Hardware, memory_needed, plan_of, plan_space
 
 OPEN = Base("acme/base", "acme/base", "main", "c" * 40, "apache-2.0", dtype="bfloat16")

@@ -23,8 +23,8 @@ from gradmap_hub.errors import (
     UsageError,
 )
 from gradmap_hub.local_hub import Fault, LocalHub
-from gradmap_hub.pipeline import PushResult, plan_publish, publish_folder
-from gradmap_hub.publishplan import PublishPlan
+from gradmap_hub.pipeline.publish import PublishPlan
+from gradmap_hub.pipeline.push import PushResult, plan_publish, publish_folder
 from gradmap_hub.record import Artifact, Base
 from gradmap_hub.space import content_folder
 from gradmap_hub.zerogpu import is_for_zero, set_hardware

@@ -15,7 +15,7 @@ import pytest
 from gradmap_hub.cardcheck import check_card
 from gradmap_hub.config import PublishConfig
 from gradmap_hub.errors import CardInvalid, UnsafeToPublish
-from gradmap_hub.pipeline import publish_folder
+from gradmap_hub.pipeline.push import publish_folder
 from gradmap_hub.screening import Private, publishable, screen, this_machine
 
 from .conftest import CARD, SPACE_CARD, Side

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradmap_hub.errors import VerificationError
-from gradmap_hub.plan import work_folder
+from gradmap_hub.pipeline.checks import work_folder
+from gradmap_hub.pipeline.run import artifact
 from gradmap_hub.record import Artifact, Parity, Quality, RunRecord
-from gradmap_hub.run import artifact
 from gradmap_hub.stages import Stages
 
 if TYPE_CHECKING:

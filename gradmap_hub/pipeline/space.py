@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gradmap_hub.config import QUANTIZED
-from gradmap_hub.exporting import export_original, onnx_stage
 from gradmap_hub.models.safetensors_files import COMPANION_FILES, legal_texts
-from gradmap_hub.plan import space_folder_of
+from gradmap_hub.pipeline.checks import space_folder_of
+from gradmap_hub.pipeline.export import export_original, onnx_stage
 from gradmap_hub.record import Base, Quality, RunRecord
 from gradmap_hub.spaceplan import GRAPHS, ORIGINAL_FOLDER, SpacePlan
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from gradmap_hub.data.rows import Rows
-    from gradmap_hub.plan import Source
-    from gradmap_hub.run import Run
+    from gradmap_hub.pipeline.checks import Source
+    from gradmap_hub.pipeline.run import Run
     from gradmap_hub.space import Held
 
 

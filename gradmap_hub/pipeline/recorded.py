@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from gradmap_hub.config import PruneConfig
 from gradmap_hub.errors import CalibrationError, GradmapError, SourceError
-from gradmap_hub.plan import is_local_text
+from gradmap_hub.pipeline.checks import is_local_text
+from gradmap_hub.pipeline.reproduce import find_calibration
+from gradmap_hub.pipeline.run import text_of
 from gradmap_hub.record import Contamination, RunRecord
-from gradmap_hub.repeat import find_calibration
-from gradmap_hub.run import text_of
 
 if TYPE_CHECKING:
     from torch import Tensor

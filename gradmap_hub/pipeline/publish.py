@@ -16,7 +16,7 @@ from gradmap_hub.config import PublishConfig
 from gradmap_hub.errors import DiskTooSmall, SourceError, UnsafeToPublish, UsageError
 from gradmap_hub.evaluation.staleness import without_stale
 from gradmap_hub.models.safetensors_files import CARD
-from gradmap_hub.plan import (
+from gradmap_hub.pipeline.checks import (
     Check,
     Targets,
     check_pull_request,

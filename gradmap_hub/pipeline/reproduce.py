@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from gradmap_hub import __version__
 from gradmap_hub.config import Expected, PruneConfig
 from gradmap_hub.errors import CalibrationError, SourceError, UsageError
-from gradmap_hub.plan import Source, is_local_text
+from gradmap_hub.pipeline.checks import Source, is_local_text
 from gradmap_hub.record import FILE_NAME, RunRecord, read_record
 
 if TYPE_CHECKING:

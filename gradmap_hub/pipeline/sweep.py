@@ -18,9 +18,8 @@ from gradmap_hub import __version__
 from gradmap_hub.config import SweepConfig
 from gradmap_hub.errors import OutputExists
 from gradmap_hub.knee import recommend
-from gradmap_hub.plan import Source
-from gradmap_hub.record import BeforeAfter, HealRecord
-from gradmap_hub.run import (
+from gradmap_hub.pipeline.checks import Source
+from gradmap_hub.pipeline.run import (
     Corrected,
     EvaluationText,
     RowLosses,
@@ -42,6 +41,7 @@ from gradmap_hub.run import (
     texts_inputs,
     versions,
 )
+from gradmap_hub.record import BeforeAfter, HealRecord
 from gradmap_hub.sweeprecord import SWEEP_FILE, SWEEP_VERSION, Speed, SweepPoint, SweepRecord
 
 if TYPE_CHECKING:  # torch is only imported once there is something to compute

@@ -28,7 +28,7 @@ from gradmap_hub.models.safetensors_files import (
     sha256_of,
     weights_sha256,
 )
-from gradmap_hub.plan import Source, is_local_text, work_folder
+from gradmap_hub.pipeline.checks import Source, is_local_text, work_folder
 from gradmap_hub.progress import Reporter
 from gradmap_hub.record import (
     SCHEMA_VERSION,

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from gradmap_hub import __version__, publishplan
-from gradmap_hub import plan as planning
+from gradmap_hub import __version__
 from gradmap_hub.config import (
     DEFAULT_CALIBRATION,
     QUANTIZED,
@@ -25,9 +24,8 @@ from gradmap_hub.config import (
 )
 from gradmap_hub.errors import GradmapError, HubError, OutputExists, SourceError, SpaceImpossible
 from gradmap_hub.evaluation.staleness import with_earlier, without_stale
-from gradmap_hub.exporting import export_checked, onnx_stage, remove_exports
 from gradmap_hub.models.safetensors_files import read_config
-from gradmap_hub.plan import (
+from gradmap_hub.pipeline.checks import (
     PushPlan,
     Targets,
     check_disk,
@@ -38,15 +36,18 @@ from gradmap_hub.plan import (
     space_folder_of,
     work_folder,
 )
+from gradmap_hub.pipeline.export import export_checked, onnx_stage, remove_exports
+from gradmap_hub.pipeline.publish import PublishPlan, look_through
+from gradmap_hub.pipeline.push import checks as planning
+from gradmap_hub.pipeline.push import publish as publishplan
+from gradmap_hub.pipeline.reproduce import check_expected
+from gradmap_hub.pipeline.run import Run, artifact, export_rows, inspect_stages, prune_stages, size, text_of
+from gradmap_hub.pipeline.space import finished_space, remove_space, terms_of, write_space_folder
+from gradmap_hub.pipeline.sweep import check_sweep_output, default_sweep_output, sweep_stages
 from gradmap_hub.progress import Reporter, SilentReporter
-from gradmap_hub.publishplan import PublishPlan, look_through
 from gradmap_hub.record import Candidate, RunRecord
-from gradmap_hub.repeat import check_expected
-from gradmap_hub.run import Run, artifact, export_rows, inspect_stages, prune_stages, size, text_of
-from gradmap_hub.spacefolder import finished_space, remove_space, terms_of, write_space_folder
 from gradmap_hub.spaceplan import GRAPHS, SpacePlan, plan_of, precisions_of
 from gradmap_hub.stages import Stages
-from gradmap_hub.sweep import check_sweep_output, default_sweep_output, sweep_stages
 from gradmap_hub.sweeprecord import SweepRecord
 from gradmap_hub.sweepreport import write_report
 
@@ -319,7 +320,7 @@ def evaluate_folder(
     Raises:
         GradmapError: one of its subclasses says what is wrong; see errors.py.
     """
-    from gradmap_hub.evaluating import evaluate_stages
+    from gradmap_hub.pipeline.evaluate import evaluate_stages
 
     reporter = reporter or SilentReporter()
     folder = folder if folder.name else folder.resolve()  # "." has no place beside it

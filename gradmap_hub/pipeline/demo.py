@@ -21,7 +21,7 @@ from typing import Any
 
 from gradmap_hub.errors import GradmapError
 from gradmap_hub.models.safetensors_files import sha256_of
-from gradmap_hub.plan import check_disk, check_output
+from gradmap_hub.pipeline.checks import check_disk, check_output
 from gradmap_hub.progress import Reporter
 from gradmap_hub.record import RunRecord
 
