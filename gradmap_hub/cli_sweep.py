@@ -24,7 +24,7 @@ from gradmap_hub.cli_options import (
     prune_options,
 )
 from gradmap_hub.config import SweepConfig, help_of
-from gradmap_hub.sweeprecord import SweepRecord
+from gradmap_hub.sweep.record import SweepRecord
 from gradmap_hub.terminal import TerminalReporter
 
 stdout = Console(soft_wrap=True)
@@ -81,7 +81,7 @@ def sweep(
 
 
 def _print(record: SweepRecord, folder: Path) -> None:
-    from gradmap_hub.sweepreport import TABLE_FILE, columns, recommended, rows, verdict
+    from gradmap_hub.sweep.report import TABLE_FILE, columns, recommended, rows, verdict
 
     table = Table(title=escape(record.base.name), title_justify="left")
     for head in columns(record):

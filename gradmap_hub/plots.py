@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from gradmap_hub.pruning.scoring import LayerScores
-    from gradmap_hub.sweeprecord import Ratio, Speed, SweepPoint, SweepRecord
+    from gradmap_hub.sweep.record import Ratio, Speed, SweepPoint, SweepRecord
 
 # Okabe-Ito colours: distinct under the common colour-vision deficiencies; removed layers are hatched as well.
 _KEPT, _REMOVED, _INK, _MUTED, _GRID = "#0072B2", "#D55E00", "#24292f", "#57606a", "#d8dee4"

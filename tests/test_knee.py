@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import pytest
 
-from gradmap_hub.knee import knee_of, recommend
 from gradmap_hub.record import BeforeAfter, CompensationRecord, EvaluationRecord
-from gradmap_hub.sweeprecord import SweepPoint
+from gradmap_hub.sweep.knee import knee_of, recommend
+from gradmap_hub.sweep.record import SweepPoint
 
 LAYERS = 40
 

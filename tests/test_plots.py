@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from gradmap_hub.knee import recommend
 from gradmap_hub.plots import inspect_plot, sweep_plot
 from gradmap_hub.pruning.candidates import lowest
 from gradmap_hub.pruning.scoring import LayerScores
@@ -22,7 +21,8 @@ from gradmap_hub.record import (
     EvaluationRecord,
     TextPerplexity,
 )
-from gradmap_hub.sweeprecord import Ratio, Speed, SweepPoint, SweepRecord
+from gradmap_hub.sweep.knee import recommend
+from gradmap_hub.sweep.record import Ratio, Speed, SweepPoint, SweepRecord
 from gradmap_hub.terminal import inspect_table
 
 COUNT = 30

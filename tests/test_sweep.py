@@ -22,8 +22,8 @@ from gradmap_hub.models.safetensors_files import read_safetensors_header
 from gradmap_hub.pipeline.push import push as pipeline
 from gradmap_hub.progress import SilentReporter
 from gradmap_hub.pruning.removal import compensation
-from gradmap_hub.sweeprecord import SweepRecord
-from gradmap_hub.sweepreport import PLOT_FILE, TABLE_FILE
+from gradmap_hub.sweep.record import SweepRecord
+from gradmap_hub.sweep.report import PLOT_FILE, TABLE_FILE
 
 LAYERS = 5
 QUICK: dict[str, Any] = {"ratio": 0.5, "samples": 6, "seq_len": 32, "eval_rows": 3}

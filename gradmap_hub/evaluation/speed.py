@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from gradmap_hub.sweeprecord import Ratio, Speed
+from gradmap_hub.sweep.record import Ratio, Speed
 
 if TYPE_CHECKING:
     from gradmap_hub.runtime import Generation

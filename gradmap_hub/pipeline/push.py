@@ -48,8 +48,8 @@ from gradmap_hub.progress import Reporter, SilentReporter
 from gradmap_hub.record import Candidate, RunRecord
 from gradmap_hub.spaceplan import GRAPHS, SpacePlan, plan_of, precisions_of
 from gradmap_hub.stages import Stages
-from gradmap_hub.sweeprecord import SweepRecord
-from gradmap_hub.sweepreport import write_report
+from gradmap_hub.sweep.record import SweepRecord
+from gradmap_hub.sweep.report import write_report
 
 if TYPE_CHECKING:
     from gradmap_hub.collecting import Collected

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from gradmap_hub.sweeprecord import Ratio, SweepPoint, SweepRecord
+from gradmap_hub.sweep.record import Ratio, SweepPoint, SweepRecord
 
 TABLE_FILE, PLOT_FILE = "sweep.md", "sweep.png"
 

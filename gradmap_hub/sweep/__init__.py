@@ -1,0 +1,1 @@
+"""Quality, size and speed at several ratios: record, report, recommendation."""
