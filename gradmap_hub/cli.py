@@ -385,7 +385,7 @@ def inspect(
         reporter.close()
     choices = {f"{ratio:.0%}": candidate.removed for ratio, candidate in found.choices.items()}
     if plot is not None:
-        from gradmap_hub.plots import inspect_plot
+        from gradmap_hub.card.plots import inspect_plot
 
         inspect_plot(found.scores, found.scores.shift, choices, plot)
     if as_json:

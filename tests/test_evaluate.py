@@ -21,7 +21,7 @@ import yaml
 pytest.importorskip("lm_eval")
 pytest.importorskip("onnxruntime")
 
-from gradmap_hub.card import card_text, write_card
+from gradmap_hub.card.card import card_text, write_card
 from gradmap_hub.cardcheck import check_card
 from gradmap_hub.config import EvaluateConfig, PruneConfig
 from gradmap_hub.errors import CalibrationError, SourceError, UsageError

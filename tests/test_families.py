@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gradmap_hub.card import CACHE_FROM_GRAPH
+from gradmap_hub.card.card import CACHE_FROM_GRAPH
 from gradmap_hub.config import PruneConfig
 from gradmap_hub.data.rows import CalibrationRows
 from gradmap_hub.errors import UnsupportedArchitecture, UsageError, VerificationError

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
-from gradmap_hub.card import card_text
+from gradmap_hub.card.card import card_text
 from gradmap_hub.cli import app
 from gradmap_hub.config import PruneConfig
 from gradmap_hub.data.rows import CalibrationRows

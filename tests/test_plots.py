@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from gradmap_hub.plots import inspect_plot, sweep_plot
+from gradmap_hub.card.plots import inspect_plot, sweep_plot
 from gradmap_hub.pruning.candidates import lowest
 from gradmap_hub.pruning.scoring import LayerScores
 from gradmap_hub.record import (
@@ -136,7 +136,7 @@ def test_extreme_sweeps_are_drawn(values: list[float], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("top", [1.0005, 1.01, 1.3, 2.0, 2.6, 9.0, 70.0, 1e4, 1e12])
 def test_ticks_are_few_and_within_the_axis(top: float) -> None:
-    from gradmap_hub.plots import _log_ticks
+    from gradmap_hub.card.plots import _log_ticks
 
     ticks = _log_ticks(0.99, top)
     assert 2 <= len(ticks) <= 9 and all(0.99 <= tick <= top for tick in ticks)

@@ -469,7 +469,7 @@ def _card_words(source: Source, removals: int, targets: Targets) -> str:
     """
     import yaml
 
-    from gradmap_hub.card import front_matter
+    from gradmap_hub.card.card import front_matter
     from gradmap_hub.cardcheck import check_card
 
     layers = [LayerDecision(index, 0.0, index >= removals, "") for index in range(source.layer_count)]

@@ -54,7 +54,7 @@ def plan_publish(folder: Path, config: PublishConfig, hub: Hub, publisher: Publi
     Raises:
         GradmapError: the first thing that would make it fail.
     """
-    from gradmap_hub.card import card_text
+    from gradmap_hub.card.card import card_text
 
     check_pull_request(config)
     record = RunRecord.read(folder)

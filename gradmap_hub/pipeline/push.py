@@ -429,7 +429,7 @@ def _export_onnx(folder: Path, record: RunRecord, stages: Stages) -> RunRecord:
 
 def _write_card(record: RunRecord, folder: Path, reporter: Reporter | None = None) -> RunRecord:
     """Record, card and the numbers of a Space beside the folder, without measurements of other files than it holds."""
-    from gradmap_hub.card import write_card
+    from gradmap_hub.card.card import write_card
     from gradmap_hub.space import refresh_compare
 
     current = without_stale(record, folder)

@@ -12,7 +12,7 @@ TABLE_FILE, PLOT_FILE = "sweep.md", "sweep.png"
 
 def write_report(record: SweepRecord, folder: Path) -> None:
     """Write the tables, and once all ratios are measured the figure, which would be an earlier sweep's until then."""
-    from gradmap_hub.plots import sweep_plot
+    from gradmap_hub.card.plots import sweep_plot
 
     folder.mkdir(parents=True, exist_ok=True)
     record.write(folder)

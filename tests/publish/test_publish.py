@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from gradmap_hub.card import write_card
+from gradmap_hub.card.card import write_card
 from gradmap_hub.config import PublishConfig
 from gradmap_hub.errors import (
     LicenseUnknown,

@@ -21,9 +21,16 @@ from urllib.parse import quote, urlsplit
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from gradmap_hub.evalcard import is_measured, measured_results, one_line, perplexity_result, task_mean, write_results
+from gradmap_hub.card.plots import layers_plot, save_plot, shift_plot
+from gradmap_hub.card.results import (
+    is_measured,
+    measured_results,
+    one_line,
+    perplexity_result,
+    task_mean,
+    write_results,
+)
 from gradmap_hub.models.safetensors_files import CARD
-from gradmap_hub.plots import layers_plot, save_plot, shift_plot
 from gradmap_hub.record import (
     GROWN,
     SWAPPED,

@@ -1,0 +1,1 @@
+"""The model card: text, figures, and results in the Hub's format."""
