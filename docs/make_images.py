@@ -13,7 +13,7 @@ from pathlib import Path
 from markdown_it import MarkdownIt
 from playwright.sync_api import sync_playwright
 
-from gradmap_hub.spacerunner import running_space
+from gradmap_hub.space.local import running_space
 
 IMAGES = Path(__file__).parent / "images"
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;color:#1f2328;max-width:920px;margin:24px auto;padding:0 24px}

@@ -522,7 +522,7 @@ def compare(
 ) -> None:
     """Run the comparison app for FOLDER on this machine: the same files as the published Space."""
     from gradmap_hub.pipeline.push import build_space
-    from gradmap_hub.spacerunner import at_a_screen, run_space
+    from gradmap_hub.space.local import at_a_screen, run_space
 
     if open_browser is None:
         open_browser = at_a_screen()

@@ -33,7 +33,7 @@ from gradmap_hub.pipeline.push import evaluate_folder, export_folder, prune
 from gradmap_hub.progress import SilentReporter
 from gradmap_hub.record import FILE_NAME, Measured, RunRecord, to_json
 from gradmap_hub.screening import Private, publishable, screen
-from gradmap_hub.space import refresh_compare
+from gradmap_hub.space.app import refresh_compare
 from gradmap_hub.targets import is_ours
 
 TOKENS, ROWS = 64, 6

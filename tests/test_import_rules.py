@@ -126,7 +126,7 @@ def test_the_rules_can_be_broken(tmp_path: Path) -> None:
         "from gradmap_hub import cli, __version__\n"
         "from . import run\n"
         "def later():\n    from gradmap_hub.pruning.scoring import LayerScores\n"
-        "if TYPE_CHECKING:\n    from gradmap_hub.space import SpacePlan\n"
+        "if TYPE_CHECKING:\n    from gradmap_hub.space.app import SpacePlan\n"
     )
     assert dict(ours(path)) == {"": False, "hub": False, "cli": False, "run": False, "scoring": False, "space": True}
     inner = {name for name, _ in imports(path, "gradmap_hub.local_hub")}

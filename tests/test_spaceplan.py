@@ -26,8 +26,8 @@ from gradmap_hub.record import (
     Quality,
     RunRecord,
 )
-from gradmap_hub.space import Held, write_space
-from gradmap_hub.spaceplan import CPU_BASIC, Hardware, memory_needed, plan_of, plan_space
+from gradmap_hub.space.app import Held, write_space
+from gradmap_hub.space.plan import CPU_BASIC, Hardware, memory_needed, plan_of, plan_space
 
 OPEN = Base("acme/base", "acme/base", "main", "c" * 40, "apache-2.0", dtype="bfloat16")
 ALL = ("float32", "int8", "int4")

@@ -35,7 +35,7 @@ from gradmap_hub.record import (
     LayerDecision,
     RunRecord,
 )
-from gradmap_hub.spaceplan import GRAPHS, SpacePlan, plan_space
+from gradmap_hub.space.plan import GRAPHS, SpacePlan, plan_space
 from gradmap_hub.targets import Terms, model_mark, space_mark
 
 if TYPE_CHECKING:

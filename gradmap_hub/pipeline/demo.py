@@ -242,7 +242,7 @@ def _with_space(
 
     from huggingface_hub import HfApi
 
-    from gradmap_hub.spacerunner import running_space
+    from gradmap_hub.space.local import running_space
 
     api = HfApi(endpoint=result.hub_url, token=os.environ["HF_TOKEN"])
     published = result.pushed["space"]

@@ -224,7 +224,7 @@ class _Evaluation:
         self.models.close()
         files = self._files(compared)
         from gradmap_hub.models.checkpoint import checkpoint_bytes
-        from gradmap_hub.space import EXAMPLES
+        from gradmap_hub.space.app import EXAMPLES
 
         return Measured(
             gradmap_hub=__version__,
@@ -373,7 +373,7 @@ class _Evaluation:
     # -- samples and tasks ---------------------------------------------------------------------------------------------
 
     def _write(self, which: str) -> list[str]:
-        from gradmap_hub.space import EXAMPLES
+        from gradmap_hub.space.app import EXAMPLES
 
         def compute() -> _Written:
             from gradmap_hub.evaluation.speed import Eager

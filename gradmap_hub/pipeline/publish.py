@@ -28,7 +28,7 @@ from gradmap_hub.pipeline.checks import (
     state_license,
 )
 from gradmap_hub.record import Base, RunRecord
-from gradmap_hub.spaceplan import GRAPHS, ORIGINAL_FOLDER, may_be_stored, plan_of
+from gradmap_hub.space.plan import GRAPHS, ORIGINAL_FOLDER, may_be_stored, plan_of
 
 if TYPE_CHECKING:
     from gradmap_hub.hub import Hub

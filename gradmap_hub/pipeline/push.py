@@ -46,7 +46,7 @@ from gradmap_hub.pipeline.space import finished_space, remove_space, terms_of, w
 from gradmap_hub.pipeline.sweep import check_sweep_output, default_sweep_output, sweep_stages
 from gradmap_hub.progress import Reporter, SilentReporter
 from gradmap_hub.record import Candidate, RunRecord
-from gradmap_hub.spaceplan import GRAPHS, SpacePlan, plan_of, precisions_of
+from gradmap_hub.space.plan import GRAPHS, SpacePlan, plan_of, precisions_of
 from gradmap_hub.stages import Stages
 from gradmap_hub.sweep.record import SweepRecord
 from gradmap_hub.sweep.report import write_report
@@ -430,7 +430,7 @@ def _export_onnx(folder: Path, record: RunRecord, stages: Stages) -> RunRecord:
 def _write_card(record: RunRecord, folder: Path, reporter: Reporter | None = None) -> RunRecord:
     """Record, card and the numbers of a Space beside the folder, without measurements of other files than it holds."""
     from gradmap_hub.card.card import write_card
-    from gradmap_hub.space import refresh_compare
+    from gradmap_hub.space.app import refresh_compare
 
     current = without_stale(record, folder)
     if current != record and reporter is not None:
@@ -523,7 +523,7 @@ def _publish_space(
         GradmapError: see `Publisher.publish`.
     """
     from gradmap_hub.publishing import SpaceNeedsPlan, SpaceRefused
-    from gradmap_hub.zerogpu import ZERO_GPU, is_zero, set_hardware
+    from gradmap_hub.space.zerogpu import ZERO_GPU, is_zero, set_hardware
 
     there = publisher.hub.state(targets.space_target, "space")
     if there is not None:
@@ -548,8 +548,8 @@ def _publish_space(
 def _publish_space_on(
     folder: Path, record: RunRecord, targets: Targets, model: Published, publisher: Publisher, *, zero: bool
 ) -> Published:
-    from gradmap_hub.space import variables
-    from gradmap_hub.zerogpu import ZERO_GPU, set_hardware
+    from gradmap_hub.space.app import variables
+    from gradmap_hub.space.zerogpu import ZERO_GPU, set_hardware
 
     assert targets.space is not None
     set_hardware(folder, zero=zero)

@@ -14,7 +14,7 @@ from gradmap_hub.models.safetensors_files import COMPANION_FILES, legal_texts
 from gradmap_hub.pipeline.checks import space_folder_of
 from gradmap_hub.pipeline.export import export_original, onnx_stage
 from gradmap_hub.record import Base, Quality, RunRecord
-from gradmap_hub.spaceplan import GRAPHS, ORIGINAL_FOLDER, SpacePlan
+from gradmap_hub.space.plan import GRAPHS, ORIGINAL_FOLDER, SpacePlan
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from gradmap_hub.data.rows import Rows
     from gradmap_hub.pipeline.checks import Source
     from gradmap_hub.pipeline.run import Run
-    from gradmap_hub.space import Held
+    from gradmap_hub.space.app import Held
 
 
 def write_space_folder(
@@ -43,7 +43,7 @@ def write_space_folder(
     Raises:
         VerificationError: an exporter failed.
     """
-    from gradmap_hub.space import Held, remove_unwanted, write_space
+    from gradmap_hub.space.app import Held, remove_unwanted, write_space
 
     remove_unwanted(destination, plan)
     companions: dict[str, Path] = {}
@@ -106,7 +106,7 @@ def remove_space(space: Path, record: RunRecord) -> bool:
 
 def _held_by_repository(source: Source) -> dict[str, Held]:
     """What the original's repository holds: bytes of graph and data, by precision."""
-    from gradmap_hub.space import Held
+    from gradmap_hub.space.app import Held
 
     sizes = source.sizes
     return {

@@ -414,7 +414,7 @@ def test_second_push_sends_nothing_and_public_flips_both(plain: Pushed) -> None:
 def test_a_browser_is_opened_where_it_would_be_seen(
     terminal: bool, variables: dict[str, str], wanted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from gradmap_hub.spacerunner import at_a_screen
+    from gradmap_hub.space.local import at_a_screen
 
     for name in ("DISPLAY", "WAYLAND_DISPLAY"):
         monkeypatch.delenv(name, raising=False)

@@ -26,8 +26,8 @@ from gradmap_hub.local_hub import Fault, LocalHub
 from gradmap_hub.pipeline.publish import PublishPlan
 from gradmap_hub.pipeline.push import PushResult, plan_publish, publish_folder
 from gradmap_hub.record import Artifact, Base
-from gradmap_hub.space import content_folder
-from gradmap_hub.zerogpu import is_for_zero, set_hardware
+from gradmap_hub.space.app import content_folder
+from gradmap_hub.space.zerogpu import is_for_zero, set_hardware
 
 from .conftest import BASE, SPACE, TARGET, Side, local_bytes, record_of, remote_bytes, write_folders
 

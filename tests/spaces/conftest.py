@@ -31,7 +31,7 @@ from gradmap_hub.record import (
     Quality,
     RunRecord,
 )
-from gradmap_hub.spaceplan import FORMATS, GRAPHS, SpacePlan
+from gradmap_hub.space.plan import FORMATS, GRAPHS, SpacePlan
 
 ROOT = Path(__file__).resolve().parents[2]
 SPACES = ROOT / "spaces"

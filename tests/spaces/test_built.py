@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from gradmap_hub.space import write_space
+from gradmap_hub.space.app import write_space
 
 from .conftest import plan_for, record_for
 

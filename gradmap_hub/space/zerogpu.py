@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 
 from gradmap_hub.models.safetensors_files import CARD
-from gradmap_hub.space import PYTHON_VERSION, ZERO_GPU_MODULE, content_folder
+from gradmap_hub.space.app import PYTHON_VERSION, ZERO_GPU_MODULE, content_folder
 
 CPU, ZERO_GPU = "cpu-basic", "zero-a10g"
 # The Hub allows 3.10.13 and 3.12.12, and torch 2.8 to 2.11.
