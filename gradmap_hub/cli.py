@@ -46,7 +46,7 @@ from gradmap_hub.record import RunRecord
 from gradmap_hub.terminal import TerminalReporter, inspect_table
 
 if TYPE_CHECKING:
-    from gradmap_hub.hub import Hub
+    from gradmap_hub.hub.client import Hub
     from gradmap_hub.pipeline.checks import Check, PushPlan
     from gradmap_hub.pipeline.demo import DemoResult
     from gradmap_hub.pipeline.publish import PublishPlan
@@ -244,7 +244,7 @@ def push(
     quiet: Quiet = False,
 ) -> None:
     """Prune, verify, measure, export, write the card and the Space, publish, and verify what was published."""
-    from gradmap_hub.hub import Hub
+    from gradmap_hub.hub.client import Hub
     from gradmap_hub.pipeline.push import make_plan
     from gradmap_hub.pipeline.push import push as run_push
 
@@ -322,7 +322,7 @@ def prune(
     quiet: Quiet = False,
 ) -> None:
     """Prune MODEL into the folder OUTPUT: checkpoint, tokenizer, card and gradmap.json. Publishes nothing."""
-    from gradmap_hub.hub import Hub
+    from gradmap_hub.hub.client import Hub
     from gradmap_hub.pipeline.push import prune as run_prune
 
     if from_ is not None and output is None and model is not None:  # with a record, one word is where it goes
@@ -420,7 +420,7 @@ def publish(
     quiet: Quiet = False,
 ) -> None:
     """Upload what is already built and verify it. Nothing is computed again; running it twice does nothing new."""
-    from gradmap_hub.hub import Hub
+    from gradmap_hub.hub.client import Hub
     from gradmap_hub.pipeline.push import plan_publish, publish_folder
 
     config = PublishConfig(

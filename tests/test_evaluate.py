@@ -22,19 +22,19 @@ pytest.importorskip("lm_eval")
 pytest.importorskip("onnxruntime")
 
 from gradmap_hub.card.card import card_text, write_card
-from gradmap_hub.cardcheck import check_card
 from gradmap_hub.config import EvaluateConfig, PruneConfig
 from gradmap_hub.errors import CalibrationError, SourceError, UsageError
 from gradmap_hub.evaluation.metrics import staleness as freshness
 from gradmap_hub.evaluation.speed import PYTORCH, peak_memory
 from gradmap_hub.evaluation.staleness import folder_sha256, with_earlier, without_stale
+from gradmap_hub.hub.card_check import check_card
+from gradmap_hub.hub.screening import Private, publishable, screen
+from gradmap_hub.hub.target import is_ours
 from gradmap_hub.models.safetensors_files import sha256_of
 from gradmap_hub.pipeline.push import evaluate_folder, export_folder, prune
 from gradmap_hub.progress import SilentReporter
 from gradmap_hub.record import FILE_NAME, Measured, RunRecord, to_json
-from gradmap_hub.screening import Private, publishable, screen
 from gradmap_hub.space.app import refresh_compare
-from gradmap_hub.targets import is_ours
 
 TOKENS, ROWS = 64, 6
 TASKS = ("arc_easy", "boolq", "wikitext")

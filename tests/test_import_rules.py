@@ -122,7 +122,7 @@ def test_the_rules_can_be_broken(tmp_path: Path) -> None:
     path = tmp_path / "sample.py"
     path.write_text(
         "from typing import TYPE_CHECKING\n"
-        "import gradmap_hub.hub\n"
+        "import gradmap_hub.hub.client\n"
         "from gradmap_hub import cli, __version__\n"
         "from . import run\n"
         "def later():\n    from gradmap_hub.pruning.scoring import LayerScores\n"

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from gradmap_hub.config import PruneConfig, PublishConfig, PushConfig
 from gradmap_hub.errors import CalibrationError, DiskTooSmall, LicenseUnknown, OutputExists, SourceError, UsageError
+from gradmap_hub.hub.target import Terms, model_mark, space_mark
 from gradmap_hub.models.architectures import Architecture, architecture_of, correction_skipped, dimension
 from gradmap_hub.models.safetensors_files import (
     CARD,
@@ -36,12 +37,11 @@ from gradmap_hub.record import (
     RunRecord,
 )
 from gradmap_hub.space.plan import GRAPHS, SpacePlan, plan_space
-from gradmap_hub.targets import Terms, model_mark, space_mark
 
 if TYPE_CHECKING:
-    from gradmap_hub.accounts import Account
-    from gradmap_hub.hub import Hub
-    from gradmap_hub.publishing import Publisher
+    from gradmap_hub.hub.accounts import Account
+    from gradmap_hub.hub.client import Hub
+    from gradmap_hub.hub.publisher import Publisher
 
 _TEXT_SUFFIXES = (".txt", ".jsonl", ".utf8", ".raw", ".md")
 
@@ -119,7 +119,7 @@ def own_exports(files: Mapping[str, int]) -> list[str]:
 
 
 def _folder_source(path: Path) -> Source:
-    from gradmap_hub.cardcheck import header_of
+    from gradmap_hub.hub.card_check import header_of
 
     config = read_config(path / "config.json")
     architecture = architecture_of(config)
@@ -322,7 +322,7 @@ def make_plan(config: PushConfig, hub: Hub, publisher: Publisher) -> PushPlan:
     )
     found = check_targets(targets, base.name, account, publisher, resuming=(config.resume, config.resume))
     if config.collection is not None:
-        from gradmap_hub.collecting import check_collection
+        from gradmap_hub.hub.collections import check_collection
 
         found.append(Check("collection", check_collection(hub, config.collection, account)))
     # Beside them the original's own ONNX for the Space; and once more what is published, for the fresh copy it is
@@ -423,7 +423,7 @@ def state_license(
         LicenseUnknown: there is neither.
         UsageError: both, and they differ; or an id that the Hub does not know.
     """
-    from gradmap_hub.cardcheck import is_known_license
+    from gradmap_hub.hub.card_check import is_known_license
 
     if base.license is None and license_id is None:
         raise LicenseUnknown(
@@ -470,7 +470,7 @@ def _card_words(source: Source, removals: int, targets: Targets) -> str:
     import yaml
 
     from gradmap_hub.card.card import front_matter
-    from gradmap_hub.cardcheck import check_card
+    from gradmap_hub.hub.card_check import check_card
 
     layers = [LayerDecision(index, 0.0, index >= removals, "") for index in range(source.layer_count)]
     record = RunRecord(

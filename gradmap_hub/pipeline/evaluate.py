@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from gradmap_hub.evaluation.metrics import Compared
     from gradmap_hub.evaluation.speed import Backend
     from gradmap_hub.evaluation.tasks import TaskResult
-    from gradmap_hub.hub import Hub
+    from gradmap_hub.hub.client import Hub
     from gradmap_hub.models.decoder import Decoder
 
 T = TypeVar("T")

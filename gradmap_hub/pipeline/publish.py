@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gradmap_hub.cardcheck import is_known_license
 from gradmap_hub.config import PublishConfig
 from gradmap_hub.errors import DiskTooSmall, SourceError, UnsafeToPublish, UsageError
 from gradmap_hub.evaluation.staleness import without_stale
+from gradmap_hub.hub.card_check import is_known_license
 from gradmap_hub.models.safetensors_files import CARD
 from gradmap_hub.pipeline.checks import (
     Check,
@@ -31,8 +31,8 @@ from gradmap_hub.record import Base, RunRecord
 from gradmap_hub.space.plan import GRAPHS, ORIGINAL_FOLDER, may_be_stored, plan_of
 
 if TYPE_CHECKING:
-    from gradmap_hub.hub import Hub
-    from gradmap_hub.publishing import Checked, Publisher
+    from gradmap_hub.hub.client import Hub
+    from gradmap_hub.hub.publisher import Checked, Publisher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +75,7 @@ def plan_publish(folder: Path, config: PublishConfig, hub: Hub, publisher: Publi
     resuming = (target == record.target, targets.space_target == record.space)
     found = check_targets(targets, base.name, account, publisher, resuming=resuming)
     if config.collection is not None:
-        from gradmap_hub.collecting import check_collection
+        from gradmap_hub.hub.collections import check_collection
 
         found.append(Check("collection", check_collection(hub, config.collection, account)))
     elsewhere = target != record.target
@@ -124,7 +124,7 @@ def look_through(
     Raises:
         UnsafeToPublish, CardInvalid
     """
-    from gradmap_hub.screening import this_machine
+    from gradmap_hub.hub.screening import this_machine
 
     known = (record.base.name, record.name, targets.target, targets.space_target)
     private = this_machine(publisher.hub.token, {"the folder it was made in": folder.resolve()}, known)

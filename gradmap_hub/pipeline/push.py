@@ -52,12 +52,12 @@ from gradmap_hub.sweep.record import SweepRecord
 from gradmap_hub.sweep.report import write_report
 
 if TYPE_CHECKING:
-    from gradmap_hub.collecting import Collected
     from gradmap_hub.data.rows import Rows
-    from gradmap_hub.hub import Hub
+    from gradmap_hub.hub.client import Hub
+    from gradmap_hub.hub.collections import Collected
+    from gradmap_hub.hub.publisher import Checked, Published, Publisher
+    from gradmap_hub.hub.space_watch import SpaceState
     from gradmap_hub.pruning.scoring import LayerScores
-    from gradmap_hub.publishing import Checked, Published, Publisher
-    from gradmap_hub.spacewatch import SpaceState
 
 __all__ = [
     "Inspection",
@@ -139,7 +139,7 @@ def make_plan(config: PushConfig, hub: Hub) -> PushPlan:
     Raises:
         GradmapError: the first thing that would make the push fail later.
     """
-    from gradmap_hub.publishing import Publisher
+    from gradmap_hub.hub.publisher import Publisher
 
     plan = planning.make_plan(config, hub, Publisher(hub))
     check_expected(plan.source, config.repeats)
@@ -153,7 +153,7 @@ def push(config: PushConfig, *, command: str = "", reporter: Reporter | None = N
         GradmapError: one of its subclasses says what is wrong; see errors.py.
     """
     from gradmap_hub.exporters import environment
-    from gradmap_hub.publishing import Publisher
+    from gradmap_hub.hub.publisher import Publisher
 
     reporter = reporter or SilentReporter()
     _reporting(hub, reporter)
@@ -250,7 +250,7 @@ def plan_publish(folder: Path, config: PublishConfig, hub: Hub) -> PublishPlan:
     Raises:
         GradmapError: the first thing that would make it fail.
     """
-    from gradmap_hub.publishing import Publisher
+    from gradmap_hub.hub.publisher import Publisher
 
     return publishplan.plan_publish(folder, config, hub, Publisher(hub))
 
@@ -263,7 +263,7 @@ def publish_folder(
     Raises:
         GradmapError: one of its subclasses says what is wrong; see errors.py.
     """
-    from gradmap_hub.publishing import Publisher
+    from gradmap_hub.hub.publisher import Publisher
 
     config = config or PublishConfig()
     reporter = reporter or SilentReporter()
@@ -450,8 +450,8 @@ def _publish_both(
     publisher: Publisher,
 ) -> PushResult:
     """The model first; a refused Space never takes it back. Visibility changes last."""
-    from gradmap_hub.publishing import SpaceRefused
-    from gradmap_hub.spacewatch import watch_space
+    from gradmap_hub.hub.publisher import SpaceRefused
+    from gradmap_hub.hub.space_watch import watch_space
 
     # Both are looked through before either is uploaded.
     _remove_leftovers(folder)
@@ -497,7 +497,7 @@ def _publish_both(
 
 def _collect(result: PushResult, collection: str, hub: Hub) -> PushResult:
     """Add what was published to the collection; a failure is told and undoes nothing."""
-    from gradmap_hub.collecting import add_to_collection
+    from gradmap_hub.hub.collections import add_to_collection
 
     published: list[tuple[str, Literal["model", "space"]]] = [(result.model.repo_id, "model")]
     if result.space is not None:
@@ -522,7 +522,7 @@ def _publish_space(
         SpaceRefused: the account may have neither.
         GradmapError: see `Publisher.publish`.
     """
-    from gradmap_hub.publishing import SpaceNeedsPlan, SpaceRefused
+    from gradmap_hub.hub.publisher import SpaceNeedsPlan, SpaceRefused
     from gradmap_hub.space.zerogpu import ZERO_GPU, is_zero, set_hardware
 
     there = publisher.hub.state(targets.space_target, "space")
@@ -598,6 +598,6 @@ def _reporting(hub: Hub, reporter: Reporter | None) -> Hub:
 
 
 def _default_hub() -> Hub:
-    from gradmap_hub.hub import Hub
+    from gradmap_hub.hub.client import Hub
 
     return Hub()

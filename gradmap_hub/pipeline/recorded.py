@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from gradmap_hub.data.rows import Rows
-    from gradmap_hub.hub import Hub
+    from gradmap_hub.hub.client import Hub
 
 _DRAWING = ("samples", "seq_len", "eval_rows", "seed")
 

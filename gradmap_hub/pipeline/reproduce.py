@@ -21,7 +21,7 @@ from gradmap_hub.pipeline.checks import Source, is_local_text
 from gradmap_hub.record import FILE_NAME, RunRecord, read_record
 
 if TYPE_CHECKING:
-    from gradmap_hub.hub import Hub
+    from gradmap_hub.hub.client import Hub
 
 # A data set is recorded with the commit that was read; whatever is not is a file of the first machine.
 _PINNED = re.compile(r".+@[0-9a-f]{40}")

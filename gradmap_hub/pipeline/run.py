@@ -51,7 +51,7 @@ if TYPE_CHECKING:  # torch is only imported once there is something to compute
     from torch import Tensor
 
     from gradmap_hub.data.rows import CalibrationRows, Rows, Text
-    from gradmap_hub.hub import Hub
+    from gradmap_hub.hub.client import Hub
     from gradmap_hub.models.decoder import Decoder
     from gradmap_hub.pruning.scoring import LayerScores
 

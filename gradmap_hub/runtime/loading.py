@@ -93,7 +93,7 @@ def _remote(repo_id: str, revision: str | None, wanted: str, cuda: bool) -> tupl
     """Download the chosen graph and the tokenizer, nothing else, into the Hub's cache."""
     if repo_id.count("/") != 1 or repo_id.startswith((".", "/", "~")):
         raise SourceError(f"There is no folder {repo_id}.", hint="Give a model folder or a Hub id, OWNER/NAME.")
-    from gradmap_hub.hub import Hub
+    from gradmap_hub.hub.client import Hub
 
     hub = Hub()
     remote = hub.model(repo_id, revision)

@@ -17,9 +17,9 @@ from huggingface_hub import HfApi, file_download
 from huggingface_hub.utils import _http
 
 from gradmap_hub import __version__
-from gradmap_hub.hub import Hub
+from gradmap_hub.hub.client import Hub
+from gradmap_hub.hub.retry import Patience
 from gradmap_hub.local_hub import LocalHub, Request
-from gradmap_hub.patience import Patience
 from gradmap_hub.record import Base, BeforeAfter, CalibrationRecord, CompensationRecord, LayerDecision, RunRecord
 
 BASE = "acme/base"

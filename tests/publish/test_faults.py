@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from gradmap_hub import xet
 from gradmap_hub.config import PublishConfig
 from gradmap_hub.errors import (
     GradmapError,
@@ -26,6 +25,7 @@ from gradmap_hub.errors import (
     TargetChanged,
     TargetGone,
 )
+from gradmap_hub.hub.client import xet
 from gradmap_hub.local_hub import ROUTES, Fault, LocalHub, Request
 from gradmap_hub.pipeline.push import publish_folder
 

@@ -115,7 +115,7 @@ def test_a_file_in_parts(tmp_path: Path, point_client_at: Callable[[str], None],
     (folder / "model.safetensors").write_bytes(tensors(0, 1_000_000))
     with LocalHub(tmp_path / "own", multipart_bytes=300_000) as server:
         point_client_at(server.url)
-        from gradmap_hub.hub import Hub
+        from gradmap_hub.hub.client import Hub
 
         hub = Hub(server.url, server.add_user("ada"))
         publish_folder(folder, PublishConfig(space=False), hub=hub)
@@ -143,7 +143,7 @@ def test_public_comes_last(server: LocalHub, ada: Side, folder: Path) -> None:
 
 
 def test_a_damaged_copy_is_noticed(ada: Side, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gradmap_hub import publishing
+    from gradmap_hub.hub.client import publisher as publishing
 
     plain = publishing.sha256_of
     monkeypatch.setattr(publishing, "sha256_of", lambda path: plain(path) + "x" * ("gradmap-verify" in str(path)))
@@ -381,7 +381,7 @@ def test_read_token(server: LocalHub, as_user: Any, folder: Path) -> None:
 
 
 def test_member_who_may_only_read() -> None:
-    from gradmap_hub.accounts import account_of, check_owner
+    from gradmap_hub.hub.accounts import account_of, check_owner
 
     answer = {
         "name": "ada",

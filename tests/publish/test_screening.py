@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from gradmap_hub.cardcheck import check_card
 from gradmap_hub.config import PublishConfig
 from gradmap_hub.errors import CardInvalid, UnsafeToPublish
+from gradmap_hub.hub.card_check import check_card
+from gradmap_hub.hub.screening import Private, publishable, screen, this_machine
 from gradmap_hub.pipeline.push import publish_folder
-from gradmap_hub.screening import Private, publishable, screen, this_machine
 
 from .conftest import CARD, SPACE_CARD, Side
 

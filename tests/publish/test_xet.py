@@ -61,7 +61,7 @@ def test_a_display_that_is_no_more(
     server: LocalHub, ada: Side, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The bytes are counted where the client has its display; without, a file is told when it is finished."""
-    monkeypatch.setattr("gradmap_hub.xet._DISPLAYS", ())
+    monkeypatch.setattr("gradmap_hub.hub.xet._DISPLAYS", ())
     publish(ada, folder, space=False)
     assert len([line for line in ada.heard.lines if line.startswith("Uploading ") and "left by xet" in line]) == 3
     assert remote_bytes(ada, TARGET, "model", tmp_path / "copy") == local_bytes(folder)

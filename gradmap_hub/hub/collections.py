@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from gradmap_hub.accounts import Account
 from gradmap_hub.errors import CollectionNotFound, NotAllowed, UsageError
-from gradmap_hub.hub import Hub
-from gradmap_hub.refusals import step
+from gradmap_hub.hub.accounts import Account
+from gradmap_hub.hub.client import Hub
+from gradmap_hub.hub.refusals import step
 
 _TITLE_LIMIT = 60
 # What the Hub puts behind the title to make a slug of it.

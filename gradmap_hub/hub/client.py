@@ -33,7 +33,6 @@ from huggingface_hub.utils import (
 )
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
-from gradmap_hub.accounts import Account, account_of
 from gradmap_hub.errors import (
     CalibrationError,
     GatedRepository,
@@ -46,9 +45,10 @@ from gradmap_hub.errors import (
     SourceError,
 )
 from gradmap_hub.errors import UsageError as Usage
-from gradmap_hub.patience import BRIEF, Patience, Retry, asked_wait, persist
+from gradmap_hub.hub.accounts import Account, account_of
+from gradmap_hub.hub.retry import BRIEF, Patience, Retry, asked_wait, persist
+from gradmap_hub.hub.transport import PASSING, HttpFailure, RequestFailed, Watch, guarded, is_http, may_pass
 from gradmap_hub.progress import Reporter, SilentReporter
-from gradmap_hub.transport import PASSING, HttpFailure, RequestFailed, Watch, guarded, is_http, may_pass
 
 T = TypeVar("T")
 

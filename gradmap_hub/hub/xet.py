@@ -22,8 +22,8 @@ from huggingface_hub.utils import (
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from gradmap_hub.errors import NotAllowed
-from gradmap_hub.hub import Hub
-from gradmap_hub.transport import Watch
+from gradmap_hub.hub.client import Hub
+from gradmap_hub.hub.transport import Watch
 
 # The client's own display of an upload, by the names that its versions have for it.
 _DISPLAYS = ("XetUploadProgressReporter", "XetProgressReporter")

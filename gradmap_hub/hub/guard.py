@@ -9,11 +9,11 @@ from pathlib import Path
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # pyright: ignore[reportPrivateImportUsage]
 
-from gradmap_hub.accounts import Account, check_owner, check_scopes
-from gradmap_hub.contents import HUB_OWN_FILES, PLACEHOLDERS
 from gradmap_hub.errors import NotAllowed, RepositoryNotFound, TargetExists, TargetPublic, UsageError
-from gradmap_hub.hub import Hub, RepoState
-from gradmap_hub.targets import Mark, Terms, is_ours
+from gradmap_hub.hub.accounts import Account, check_owner, check_scopes
+from gradmap_hub.hub.client import Hub, RepoState
+from gradmap_hub.hub.contents import HUB_OWN_FILES, PLACEHOLDERS
+from gradmap_hub.hub.target import Mark, Terms, is_ours
 
 
 class Guard:
