@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from gradmap_hub.errors import GradmapError
-from gradmap_hub.prompting import ModelError, TextCodec
 from gradmap_hub.runtime.artifacts import Artifact
 from gradmap_hub.runtime.pool import Row, RowPool
+from gradmap_hub.runtime.prompting import ModelError, TextCodec
 from gradmap_hub.runtime.sampling import Sampler, Sampling
 from gradmap_hub.runtime.stopping import StopText
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from gradmap_hub.errors import MissingExtra, SourceError, UsageError
 from gradmap_hub.models.architectures import dimension
-from gradmap_hub.prompting import TEXT_FILES
 from gradmap_hub.runtime.artifacts import Artifact, available_artifacts, choose_artifact, cpu_count
 from gradmap_hub.runtime.generation import TextModel
+from gradmap_hub.runtime.prompting import TEXT_FILES
 
 # Tokens of prompt and answer together, unless the model holds fewer or the user says otherwise: the cache of a request
 # is allocated for all that may come.
@@ -44,7 +44,7 @@ def load(
     for name, value in (("threads", threads), ("context", context)):
         if value is not None and value < 1:
             raise UsageError(f"--{name} must be at least 1, it is {value}.")
-    from gradmap_hub.prompting import ModelError, TextCodec, read_json
+    from gradmap_hub.runtime.prompting import ModelError, TextCodec, read_json
     from gradmap_hub.runtime.session import CUDA, Session, provider_named
 
     chosen = provider_named(provider)
