@@ -1,4 +1,4 @@
-from gradmap_hub.cli import main
+from gradmap_hub.cli.app import main
 
 if __name__ == "__main__":
     main()

@@ -15,7 +15,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from gradmap_hub.card.card import card_text
-from gradmap_hub.cli import app
+from gradmap_hub.cli.app import app
 from gradmap_hub.config import PruneConfig
 from gradmap_hub.data.rows import CalibrationRows
 from gradmap_hub.errors import UsageError

@@ -217,7 +217,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_command_line_starts_without_the_heavy_packages() -> None:
-    done = run("-c", f"import sys, gradmap_hub.cli; print([name for name in {HEAVY!r} if name in sys.modules])")
+    done = run("-c", f"import sys, gradmap_hub.cli.app; print([name for name in {HEAVY!r} if name in sys.modules])")
     assert done.stdout.strip() == "[]", done.stderr
 
 

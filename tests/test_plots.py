@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from gradmap_hub.card.plots import inspect_plot, sweep_plot
+from gradmap_hub.cli.terminal import inspect_table
 from gradmap_hub.pruning.candidates import lowest
 from gradmap_hub.pruning.scoring import LayerScores
 from gradmap_hub.record import (
@@ -23,7 +24,6 @@ from gradmap_hub.record import (
 )
 from gradmap_hub.sweep.knee import recommend
 from gradmap_hub.sweep.record import Ratio, Speed, SweepPoint, SweepRecord
-from gradmap_hub.terminal import inspect_table
 
 COUNT = 30
 GRADIENT = [9000 / (1 + layer) + 40 * abs(layer - 15) + 700 for layer in range(COUNT)]

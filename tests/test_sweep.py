@@ -14,8 +14,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from gradmap_hub.cli import app
-from gradmap_hub.cli_options import HOW, HOW_MUCH, PruneOptions, prune_options
+from gradmap_hub.cli.app import app
+from gradmap_hub.cli.options import HOW, HOW_MUCH, PruneOptions, prune_options
 from gradmap_hub.config import PruneConfig, SweepConfig, paper_preset
 from gradmap_hub.errors import CalibrationError, OutputExists, UsageError
 from gradmap_hub.models.safetensors_files import read_safetensors_header

@@ -155,7 +155,7 @@ def test_numbers_that_cannot_be(world: Any, small: Path) -> None:
 
 def test_what_does_not_decide_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Looking longer, or another collection, must not change what is published."""
-    from gradmap_hub.cli_options import command_line
+    from gradmap_hub.cli.options import command_line
 
     words = [
         "push",

@@ -80,7 +80,7 @@ def test_key_and_warning(tiny_onnx: Path, kit: Any, tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_meant_is_told_in_a_line(tmp_path: Path) -> None:
-    from gradmap_hub.cli_serve import KEY_VARIABLE
+    from gradmap_hub.cli.serve import KEY_VARIABLE
 
     code = "from gradmap_hub import cli, cli_serve\ncli_serve.register(cli.app)\ncli.main()"
     empty = tmp_path / "empty"
@@ -101,7 +101,7 @@ def test_what_cannot_be_meant_is_told_in_a_line(tmp_path: Path) -> None:
 
 def test_the_module_is_light() -> None:
     heavy = ("uvicorn", "starlette", "onnxruntime", "pydantic", "prometheus_client", "torch", "transformers")
-    code = f"import sys, gradmap_hub.cli_serve; print([name for name in {heavy!r} if name in sys.modules])"
+    code = f"import sys, gradmap_hub.cli.serve; print([name for name in {heavy!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "[]", done.stderr
 

@@ -18,8 +18,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from gradmap_hub import __version__, cli_evaluate, cli_generate, cli_serve, cli_sweep
-from gradmap_hub.cli_options import (
+from gradmap_hub import __version__
+from gradmap_hub.cli.app import evaluate as cli_evaluate
+from gradmap_hub.cli.app import generate as cli_generate
+from gradmap_hub.cli.app import serve as cli_serve
+from gradmap_hub.cli.app import sweep as cli_sweep
+from gradmap_hub.cli.options import (
     COMPUTING,
     HOW,
     HOW_MUCH,
@@ -33,6 +37,7 @@ from gradmap_hub.cli_options import (
     parse_ratios,
     prune_options,
 )
+from gradmap_hub.cli.terminal import TerminalReporter, inspect_table
 from gradmap_hub.config import (
     DEFAULT_CALIBRATION,
     QUANTIZED,
@@ -43,7 +48,6 @@ from gradmap_hub.config import (
 )
 from gradmap_hub.errors import GradmapError, UsageError
 from gradmap_hub.record import RunRecord
-from gradmap_hub.terminal import TerminalReporter, inspect_table
 
 if TYPE_CHECKING:
     from gradmap_hub.hub.client import Hub

@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from gradmap_hub.cli.terminal import TerminalReporter
 from gradmap_hub.config import EvaluateConfig, help_of
 from gradmap_hub.record import Measured, MeasuredMetric, MeasuredTask, RunRecord
-from gradmap_hub.terminal import TerminalReporter
 
 stdout = Console(soft_wrap=True)
 stderr = Console(stderr=True, soft_wrap=True)

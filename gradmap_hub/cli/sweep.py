@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from gradmap_hub.cli_options import (
+from gradmap_hub.cli.options import (
     HOW,
     Json,
     Model,
@@ -23,9 +23,9 @@ from gradmap_hub.cli_options import (
     parse_ratios,
     prune_options,
 )
+from gradmap_hub.cli.terminal import TerminalReporter
 from gradmap_hub.config import SweepConfig, help_of
 from gradmap_hub.sweep.record import SweepRecord
-from gradmap_hub.terminal import TerminalReporter
 
 stdout = Console(soft_wrap=True)
 stderr = Console(stderr=True, soft_wrap=True)

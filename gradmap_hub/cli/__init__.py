@@ -1,0 +1,1 @@
+"""The command line: one file per command. It parses, calls the pipeline and prints."""
