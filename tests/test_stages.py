@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from gradmap_hub.progress import SilentReporter
-from gradmap_hub.stages import Stages
+from gradmap_hub.stage_cache import Stages
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ from gradmap_hub.record import (
     RunRecord,
     Sample,
 )
-from gradmap_hub.stages import Stages
+from gradmap_hub.stage_cache import Stages
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -12,7 +12,7 @@ from gradmap_hub.errors import VerificationError
 from gradmap_hub.pipeline.checks import work_folder
 from gradmap_hub.pipeline.run import artifact
 from gradmap_hub.record import Artifact, Parity, Quality, RunRecord
-from gradmap_hub.stages import Stages
+from gradmap_hub.stage_cache import Stages
 
 if TYPE_CHECKING:
     from torch import Tensor

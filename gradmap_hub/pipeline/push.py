@@ -47,7 +47,7 @@ from gradmap_hub.pipeline.sweep import check_sweep_output, default_sweep_output,
 from gradmap_hub.progress import Reporter, SilentReporter
 from gradmap_hub.record import Candidate, RunRecord
 from gradmap_hub.space.plan import GRAPHS, SpacePlan, plan_of, precisions_of
-from gradmap_hub.stages import Stages
+from gradmap_hub.stage_cache import Stages
 from gradmap_hub.sweep.record import SweepRecord
 from gradmap_hub.sweep.report import write_report
 

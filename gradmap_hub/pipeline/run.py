@@ -45,7 +45,7 @@ from gradmap_hub.record import (
     TextSource,
     VerificationRecord,
 )
-from gradmap_hub.stages import Stages
+from gradmap_hub.stage_cache import Stages
 
 if TYPE_CHECKING:  # torch is only imported once there is something to compute
     from torch import Tensor
