@@ -42,22 +42,23 @@ test-all: install install-5
 	$(BIN5)/python -m pytest -m '' $(TESTS5)
 
 # What transformers and the Hub's client have a part in. Exporters and Space are tested with 4.57, which they run on.
-TESTS5 := tests/runtime tests/serving tests/local_hub tests/publish $(filter-out tests/conftest.py, $(wildcard tests/*.py))
+TESTS5 := tests/runtime tests/serving tests/local_hub tests/hub tests/models tests/data tests/pruning tests/evaluation tests/sweep tests/card tests/space \
+  tests/pipeline tests/benchmarks tests/cli $(filter-out tests/conftest.py, $(wildcard tests/*.py))
 
 test-5: install-5
 	$(BIN5)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS5)
 
 # Every fault and every kill of docs/reliability.md, whose tables it writes anew.
 reliability: install
-	RELIABILITY=docs/reliability.md $(BIN)/python -m pytest -m '' tests/publish/test_faults.py tests/cli/test_kill.py
+	RELIABILITY=docs/reliability.md $(BIN)/python -m pytest -m '' tests/hub/test_faults.py tests/cli/test_kill.py
 
 # Every model type, ONNX included: the table of docs/architectures.md.
 architectures: install
-	RELIABILITY=docs/architectures.md $(BIN)/python -m pytest -m '' tests/test_families.py
+	RELIABILITY=docs/architectures.md $(BIN)/python -m pytest -m '' tests/models/test_families.py
 
 # The same with transformers 5, but for ONNX: the second table.
 architectures-5: install-5
-	RELIABILITY=docs/architectures.md $(BIN5)/python -m pytest -m '' tests/test_families.py -k 'not onnx'
+	RELIABILITY=docs/architectures.md $(BIN5)/python -m pytest -m '' tests/models/test_families.py -k 'not onnx'
 
 check: install
 	$(BIN)/ruff check .

@@ -13,61 +13,33 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "gradmap_hub"
-LEAVES = {
-    "accounts",
-    "architectures",
-    "config",
-    "contents",
-    "errors",
-    "freshness",
-    "generations",
-    "knee",
-    "patience",
-    "progress",
-    "prompting",
-    "record",
-    "screening",
-    "source",
-    "spaceplan",
-    "stages",
-    "sweeprecord",
-    "targets",
-}
-NUMERIC = {
-    "calibration",
-    "compensation",
-    "contamination",
-    "decoder",
-    "evaluation",
-    "gguf_source",
-    "harness",
-    "heal",
-    "parts",
-    "pruning",
-    "residual",
-    "ridge",
-    "scoring",
-    "search",
-    "selection",
-    "speed",
-    "streaming",
-    "verification",
-}
-# What a numeric module may take from another one: the dataclass that is its input.
-INPUT_TYPES = {"selection": "scoring.LayerScores", "compensation": "calibration.CalibrationRows"}
-# Closed forms that a stage applies, split off because they need no model; healing goes on where the correction ended,
-# with its rule for what counts as a gain.
-FORMULAS = {
-    "compensation": {"residual", "ridge"},
-    "residual": {"ridge"},
-    "heal": {"calibration", "compensation"},
-    "speed": {"runtime"},  # what it times
-    "streaming": {"parts"},
-}
-HUB_USERS = {"pipeline", "publishing", "guard", "refusals", "collecting", "spacewatch", "xet", "cli", "demo"}
-HUB_NAMERS = {"evaluating", "plan", "publishplan", "redraw", "repeat", "run"}  # for type checkers only
-# Who writes to the Hub, and who may have it written.
-WRITERS = {"pipeline"}
+# Root modules that everything may import. They import nothing of ours but each other.
+LEAVES = {"config", "errors", "figures", "measurements", "progress", "record"}
+# Per package, or module at the root, the others it may import besides the leaves. What is not listed here fails.
+RULES: dict[str, set[str]] = {
+    "models": set(),
+    "data": {"models"},
+    "pruning": {"models", "data"},
+    "evaluation": {"models", "data", "runtime"},
+    "sweep": {"evaluation"},
+    "card": {"models"},
+    "space": {"models"},
+    "exporters": {"models"},
+    "hub": {"models", "local_hub"},
+    "local_hub": set(),
+    "runtime": {"models", "hub"},
+    "serving": {"runtime"},
+    "stage_cache": set(),
+    "pipeline": {
+        "models", "data", "pruning", "evaluation", "sweep", "card", "space", "exporters", "hub", "local_hub", "runtime",
+        "stage_cache",
+    },
+    "cli": {"pipeline", "card", "hub", "local_hub", "pruning", "runtime", "serving", "space", "sweep", "models"},
+    "__main__": {"cli"},
+    "__init__": set(),
+}  # fmt: skip
+# Modules that only these packages may import.
+ONLY = {"hub.publisher": {"hub", "pipeline"}, "stage_cache": {"pipeline"}, "huggingface_hub": {"hub"}}
 HEAVY = ("torch", "transformers", "huggingface_hub", "onnxruntime")
 
 
@@ -96,25 +68,42 @@ def _imports(node: ast.AST, package: str, typing_only: bool) -> Iterator[tuple[s
         yield from _imports(child, package, typing_only)
 
 
+def modules() -> dict[str, Path]:
+    """Every module of ours by its dotted name without `gradmap_hub.`; a package's own file by that of the package."""
+    found: dict[str, Path] = {}
+    for prefix, folder in (("", PACKAGE), ("exporters.", ROOT / "exporters")):
+        for path in folder.rglob("*.py"):
+            name = ".".join(path.relative_to(folder).with_suffix("").parts)
+            found[(prefix + name).removesuffix(".__init__")] = path
+    return found
+
+
+MODULES = modules()
+
+
+def unit(name: str) -> str:
+    """The package, or the module at the root, that a module belongs to."""
+    return name.partition(".")[0]
+
+
 def ours(path: Path, package: str = "gradmap_hub") -> Iterator[tuple[str, bool]]:
-    """The modules of this package that a file imports, by their name in it; the package itself is ''."""
-    modules = {p.stem for p in PACKAGE.glob("*.py")} | {"local_hub", "exporters", "model_cards", "runtime", "spaces"}
+    """The modules of ours that a file imports, by dotted name, and whether only type checkers see it."""
     for name, typing_only in imports(path, package):
-        head, *rest = name.split(".")
-        if head != "gradmap_hub":
-            continue
-        if not rest:
-            yield "", typing_only
-        elif rest[0] in modules:
-            yield rest[0], typing_only
+        head, _, rest = name.partition(".")
+        while head == "gradmap_hub" and rest:
+            if rest in MODULES:
+                yield rest, typing_only
+                break
+            rest = rest.rpartition(".")[0]
 
 
-def names(path: Path) -> set[str]:
-    return {name for name, _ in ours(path) if name}
-
-
-def modules() -> list[Path]:
-    return sorted(PACKAGE.glob("*.py"))
+def dependencies() -> dict[str, set[str]]:
+    """Package or root module -> the other packages and root modules that it imports anywhere."""
+    found: dict[str, set[str]] = {}
+    for name, path in MODULES.items():
+        package = ".".join(["gradmap_hub", *name.split(".")[:-1]])
+        found.setdefault(unit(name), set()).update(unit(other) for other, _ in ours(path, package))
+    return {name: others - {name} for name, others in found.items()}
 
 
 def test_the_rules_can_be_broken(tmp_path: Path) -> None:
@@ -123,74 +112,46 @@ def test_the_rules_can_be_broken(tmp_path: Path) -> None:
     path.write_text(
         "from typing import TYPE_CHECKING\n"
         "import gradmap_hub.hub.client\n"
-        "from gradmap_hub import cli, __version__\n"
-        "from . import run\n"
+        "from gradmap_hub import errors, __version__\n"
+        "from . import record\n"
         "def later():\n    from gradmap_hub.pruning.scoring import LayerScores\n"
-        "if TYPE_CHECKING:\n    from gradmap_hub.space.app import SpacePlan\n"
+        "if TYPE_CHECKING:\n    from gradmap_hub.space.plan import SpacePlan\n"
     )
-    assert dict(ours(path)) == {"": False, "hub": False, "cli": False, "run": False, "scoring": False, "space": True}
+    assert dict(ours(path)) == {
+        "hub.client": False, "errors": False, "record": False, "pruning.scoring": False, "space.plan": True,
+    }  # fmt: skip
     inner = {name for name, _ in imports(path, "gradmap_hub.local_hub")}
-    assert "gradmap_hub.local_hub.run" in inner
+    assert "gradmap_hub.local_hub.record" in inner
 
 
-def test_every_module_named_here_exists() -> None:
-    assert {path.stem for path in modules()} >= LEAVES | NUMERIC | HUB_USERS | HUB_NAMERS
+def test_every_module_is_under_a_rule() -> None:
+    units = {unit(name) for name in MODULES}
+    assert units == LEAVES | set(RULES)
 
 
-@pytest.mark.parametrize("name", sorted(LEAVES))
-def test_leaves_import_only_leaves(name: str) -> None:
-    assert names(PACKAGE / f"{name}.py") <= LEAVES - {name}
+@pytest.mark.parametrize("name", sorted(LEAVES | set(RULES)))
+def test_imports_follow_the_rules(name: str) -> None:
+    found = dependencies()[name]
+    assert found <= LEAVES | RULES.get(name, set()), f"{name} imports {found - LEAVES - RULES.get(name, set())}"
 
 
-@pytest.mark.parametrize("name", sorted(NUMERIC))
-def test_numeric_modules_import_leaves_and_the_decoder(name: str) -> None:
-    module, _, type_name = INPUT_TYPES.get(name, "").partition(".")
-    path = PACKAGE / f"{name}.py"
-    assert names(path) <= (LEAVES | {"decoder", module} | FORMULAS.get(name, set())) - {name}
-    if module:
-        taken = {found for found, _ in imports(path, "gradmap_hub") if found.startswith(f"gradmap_hub.{module}")}
-        assert taken == {f"gradmap_hub.{module}", f"gradmap_hub.{module}.{type_name}"}
+def test_packages_form_no_circle() -> None:
+    graph = dependencies()
+    while free := [name for name, others in graph.items() if not others & set(graph)]:
+        for name in free:
+            del graph[name]
+    assert not graph, {name: others & set(graph) for name, others in graph.items()}
 
 
-def test_only_those_who_tell_the_story_talk_to_the_hub() -> None:
-    for path in modules():
-        for name, typing_only in ours(path):
-            if name == "hub":
-                assert path.stem in HUB_USERS or (path.stem in HUB_NAMERS and typing_only), path.stem
-
-
-def test_only_the_pipeline_has_something_published() -> None:
-    for path in modules():
-        found = {typing_only for name, typing_only in ours(path) if name == "publishing"}
-        assert not found or path.stem in WRITERS or (path.stem in HUB_NAMERS and found == {True}), path.stem
-
-
-def test_only_main_imports_the_command_line() -> None:
-    importers = {path.stem for path in modules() if "cli" in names(path)}
-    importers |= {path.stem for folder in ("exporters", "spaces") for path in (ROOT / folder).glob("*.py")
-                  if "cli" in names(path)}  # fmt: skip
-    assert importers == {"__main__"}
-
-
-def test_options_are_for_the_command_line() -> None:
-    importers = {path.stem for path in modules() if "cli_options" in names(path)}
-    assert importers >= {"cli", "cli_sweep"} and all(name.startswith("cli") for name in importers)
-
-
-def test_the_embedded_hub_stands_alone() -> None:
-    files = list((PACKAGE / "local_hub").rglob("*.py"))
-    assert len(files) > 10
-    for path in files:
-        package = ".".join(["gradmap_hub", *path.parent.relative_to(PACKAGE).parts])
-        assert {name for name, _ in ours(path, package)} <= {"local_hub"}, path
-
-
-def test_the_runtime_needs_leaves_and_for_repositories_the_hub() -> None:
-    files = list((PACKAGE / "runtime").glob("*.py"))
-    assert len(files) > 4
-    for path in files:
-        allowed = LEAVES | {"runtime"} | ({"hub"} if path.stem == "loading" else set())
-        assert {name for name, _ in ours(path, "gradmap_hub.runtime") if name} <= allowed, path
+@pytest.mark.parametrize("target", sorted(ONLY))
+def test_some_modules_have_few_importers(target: str) -> None:
+    wanted = target if target == "huggingface_hub" else f"gradmap_hub.{target}"
+    importers = set()
+    for name, path in MODULES.items():
+        package = ".".join(["gradmap_hub", *name.split(".")[:-1]])
+        if any(found == wanted or found.startswith(wanted + ".") for found, _ in imports(path, package)):
+            importers.add(unit(name))
+    assert importers <= ONLY[target]
 
 
 def test_the_runtime_starts_without_torch() -> None:
@@ -200,16 +161,11 @@ def test_the_runtime_starts_without_torch() -> None:
 
 
 def test_the_space_imports_nothing_of_ours() -> None:
-    files = [*(ROOT / "spaces").glob("*.py"), PACKAGE / "prompting.py"]
+    files = [*(ROOT / "spaces").glob("*.py"), PACKAGE / "runtime" / "prompting.py"]
     assert len(files) > 4
     for path in files:
         assert not list(ours(path)), path
     assert not (ROOT / "spaces" / "__init__.py").exists()  # PyPI's `spaces` is imported by that name
-
-
-def test_exporters_import_leaves_and_each_other() -> None:
-    for path in (ROOT / "exporters").glob("*.py"):
-        assert names(path) <= LEAVES | {"exporters"}, path
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -37,8 +37,8 @@ PRUNING = "gradmap_hub/pruning/removal.py"
 RESIDUAL = "gradmap_hub/pruning/residual.py"
 STREAMING = "gradmap_hub/models/streaming.py"
 VERIFICATION = "gradmap_hub/pruning/verification.py"
-_FAMILIES = "tests/test_families.py"
-_PRUNING = "tests/test_pruning.py"
+_FAMILIES = "tests/models/test_families.py"
+_PRUNING = "tests/pruning/test_removal.py"
 _BUILDER = "tests/exporters/test_formats.py::test_what_the_builder_would_get_wrong_is_known_from_the_config"
 
 
@@ -57,7 +57,7 @@ def _refused(*cases: str) -> tuple[str, ...]:
 TRAPS = (
     # --- the invariant: read back, keys exact, logits equal beyond any window, the graph too
     Trap(
-        "names of weights that no file holds", "exporters/checkpoint.py", "if report[kind]:", "if False:",
+        "names of weights that no file holds", "gradmap_hub/models/checkpoint.py", "if report[kind]:", "if False:",
         (f"{_PRUNING}::test_loading_refuses_missing_tensors_and_unreadable_weights",),
     ),
     Trap(
@@ -223,7 +223,7 @@ TRAPS = (
     ),
     Trap(
         "the tie, streamed", STREAMING, "if model.config.tie_word_embeddings else set()", "if False else set()",
-        ("tests/test_streaming.py::test_the_written_checkpoint_is_that_of_the_path_in_memory[llama-True]",),
+        ("tests/models/test_streaming.py::test_the_written_checkpoint_is_that_of_the_path_in_memory[llama-True]",),
     ),
     Trap(
         "scores of what is not a layer", "gradmap_hub/models/decoder.py",

@@ -21,7 +21,7 @@ from urllib.parse import quote, urlsplit
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from gradmap_hub.card.plots import layers_plot, save_plot, shift_plot
+from gradmap_hub.card.plots import layers_plot, shift_plot
 from gradmap_hub.card.results import (
     is_measured,
     measured_results,
@@ -30,6 +30,7 @@ from gradmap_hub.card.results import (
     task_mean,
     write_results,
 )
+from gradmap_hub.figures import save_plot
 from gradmap_hub.models.safetensors_files import CARD
 from gradmap_hub.record import (
     GROWN,
@@ -413,8 +414,8 @@ def _finalize(value: Any) -> str:
 
 
 def _environment() -> Environment:
-    installed = Path(__file__).parent / "model_cards"
-    folder = installed if installed.is_dir() else Path(__file__).parent.parent / "model_cards"
+    installed = Path(__file__).parents[1] / "model_cards"
+    folder = installed if installed.is_dir() else Path(__file__).parents[2] / "model_cards"
     environment = Environment(
         loader=FileSystemLoader(folder),
         undefined=StrictUndefined,

@@ -15,8 +15,9 @@ from typing import Any
 
 import yaml
 
+from gradmap_hub.measurements import MeasuredMetric, MeasuredTask
 from gradmap_hub.models.safetensors_files import RESULTS_FOLDER
-from gradmap_hub.record import MeasuredMetric, MeasuredTask, RunRecord
+from gradmap_hub.record import RunRecord
 
 _ACCURACIES = ("acc", "acc_norm")
 _TASK = {"type": "text-generation", "name": "Text Generation"}

@@ -19,10 +19,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from gradmap_hub import __version__
-from gradmap_hub.cli.app import evaluate as cli_evaluate
-from gradmap_hub.cli.app import generate as cli_generate
-from gradmap_hub.cli.app import serve as cli_serve
-from gradmap_hub.cli.app import sweep as cli_sweep
+from gradmap_hub.cli import evaluate as cli_evaluate
+from gradmap_hub.cli import generate as cli_generate
+from gradmap_hub.cli import serve as cli_serve
+from gradmap_hub.cli import sweep as cli_sweep
 from gradmap_hub.cli.options import (
     COMPUTING,
     HOW,
@@ -389,7 +389,7 @@ def inspect(
         reporter.close()
     choices = {f"{ratio:.0%}": candidate.removed for ratio, candidate in found.choices.items()}
     if plot is not None:
-        from gradmap_hub.card.plots import inspect_plot
+        from gradmap_hub.pruning.plots import inspect_plot
 
         inspect_plot(found.scores, found.scores.shift, choices, plot)
     if as_json:

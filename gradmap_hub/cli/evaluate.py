@@ -14,7 +14,8 @@ from rich.table import Table
 
 from gradmap_hub.cli.terminal import TerminalReporter
 from gradmap_hub.config import EvaluateConfig, help_of
-from gradmap_hub.record import Measured, MeasuredMetric, MeasuredTask, RunRecord
+from gradmap_hub.measurements import Measured, MeasuredMetric, MeasuredTask
+from gradmap_hub.record import RunRecord
 
 stdout = Console(soft_wrap=True)
 stderr = Console(stderr=True, soft_wrap=True)

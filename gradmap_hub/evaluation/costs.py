@@ -19,8 +19,8 @@ from gradmap_hub.evaluation.speed import (
     peak_memory,
     take_turns,
 )
+from gradmap_hub.measurements import MeasuredSpeed, Rate
 from gradmap_hub.progress import Reporter
-from gradmap_hub.record import MeasuredSpeed, Rate
 
 
 class Runnable(NamedTuple):

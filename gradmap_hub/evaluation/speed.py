@@ -19,13 +19,36 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from gradmap_hub.sweep.record import Ratio, Speed
-
 if TYPE_CHECKING:
     from gradmap_hub.runtime import Generation
 
 PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 128, 32, 5
 PYTORCH = "PyTorch"
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Tokens per second of the original and of the pruned model, which took turns: medians over the rounds. `ratio`:
+    median of pruned over original round by round, `spread` its lowest and highest value."""
+
+    original: float
+    pruned: float
+    ratio: float
+    spread: list[float]
+
+
+@dataclass(frozen=True)
+class Speed:
+    """`prefill`: reading `prompt_tokens` at once; `decode`: then writing `new_tokens` one by one with the KV cache."""
+
+    prefill: Ratio
+    decode: Ratio
+    prompt_tokens: int
+    new_tokens: int
+    rounds: int
+    threads: int
+    device: str
+    dtype: str
 
 
 class Backend(Protocol):

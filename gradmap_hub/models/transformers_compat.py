@@ -2,7 +2,7 @@
 
 That form is the one of transformers 4: 5 reads it, being what lies on the Hub, while 4.57 takes no notice of what 5
 writes (`rope_parameters`: the defaults would be used) or stumbles over it (`TokenizersBackend`). What is found to be
-read differently is in here; tests/test_generations.py and tests/test_families.py look for it with both.
+read differently is in here; tests/models/test_transformers_compat.py and test_families.py look for it with both.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from gradmap_hub.config import PruneConfig, PublishConfig, PushConfig
 from gradmap_hub.errors import CalibrationError, DiskTooSmall, LicenseUnknown, OutputExists, SourceError, UsageError
 from gradmap_hub.hub.target import Terms, model_mark, space_mark
+from gradmap_hub.measurements import BeforeAfter
 from gradmap_hub.models.architectures import Architecture, architecture_of, correction_skipped, dimension
 from gradmap_hub.models.safetensors_files import (
     CARD,
@@ -30,7 +31,6 @@ from gradmap_hub.record import (
     FILE_NAME,
     SCHEMA_VERSION,
     Base,
-    BeforeAfter,
     CalibrationRecord,
     CompensationRecord,
     LayerDecision,

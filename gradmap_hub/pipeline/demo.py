@@ -240,15 +240,11 @@ def _with_space(
     import webbrowser
     from dataclasses import replace
 
-    from huggingface_hub import HfApi
-
+    from gradmap_hub.hub.client import Hub
     from gradmap_hub.space.local import running_space
 
-    api = HfApi(endpoint=result.hub_url, token=os.environ["HF_TOKEN"])
+    api = Hub(result.hub_url, os.environ["HF_TOKEN"]).api
     published = result.pushed["space"]
-    from huggingface_hub.utils.tqdm import disable_progress_bars
-
-    disable_progress_bars()
     reporter.start("Starting the published Space")
     copy = output / "space-run"
     shutil.rmtree(copy, ignore_errors=True)

@@ -20,12 +20,7 @@ from gradmap_hub.config import EvaluateConfig, PruneConfig
 from gradmap_hub.errors import CalibrationError, SourceError, UsageError
 from gradmap_hub.evaluation.speed import NEW_TOKENS, PROMPT_TOKENS, PYTORCH, ROUNDS
 from gradmap_hub.evaluation.staleness import data_file, folder_sha256
-from gradmap_hub.models.safetensors_files import folder_sizes, read_config, sha256_of
-from gradmap_hub.pipeline.checks import Source, check_text_files, find_source, is_local_text, work_folder
-from gradmap_hub.pipeline.recorded import find_contamination
-from gradmap_hub.pipeline.run import Run, hardware, size, text_of, versions
-from gradmap_hub.progress import Reporter
-from gradmap_hub.record import (
+from gradmap_hub.measurements import (
     BeforeAfter,
     Contamination,
     FilePerplexity,
@@ -35,9 +30,14 @@ from gradmap_hub.record import (
     MeasuredSpeed,
     MeasuredTask,
     MeasuredText,
-    RunRecord,
     Sample,
 )
+from gradmap_hub.models.safetensors_files import folder_sizes, read_config, sha256_of
+from gradmap_hub.pipeline.checks import Source, check_text_files, find_source, is_local_text, work_folder
+from gradmap_hub.pipeline.recorded import find_contamination
+from gradmap_hub.pipeline.run import Run, hardware, size, text_of, versions
+from gradmap_hub.progress import Reporter
+from gradmap_hub.record import RunRecord
 from gradmap_hub.stage_cache import Stages
 
 if TYPE_CHECKING:

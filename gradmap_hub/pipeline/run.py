@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from gradmap_hub import __version__
 from gradmap_hub.config import Expected, PruneConfig
 from gradmap_hub.errors import CalibrationError, SourceError
+from gradmap_hub.measurements import BeforeAfter
 from gradmap_hub.models.safetensors_files import (
     COMPANION_FILES,
     check_weights,
@@ -33,7 +34,6 @@ from gradmap_hub.progress import Reporter
 from gradmap_hub.record import (
     SCHEMA_VERSION,
     Artifact,
-    BeforeAfter,
     CalibrationRecord,
     Candidate,
     CompensationRecord,

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING
 from gradmap_hub import __version__
 from gradmap_hub.config import SweepConfig
 from gradmap_hub.errors import OutputExists
+from gradmap_hub.evaluation.speed import Speed
+from gradmap_hub.measurements import BeforeAfter
 from gradmap_hub.pipeline.checks import Source
 from gradmap_hub.pipeline.run import (
     Corrected,
@@ -40,9 +42,9 @@ from gradmap_hub.pipeline.run import (
     texts_inputs,
     versions,
 )
-from gradmap_hub.record import BeforeAfter, HealRecord
+from gradmap_hub.record import HealRecord
 from gradmap_hub.sweep.knee import recommend
-from gradmap_hub.sweep.record import SWEEP_FILE, SWEEP_VERSION, Speed, SweepPoint, SweepRecord
+from gradmap_hub.sweep.record import SWEEP_FILE, SWEEP_VERSION, SweepPoint, SweepRecord
 
 if TYPE_CHECKING:  # torch is only imported once there is something to compute
     from gradmap_hub.data.rows import CalibrationRows, Rows

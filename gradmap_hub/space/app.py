@@ -25,7 +25,7 @@ EXAMPLES = (
     "List three uses for a paper clip.",
 )
 # The app's one module that is ours as well: standalone, and copied beside the others.
-_PROMPTING = Path(__file__).parent / "prompting.py"
+_PROMPTING = Path(__file__).parents[1] / "runtime" / "prompting.py"
 # Only in Spaces on ZeroGPU; zerogpu.py puts it there.
 ZERO_GPU_MODULE = "zero_gpu.py"
 _ENGINES = {"onnx": "onnx_engine.py", "transformers": "transformers_engine.py"}
@@ -41,8 +41,8 @@ class Held:
 
 def content_folder() -> Path:
     """Where the app's files are: beside this package when installed, in the checkout otherwise."""
-    installed = Path(__file__).parent / "spaces"
-    return installed if installed.is_dir() else Path(__file__).parent.parent / "spaces"
+    installed = Path(__file__).parents[1] / "spaces"
+    return installed if installed.is_dir() else Path(__file__).parents[2] / "spaces"
 
 
 def variables(record: RunRecord, pruned_repo: str, pruned_commit: str, plan: SpacePlan) -> dict[str, str]:

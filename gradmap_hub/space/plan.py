@@ -10,7 +10,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from gradmap_hub.record import Artifact, Base, BeforeAfter, RunRecord
+from gradmap_hub.measurements import BeforeAfter
+from gradmap_hub.record import Artifact, Base, RunRecord
 
 # Licences that let anyone pass the weights on. Anything else, and anything gated or private, is never republished.
 REDISTRIBUTABLE = frozenset(

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from gradmap_hub.errors import SourceError
+from gradmap_hub.evaluation.speed import Speed
+from gradmap_hub.measurements import BeforeAfter
 from gradmap_hub.record import (
     Base,
-    BeforeAfter,
     CalibrationRecord,
     Candidate,
     CompensationRecord,
@@ -22,31 +23,6 @@ from gradmap_hub.record import (
 
 SWEEP_VERSION = 1
 SWEEP_FILE = "sweep.json"
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """Tokens per second of the original and of the pruned model, which took turns: medians over the rounds. `ratio`:
-    median of pruned over original round by round, `spread` its lowest and highest value."""
-
-    original: float
-    pruned: float
-    ratio: float
-    spread: list[float]
-
-
-@dataclass(frozen=True)
-class Speed:
-    """`prefill`: reading `prompt_tokens` at once; `decode`: then writing `new_tokens` one by one with the KV cache."""
-
-    prefill: Ratio
-    decode: Ratio
-    prompt_tokens: int
-    new_tokens: int
-    rounds: int
-    threads: int
-    device: str
-    dtype: str
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from gradmap_hub.sweep.record import Ratio, SweepPoint, SweepRecord
+from gradmap_hub.evaluation.speed import Ratio
+from gradmap_hub.sweep.record import SweepPoint, SweepRecord
 
 TABLE_FILE, PLOT_FILE = "sweep.md", "sweep.png"
 
 
 def write_report(record: SweepRecord, folder: Path) -> None:
     """Write the tables, and once all ratios are measured the figure, which would be an earlier sweep's until then."""
-    from gradmap_hub.card.plots import sweep_plot
+    from gradmap_hub.sweep.plots import sweep_plot
 
     folder.mkdir(parents=True, exist_ok=True)
     record.write(folder)

@@ -82,7 +82,7 @@ def test_key_and_warning(tiny_onnx: Path, kit: Any, tmp_path: Path) -> None:
 def test_what_cannot_be_meant_is_told_in_a_line(tmp_path: Path) -> None:
     from gradmap_hub.cli.serve import KEY_VARIABLE
 
-    code = "from gradmap_hub import cli, cli_serve\ncli_serve.register(cli.app)\ncli.main()"
+    code = "from gradmap_hub.cli import app, serve\nserve.register(app.app)\napp.main()"
     empty = tmp_path / "empty"
     empty.touch()
     for options in (
@@ -118,6 +118,6 @@ def test_the_server_needs_no_torch(tiny_onnx: Path) -> None:
 
 
 def test_help_shows_an_example() -> None:
-    code = "from gradmap_hub import cli, cli_serve\ncli_serve.register(cli.app)\ncli.main()"
+    code = "from gradmap_hub.cli import app, serve\nserve.register(app.app)\napp.main()"
     done = subprocess.run([sys.executable, "-c", code, "serve", "-h"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and "Example" in done.stdout and "--api-key-file" in done.stdout

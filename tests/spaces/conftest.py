@@ -21,22 +21,14 @@ from typing import Any
 
 import pytest
 
-from gradmap_hub.record import (
-    Artifact,
-    Base,
-    BeforeAfter,
-    CalibrationRecord,
-    CompensationRecord,
-    LayerDecision,
-    Quality,
-    RunRecord,
-)
+from gradmap_hub.measurements import BeforeAfter
+from gradmap_hub.record import Artifact, Base, CalibrationRecord, CompensationRecord, LayerDecision, Quality, RunRecord
 from gradmap_hub.space.plan import FORMATS, GRAPHS, SpacePlan
 
 ROOT = Path(__file__).resolve().parents[2]
 SPACES = ROOT / "spaces"
 # Copied into every Space beside what lies in spaces/.
-PROMPTING = ROOT / "gradmap_hub" / "prompting.py"
+PROMPTING = ROOT / "gradmap_hub" / "runtime" / "prompting.py"
 QUALITY = Quality(20.1, 20.0, "other.txt", 4096, "int8, blocks of 32", "genai")
 
 

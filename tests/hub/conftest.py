@@ -20,7 +20,8 @@ from gradmap_hub import __version__
 from gradmap_hub.hub.client import Hub
 from gradmap_hub.hub.retry import Patience
 from gradmap_hub.local_hub import LocalHub, Request
-from gradmap_hub.record import Base, BeforeAfter, CalibrationRecord, CompensationRecord, LayerDecision, RunRecord
+from gradmap_hub.measurements import BeforeAfter
+from gradmap_hub.record import Base, CalibrationRecord, CompensationRecord, LayerDecision, RunRecord
 
 BASE = "acme/base"
 TARGET = "ada/small"

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from gradmap_hub.record import BeforeAfter, CompensationRecord, EvaluationRecord
+from gradmap_hub.measurements import BeforeAfter
+from gradmap_hub.record import CompensationRecord, EvaluationRecord
 from gradmap_hub.sweep.knee import knee_of, recommend
 from gradmap_hub.sweep.record import SweepPoint
 

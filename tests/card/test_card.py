@@ -2,7 +2,7 @@
 
 After an intended change of the page, write the golden file anew and read its diff:
 
-    GRADMAP_UPDATE_GOLDEN=1 pytest tests/test_card.py
+    GRADMAP_UPDATE_GOLDEN=1 pytest tests/card/test_card.py
 """
 
 from __future__ import annotations
@@ -20,27 +20,29 @@ from jinja2 import UndefinedError
 
 from gradmap_hub.card.card import card, card_text, front_matter, write_card
 from gradmap_hub.card.plots import corrected_layers
-from gradmap_hub.record import (
-    Artifact,
-    Base,
+from gradmap_hub.measurements import (
     BeforeAfter,
-    CalibrationRecord,
-    Candidate,
-    CompensationRecord,
     Contamination,
-    EvaluationRecord,
     FilePerplexity,
-    LayerDecision,
     Measured,
     MeasuredFile,
     MeasuredMetric,
     MeasuredSpeed,
     MeasuredTask,
     MeasuredText,
-    Parity,
     Rate,
-    RunRecord,
     Sample,
+)
+from gradmap_hub.record import (
+    Artifact,
+    Base,
+    CalibrationRecord,
+    Candidate,
+    CompensationRecord,
+    EvaluationRecord,
+    LayerDecision,
+    Parity,
+    RunRecord,
     SiteCorrection,
     TextPerplexity,
     TextSource,
@@ -48,7 +50,7 @@ from gradmap_hub.record import (
     VerificationRecord,
 )
 
-GOLDEN = Path(__file__).parent / "golden" / "card.md"
+GOLDEN = Path(__file__).parents[1] / "golden" / "card.md"
 REMOVED = [3, 12, 13, 14, 15, 17, 25, 26]
 SWAPPED = [3, 12, 13, 14, 15, 16, 25, 26]
 KEPT = [index for index in range(30) if index not in REMOVED]

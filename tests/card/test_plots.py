@@ -10,20 +10,16 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from gradmap_hub.card.plots import inspect_plot, sweep_plot
 from gradmap_hub.cli.terminal import inspect_table
+from gradmap_hub.evaluation.speed import Ratio, Speed
+from gradmap_hub.measurements import BeforeAfter
 from gradmap_hub.pruning.candidates import lowest
+from gradmap_hub.pruning.plots import inspect_plot
 from gradmap_hub.pruning.scoring import LayerScores
-from gradmap_hub.record import (
-    Base,
-    BeforeAfter,
-    CalibrationRecord,
-    CompensationRecord,
-    EvaluationRecord,
-    TextPerplexity,
-)
+from gradmap_hub.record import Base, CalibrationRecord, CompensationRecord, EvaluationRecord, TextPerplexity
 from gradmap_hub.sweep.knee import recommend
-from gradmap_hub.sweep.record import Ratio, Speed, SweepPoint, SweepRecord
+from gradmap_hub.sweep.plots import sweep_plot
+from gradmap_hub.sweep.record import SweepPoint, SweepRecord
 
 COUNT = 30
 GRADIENT = [9000 / (1 + layer) + 40 * abs(layer - 15) + 700 for layer in range(COUNT)]

@@ -1,0 +1,107 @@
+"""The figure of `inspect`: every score of every layer, and which layers would go.
+
+matplotlib is imported when something is drawn.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gradmap_hub.figures import EMPTY, KEPT, LOG_RANGE, REMOVED, layer_axis, save_plot
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from gradmap_hub.pruning.scoring import LayerScores
+
+# Heights in inches: a panel of scores, a row of the strip below.
+_PANEL, _STRIP_ROW = 1.75, 0.34
+
+
+def inspect_plot(
+    scores: LayerScores, shift_by_layer: Sequence[float] | None, choices: Mapping[str, Sequence[int]], path: Path
+) -> None:
+    """Every score of every layer, and below a strip per ratio with the layers that would go.
+
+    `shift_by_layer`: relative, such as `scores.shift`; not-a-number where there is none. `choices`: label such as "10%"
+    -> layers. The layers that would go at any ratio are shaded throughout, the deeper the more ratios take them.
+    """
+    measures = [
+        ("gradient L1 norm, as a share of the highest", _shares(scores.gradient)),
+        ("|W dL/dW|, as a share of the highest", _shares(scores.taylor)),
+        ("block influence, 1 - cosine of input and output", list(scores.influence)),
+    ]
+    if shift_by_layer is not None:
+        measures.append(("shift of the mean hidden state by the layer (%)", [100 * value for value in shift_by_layer]))
+    strip = _STRIP_ROW * len(choices)
+
+    def draw(figure: Figure) -> None:
+        heights = [_PANEL] * len(measures) + ([strip] if choices else [])
+        panels = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+        for axes, (title, values) in zip(panels, measures, strict=False):
+            for layers in choices.values():
+                for layer in layers:
+                    axes.axvspan(layer - 0.5, layer + 0.5, facecolor=REMOVED, alpha=0.09, linewidth=0)
+            _score_bars(axes, title, scores.layers, values)
+        if choices:
+            _choice_strip(panels[-1], scores.layers, choices)
+        for axes in panels[:-1]:
+            axes.set_xlabel("")
+            axes.tick_params(axis="x", labelbottom=False)
+        figure.suptitle(
+            "What each layer contributes, and which layers would go",
+            x=0.012, ha="left", fontsize=18, fontweight="bold",
+        )  # fmt: skip
+
+    save_plot(draw, path, height=1.35 + _PANEL * len(measures) + strip)
+
+
+def _shares(values: Sequence[float]) -> list[float]:
+    """Each value over the highest."""
+    highest = max(values)
+    return [value / highest if highest else 0.0 for value in values]
+
+
+def _score_bars(axes: Axes, title: str, layers: Sequence[int], values: Sequence[float]) -> None:
+    finite = [value for value in values if math.isfinite(value)] or [0.0]
+    axes.bar(layers, values, width=0.78, color=KEPT)
+    low, high = min(finite), max(finite)
+    if low > 0 and high / low > LOG_RANGE:
+        from matplotlib.ticker import LogLocator, NullLocator
+
+        axes.set_yscale("log")
+        axes.set_ylim(low / (high / low) ** 0.12, high * (high / low) ** 0.08)
+        # At least two labelled ticks, and not so many that they overlap.
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0) if high / low < 1000 else (1.0,), numticks=4))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter("{x:g}")
+        title += " (log scale)"
+    else:
+        axes.set_ylim(min(0.0, low * 1.1), max(0.0, high * 1.08) or 1.0)
+        axes.locator_params(axis="y", nbins=4)
+        axes.yaxis.set_major_formatter("{x:g}")
+    axes.set_title(title, fontsize=14, fontweight="normal", pad=6)
+    layer_axis(axes, max(layers) + 1)
+
+
+def _choice_strip(axes: Axes, layers: Sequence[int], choices: Mapping[str, Sequence[int]]) -> None:
+    """One row of cells per choice; the cells of layers that would go are filled."""
+    for row, going in enumerate(choices.values()):
+        for gone in (False, True):
+            cells = [layer for layer in layers if (layer in going) == gone]
+            colour, hatch = (REMOVED, "///") if gone else (EMPTY, "")
+            axes.bar(
+                cells, 0.78, bottom=row - 0.39, width=0.78, color=colour, hatch=hatch, edgecolor="white", linewidth=0
+            )
+    axes.set_title("would go, by share of layers removed", fontsize=14, fontweight="normal", pad=6)
+    axes.set_yticks(range(len(choices)), list(choices))
+    axes.set_ylim(len(choices) - 0.5, -0.5)
+    axes.tick_params(axis="y", length=0)
+    layer_axis(axes, max(layers) + 1)
+    axes.grid(visible=False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_visible(False)
