@@ -35,7 +35,7 @@ from benchmarks.methods import (
     removal_order,
 )
 from benchmarks.peers import Patch
-from gradmap_hub.evaluation.metrics import tasks as lm_harness
+from gradmap_hub.evaluation import tasks as lm_harness
 from gradmap_hub.models.decoder import Decoder
 
 DOCUMENTS = DATA / "tasks"

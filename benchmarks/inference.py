@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import llamacpp
-from gradmap_hub.evaluation.metrics import speed
+from gradmap_hub.evaluation import speed
 from gradmap_hub.evaluation.speed import (
     PROMPT_TOKENS,
     Backend,

@@ -16,7 +16,7 @@ from gradmap_hub.data.rows import Rows, Text, evaluation_rows, read_text, sha256
 from gradmap_hub.models.architectures import architecture_of
 from gradmap_hub.models.checkpoint import cast_parameters
 from gradmap_hub.models.decoder import Decoder
-from gradmap_hub.pipeline.push import demo
+from gradmap_hub.pipeline import demo
 from gradmap_hub.progress import SilentReporter
 
 SEQ_LEN = 512

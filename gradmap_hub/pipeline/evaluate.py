@@ -149,7 +149,7 @@ class _Evaluation:
     def _tasks(self) -> tuple[str, ...]:
         if not self.config.tasks:
             return ()
-        from gradmap_hub.evaluation.metrics import tasks as harness
+        from gradmap_hub.evaluation import tasks as harness
 
         names = harness.chosen(self.config.tasks)
         harness.check(names, self.config.tasks_from)
@@ -410,7 +410,7 @@ class _Evaluation:
         return tokenizer.decode(answer, skip_special_tokens=True).strip()
 
     def _task(self, which: str, name: str) -> TaskResult:
-        from gradmap_hub.evaluation.metrics import tasks as harness
+        from gradmap_hub.evaluation import tasks as harness
 
         documents = self.config.tasks_from
         file = None if documents is None else documents / harness.TASKS[name].file
@@ -446,8 +446,8 @@ class _Evaluation:
         )
 
     def _compared_task(self, original: TaskResult, pruned: TaskResult) -> MeasuredTask:
+        from gradmap_hub.evaluation import tasks as harness
         from gradmap_hub.evaluation.metrics import difference_interval
-        from gradmap_hub.evaluation.metrics import tasks as harness
 
         if original.sha256 != pruned.sha256:
             raise SourceError(

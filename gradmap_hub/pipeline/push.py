@@ -25,6 +25,8 @@ from gradmap_hub.config import (
 from gradmap_hub.errors import GradmapError, HubError, OutputExists, SourceError, SpaceImpossible
 from gradmap_hub.evaluation.staleness import with_earlier, without_stale
 from gradmap_hub.models.safetensors_files import read_config
+from gradmap_hub.pipeline import checks as planning
+from gradmap_hub.pipeline import publish as publishplan
 from gradmap_hub.pipeline.checks import (
     PushPlan,
     Targets,
@@ -38,8 +40,6 @@ from gradmap_hub.pipeline.checks import (
 )
 from gradmap_hub.pipeline.export import export_checked, onnx_stage, remove_exports
 from gradmap_hub.pipeline.publish import PublishPlan, look_through
-from gradmap_hub.pipeline.push import checks as planning
-from gradmap_hub.pipeline.push import publish as publishplan
 from gradmap_hub.pipeline.reproduce import check_expected
 from gradmap_hub.pipeline.run import Run, artifact, export_rows, inspect_stages, prune_stages, size, text_of
 from gradmap_hub.pipeline.space import finished_space, remove_space, terms_of, write_space_folder

@@ -234,7 +234,7 @@ def _size(run: Run, removed: Sequence[int]) -> _Size:
 
 def _time(run: Run, removed: Sequence[int], rows: CalibrationRows) -> Speed:
     """Speed against the original, from the decoder's own model: layers are left out and put back."""
-    from gradmap_hub.evaluation.metrics import speed
+    from gradmap_hub.evaluation import speed
 
     dtype, device = run.precision()
     positions = run.source.config.get("max_position_embeddings")

@@ -18,7 +18,8 @@ from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import EvalResult, ModelCardData
 from jinja2 import UndefinedError
 
-from gradmap_hub.card.card import card, card_text, front_matter, write_card
+from gradmap_hub.card import card
+from gradmap_hub.card.card import card_text, front_matter, write_card
 from gradmap_hub.card.plots import corrected_layers
 from gradmap_hub.measurements import (
     BeforeAfter,

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from gradmap_hub.evaluation import metrics as evaluation_module
 from gradmap_hub.evaluation.metrics import (
     compare_rows,
     difference_interval,
@@ -18,7 +19,6 @@ from gradmap_hub.evaluation.metrics import (
     ratio_interval,
     reference_states,
 )
-from gradmap_hub.evaluation.metrics import metrics as evaluation_module
 from gradmap_hub.models import decoder as decoder_module
 
 TOKENS = 40

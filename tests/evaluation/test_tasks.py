@@ -17,7 +17,7 @@ import torch
 pytest.importorskip("lm_eval")
 
 from gradmap_hub.errors import CalibrationError, SourceError, UsageError
-from gradmap_hub.evaluation.metrics import tasks as harness
+from gradmap_hub.evaluation import tasks as harness
 from gradmap_hub.evaluation.tasks import TASKS, TaskResult
 
 

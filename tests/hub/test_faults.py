@@ -25,7 +25,7 @@ from gradmap_hub.errors import (
     TargetChanged,
     TargetGone,
 )
-from gradmap_hub.hub.client import xet
+from gradmap_hub.hub import xet
 from gradmap_hub.local_hub import ROUTES, Fault, LocalHub, Request
 from gradmap_hub.pipeline.push import publish_folder
 

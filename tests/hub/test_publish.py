@@ -144,7 +144,7 @@ def test_public_comes_last(server: LocalHub, ada: Side, folder: Path) -> None:
 
 
 def test_a_damaged_copy_is_noticed(ada: Side, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gradmap_hub.hub.client import publisher as publishing
+    from gradmap_hub.hub import publisher as publishing
 
     plain = publishing.sha256_of
     monkeypatch.setattr(publishing, "sha256_of", lambda path: plain(path) + "x" * ("gradmap-verify" in str(path)))

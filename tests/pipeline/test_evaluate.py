@@ -24,7 +24,7 @@ pytest.importorskip("onnxruntime")
 from gradmap_hub.card.card import card_text, write_card
 from gradmap_hub.config import EvaluateConfig, PruneConfig
 from gradmap_hub.errors import CalibrationError, SourceError, UsageError
-from gradmap_hub.evaluation.metrics import staleness as freshness
+from gradmap_hub.evaluation import staleness as freshness
 from gradmap_hub.evaluation.speed import PYTORCH, peak_memory
 from gradmap_hub.evaluation.staleness import folder_sha256, with_earlier, without_stale
 from gradmap_hub.hub.card_check import check_card
@@ -139,7 +139,7 @@ def test_files_are_measured_by_onnx_runtime_on_the_same_rows(world: SimpleNamesp
 def test_tasks_compare_the_same_documents(world: SimpleNamespace, tokenizer: Any, task_documents: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    from gradmap_hub.evaluation.metrics import tasks as harness
+    from gradmap_hub.evaluation import tasks as harness
 
     assert [task.name for task in world.measured.tasks] == list(TASKS)
     for which, folder in (("original", world.original), ("pruned", world.folder)):

@@ -13,7 +13,7 @@ import pytest
 
 from gradmap_hub.config import PruneConfig
 from gradmap_hub.errors import CalibrationError, SourceError, UsageError
-from gradmap_hub.pipeline.push import push as pipeline
+from gradmap_hub.pipeline import push as pipeline
 from gradmap_hub.pipeline.reproduce import Repeat, repeat
 from gradmap_hub.record import RunRecord
 

@@ -19,9 +19,9 @@ from gradmap_hub.cli.options import HOW, HOW_MUCH, PruneOptions, prune_options
 from gradmap_hub.config import PruneConfig, SweepConfig, paper_preset
 from gradmap_hub.errors import CalibrationError, OutputExists, UsageError
 from gradmap_hub.models.safetensors_files import read_safetensors_header
-from gradmap_hub.pipeline.push import push as pipeline
+from gradmap_hub.pipeline import push as pipeline
 from gradmap_hub.progress import SilentReporter
-from gradmap_hub.pruning.removal import compensation
+from gradmap_hub.pruning import compensation
 from gradmap_hub.sweep.record import SweepRecord
 from gradmap_hub.sweep.report import PLOT_FILE, TABLE_FILE
 
@@ -104,7 +104,7 @@ def test_the_second_ratio_equals_prune(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The second: whatever the first left in the model would show."""
-    from gradmap_hub.pruning.removal import heal
+    from gradmap_hub.pruning import heal
 
     monkeypatch.setattr(heal, "lowers", lambda _before, _after: True)
     if stored == "bfloat16":

@@ -20,9 +20,9 @@ from gradmap_hub.config import PruneConfig
 from gradmap_hub.data.rows import CalibrationRows
 from gradmap_hub.errors import UsageError
 from gradmap_hub.progress import SilentReporter
+from gradmap_hub.pruning import heal as healing
 from gradmap_hub.pruning.compensation import fit_correction
 from gradmap_hub.pruning.heal import divergence_gradient, heal, layers_around_gaps, rate_at
-from gradmap_hub.pruning.removal import heal as healing
 from gradmap_hub.record import HealCheck, HealRecord, RunRecord
 
 TOKENS = 40
