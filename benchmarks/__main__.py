@@ -13,7 +13,6 @@ import argparse
 import hashlib
 import inspect
 import json
-import os
 import platform
 import shutil
 import time
@@ -32,6 +31,7 @@ from benchmarks.inputs import SEQ_LEN, data, dtype_of, load, model_and_samples
 from benchmarks.plot import quality_time
 from gradmap_hub.config import PruneConfig
 from gradmap_hub.data.rows import Rows, sha256_of_ids
+from gradmap_hub.machine import cpu_count
 from gradmap_hub.models.decoder import Decoder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -202,7 +202,7 @@ def _machine(device: torch.device) -> str:
     if cpuinfo.is_file():
         names = [entry for entry in cpuinfo.read_text(errors="replace").splitlines() if entry.startswith("model name")]
         model = names[0].partition(":")[2].strip() if names else model
-    return f"{model}, {len(os.sched_getaffinity(0))} cores"
+    return f"{model}, {cpu_count()} cores"
 
 
 def _facts(ran_on: dict[str, Any], texts: Sequence[Rows], size: Size, sleb_draws: int) -> list[str]:

@@ -289,7 +289,8 @@ def main() -> None:
     from transformers import AutoTokenizer
 
     from benchmarks.inputs import model_and_samples
-    from gradmap_hub.data.rows import evaluation_rows, read_text
+    from gradmap_hub.data.rows import evaluation_rows
+    from gradmap_hub.data.texts import read_text
     from gradmap_hub.pipeline.demo import ELSEWHERE
 
     console = Console(stderr=True)

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradmap_hub.data.rows import Rows, Text, evaluation_rows, read_text, sha256_of_ids, split_rows
+from gradmap_hub.data.rows import Rows, evaluation_rows, sha256_of_ids, split_rows
+from gradmap_hub.data.texts import Text, read_text
 from gradmap_hub.models.architectures import architecture_of
 from gradmap_hub.models.checkpoint import cast_parameters
 from gradmap_hub.models.decoder import Decoder

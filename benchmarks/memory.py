@@ -28,8 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradmap_hub.layout import WEIGHTS_INDEX
 from gradmap_hub.models.architectures import ARCHITECTURES
-from gradmap_hub.models.safetensors_files import WEIGHTS_INDEX
 from gradmap_hub.models.streaming import PlannedTensor, open_streamed, write_pruned, write_safetensors
 
 _LLAMA = ARCHITECTURES["llama"]

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from benchmarks.inputs import SEQ_LEN, data, opened
 from benchmarks.table import ranges
-from gradmap_hub.data.rows import Rows, read_text, tokenize
+from gradmap_hub.data.rows import Rows, tokenize
+from gradmap_hub.data.texts import read_text
 from gradmap_hub.models.decoder import Decoder
 from gradmap_hub.pipeline.demo import CALIBRATION
 from gradmap_hub.pruning.candidates import lowest, lowest_window

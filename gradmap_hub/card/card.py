@@ -31,7 +31,7 @@ from gradmap_hub.card.results import (
     write_results,
 )
 from gradmap_hub.figures import save_plot
-from gradmap_hub.models.safetensors_files import CARD
+from gradmap_hub.layout import CARD
 from gradmap_hub.record import (
     GROWN,
     SWAPPED,

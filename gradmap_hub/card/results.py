@@ -15,8 +15,8 @@ from typing import Any
 
 import yaml
 
+from gradmap_hub.layout import RESULTS_FOLDER
 from gradmap_hub.measurements import MeasuredMetric, MeasuredTask
-from gradmap_hub.models.safetensors_files import RESULTS_FOLDER
 from gradmap_hub.record import RunRecord
 
 _ACCURACIES = ("acc", "acc_norm")

@@ -8,28 +8,15 @@ the layers) and then the selection rows, which decide between candidates.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gradmap_hub.data.texts import Text
 from gradmap_hub.errors import CalibrationError
-
-# Enough for thousands of rows; a larger text is cut here.
-MAX_CHARACTERS = 24_000_000
-
-
-@dataclass(frozen=True)
-class Text:
-    """A named text, read."""
-
-    name: str
-    content: str
-    sha256: str
 
 
 @dataclass(frozen=True)
@@ -60,56 +47,6 @@ class CalibrationRows:
 def sha256_of_ids(ids: Tensor) -> str:
     """Hash of token ids, in order."""
     return hashlib.sha256(ids.numpy().tobytes()).hexdigest()
-
-
-def read_text(path: Path, name: str | None = None) -> Text:
-    """Read a .jsonl (key `text`), .parquet (column `text`) or plain UTF-8 text file.
-
-    Raises:
-        CalibrationError: missing, empty, not text, or without the expected key.
-    """
-    try:
-        if path.suffix == ".parquet":
-            content = _read_parquet(path)
-        elif path.suffix in (".jsonl", ".json"):
-            content = _read_jsonl(path)
-        else:
-            content = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise CalibrationError(
-            f"No such text file: {path}", hint="Give a .txt or .jsonl file, or a Hub dataset as owner/name."
-        ) from None
-    except (UnicodeDecodeError, IsADirectoryError) as error:
-        raise CalibrationError(f"{path} is not a UTF-8 text file: {error}") from error
-    content = content[:MAX_CHARACTERS]
-    if not content.strip():
-        raise CalibrationError(f"{path} holds no text.")
-    return Text(name or path.name, content, hashlib.sha256(content.encode()).hexdigest())
-
-
-def _read_jsonl(path: Path) -> str:
-    texts: list[str] = []
-    # Not splitlines(): JSON strings may hold U+2028 and other characters that it takes for line ends.
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            text = str(json.loads(line)["text"])
-        except (ValueError, KeyError, TypeError):
-            raise CalibrationError(f"{path} line {number} is not a JSON object with the key `text`.") from None
-        texts.append(text.encode("utf-8", "replace").decode("utf-8"))  # a lone surrogate (\\ud800) is no text
-    return "\n\n".join(texts)
-
-
-def _read_parquet(path: Path) -> str:
-    import pyarrow
-    import pyarrow.parquet as parquet
-
-    try:
-        column = parquet.read_table(path, columns=["text"]).column("text")
-    except (KeyError, ValueError, pyarrow.ArrowException) as error:
-        raise CalibrationError(f"{path.name} has no readable column `text`: {error}") from error
-    return "".join(str(value) if str(value).endswith("\n") else f"{value}\n" for value in column.to_pylist() if value)
 
 
 def tokenize(text: Text, tokenizer: Any, seq_len: int) -> Rows:

@@ -6,8 +6,8 @@ import dataclasses
 from pathlib import Path
 
 from gradmap_hub.errors import SourceError
+from gradmap_hub.layout import sha256_of, weights_sha256
 from gradmap_hub.measurements import Measured, MeasuredFile
-from gradmap_hub.models.safetensors_files import sha256_of, weights_sha256
 from gradmap_hub.record import FILE_NAME, RunRecord, read_record
 
 _AGAIN = "measure again with gradmap-hub evaluate"

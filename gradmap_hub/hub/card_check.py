@@ -5,11 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from gradmap_hub.errors import CardInvalid
-from gradmap_hub.models.safetensors_files import CARD
+from gradmap_hub.layout import CARD
 
 _OTHER_HINT = "Name the licence and say where it stands, with --license-name and --license-link."
 
@@ -28,16 +27,6 @@ def is_known_license(license_id: str) -> bool:
     from gradmap_hub.local_hub.cards import LICENSES
 
     return license_id in LICENSES
-
-
-def header_of(path: Path) -> dict[str, Any] | None:
-    """The header of a card; None if there is no file, no header, or none that can be read."""
-    from gradmap_hub.local_hub.cards import parse_front_matter
-
-    try:
-        return parse_front_matter(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
 
 
 def check_card(text: str, kind: str, *, shown_as: str = CARD, accepted: Collection[str] = ()) -> CardFacts:

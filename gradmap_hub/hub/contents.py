@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
-from gradmap_hub.models.safetensors_files import CARD, sha256_of
+from gradmap_hub.layout import CARD, sha256_of
 
 # Files the Hub itself puts into a new repository, and edits on its own.
 HUB_OWN_FILES = frozenset({".gitattributes"})

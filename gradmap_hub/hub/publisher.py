@@ -30,14 +30,15 @@ from gradmap_hub.errors import (
     VerificationError,
 )
 from gradmap_hub.hub.card_check import CardFacts, check_card
-from gradmap_hub.hub.client import Hub, RepoState, status_of, worth_retrying, xet
+from gradmap_hub.hub import xet
+from gradmap_hub.hub.client import Hub, RepoState, status_of, worth_retrying
 from gradmap_hub.hub.contents import HUB_OWN_FILES, PLACEHOLDERS, holds, same_content
 from gradmap_hub.hub.guard import Guard
 from gradmap_hub.hub.refusals import AGAIN, CLIENT_ERRORS, refusal, step
 from gradmap_hub.hub.screening import Private, screen
 from gradmap_hub.hub.target import Terms
 from gradmap_hub.hub.transport import HttpFailure, Watch
-from gradmap_hub.models.safetensors_files import CARD, sha256_of
+from gradmap_hub.layout import CARD, sha256_of
 
 T = TypeVar("T")
 

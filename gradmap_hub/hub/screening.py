@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from gradmap_hub.errors import UnsafeToPublish
-from gradmap_hub.models.safetensors_files import COMPANION_FILES, RESULTS_FOLDER, legal_texts
+from gradmap_hub.layout import COMPANION_FILES, RESULTS_FOLDER, legal_texts
 
 _MODEL_SUFFIXES = (
     ".safetensors", ".onnx", ".onnx_data", ".json", ".md", ".txt", ".jinja", ".model", ".png", ".svg", ".jpg", ".webp",

@@ -7,14 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from gradmap_hub.models.safetensors_files import (
-    CARD,
-    COMPANION_FILES,
-    RESULTS_FOLDER,
-    WEIGHTS,
-    WEIGHTS_INDEX,
-    legal_texts,
-)
+from gradmap_hub.layout import CARD, COMPANION_FILES, RESULTS_FOLDER, WEIGHTS, WEIGHTS_INDEX, legal_texts
 from gradmap_hub.record import FILE_NAME, RunRecord, from_json
 
 _COMPARE = "compare.json"

@@ -12,7 +12,8 @@ from safetensors import SafetensorError
 from torch import nn
 
 from gradmap_hub.errors import BrokenCheckpointError, GradmapError
-from gradmap_hub.models.safetensors_files import TOKENIZER_CONFIG, clean_config, copy_tokenizer_config
+from gradmap_hub.layout import TOKENIZER_CONFIG
+from gradmap_hub.models.safetensors_files import clean_config, copy_tokenizer_config
 
 SHARD_LIMIT = "5GB"
 

@@ -3,41 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gradmap_hub.errors import BrokenCheckpointError, SourceError
+from gradmap_hub.layout import (
+    COMPANION_FILES,
+    CONFIG,
+    TOKENIZER_CONFIG,
+    WEIGHTS,
+    WEIGHTS_INDEX,
+    _is_legal_text,
+)
 from gradmap_hub.models.transformers_compat import NotInBothForms, both_read_config, both_read_tokenizer_config
 
-CARD = "README.md"
-# Results of benchmarks, as the Hub reads them.
-RESULTS_FOLDER = ".eval_results"
-CONFIG = "config.json"
-TOKENIZER_CONFIG = "tokenizer_config.json"
-WEIGHTS = "model.safetensors"
-WEIGHTS_INDEX = "model.safetensors.index.json"
-# Copied byte for byte from the original to the result; re-saving a tokenizer changes it.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    TOKENIZER_CONFIG,
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-COMPANION_FILES = (*TOKENIZER_FILES, "generation_config.json")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -74,20 +59,6 @@ def choose_files(sizes: Mapping[str, int]) -> Files:
         "There are no safetensors weights (model.safetensors) in it.",
         hint="Give a causal language model in safetensors format, or a .gguf file.",
     )
-
-
-def legal_texts(names: Iterable[str]) -> list[str]:
-    """LICENSE and NOTICE files among `names`."""
-    return [name for name in names if _is_legal_text(name)]
-
-
-def _is_legal_text(name: str) -> bool:
-    return "/" not in name and name.upper().startswith(("LICENSE", "LICENCE", "NOTICE", "USE_POLICY"))
-
-
-def folder_sizes(folder: Path) -> dict[str, int]:
-    """{relative path: bytes} of every file below `folder`."""
-    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -210,14 +181,3 @@ def read_safetensors_header(path: Path) -> dict[str, Any]:
             hint="Fetch it again.",
         )
     return header
-
-
-def weights_sha256(paths: Iterable[Path]) -> str:
-    """One sum over weight files, whatever they are called."""
-    return hashlib.sha256("\n".join(sorted(map(sha256_of, paths))).encode()).hexdigest()
-
-
-def sha256_of(path: Path) -> str:
-    """Hex sha256 of a file, read in blocks."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

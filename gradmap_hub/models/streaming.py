@@ -25,16 +25,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gradmap_hub.errors import BrokenCheckpointError
+from gradmap_hub.layout import WEIGHTS, WEIGHTS_INDEX
 from gradmap_hub.models.architectures import ARCHITECTURES, Architecture, sliced_config
 from gradmap_hub.models.decoder import Decoder
 from gradmap_hub.models.expert_tensors import Parts, flat, parts_of, split, whole, whole_shape
-from gradmap_hub.models.safetensors_files import (
-    WEIGHTS,
-    WEIGHTS_INDEX,
-    clean_config,
-    read_config,
-    read_safetensors_header,
-)
+from gradmap_hub.models.safetensors_files import clean_config, read_config, read_safetensors_header
 
 # Bytes that `score_layers` may spend on the residual stream between layers, which decides how many rows it carries.
 STREAM_BUDGET = 1 << 30

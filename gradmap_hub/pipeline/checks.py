@@ -5,30 +5,29 @@ Only config.json and listings are read here; no weight is fetched, nothing is wr
 
 from __future__ import annotations
 
-import math
-import shutil
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from gradmap_hub.config import PruneConfig, PublishConfig, PushConfig
-from gradmap_hub.errors import CalibrationError, DiskTooSmall, LicenseUnknown, OutputExists, SourceError, UsageError
+from gradmap_hub.config import PublishConfig, PushConfig
+from gradmap_hub.data.texts import check_texts
+from gradmap_hub.errors import LicenseUnknown, UsageError
+from gradmap_hub.formats import GRAPHS
 from gradmap_hub.hub.target import Terms, model_mark, space_mark
-from gradmap_hub.measurements import BeforeAfter
-from gradmap_hub.models.architectures import Architecture, architecture_of, correction_skipped, dimension
-from gradmap_hub.models.safetensors_files import (
-    CARD,
-    Files,
-    check_weights,
-    choose_files,
-    folder_sizes,
-    in_both_forms,
-    read_config,
+from gradmap_hub.layout import (
+    check_disk,
+    check_output,
+    default_output,
+    disk_words,
 )
-from gradmap_hub.models.transformers_compat import needs_5
+from gradmap_hub.measurements import BeforeAfter
+from gradmap_hub.models.architectures import correction_skipped
+from gradmap_hub.models.source import (
+    Source,
+    check_family,
+    find_source,
+)
 from gradmap_hub.record import (
-    FILE_NAME,
     SCHEMA_VERSION,
     Base,
     CalibrationRecord,
@@ -36,206 +35,12 @@ from gradmap_hub.record import (
     LayerDecision,
     RunRecord,
 )
-from gradmap_hub.space.plan import GRAPHS, SpacePlan, plan_space
+from gradmap_hub.space.plan import SpacePlan, plan_space
 
 if TYPE_CHECKING:
     from gradmap_hub.hub.accounts import Account
     from gradmap_hub.hub.client import Hub
     from gradmap_hub.hub.publisher import Publisher
-
-_TEXT_SUFFIXES = (".txt", ".jsonl", ".utf8", ".raw", ".md")
-
-
-@dataclass(frozen=True)
-class Source:
-    """A model source, judged from its config and listing; no weight has been read. Exactly one of `folder` (local),
-    `gguf` (local file) and `base.commit` (Hub) says where the weights are."""
-
-    base: Base
-    architecture: Architecture
-    layer_count: int
-    files: Files
-    weight_bytes: int
-    parameters: int | None = None
-    folder: Path | None = None
-    gguf: Path | None = None
-    sizes: dict[str, int] = field(default_factory=dict)
-    config: dict[str, Any] = field(default_factory=dict)
-
-
-def find_source(model: str, revision: str | None, hub: Hub) -> Source:
-    """Resolve MODEL: an existing .gguf file, an existing folder, or a Hub id. Only config.json is read."""
-    path = Path(model).expanduser()
-    if path.suffix == ".gguf":
-        return _gguf_source(path)
-    if path.is_dir():
-        return _folder_source(path)
-    if path.exists():
-        raise SourceError(
-            f"{model} is neither a folder nor a .gguf file.", hint="Give a Hub id, a folder or a .gguf file."
-        )
-    if model.count("/") > 1 or model.startswith((".", "/", "~")):
-        raise SourceError(f"There is no folder {model}.", hint="Give a Hub id (org/model), a folder or a .gguf file.")
-    remote = hub.model(model, revision)
-    if "config.json" not in remote.files:
-        raise SourceError(f"{model} has no config.json: it is not a transformers model.", hint="Give another model.")
-    config = read_config(hub.fetch(model, remote.commit, ["config.json"]) / "config.json")
-    architecture = architecture_of(config)
-    only_5 = needs_5(config)
-    config = in_both_forms(config)
-    files = choose_files(remote.files)
-    exports = own_exports(remote.files)
-    base = Base(
-        name=model,
-        repo_id=model,
-        revision=revision or "main",
-        commit=remote.commit,
-        gated=remote.gated,
-        private=remote.private,
-        **_card_facts(remote.card),
-        model_type=architecture.model_type,
-        dtype=_dtype_of(config),
-        has_onnx="float32" in exports,
-        exports=exports,
-        needs_5=only_5,
-    )
-    return Source(
-        base,
-        architecture,
-        _depth(config),
-        files,
-        files.weight_bytes,
-        sizes=remote.files,
-        config=config,
-    )
-
-
-def own_exports(files: Mapping[str, int]) -> list[str]:
-    """The precisions of which a listing has ONNX files like ours. model.onnx is float32 wherever it comes from. What
-    others call int8 often rounds activations too, which is not what the pruned model is compared in; so quantised files
-    count only in a repository that this program made."""
-    present = [name for name, file in GRAPHS.items() if f"onnx/{file}" in files]
-    return [name for name in present if name == "float32" or FILE_NAME in files]
-
-
-def _folder_source(path: Path) -> Source:
-    from gradmap_hub.hub.card_check import header_of
-
-    config = read_config(path / "config.json")
-    architecture = architecture_of(config)
-    only_5 = needs_5(config)
-    config = in_both_forms(config)
-    files = choose_files(folder_sizes(path))
-    check_weights(path, files)
-    base = Base(
-        name=path.resolve().name,
-        model_type=architecture.model_type,
-        dtype=_dtype_of(config),
-        **_card_facts(header_of(path / CARD) or {}),
-        needs_5=only_5,
-    )
-    return Source(base, architecture, _depth(config), files, files.weight_bytes, folder=path, config=config)
-
-
-def _gguf_source(path: Path) -> Source:
-    from gradmap_hub.models.gguf import gguf_config, read_metadata
-
-    metadata = read_metadata(path)
-    config = gguf_config(path)
-    architecture = architecture_of(config)
-    languages = metadata.get("general.languages")
-    base = Base(
-        name=path.stem,
-        license=metadata.get("general.license"),
-        language=_languages(languages),
-        model_type=architecture.model_type,
-        dtype="float32",
-    )
-    # Dequantised to float32: at most 8 times the bytes of a 4-bit file.
-    return Source(
-        base,
-        architecture,
-        _depth(config),
-        Files((), (), 0),
-        path.stat().st_size * 8,
-        gguf=path,
-        config=config,
-    )
-
-
-def _depth(config: Mapping[str, Any]) -> int:
-    depth = dimension(config, "num_hidden_layers")
-    assert depth is not None  # architecture_of saw to it
-    return depth
-
-
-def check_family(source: Source, config: PruneConfig) -> None:
-    """Raises UsageError: an option that is not for models of this type."""
-    reason = source.architecture.unstreamed
-    if config.low_memory and reason is not None:
-        raise UsageError(f"--low-memory is not for models of type {source.architecture.model_type!r}: {reason}.")
-
-
-def check_output(output: Path, resume: bool, mark: Path | None = None) -> None:
-    """Raises OutputExists: the folder holds something, and it is not to be resumed or not a run of ours (which has
-    the folder `mark`): going on in it would publish what somebody else put there."""
-    if output.exists() and not output.is_dir():
-        raise OutputExists(f"{output} is a file.", hint="Choose another --output.")
-    if not output.exists() or not any(output.iterdir()):
-        return
-    ours = (mark or work_folder(output)).is_dir() or (output / FILE_NAME).is_file()
-    if resume and ours:
-        return
-    raise OutputExists(
-        f"The folder {output} is not empty; nothing in it was touched.",
-        hint="Add --resume to go on with the run that made it, or choose another folder."
-        if ours
-        else "Choose another folder.",
-    )
-
-
-def check_disk(output: Path, needed: int) -> None:
-    """Raises DiskTooSmall: less free space than `needed` bytes where `output` will be."""
-    free = free_bytes(output)
-    if free < needed:
-        raise DiskTooSmall(str(_existing(output)), needed, free)
-
-
-def free_bytes(path: Path) -> int:
-    """The free space where a path is, or will be."""
-    return shutil.disk_usage(_existing(path)).free
-
-
-def disk_words(needed: int, path: Path) -> str:
-    return f"about {needed / 1e9:.2f} GB needed, {free_bytes(path) / 1e9:.2f} GB free"
-
-
-def _existing(path: Path) -> Path:
-    """The path, or the nearest folder above it that exists."""
-    place = path.absolute()
-    while not place.exists():
-        place = place.parent
-    return place
-
-
-def is_local_text(source: str) -> bool:
-    """Whether a calibration or evaluation source means a file here rather than a data set on the Hub."""
-    path = Path(source).expanduser()
-    return path.exists() or source.startswith((".", "/", "~")) or path.suffix in _TEXT_SUFFIXES
-
-
-def check_texts(config: PruneConfig) -> None:
-    """Raises CalibrationError: a text file is not there."""
-    check_text_files((*config.calibration, *config.eval_text))
-
-
-def check_text_files(sources: Iterable[str]) -> None:
-    """Raises CalibrationError: a text file is not there."""
-    for source in sources:
-        if is_local_text(source) and not Path(source).expanduser().is_file():
-            raise CalibrationError(
-                f"No such text file: {source}", hint="Give a .txt or .jsonl file, or a Hub dataset as owner/name."
-            )
 
 
 @dataclass(frozen=True)
@@ -495,38 +300,3 @@ def _card_words(source: Source, removals: int, targets: Targets) -> str:
     text = f"---\n{yaml.safe_dump(header, sort_keys=False, allow_unicode=True)}---\n"
     check_card(text, "model", accepted=(source.base.license or "",))
     return f"the header is valid: {', '.join(header)}"
-
-
-def default_output(model: str, config: PruneConfig) -> Path:
-    """NAME-gradmap-25 in the working folder."""
-    name = Path(model).stem if model.endswith(".gguf") else Path(model).name
-    if config.ratio is not None:
-        how_much = f"{math.floor(config.ratio * 100 + 0.5)}"
-    else:
-        how_much = f"{config.layers or len(config.drop or ())}layers"
-    return Path(f"{name}-gradmap-{how_much}")
-
-
-def work_folder(output: Path) -> Path:
-    return output.with_name(output.name + ".work")
-
-
-def space_folder_of(output: Path) -> Path:
-    """The Space folder beside a model folder."""
-    return output.with_name(output.name + "-space")
-
-
-def _dtype_of(config: dict[str, Any]) -> str:
-    name = str(config.get("dtype") or config.get("torch_dtype") or "float32")
-    return name if name in ("float32", "bfloat16", "float16") else "float32"
-
-
-def _card_facts(card: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a card's header goes into the record, checked for its type: anybody may have written it."""
-    texts = {name: card.get(name) for name in ("license", "license_name", "license_link")}
-    facts: dict[str, Any] = {name: value if isinstance(value, str) else None for name, value in texts.items()}
-    return facts | {"language": _languages(card.get("language"))}
-
-
-def _languages(value: Any) -> list[str]:
-    return [value] if isinstance(value, str) else [str(entry) for entry in value or []]

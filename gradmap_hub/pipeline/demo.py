@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from gradmap_hub.errors import GradmapError
-from gradmap_hub.models.safetensors_files import sha256_of
-from gradmap_hub.pipeline.checks import check_disk, check_output
+from gradmap_hub.layout import check_disk, check_output, sha256_of
 from gradmap_hub.progress import Reporter
 from gradmap_hub.record import RunRecord
 

@@ -17,9 +17,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from gradmap_hub import __version__
 from gradmap_hub.config import EvaluateConfig, PruneConfig
+from gradmap_hub.data.texts import check_text_files, is_local_text, text_of
 from gradmap_hub.errors import CalibrationError, SourceError, UsageError
 from gradmap_hub.evaluation.speed import NEW_TOKENS, PROMPT_TOKENS, PYTORCH, ROUNDS
 from gradmap_hub.evaluation.staleness import data_file, folder_sha256
+from gradmap_hub.layout import folder_sizes, sha256_of, work_folder
+from gradmap_hub.machine import hardware, versions
 from gradmap_hub.measurements import (
     BeforeAfter,
     Contamination,
@@ -32,13 +35,14 @@ from gradmap_hub.measurements import (
     MeasuredText,
     Sample,
 )
-from gradmap_hub.models.safetensors_files import folder_sizes, read_config, sha256_of
-from gradmap_hub.pipeline.checks import Source, check_text_files, find_source, is_local_text, work_folder
+from gradmap_hub.models.safetensors_files import read_config
+from gradmap_hub.models.source import Source, find_source
 from gradmap_hub.pipeline.recorded import find_contamination
-from gradmap_hub.pipeline.run import Run, hardware, size, text_of, versions
+from gradmap_hub.pipeline.run import Run
 from gradmap_hub.progress import Reporter
 from gradmap_hub.record import RunRecord
 from gradmap_hub.stage_cache import Stages
+from gradmap_hub.units import size
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradmap_hub.errors import VerificationError
-from gradmap_hub.pipeline.checks import work_folder
-from gradmap_hub.pipeline.run import artifact
+from gradmap_hub.layout import artifact, work_folder
 from gradmap_hub.record import Artifact, Parity, Quality, RunRecord
 from gradmap_hub.stage_cache import Stages
 

@@ -14,21 +14,12 @@ from typing import TYPE_CHECKING
 from gradmap_hub.config import PublishConfig
 from gradmap_hub.errors import DiskTooSmall, SourceError, UnsafeToPublish, UsageError
 from gradmap_hub.evaluation.staleness import without_stale
+from gradmap_hub.formats import GRAPHS
 from gradmap_hub.hub.card_check import is_known_license
-from gradmap_hub.models.safetensors_files import CARD
-from gradmap_hub.pipeline.checks import (
-    Check,
-    Targets,
-    check_pull_request,
-    check_targets,
-    disk_words,
-    free_bytes,
-    license_words,
-    space_folder_of,
-    state_license,
-)
+from gradmap_hub.layout import CARD, disk_words, free_bytes, space_folder_of
+from gradmap_hub.pipeline.checks import Check, Targets, check_pull_request, check_targets, license_words, state_license
 from gradmap_hub.record import Base, RunRecord
-from gradmap_hub.space.plan import GRAPHS, ORIGINAL_FOLDER, may_be_stored, plan_of
+from gradmap_hub.space.plan import ORIGINAL_FOLDER, may_be_stored, plan_of
 
 if TYPE_CHECKING:
     from gradmap_hub.hub.client import Hub

@@ -22,34 +22,29 @@ from gradmap_hub.config import (
     PushConfig,
     SweepConfig,
 )
+from gradmap_hub.data.texts import check_texts, text_of
 from gradmap_hub.errors import GradmapError, HubError, OutputExists, SourceError, SpaceImpossible
 from gradmap_hub.evaluation.staleness import with_earlier, without_stale
+from gradmap_hub.formats import GRAPHS
+from gradmap_hub.layout import artifact, check_disk, check_output, space_folder_of, work_folder
 from gradmap_hub.models.safetensors_files import read_config
+from gradmap_hub.models.source import check_family, find_source
 from gradmap_hub.pipeline import checks as planning
 from gradmap_hub.pipeline import publish as publishplan
-from gradmap_hub.pipeline.checks import (
-    PushPlan,
-    Targets,
-    check_disk,
-    check_family,
-    check_output,
-    check_texts,
-    find_source,
-    space_folder_of,
-    work_folder,
-)
+from gradmap_hub.pipeline.checks import PushPlan, Targets
 from gradmap_hub.pipeline.export import export_checked, onnx_stage, remove_exports
 from gradmap_hub.pipeline.publish import PublishPlan, look_through
 from gradmap_hub.pipeline.reproduce import check_expected
-from gradmap_hub.pipeline.run import Run, artifact, export_rows, inspect_stages, prune_stages, size, text_of
+from gradmap_hub.pipeline.run import Run, export_rows, inspect_stages, prune_stages
 from gradmap_hub.pipeline.space import finished_space, remove_space, terms_of, write_space_folder
 from gradmap_hub.pipeline.sweep import check_sweep_output, default_sweep_output, sweep_stages
 from gradmap_hub.progress import Reporter, SilentReporter
 from gradmap_hub.record import Candidate, RunRecord
-from gradmap_hub.space.plan import GRAPHS, SpacePlan, plan_of, precisions_of
+from gradmap_hub.space.plan import SpacePlan, plan_of, precisions_of
 from gradmap_hub.stage_cache import Stages
 from gradmap_hub.sweep.record import SweepRecord
 from gradmap_hub.sweep.report import write_report
+from gradmap_hub.units import size
 
 if TYPE_CHECKING:
     from gradmap_hub.data.rows import Rows

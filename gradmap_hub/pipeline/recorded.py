@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradmap_hub.config import PruneConfig
+from gradmap_hub.data.texts import is_local_text, text_of
 from gradmap_hub.errors import CalibrationError, GradmapError, SourceError
 from gradmap_hub.measurements import Contamination
-from gradmap_hub.pipeline.checks import is_local_text
 from gradmap_hub.pipeline.reproduce import find_calibration
-from gradmap_hub.pipeline.run import text_of
 from gradmap_hub.record import RunRecord
 
 if TYPE_CHECKING:

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from gradmap_hub import __version__
 from gradmap_hub.config import Expected, PruneConfig
+from gradmap_hub.data.texts import is_local_text
 from gradmap_hub.errors import CalibrationError, SourceError, UsageError
-from gradmap_hub.pipeline.checks import Source, is_local_text
+from gradmap_hub.models.source import Source
 from gradmap_hub.record import FILE_NAME, RunRecord, read_record
 
 if TYPE_CHECKING:
@@ -217,7 +218,7 @@ def _texts(
 
 
 def _reader() -> Callable[[Path], str]:
-    from gradmap_hub.data.rows import read_text
+    from gradmap_hub.data.texts import read_text
 
     known: dict[Path, str] = {}
 

@@ -9,64 +9,44 @@ from __future__ import annotations
 import copy
 import dataclasses
 import gc
-import os
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradmap_hub import __version__
 from gradmap_hub.config import Expected, PruneConfig
+from gradmap_hub.data.texts import text_of
 from gradmap_hub.errors import CalibrationError, SourceError
+from gradmap_hub.layout import COMPANION_FILES, legal_texts, weight_artifacts, weights_sha256, work_folder
+from gradmap_hub.machine import hardware, versions
 from gradmap_hub.measurements import BeforeAfter
-from gradmap_hub.models.safetensors_files import (
-    COMPANION_FILES,
-    check_weights,
-    legal_texts,
-    readable,
-    sha256_of,
-    weights_sha256,
-)
-from gradmap_hub.pipeline.checks import Source, is_local_text, work_folder
+from gradmap_hub.models.safetensors_files import check_weights, readable
+from gradmap_hub.models.source import Source, identity
 from gradmap_hub.progress import Reporter
 from gradmap_hub.record import (
     SCHEMA_VERSION,
-    Artifact,
     CalibrationRecord,
     Candidate,
     CompensationRecord,
     EvaluationRecord,
     HealRecord,
-    Parity,
     RunRecord,
     TextPerplexity,
     TextSource,
     VerificationRecord,
 )
 from gradmap_hub.stage_cache import Stages
+from gradmap_hub.units import ranges, size
 
 if TYPE_CHECKING:  # torch is only imported once there is something to compute
     from torch import Tensor
 
-    from gradmap_hub.data.rows import CalibrationRows, Rows, Text
+    from gradmap_hub.data.rows import CalibrationRows, Rows
     from gradmap_hub.hub.client import Hub
     from gradmap_hub.models.decoder import Decoder
     from gradmap_hub.pruning.scoring import LayerScores
 
-_VERSIONED = (
-    "torch",
-    "transformers",
-    "huggingface_hub",
-    "optimum",
-    "optimum-onnx",
-    "onnx",
-    "onnx-ir",
-    "onnxruntime",
-    "onnxruntime-genai",
-    "numpy",
-)
 # Files of the work folder: new values of weights, under "layer:parameter name within the layer".
 CORRECTION, HEALED = "correction.safetensors", "healed.safetensors"
 
@@ -393,16 +373,6 @@ def _check_contamination(run: Run, rows: CalibrationRows, extra: Sequence[Rows])
             f"({worst}); the record names them."
         )
     return found
-
-
-def text_of(source: str, hub: Hub) -> Text:
-    """A local file, or the first file of a data set of the Hub, which is far more than is needed."""
-    from gradmap_hub.data.rows import read_text
-
-    if is_local_text(source):
-        return read_text(Path(source).expanduser())
-    paths, name = hub.fetch_dataset_text(source)
-    return read_text(paths[0], name)
 
 
 def export_rows(run: Run) -> tuple[Rows, Tensor]:
@@ -794,62 +764,7 @@ def calibration_record(run: Run, rows: CalibrationRows) -> CalibrationRecord:
     )
 
 
-def identity(source: Source) -> dict[str, Any]:
-    """What makes two sources the same for a resumed run."""
-    if source.base.commit:
-        return {"repo": source.base.repo_id, "commit": source.base.commit}
-    paths = (
-        [source.gguf]
-        if source.gguf
-        else [source.folder / name for name in source.files.weights]
-        if source.folder
-        else []
-    )
-    return {path.name: (path.stat().st_size, path.stat().st_mtime_ns) for path in paths}
-
-
-def weight_artifacts(folder: Path) -> list[Artifact]:
-    return [artifact(path, folder, "safetensors") for path in sorted(folder.glob("*.safetensors"))]
-
-
-def artifact(path: Path, root: Path, kind: str, parity: Parity | None = None) -> Artifact:
-    return Artifact(path.relative_to(root).as_posix(), path.stat().st_size, sha256_of(path), kind, parity)
-
-
-def hardware() -> str:
-    return f"{platform.machine()}, {len(os.sched_getaffinity(0))} CPU cores"
-
-
-def versions() -> dict[str, str]:
-    """Of the packages whose version may show in a result."""
-    found = {"python": platform.python_version()}
-    for name in _VERSIONED:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
 def _float32() -> Any:
     import torch
 
     return torch.float32
-
-
-def size(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
-
-
-def ranges(indices: Sequence[int]) -> str:
-    """[3, 12, 13, 14] -> '3, 12-14'."""
-    parts: list[str] = []
-    start = previous = indices[0]
-    for index in [*indices[1:], None]:
-        if index is not None and index == previous + 1:
-            previous = index
-            continue
-        parts.append(f"{start}" if start == previous else f"{start}-{previous}")
-        if index is not None:
-            start = previous = index
-    return ", ".join(parts)

@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gradmap_hub.config import QUANTIZED
-from gradmap_hub.models.safetensors_files import COMPANION_FILES, legal_texts
-from gradmap_hub.pipeline.checks import space_folder_of
+from gradmap_hub.formats import GRAPHS
+from gradmap_hub.layout import COMPANION_FILES, legal_texts, space_folder_of
 from gradmap_hub.pipeline.export import export_original, onnx_stage
 from gradmap_hub.record import Base, Quality, RunRecord
-from gradmap_hub.space.plan import GRAPHS, ORIGINAL_FOLDER, SpacePlan
+from gradmap_hub.space.plan import ORIGINAL_FOLDER, SpacePlan
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from gradmap_hub.data.rows import Rows
-    from gradmap_hub.pipeline.checks import Source
+    from gradmap_hub.models.source import Source
     from gradmap_hub.pipeline.run import Run
     from gradmap_hub.space.app import Held
 

@@ -18,8 +18,9 @@ from gradmap_hub import __version__
 from gradmap_hub.config import SweepConfig
 from gradmap_hub.errors import OutputExists
 from gradmap_hub.evaluation.speed import Speed
+from gradmap_hub.machine import hardware, versions
 from gradmap_hub.measurements import BeforeAfter
-from gradmap_hub.pipeline.checks import Source
+from gradmap_hub.models.source import Source
 from gradmap_hub.pipeline.run import (
     Corrected,
     EvaluationText,
@@ -30,7 +31,6 @@ from gradmap_hub.pipeline.run import (
     correct,
     evaluation_record,
     evaluation_texts,
-    hardware,
     heal_gaps,
     losses_without,
     new_values,
@@ -38,13 +38,12 @@ from gradmap_hub.pipeline.run import (
     score,
     select,
     settings_of,
-    size,
     texts_inputs,
-    versions,
 )
 from gradmap_hub.record import HealRecord
 from gradmap_hub.sweep.knee import recommend
 from gradmap_hub.sweep.record import SWEEP_FILE, SWEEP_VERSION, SweepPoint, SweepRecord
+from gradmap_hub.units import size
 
 if TYPE_CHECKING:  # torch is only imported once there is something to compute
     from gradmap_hub.data.rows import CalibrationRows, Rows

@@ -13,9 +13,10 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from gradmap_hub.formats import GRAPHS
 from gradmap_hub.models.safetensors_files import clean_config
 from gradmap_hub.record import Quality, RunRecord
-from gradmap_hub.space.plan import GRAPHS, ORIGINAL_FOLDER, SpacePlan, graph_of
+from gradmap_hub.space.plan import ORIGINAL_FOLDER, SpacePlan, graph_of
 
 SDK_VERSION = "6.17.3"
 PYTHON_VERSION = "3.11"

@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from gradmap_hub.formats import FORMATS, GRAPHS
 from gradmap_hub.measurements import BeforeAfter
 from gradmap_hub.record import Artifact, Base, RunRecord
 
@@ -20,10 +21,6 @@ REDISTRIBUTABLE = frozenset(
         "cc0-1.0", "isc", "mit", "openmdw-1.0", "unlicense", "wtfpl", "zlib",
     }
 )  # fmt: skip
-# Precision -> file of the graph, and the name of its format in a record. The Space begins with the first that it has:
-# int8 is as good as float32 to the eye, a quarter of the download, and faster.
-GRAPHS = {"int8": "model_int8.onnx", "float32": "model.onnx", "int4": "model_int4.onnx"}
-FORMATS = {"int8": "int8", "float32": "onnx", "int4": "int4"}
 # Of float32, at least: 8 (4) bits, and a scale of 32 bits for each 32 weights.
 _LEAST_SHARE = {"int8": 9 / 32, "float32": 1.0, "int4": 5 / 32}
 

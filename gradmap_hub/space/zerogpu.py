@@ -11,7 +11,7 @@ import re
 import shutil
 from pathlib import Path
 
-from gradmap_hub.models.safetensors_files import CARD
+from gradmap_hub.layout import CARD
 from gradmap_hub.space.app import PYTHON_VERSION, ZERO_GPU_MODULE, content_folder
 
 CPU, ZERO_GPU = "cpu-basic", "zero-a10g"

@@ -12,7 +12,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from gradmap_hub.data.rows import CalibrationRows, Text, evaluation_rows, read_text, split_rows, tokenize
+from gradmap_hub.data.rows import CalibrationRows, evaluation_rows, split_rows, tokenize
+from gradmap_hub.data.texts import Text, read_text
 from gradmap_hub.errors import CalibrationError
 
 SEQ_LEN = 32

@@ -10,7 +10,7 @@ import pytest
 
 from gradmap_hub.config import PruneConfig, PublishConfig, PushConfig
 from gradmap_hub.errors import CardInvalid, NotAllowed, SourceError, TargetExists, UsageError
-from gradmap_hub.pipeline.checks import find_source
+from gradmap_hub.models.source import find_source
 from gradmap_hub.pipeline.push import make_plan
 
 from .conftest import BASE, Side, tensors, write_folders

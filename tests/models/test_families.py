@@ -34,9 +34,9 @@ from gradmap_hub.models.architectures import (
 )
 from gradmap_hub.models.decoder import Decoder
 from gradmap_hub.models.safetensors_files import readable
+from gradmap_hub.models.source import check_family, find_source
 from gradmap_hub.models.streaming import key_report, open_streamed, pruned_logits, write_pruned
 from gradmap_hub.models.transformers_compat import ONLY_5, has_5
-from gradmap_hub.pipeline.checks import check_family, find_source
 from gradmap_hub.progress import SilentReporter
 from gradmap_hub.pruning.compensation import (
     ATTENTION,

@@ -17,7 +17,7 @@ import torch
 
 from gradmap_hub.config import PruneConfig
 from gradmap_hub.exporters import onnx
-from gradmap_hub.models.safetensors_files import sha256_of
+from gradmap_hub.layout import sha256_of
 from gradmap_hub.pipeline.demo import CALIBRATION, ELSEWHERE, Package, Sample, _extract, _wheel
 from gradmap_hub.pipeline.push import export_folder, prune
 from gradmap_hub.record import RunRecord

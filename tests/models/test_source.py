@@ -13,18 +13,11 @@ import pytest
 from gguf import GGUFWriter
 
 from gradmap_hub.errors import BrokenCheckpointError, RemoteCodeRefused, SourceError, UnsupportedArchitecture
+from gradmap_hub.layout import folder_sizes, legal_texts, sha256_of
 from gradmap_hub.models import checkpoint
 from gradmap_hub.models.architectures import ARCHITECTURES, SUPPORTED, architecture_of
 from gradmap_hub.models.gguf import read_metadata
-from gradmap_hub.models.safetensors_files import (
-    check_weights,
-    choose_files,
-    folder_sizes,
-    legal_texts,
-    read_config,
-    read_safetensors_header,
-    sha256_of,
-)
+from gradmap_hub.models.safetensors_files import check_weights, choose_files, read_config, read_safetensors_header
 
 LLAMA = {
     "model_type": "llama",

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from gradmap_hub.errors import UnsupportedArchitecture
+from gradmap_hub.layout import COMPANION_FILES
 from gradmap_hub.models import checkpoint
 from gradmap_hub.models.architectures import architecture_of
-from gradmap_hub.models.safetensors_files import COMPANION_FILES, readable
+from gradmap_hub.models.safetensors_files import readable
 from gradmap_hub.models.transformers_compat import (
     NotInBothForms,
     both_read_config,

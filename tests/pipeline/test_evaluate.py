@@ -30,8 +30,8 @@ from gradmap_hub.evaluation.staleness import folder_sha256, with_earlier, withou
 from gradmap_hub.hub.card_check import check_card
 from gradmap_hub.hub.screening import Private, publishable, screen
 from gradmap_hub.hub.target import is_ours
+from gradmap_hub.layout import sha256_of
 from gradmap_hub.measurements import Measured
-from gradmap_hub.models.safetensors_files import sha256_of
 from gradmap_hub.pipeline.push import evaluate_folder, export_folder, prune
 from gradmap_hub.progress import SilentReporter
 from gradmap_hub.record import FILE_NAME, RunRecord, to_json

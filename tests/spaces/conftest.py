@@ -21,9 +21,10 @@ from typing import Any
 
 import pytest
 
+from gradmap_hub.formats import FORMATS, GRAPHS
 from gradmap_hub.measurements import BeforeAfter
 from gradmap_hub.record import Artifact, Base, CalibrationRecord, CompensationRecord, LayerDecision, Quality, RunRecord
-from gradmap_hub.space.plan import FORMATS, GRAPHS, SpacePlan
+from gradmap_hub.space.plan import SpacePlan
 
 ROOT = Path(__file__).resolve().parents[2]
 SPACES = ROOT / "spaces"

@@ -183,8 +183,8 @@ def test_missing_files_are_named(
 
 def test_the_files_are_those_that_the_exporters_write(kit: SimpleNamespace) -> None:
     from gradmap_hub.exporters.formats import FILE_NAMES
+    from gradmap_hub.formats import FORMATS, GRAPHS
     from gradmap_hub.runtime.artifacts import NAMES
-    from gradmap_hub.space.plan import FORMATS, GRAPHS
 
     graphs = kit.load_module("onnx_engine").GRAPHS
     assert graphs == GRAPHS == {name: FILE_NAMES[kind] for name, kind in FORMATS.items()}

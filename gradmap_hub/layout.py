@@ -1,0 +1,149 @@
+"""Where a run puts things: the model folder, its work folder, its Space folder; and whether there is room."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from gradmap_hub.config import PruneConfig
+from gradmap_hub.errors import DiskTooSmall, OutputExists
+from gradmap_hub.record import (
+    FILE_NAME,
+    Artifact,
+    Parity,
+)
+
+
+def check_output(output: Path, resume: bool, mark: Path | None = None) -> None:
+    """Raises OutputExists: the folder holds something, and it is not to be resumed or not a run of ours (which has
+    the folder `mark`): going on in it would publish what somebody else put there."""
+    if output.exists() and not output.is_dir():
+        raise OutputExists(f"{output} is a file.", hint="Choose another --output.")
+    if not output.exists() or not any(output.iterdir()):
+        return
+    ours = (mark or work_folder(output)).is_dir() or (output / FILE_NAME).is_file()
+    if resume and ours:
+        return
+    raise OutputExists(
+        f"The folder {output} is not empty; nothing in it was touched.",
+        hint="Add --resume to go on with the run that made it, or choose another folder."
+        if ours
+        else "Choose another folder.",
+    )
+
+
+def check_disk(output: Path, needed: int) -> None:
+    """Raises DiskTooSmall: less free space than `needed` bytes where `output` will be."""
+    free = free_bytes(output)
+    if free < needed:
+        raise DiskTooSmall(str(_existing(output)), needed, free)
+
+
+def free_bytes(path: Path) -> int:
+    """The free space where a path is, or will be."""
+    return shutil.disk_usage(_existing(path)).free
+
+
+def disk_words(needed: int, path: Path) -> str:
+    return f"about {needed / 1e9:.2f} GB needed, {free_bytes(path) / 1e9:.2f} GB free"
+
+
+def _existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that exists."""
+    place = path.absolute()
+    while not place.exists():
+        place = place.parent
+    return place
+
+
+def default_output(model: str, config: PruneConfig) -> Path:
+    """NAME-gradmap-25 in the working folder."""
+    name = Path(model).stem if model.endswith(".gguf") else Path(model).name
+    if config.ratio is not None:
+        how_much = f"{math.floor(config.ratio * 100 + 0.5)}"
+    else:
+        how_much = f"{config.layers or len(config.drop or ())}layers"
+    return Path(f"{name}-gradmap-{how_much}")
+
+
+def work_folder(output: Path) -> Path:
+    return output.with_name(output.name + ".work")
+
+
+def space_folder_of(output: Path) -> Path:
+    """The Space folder beside a model folder."""
+    return output.with_name(output.name + "-space")
+
+
+def weight_artifacts(folder: Path) -> list[Artifact]:
+    return [artifact(path, folder, "safetensors") for path in sorted(folder.glob("*.safetensors"))]
+
+
+def artifact(path: Path, root: Path, kind: str, parity: Parity | None = None) -> Artifact:
+    return Artifact(path.relative_to(root).as_posix(), path.stat().st_size, sha256_of(path), kind, parity)
+
+
+CARD = "README.md"
+
+
+# Results of benchmarks, as the Hub reads them.
+RESULTS_FOLDER = ".eval_results"
+
+
+CONFIG = "config.json"
+
+
+TOKENIZER_CONFIG = "tokenizer_config.json"
+
+
+WEIGHTS = "model.safetensors"
+
+
+WEIGHTS_INDEX = "model.safetensors.index.json"
+
+
+# Copied byte for byte from the original to the result; re-saving a tokenizer changes it.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    TOKENIZER_CONFIG,
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+COMPANION_FILES = (*TOKENIZER_FILES, "generation_config.json")
+
+
+def legal_texts(names: Iterable[str]) -> list[str]:
+    """LICENSE and NOTICE files among `names`."""
+    return [name for name in names if _is_legal_text(name)]
+
+
+def _is_legal_text(name: str) -> bool:
+    return "/" not in name and name.upper().startswith(("LICENSE", "LICENCE", "NOTICE", "USE_POLICY"))
+
+
+def folder_sizes(folder: Path) -> dict[str, int]:
+    """{relative path: bytes} of every file below `folder`."""
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+
+
+def weights_sha256(paths: Iterable[Path]) -> str:
+    """One sum over weight files, whatever they are called."""
+    return hashlib.sha256("\n".join(sorted(map(sha256_of, paths))).encode()).hexdigest()
+
+
+def sha256_of(path: Path) -> str:
+    """Hex sha256 of a file, read in blocks."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,222 @@
+"""What MODEL is: a Hub id, a folder or a .gguf file, judged from config and listing; no weight is read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import yaml
+
+from gradmap_hub.config import PruneConfig
+from gradmap_hub.errors import SourceError, UsageError
+from gradmap_hub.formats import GRAPHS
+from gradmap_hub.layout import (
+    CARD,
+    folder_sizes,
+)
+from gradmap_hub.models.architectures import Architecture, architecture_of, dimension
+from gradmap_hub.models.safetensors_files import Files, check_weights, choose_files, in_both_forms, read_config
+from gradmap_hub.models.transformers_compat import needs_5
+from gradmap_hub.record import (
+    FILE_NAME,
+    Base,
+)
+
+
+class RemoteFiles(Protocol):
+    """A model repository at one commit. `files`: {path: bytes}; `card`: the header of its README."""
+
+    @property
+    def commit(self) -> str: ...
+    @property
+    def files(self) -> dict[str, int]: ...
+    @property
+    def card(self) -> dict[str, Any]: ...
+    @property
+    def gated(self) -> bool: ...
+    @property
+    def private(self) -> bool: ...
+
+
+class ModelHub(Protocol):
+    """What is asked of a Hub here; `gradmap_hub.hub.client.Hub` answers it."""
+
+    def model(self, repo_id: str, revision: str | None) -> RemoteFiles: ...
+    def fetch(self, repo_id: str, commit: str, names: Sequence[str]) -> Path: ...
+
+
+# The block between the two lines of dashes that a README.md begins with.
+_HEADER = re.compile(r"\A---[ \t]*\r?\n(.*?)\r?\n---[ \t]*\r?(?:\n|\Z)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model source, judged from its config and listing; no weight has been read. Exactly one of `folder` (local),
+    `gguf` (local file) and `base.commit` (Hub) says where the weights are."""
+
+    base: Base
+    architecture: Architecture
+    layer_count: int
+    files: Files
+    weight_bytes: int
+    parameters: int | None = None
+    folder: Path | None = None
+    gguf: Path | None = None
+    sizes: dict[str, int] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+def find_source(model: str, revision: str | None, hub: ModelHub) -> Source:
+    """Resolve MODEL: an existing .gguf file, an existing folder, or a Hub id. Only config.json is read."""
+    path = Path(model).expanduser()
+    if path.suffix == ".gguf":
+        return _gguf_source(path)
+    if path.is_dir():
+        return _folder_source(path)
+    if path.exists():
+        raise SourceError(
+            f"{model} is neither a folder nor a .gguf file.", hint="Give a Hub id, a folder or a .gguf file."
+        )
+    if model.count("/") > 1 or model.startswith((".", "/", "~")):
+        raise SourceError(f"There is no folder {model}.", hint="Give a Hub id (org/model), a folder or a .gguf file.")
+    remote = hub.model(model, revision)
+    if "config.json" not in remote.files:
+        raise SourceError(f"{model} has no config.json: it is not a transformers model.", hint="Give another model.")
+    config = read_config(hub.fetch(model, remote.commit, ["config.json"]) / "config.json")
+    architecture = architecture_of(config)
+    only_5 = needs_5(config)
+    config = in_both_forms(config)
+    files = choose_files(remote.files)
+    exports = own_exports(remote.files)
+    base = Base(
+        name=model,
+        repo_id=model,
+        revision=revision or "main",
+        commit=remote.commit,
+        gated=remote.gated,
+        private=remote.private,
+        **_card_facts(remote.card),
+        model_type=architecture.model_type,
+        dtype=_dtype_of(config),
+        has_onnx="float32" in exports,
+        exports=exports,
+        needs_5=only_5,
+    )
+    return Source(
+        base,
+        architecture,
+        _depth(config),
+        files,
+        files.weight_bytes,
+        sizes=remote.files,
+        config=config,
+    )
+
+
+def own_exports(files: Mapping[str, int]) -> list[str]:
+    """The precisions of which a listing has ONNX files like ours. model.onnx is float32 wherever it comes from. What
+    others call int8 often rounds activations too, which is not what the pruned model is compared in; so quantised files
+    count only in a repository that this program made."""
+    present = [name for name, file in GRAPHS.items() if f"onnx/{file}" in files]
+    return [name for name in present if name == "float32" or FILE_NAME in files]
+
+
+def _folder_source(path: Path) -> Source:
+    config = read_config(path / "config.json")
+    architecture = architecture_of(config)
+    only_5 = needs_5(config)
+    config = in_both_forms(config)
+    files = choose_files(folder_sizes(path))
+    check_weights(path, files)
+    base = Base(
+        name=path.resolve().name,
+        model_type=architecture.model_type,
+        dtype=_dtype_of(config),
+        **_card_facts(_card_header(path / CARD)),
+        needs_5=only_5,
+    )
+    return Source(base, architecture, _depth(config), files, files.weight_bytes, folder=path, config=config)
+
+
+def _card_header(path: Path) -> dict[str, Any]:
+    """The YAML header of a model card; empty if there is no readable one."""
+    try:
+        found = _HEADER.match(path.read_text(encoding="utf-8"))
+        header = yaml.safe_load(found[1]) if found else None
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        return {}
+    return header if isinstance(header, dict) else {}
+
+
+def _gguf_source(path: Path) -> Source:
+    from gradmap_hub.models.gguf import gguf_config, read_metadata
+
+    metadata = read_metadata(path)
+    config = gguf_config(path)
+    architecture = architecture_of(config)
+    languages = metadata.get("general.languages")
+    base = Base(
+        name=path.stem,
+        license=metadata.get("general.license"),
+        language=_languages(languages),
+        model_type=architecture.model_type,
+        dtype="float32",
+    )
+    # Dequantised to float32: at most 8 times the bytes of a 4-bit file.
+    return Source(
+        base,
+        architecture,
+        _depth(config),
+        Files((), (), 0),
+        path.stat().st_size * 8,
+        gguf=path,
+        config=config,
+    )
+
+
+def _depth(config: Mapping[str, Any]) -> int:
+    depth = dimension(config, "num_hidden_layers")
+    assert depth is not None  # architecture_of saw to it
+    return depth
+
+
+def check_family(source: Source, config: PruneConfig) -> None:
+    """Raises UsageError: an option that is not for models of this type."""
+    reason = source.architecture.unstreamed
+    if config.low_memory and reason is not None:
+        raise UsageError(f"--low-memory is not for models of type {source.architecture.model_type!r}: {reason}.")
+
+
+def _dtype_of(config: dict[str, Any]) -> str:
+    name = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    return name if name in ("float32", "bfloat16", "float16") else "float32"
+
+
+def _card_facts(card: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a card's header goes into the record, checked for its type: anybody may have written it."""
+    texts = {name: card.get(name) for name in ("license", "license_name", "license_link")}
+    facts: dict[str, Any] = {name: value if isinstance(value, str) else None for name, value in texts.items()}
+    return facts | {"language": _languages(card.get("language"))}
+
+
+def _languages(value: Any) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    return [entry for entry in value if isinstance(entry, str)] if isinstance(value, list) else []
+
+
+def identity(source: Source) -> dict[str, Any]:
+    """What makes two sources the same for a resumed run."""
+    if source.base.commit:
+        return {"repo": source.base.repo_id, "commit": source.base.commit}
+    paths = (
+        [source.gguf]
+        if source.gguf
+        else [source.folder / name for name in source.files.weights]
+        if source.folder
+        else []
+    )
+    return {path.name: (path.stat().st_size, path.stat().st_mtime_ns) for path in paths}
