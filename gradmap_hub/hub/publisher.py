@@ -29,8 +29,8 @@ from gradmap_hub.errors import (
     TargetChanged,
     VerificationError,
 )
-from gradmap_hub.hub.card_check import CardFacts, check_card
 from gradmap_hub.hub import xet
+from gradmap_hub.hub.card_check import CardFacts, check_card
 from gradmap_hub.hub.client import Hub, RepoState, status_of, worth_retrying
 from gradmap_hub.hub.contents import HUB_OWN_FILES, PLACEHOLDERS, holds, same_content
 from gradmap_hub.hub.guard import Guard
