@@ -159,7 +159,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", type=Path, help="a model folder with tokenizer (default: the demo's sample)")
     parser.add_argument("--accuracy", type=_documents, default=0, help="documents per lm-eval task (default 0: skip)")
     parser.add_argument("--output", type=Path, default=Path("build/bench"), help="default build/bench")
-    parser.add_argument("--fresh", action="store_true", help="ignore the results of earlier runs")
+    parser.add_argument("--fresh", action="store_true", help="delete the results of earlier runs first")
     parser.add_argument("--write-docs", action="store_true", help="write tables and plot into docs/")
     return parser.parse_args(arguments)
 

@@ -293,7 +293,7 @@ def time_lines(times: Mapping[str, Mapping[str, float]]) -> list[list[str]]:
     ]
 
 
-TIME_HEADER = ("on the same rows", "seconds", "forwards", "of SLEB", "x floor")
+TIME_HEADER = ("on the same sequences", "seconds", "forwards", "of SLEB", "x floor")
 
 
 def markdown(
