@@ -103,7 +103,7 @@ class Measured:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__)
-    parser.add_argument("--layers", default="4,8,16,32", help="depths to measure; the largest is that of the model on disk")
+    parser.add_argument("--layers", default="4,8,16,32", help="depths to measure; the largest is the depth on disk")
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--feed-forward", type=int, default=14336)
     parser.add_argument("--heads", type=int, default=32)
