@@ -1,1 +1,1 @@
-"""Rankings side by side on the same rows: see `python -m benchmarks --help`."""
+"""Compares layer rankings on the same sequences; see `python -m benchmarks --help`."""

@@ -1,10 +1,10 @@
-"""`make bench`: GradMAP and its peers on one model, the same calibration rows and the same held-out rows.
+"""`make bench`: compares GradMAP with its peers on one model, on the same calibration and held-out sequences.
 
     python -m benchmarks [--quick | --full] [--layers 7,8] [--draws N] [--dtype auto] [--device cpu] [--model FOLDER]
                          [--accuracy N]
 
-Model and calibration text are those of `gradmap-hub demo`. The table goes to stdout; OUTPUT gets bench.json, bench.md,
-quality-time.png and cells.jsonl, from which an interrupted run goes on.
+Model and calibration texts are those of `gradmap-hub demo`. The table goes to stdout; bench.json, bench.md,
+quality-time.png and cells.jsonl go to OUTPUT. An interrupted run resumes from cells.jsonl.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+import gradmap_hub
 from benchmarks import accuracy, methods, table
 from benchmarks.inputs import SEQ_LEN, data, dtype_of, load, model_and_samples
 from benchmarks.plot import quality_time
@@ -41,7 +42,7 @@ _VERSIONED = ("torch", "transformers", "numpy")
 
 @dataclass(frozen=True)
 class Size:
-    """How much of everything. `sleb_rows`, `sleb_shares`: see `methods.Work`."""
+    """Numbers of sequences and draws, and the layer counts. `sleb_rows`, `sleb_shares`: see `methods.Work`."""
 
     pool: int
     evaluation: int
@@ -53,7 +54,7 @@ class Size:
     sleb_shares: bool
 
 
-# Quick: one SLEB run on a few rows is both its quality and its time; it alone is a third of the minutes.
+# Quick: one SLEB run on a few sequences gives both its quality and its time; it takes a third of the whole run.
 QUICK = Size(pool=12, evaluation=3, timed=3, draws=1, sleb_draws=1, layers=(7,), sleb_rows=3, sleb_shares=False)
 FULL = Size(pool=40, evaluation=8, timed=4, draws=5, sleb_draws=1, layers=(7, 8), sleb_rows=8, sleb_shares=True)
 
@@ -72,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     def say(text: str) -> None:
         console.print(f"[{time.perf_counter() - started:6.0f} s] {text}", markup=False, highlight=False)
 
-    # Said before the hours, not after them.
+    # Report a missing harness before the long run, not after it.
     no_accuracy = accuracy.missing() if options.accuracy else None
     if no_accuracy is not None:
         say(no_accuracy)
@@ -82,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     folder, samples = model_and_samples(options.model, output)
     decoder, tokenizer = load(folder, dtype, options.device)
     pools, texts, sources = data(samples, tokenizer, pool=size.pool, evaluation=size.evaluation, draws=draws)
-    # What a finished cell depends on, apart from its own key. Not the counts and draws: those may be extended.
+    # What a finished cell depends on besides its own key. Counts and draws are left out: they may be extended.
     settings = {
         "model": folder.name if options.model is None else str(folder.resolve()),
         "pool": size.pool,
@@ -140,55 +141,56 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=(__doc__ or "").splitlines()[0])
     kind = parser.add_mutually_exclusive_group()
-    kind.add_argument("--quick", action="store_true", help="few rows, one draw, 7 layers (default)")
+    kind.add_argument("--quick", action="store_true", help="few sequences, one draw, 7 layers (default)")
     kind.add_argument(
-        "--full", action="store_true", help="three times the rows, five draws, 7 and 8 layers; over two hours"
+        "--full", action="store_true", help="three times the sequences, five draws, 7 and 8 layers; over two hours"
     )
-    parser.add_argument("--layers", type=_counts, help="how many layers to remove, such as 7,8")
-    parser.add_argument("--draws", type=int, help="draws of calibration rows (default 1, with --full 5)")
+    parser.add_argument("--layers", type=_counts, help="numbers of layers to remove, such as 7,8")
+    parser.add_argument("--draws", type=int, help="random draws of calibration sequences (default 1, with --full 5)")
     parser.add_argument(
-        "--further-draws", action="store_true", help="only compute the draws after the first: what takes time is "
-        "measured on the first, these need no quiet machine; no table"
+        "--further-draws", action="store_true", help="compute only the draws after the first and print no table; "
+        "times are measured on the first draw, so these can run on a busy machine"
     )  # fmt: skip
-    parser.add_argument("--sleb-draws", type=int, help="draws for which SLEB runs too (default 1: it takes longest)")
-    parser.add_argument("--peer-draws", type=int, help="draws for which the other peers run (default: all)")
-    parser.add_argument("--no-sleb", action="store_true", help="leave SLEB out, and the times relative to it")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of all passes")
+    parser.add_argument("--sleb-draws", type=int, help="draws on which SLEB runs (default 1; SLEB is the slowest)")
+    parser.add_argument("--peer-draws", type=int, help="draws on which the other peers run (default: all)")
+    parser.add_argument("--no-sleb", action="store_true", help="skip SLEB and the times relative to it")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="dtype of all passes")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--model", type=Path, help="a model folder with tokenizer (default: the demo's sample)")
-    parser.add_argument("--accuracy", type=_documents, default=0, help="documents per lm-eval task (default 0: none)")
+    parser.add_argument("--accuracy", type=_documents, default=0, help="documents per lm-eval task (default 0: skip)")
     parser.add_argument("--output", type=Path, default=Path("build/bench"), help="default build/bench")
-    parser.add_argument("--fresh", action="store_true", help="forget what earlier runs finished")
-    parser.add_argument("--write-docs", action="store_true", help="put tables and picture into docs/")
+    parser.add_argument("--fresh", action="store_true", help="delete the results of earlier runs first")
+    parser.add_argument("--write-docs", action="store_true", help="write tables and plot into docs/")
     return parser.parse_args(arguments)
 
 
 def _counts(text: str) -> tuple[int, ...]:
     counts = tuple(sorted({int(part) for part in text.split(",")}))
     if not counts or counts[0] < 1:
-        raise argparse.ArgumentTypeError("counts of layers, such as 7,8")
+        raise argparse.ArgumentTypeError("expected positive numbers of layers, such as 7,8")
     return counts
 
 
 def _documents(text: str) -> int:
     number = int(text)
     if number < 0 or number == 1:
-        raise argparse.ArgumentTypeError("0 or at least 2: one document has no standard error")
+        raise argparse.ArgumentTypeError("expected 0 or at least 2: one document has no standard error")
     return number
 
 
-def _engine_sha256() -> str:
-    """Of the code that decides and computes: results of another engine must not be mixed in."""
+def _engine_sha256(package: Path = Path(gradmap_hub.__file__).parent) -> str:
+    """Hash of the code that selects and computes; a store never mixes results of different code."""
     digest = hashlib.sha256()
-    for name in ("compensation", "decoder", "ridge", "scoring", "search", "selection"):
-        digest.update((ROOT / "gradmap_hub" / f"{name}.py").read_bytes())
+    for folder in ("pruning", "models", "data"):
+        for path in sorted((package / folder).glob("*.py")):
+            digest.update(path.read_bytes())
     digest.update(inspect.getsource(PruneConfig).encode())
     digest.update((ROOT / "benchmarks" / "peers.py").read_bytes())
     return digest.hexdigest()[:16]
 
 
 def _warm_up(decoder: Decoder) -> None:
-    """The first pass pays for threads and kernels; no method shall."""
+    """Run one pass, so that no method is charged for starting threads and compiling kernels."""
     ids = torch.zeros(1, decoder.tokens, dtype=torch.long)
     decoder.losses(ids)
     methods.score_layers(decoder, ids)
@@ -206,37 +208,37 @@ def _machine(device: torch.device) -> str:
 
 
 def _facts(ran_on: dict[str, Any], texts: Sequence[Rows], size: Size, sleb_draws: int) -> list[str]:
-    """What the reader must know beside the table."""
+    """The notes printed above the table."""
     settings, versions = ran_on["settings"], ran_on["versions"]
     sleb = "SLEB was not run"
     if sleb_draws:
-        sleb = f"SLEB saw {size.sleb_rows} of the rows"
-        sleb += ", its trials sharing what they have in common" if size.sleb_shares else ", every trial in full"
+        sleb = f"SLEB uses {size.sleb_rows} of the sequences; "
+        sleb += "its trials share hidden states" if size.sleb_shares else "every trial runs the whole model"
     facts = [
         f"{ran_on['model']} on {ran_on['machine']}, {settings['dtype']}; "
         + ", ".join(f"{name} {number}" for name, number in versions.items()),
-        f"Calibration: {size.pool} rows of {SEQ_LEN} tokens per draw (Wikipedia, technical, stories), the same for "
-        f"all; {settings['draws']} draw(s). Ours fits three quarters of them and decides on the rest.",
-        f"Evaluation: {', '.join(text.name for text in texts)}, {size.evaluation} rows each; intervals: 95% bootstrap "
-        "over rows. `mean`: exp of the mean log-perplexity of the texts; over several draws the geometric mean.",
+        f"Calibration: {size.pool} sequences of {SEQ_LEN} tokens per draw (Wikipedia, technical, stories), the same "
+        f"for all methods; {settings['draws']} draw(s). Ours fits on three quarters of them and selects on the rest.",
+        f"Evaluation: {', '.join(text.name for text in texts)}, {size.evaluation} sequences each; intervals: 95% "
+        "bootstrap over sequences. `mean`: exp of the mean log-perplexity over texts; over draws, the geometric mean.",
         f"{sleb}."
         + (
-            f" The default ran on {settings['draws']} draws, {', '.join(methods.EVERY_DRAW)} on "
-            f"{settings['peer_draws']}; the others, and our stage 2 on the sets of others, on the first; row against "
-            "row is compared on the draws that both have."
+            f" The default runs on {settings['draws']} draws, {', '.join(methods.EVERY_DRAW)} on "
+            f"{settings['peer_draws']}; all others, and our stage 2 on the peers' layers, run on the first. Two "
+            "methods are compared on the draws they share."
             if settings["draws"] > 1
             else ""
         ),
-        "Seconds: selection + compensation on the first draw, each method's own work, though equal sets are evaluated "
-        "once; Prune&Comp rescales while it selects. MiB: the most held above what stood before (weights not "
-        "included). Forwards: passes of all layers over the calibration rows, a backward pass as two, the head not "
-        "counted.",
+        "Seconds: selection + compensation on the first draw, counted in full for each method, although equal sets "
+        "are evaluated once; Prune&Comp rescales during selection. MiB: peak memory above the start (without the "
+        "weights). Forwards: passes through all layers over the calibration sequences; a backward pass counts as two, "
+        "the head is not counted.",
     ]
     if "accuracy" in ran_on:
         tasks = ", ".join(f"{name} ({task.main})" for name, task in accuracy.TASKS.items())
         facts.append(
             f"Accuracy in %: mean of {tasks}, the first {ran_on['accuracy']['rows']} documents each, zero-shot, "
-            f"{ran_on['accuracy']['harness']}; ± its standard error over documents. First draw; '-': not run."
+            f"{ran_on['accuracy']['harness']}; ± the standard error over documents. First draw only; '-': not run."
         )
     return facts
 

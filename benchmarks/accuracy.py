@@ -1,7 +1,7 @@
-"""Accuracy on lm-evaluation-harness tasks, for a handful of the table's rows: `python -m benchmarks --accuracy N`.
+"""Accuracy on lm-evaluation-harness tasks, for some rows of the table: `python -m benchmarks --accuracy N`.
 
-The harness runs as a library on the model in memory, its layers left out and its patch in place for as long as that
-lasts. Prompts and metrics are those of the installed harness; the documents are files beside the checkout, no network.
+The harness runs as a library on the model in memory, with the layers removed and the patch applied for that time.
+Prompts and metrics are those of the installed harness; the documents are local files, the network is not used.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from gradmap_hub.evaluation import tasks as lm_harness
 from gradmap_hub.models.decoder import Decoder
 
 DOCUMENTS = DATA / "tasks"
-# Rows of the first draw that get an accuracy. Who collapses anyway (random, the last layers, Taylor+) is left out.
+# Table rows of the first draw that get an accuracy. Methods that collapse (random, last layers, Taylor+) are left out.
 ROWS = {(DENSE, PUBLISHED), (DEFAULT, CORRECTED), (PAPER, CORRECTED), (ONE_SHOT, CORRECTED)} | {
     (peer, variant) for peer in (*EVERY_DRAW, "SLEB") for variant in (PUBLISHED, OWN)
 }
@@ -48,7 +48,7 @@ TASKS = {name: lm_harness.TASKS[name] for name in ("arc_easy", "piqa", "winogran
 
 @dataclass(frozen=True)
 class Score:
-    """Share of right answers on one task, its standard error over documents, and how many those were."""
+    """Share of correct answers on one task, its standard error over documents, and the number of documents."""
 
     metric: str
     value: float
@@ -58,7 +58,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """`mean` over tasks, each weighing the same; `error`: its standard error over documents, the tasks being given."""
+    """`mean`: unweighted mean over tasks; `error`: its standard error over documents, for these fixed tasks."""
 
     tasks: dict[str, Score]
     mean: float
@@ -72,11 +72,11 @@ def accuracy_of(scores: Mapping[str, Score]) -> Accuracy:
 
 
 def missing(documents: Path = DOCUMENTS) -> str | None:
-    """Why accuracy cannot be measured here, None if it can."""
+    """The reason why accuracy cannot be measured, or None."""
     if importlib.util.find_spec("lm_eval") is None:
-        return "no accuracy: lm-evaluation-harness is not installed (pip install 'gradmap-hub[eval]')"
+        return "accuracy is skipped: lm-evaluation-harness is not installed (pip install 'gradmap-hub[eval]')"
     absent = [task.file for task in TASKS.values() if not (documents / task.file).is_file()]
-    return f"no accuracy: {', '.join(absent)} not in {documents}" if absent else None
+    return f"accuracy is skipped: {', '.join(absent)} not found in {documents}" if absent else None
 
 
 def measure(
@@ -84,8 +84,8 @@ def measure(
 ) -> dict[tuple[int, str, str], Accuracy]:
     """(count, method, variant) -> accuracy on the first `rows` documents (2 or more) of each task, zero-shot.
 
-    Only for the cells of `ROWS` on the first draw. Equal sets with equal patches are measured once. Patches are not
-    stored and are fitted anew.
+    Covers only the cells of `ROWS` on the first draw. Equal sets with equal patches are measured once. Patches are
+    not stored; they are fitted again.
     """
     digests = {name: _sha256(documents / task.file)[:16] for name, task in TASKS.items()}
     found: dict[tuple[int, str, str], Accuracy] = {}
@@ -114,7 +114,7 @@ def harness() -> str:
 
 
 def _patch_of(work: Work, cell: Cell) -> tuple[str | None, list[int]]:
-    """The kind of the cell's patch (None: no patch) and its layers, in order of removal where the patch needs it."""
+    """The kind of the cell's patch (None: no patch) and its layers, in order of removal if the patch depends on it."""
     if cell.variant == OWN:
         return cell.method, removal_order(work, cell) if cell.method == "Prune&Comp" else sorted(cell.removed)
     if cell.variant == CORRECTED and cell.sites:
@@ -125,14 +125,14 @@ def _patch_of(work: Work, cell: Cell) -> tuple[str | None, list[int]]:
 def _compute(
     work: Work, tokenizer: Any, cell: Cell, kind: str | None, removed: Sequence[int], rows: int, documents: Path
 ) -> dict[str, Any]:
-    work.say(f"accuracy of {cell.method} {cell.variant}, without {sorted(removed)}")
+    work.say(f"accuracy of {cell.method} {cell.variant}, layers {sorted(removed)} removed")
     patch = Patch() if kind is None else fitted_patch(work.decoder, work.pools[cell.draw], kind, removed)[0]
     with pruned_view(work.decoder, work.kept(removed), patch):
         return run_harness(work.decoder.model, tokenizer, rows, documents)
 
 
 def run_harness(model: nn.Module, tokenizer: Any, rows: int, documents: Path = DOCUMENTS) -> dict[str, dict[str, Any]]:
-    """Task -> `Score` as a dict, of a model as it stands."""
+    """Task -> `Score` as a dict, for the model as it is."""
     found = lm_harness.run_tasks(model, tokenizer, list(TASKS), documents=documents, limit=rows)
     scores: dict[str, dict[str, Any]] = {}
     for name, result in found.items():
@@ -148,7 +148,7 @@ def run_harness(model: nn.Module, tokenizer: Any, rows: int, documents: Path = D
 
 @contextmanager
 def pruned_view(decoder: Decoder, kept: Sequence[int], patch: Patch) -> Iterator[None]:
-    """The model itself with only the kept layers, and patched, as `Patch.run` computes it; as before afterwards."""
+    """The same model object with only the kept layers and with the patch, equal to `Patch.run`; restored on exit."""
     model: Any = decoder.model
     path, _, name = decoder.architecture.layers.rpartition(".")
     parent = model.get_submodule(path)
@@ -156,11 +156,11 @@ def pruned_view(decoder: Decoder, kept: Sequence[int], patch: Patch) -> Iterator
     with ExitStack() as stack:
         stack.enter_context(patch.apply(decoder))
         for index in sorted(patch.before):
-            # The first kept layer from there on, or the final norm.
+            # The first kept layer at or after the index, or the final norm.
             entered = next((decoder.layers[layer] for layer in kept if layer >= index), decoder.norm)
             hook = partial(_multiply, patch.before[index])
             stack.callback(entered.register_forward_pre_hook(hook, with_kwargs=True).remove)
-        # Keys and values are of no use in a single pass; layer indices need no renumbering without them.
+        # A single pass needs no KV cache, and without a cache the layer indices need no renumbering.
         stack.callback(setattr, model.config, "use_cache", use_cache)
         model.config.use_cache = False
         stack.callback(setattr, parent, name, decoder.layers)
@@ -171,7 +171,7 @@ def pruned_view(decoder: Decoder, kept: Sequence[int], patch: Patch) -> Iterator
 def _multiply(
     matrix: Tensor, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Pre-hook: the hidden states that enter a module, times a matrix."""
+    """Forward pre-hook: multiplies the hidden states that enter a module by a matrix."""
     if args:
         return (args[0] @ matrix.to(args[0]), *args[1:]), kwargs
     hidden = kwargs["hidden_states"]

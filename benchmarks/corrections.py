@@ -1,8 +1,7 @@
-"""`python -m benchmarks.corrections`: what stage 2 gains by where it corrects, by what, and how strong the ridge is,
-and what healing adds.
+"""`python -m benchmarks.corrections`: ablation of stage 2 (sites, kind of compensation, ridge strength) and of healing.
 
-One set of removed layers, the same fitting, selection and evaluation rows for all variants; the model and texts are
-those of `make bench`. Perplexity on text of sources that nothing was fitted on.
+All variants use one set of removed layers and the same fitting, selection and evaluation sequences; model and texts are
+those of `make bench`. Perplexity is measured on texts that no variant is fitted on.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ STRENGTHS = (0.03, 0.003, 0.001, 0.0003)
 
 @dataclass(frozen=True)
 class Variant:
-    """`sites`: None for the default's; `strength`: None for the default's choice."""
+    """`sites`: None for the default sites; `strength`: ridge strength, None to select it as the default does."""
 
     name: str
     sites: list[Site] | None
@@ -56,17 +55,17 @@ def variants(kept: Sequence[int], removed: Sequence[int]) -> list[Variant]:
         Variant("MLPs of all later layers, 0.03", [Site(layer, MLP, layer) for layer in behind], 0.03),
         *(Variant(f"around the gap, {strength}", around, strength) for strength in STRENGTHS),
         Variant(DEFAULT, None, None),
-        Variant("around the gap and two layers on", around + further, None),
+        Variant("around the gap and two further layers", around + further, None),
     ]
 
 
 def perplexities(
     decoder: Decoder, texts: Sequence[Rows], kept: Sequence[int], overrides: Overrides
 ) -> dict[str, float]:
-    """Per text, and `mean`: exp of the mean log-perplexity."""
-    with ExitStack() as corrected:
+    """Perplexity per text, and under `mean` exp of the mean log-perplexity over texts."""
+    with ExitStack() as stack:
         for (layer, name), value in overrides.items():
-            corrected.enter_context(decoder.replaced(layer, {name: value}))
+            stack.enter_context(decoder.replaced(layer, {name: value}))
         losses = {text.name: math.fsum(decoder.losses(text.ids, kept)) / len(text.ids) for text in texts}
     return {name: math.exp(loss) for name, loss in {**losses, "mean": math.fsum(losses.values()) / len(losses)}.items()}
 
@@ -74,10 +73,10 @@ def perplexities(
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.corrections", description=__doc__)
     parser.add_argument("--drop", default="12,13,14,15,16,17,18", help="layers to remove")
-    parser.add_argument("--rows", type=int, default=36, help="rows of 512 tokens, a quarter of which decide")
-    parser.add_argument("--evaluation", type=int, default=8, help="evaluation rows per text (default 8)")
-    parser.add_argument("--heal", default="20,60", help="steps of healing after the default correction (20,60)")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of all passes")
+    parser.add_argument("--rows", type=int, default=36, help="sequences of 512 tokens; a quarter is for selection")
+    parser.add_argument("--evaluation", type=int, default=8, help="evaluation sequences per text (default 8)")
+    parser.add_argument("--heal", default="20,60", help="healing steps after the default compensation (20,60)")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="dtype of all passes")
     parser.add_argument("--output", type=Path, default=Path("build/bench"))
     arguments = parser.parse_args()
     decoder, tokenizer, samples = opened(arguments.output, arguments.dtype)
@@ -87,7 +86,7 @@ def main() -> None:
     pools, texts, _ = data(samples, tokenizer, pool=arguments.rows, evaluation=arguments.evaluation, draws=1)
     rows = split_pool(pools[0])
     results: list[dict[str, Any]] = []
-    table = Table("correction", *(text.name for text in texts), "mean", "matrices changed", "seconds")
+    table = Table("compensation", *(text.name for text in texts), "mean", "matrices changed", "seconds")
 
     def show(name: str, perplexity: dict[str, float], changed: int, seconds: float) -> None:
         results.append({"correction": name, "perplexity": perplexity, "matrices": changed, "seconds": seconds})

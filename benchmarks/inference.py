@@ -1,13 +1,13 @@
-"""`make bench-inference`: how fast every artifact of a published folder is, and what it costs in quality.
+"""`make bench-inference`: speed and quality of every artifact of a published folder.
 
     python -m benchmarks.inference FOLDER [--original FOLDER] [--gguf FILE] [--rounds 5] [--threads N] [--write-docs]
 
-FOLDER is what `push` or `prune` wrote (checkpoint and onnx/); --original the model it was made from. Backends: PyTorch
-eager in float32, every ONNX artifact on ONNX Runtime through `gradmap_hub.runtime`, and llama.cpp if llama-cpp-python
-is installed and --gguf names the file that the model came from (see llamacpp.py). All are loaded once in one process
-and take turns, round by round, one row at a time and eight; reported are medians and their bootstrap intervals. Peak
-memory is that of a process with the one backend, first token that of `gradmap-hub generate`, from the start of its
-process. Perplexity: C4 text of the demo, rows of 512 tokens.
+FOLDER is the output of `push` or `prune` (checkpoint and onnx/), --original the unpruned model. Backends: PyTorch eager
+in float32, every ONNX artifact on ONNX Runtime through `gradmap_hub.runtime`, and llama.cpp if llama-cpp-python is
+installed and --gguf names the GGUF file of the original (see llamacpp.py). All backends are loaded once in one process
+and run in turn, with batch 1 and batch 8; the table shows medians with bootstrap intervals. Peak memory is measured in
+a process with that backend alone; time to first token is that of `gradmap-hub generate`, process start included.
+Perplexity: C4 text of the demo, sequences of 512 tokens.
 """
 
 from __future__ import annotations
@@ -56,8 +56,11 @@ BEGIN, END = "<!-- inference: begin -->", "<!-- inference: end -->"
 
 @dataclass
 class Entry:
-    """One backend on one model. Seconds per round of one row, and of BATCH rows together; `nll`: mean per row, nats per
-    token; `cold`: seconds from the start of a process to its first token."""
+    """One backend on one model.
+
+    `bytes`: file size; `memory`: peak bytes; `one`, `many`: seconds per round with batch 1 and batch BATCH; `cold`:
+    seconds from process start to first token; `nll`: mean of each sequence, nats per token.
+    """
 
     model: str
     backend: str
@@ -75,7 +78,8 @@ class Entry:
 
 @dataclass(frozen=True)
 class Runnable:
-    """What can be measured of a folder. `open` takes the number of rows."""
+    """A backend that can be measured on a folder. `open` takes the batch size, `memory` returns peak bytes, `cold`
+    seconds to first token."""
 
     name: str
     bytes: int
@@ -85,7 +89,7 @@ class Runnable:
 
 
 def runnables(folder: Path, threads: int) -> list[Runnable]:
-    """PyTorch and every ONNX artifact."""
+    """PyTorch, if the folder has safetensors, and every ONNX artifact."""
     from gradmap_hub.runtime import available_artifacts
 
     found = []
@@ -104,7 +108,7 @@ def runnables(folder: Path, threads: int) -> list[Runnable]:
 
 
 def llama_runnables(folder: Path, template: Path, work: Path, threads: int) -> list[Runnable]:
-    """The checkpoint in llama.cpp's types, written into `work`. `template`: the GGUF file the original came from."""
+    """The checkpoint in llama.cpp's types, written into `work`. `template`: the GGUF file of the original."""
     work.mkdir(parents=True, exist_ok=True)
     whole = work / "F32.gguf"
     llamacpp.write_gguf(folder, template, whole)
@@ -119,7 +123,7 @@ def llama_runnables(folder: Path, template: Path, work: Path, threads: int) -> l
 
 
 def cold_start(folder: Path, artifact: str) -> float:
-    """Seconds that `gradmap-hub generate` takes for one token, all in all."""
+    """Wall-clock seconds of `gradmap-hub generate` for one token, process start included."""
     command = [sys.executable, "-m", "gradmap_hub", "generate", str(folder), PROMPT, "--artifact", artifact]
     started = time.perf_counter()
     subprocess.run([*command, "--max-tokens", "1"], check=True, capture_output=True)
@@ -132,7 +136,7 @@ def measure(
     rounds: int,
     say: Callable[[str], None],
 ) -> list[Entry]:
-    """Every backend of every model, in turn."""
+    """Measure every backend of every model, in turn. `rows`: token ids for perplexity; the first gives the prompt."""
     entries: list[Entry] = []
     opened: dict[int, list[Backend]] = {1: [], BATCH: []}
     for label, found in models:
@@ -145,7 +149,7 @@ def measure(
                 backends.append(one.open(count))
     prompt = rows[0][:PROMPT_TOKENS]
     for count, backends in opened.items():
-        say(f"{rounds} rounds of {len(backends)} backends, {count} rows at a time")
+        say(f"{rounds} rounds of {len(backends)} backends, batch {count}")
         for entry, timed in zip(
             entries, take_turns(backends, prompt, rounds=rounds, new_tokens=NEW_TOKENS), strict=True
         ):
@@ -166,7 +170,7 @@ HEADER = (
 
 
 def lines(entries: Sequence[Entry]) -> list[tuple[str, ...]]:
-    """The table. The ratios are to PyTorch of the same model, in the same rounds."""
+    """Table rows as text. Ratios are to PyTorch on the same model in the same rounds."""
     found = []
     for entry in entries:
         eager = next((other for other in entries if (other.model, other.backend) == (entry.model, PYTORCH)), None)
@@ -190,7 +194,7 @@ def lines(entries: Sequence[Entry]) -> list[tuple[str, ...]]:
 
 
 def ratio(slower: Timed, faster: Timed) -> float:
-    """How many times as fast one writes as the other: median over the rounds."""
+    """Decode speedup of `faster` over `slower`: median over the rounds."""
     return statistics.median(np.divide(slower.decode, faster.decode))
 
 
@@ -199,12 +203,12 @@ def _rate(seconds: Sequence[float], rows: int) -> str:
     return f"{middle:.1f} [{low:.1f}, {high:.1f}]"
 
 
-# Perplexities nearer than this are the same: so few rows do not tell them apart.
+# Perplexities within this ratio count as equal: so few sequences cannot tell them apart.
 _SAME_DAMAGE = 1.001
 
 
 def claims(entries: Sequence[Entry]) -> list[tuple[str, str, str]]:
-    """What is to hold of the pruned model on a CPU: line, whether it does, what was found."""
+    """Acceptance criteria of the pruned model on a CPU: (criterion, "yes" or "no", measured value)."""
     pruned = {entry.backend: entry for entry in entries if entry.model == "pruned"}
     eager = pruned.get(PYTORCH)
     original = next((entry for entry in entries if (entry.model, entry.backend) == ("original", PYTORCH)), None)
@@ -257,33 +261,33 @@ def claims(entries: Sequence[Entry]) -> list[tuple[str, str, str]]:
                 (
                     line,
                     own >= 1,
-                    f"{own:.2f} x {peer.backend.removeprefix(LLAMA_CPP)}; {BATCH} rows {many:.2f} x",
+                    f"{own:.2f} x {peer.backend.removeprefix(LLAMA_CPP)}; batch {BATCH} {many:.2f} x",
                 )
             )
     return [(line, "yes" if holds else "no", value) for line, holds, value in found]
 
 
 def markdown(entries: Sequence[Entry], settings: Mapping[str, int]) -> str:
-    """Both tables, with the settings they were measured with."""
+    """Both tables, preceded by the settings of the run."""
     tables = [[HEADER, ("---",) * len(HEADER), *lines(entries)]]
     if held := claims(entries):
         tables.append([("line", "holds", "found"), ("---",) * 3, *held])
     said = ", ".join(f"{value} {name}" for name, value in settings.items())
     body = "\n\n".join("\n".join("| " + " | ".join(line) + " |" for line in table) for table in tables)
-    return f"{said}; prompt {PROMPT_TOKENS} tokens, {NEW_TOKENS} written.\n\n{body}\n"
+    return f"{said}; prompt {PROMPT_TOKENS} tokens, {NEW_TOKENS} generated.\n\n{body}\n"
 
 
 def main() -> None:
     from gradmap_hub.runtime.artifacts import cpu_count
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.inference", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("folder", type=Path, help="a folder that push or prune wrote")
-    parser.add_argument("--original", type=Path, help="the model it was made from, with its onnx/ if it has one")
-    parser.add_argument("--gguf", type=Path, help="the GGUF file that the model came from, to have llama.cpp measured")
+    parser.add_argument("folder", type=Path, help="output folder of push or prune")
+    parser.add_argument("--original", type=Path, help="folder of the unpruned model, with onnx/ if it has one")
+    parser.add_argument("--gguf", type=Path, help="GGUF file of the original; enables llama.cpp")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--rows", type=int, default=8, help="of 512 tokens, for perplexity")
+    parser.add_argument("--rows", type=int, default=8, help="sequences of 512 tokens for perplexity")
     parser.add_argument("--threads", type=int, default=cpu_count())
-    parser.add_argument("--write-docs", action="store_true", help="put the tables into docs/benchmarks.md")
+    parser.add_argument("--write-docs", action="store_true", help="write the tables into docs/benchmarks.md")
     parser.add_argument("--output", type=Path, default=Path("build/bench"))
     options = parser.parse_args()
     from transformers import AutoTokenizer

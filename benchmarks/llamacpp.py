@@ -1,7 +1,7 @@
-"""llama.cpp as a peer of `benchmarks.inference`, through the package llama-cpp-python where it is installed.
+"""llama.cpp as a backend of `benchmarks.inference`, through llama-cpp-python if it is installed.
 
-Its converter is no package, so a checkpoint of Llama's architecture is written as GGUF here: header and tokenizer are
-those of the file that the original came from, the tensors are the checkpoint's, rotary weights in llama.cpp's order.
+llama.cpp's converter is not an installable package, so this module writes Llama checkpoints as GGUF: header and
+tokenizer come from the original's GGUF file, tensors from the checkpoint, with rotary weights in llama.cpp's order.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 
 from gradmap_hub.runtime.generation import negative_log_likelihoods
 
-# By llama.cpp's own names. Widths that are no multiple of 256 have no K-quants.
+# llama.cpp's names. K-quants need widths that are multiples of 256, so they are left out.
 TYPES = ("Q8_0", "Q5_1", "Q4_1", "Q4_0")
 
 
@@ -25,7 +25,11 @@ def available() -> bool:
 
 
 def write_gguf(checkpoint: Path, template: Path, destination: Path) -> None:
-    """`checkpoint` (safetensors, model type llama) in float32. `template`: a GGUF file of the model it came from."""
+    """Write `checkpoint` (safetensors, model type llama) as float32 GGUF. `template`: the original's GGUF file.
+
+    Raises:
+        SystemExit: the checkpoint is not a Llama.
+    """
     import gguf
     import torch
     from safetensors import safe_open
@@ -33,7 +37,7 @@ def write_gguf(checkpoint: Path, template: Path, destination: Path) -> None:
 
     config = AutoConfig.from_pretrained(checkpoint)
     if config.model_type != "llama":
-        raise SystemExit(f"Only Llama is written as GGUF here, not {config.model_type}.")
+        raise SystemExit(f"Only Llama checkpoints can be written as GGUF, not {config.model_type}.")
     reader = gguf.GGUFReader(template)
     writer = gguf.GGUFWriter(destination, "llama")
     layers = "llama.block_count"
@@ -65,7 +69,7 @@ def write_gguf(checkpoint: Path, template: Path, destination: Path) -> None:
 
 
 def quantise(source: Path, destination: Path, type_name: str, threads: int) -> None:
-    """With llama.cpp's own routine and its default mix of types."""
+    """Quantise with llama.cpp's own routine and its default mix of types."""
     import llama_cpp
 
     parameters = llama_cpp.llama_model_quantize_default_params()
@@ -77,7 +81,7 @@ def quantise(source: Path, destination: Path, type_name: str, threads: int) -> N
 
 
 class LlamaCpp:
-    """A `gradmap_hub.evaluation.speed.Backend`; `batch` equal rows at a time."""
+    """A `gradmap_hub.evaluation.speed.Backend` that runs `batch` equal sequences at a time."""
 
     def __init__(self, path: Path, threads: int, batch: int = 1, context: int = 512) -> None:
         import llama_cpp
@@ -97,8 +101,11 @@ class LlamaCpp:
         self._batch = llama_cpp.llama_batch_init(settings.n_batch, 0, batch)
 
     def _run(self, ids: Sequence[int], rows: int, logits: str) -> np.ndarray:
-        """The same tokens behind each of the first `rows` sequences; the logits of the last token of the first, or of
-        `all`."""
+        """Append the same tokens to each of the first `rows` sequences.
+
+        Returns the first sequence's logits: (1, vocabulary) of the last token, or (tokens, vocabulary) if `logits` is
+        "all".
+        """
         batch, count = self._batch, 0
         for row in range(rows):
             for place, token in enumerate(ids):
@@ -137,5 +144,5 @@ def _quiet(llama_cpp: Any) -> None:
     llama_cpp.llama_log_set(_silence, None)
 
 
-# A ctypes callback must outlive the library's use of it.
+# Keeps the ctypes callback alive as long as the library may call it.
 _silence: Any = None

@@ -1,11 +1,12 @@
-"""`python -m benchmarks.memory`: peak memory of scoring against depth, for a model that is streamed from disk.
+"""`python -m benchmarks.memory`: peak memory of scoring against depth, for a model streamed from disk.
 
-A random Llama of the shape of Llama-3-8B is written once, in bfloat16, tensor by tensor; a model of fewer layers is
-the same files with another config. For each depth a fresh process scores all layers, takes the held-out loss of one
-candidate set, and, at the smallest depth, writes the pruned checkpoint. Memory is RssAnon: what the process has
-allocated. Pages of the weight files are the kernel's cache, given back under pressure; they are listed as RssFile.
+A random Llama with the shape of Llama-3-8B is written once, in bfloat16, tensor by tensor; shallower models share its
+files and have their own config. For each depth a fresh process scores all layers, computes the held-out loss of one
+candidate set and, at the smallest depth, writes the pruned checkpoint. Memory is RssAnon, the memory that the process
+allocated. Mapped pages of the weight files (RssFile) belong to the page cache, which the kernel frees under pressure;
+they are reported separately.
 
-`--in-memory FOLDER` measures the ordinary path on a real checkpoint instead: the peak over the weights.
+`--in-memory FOLDER` measures pruning in memory on a real checkpoint instead: the peak relative to the weights.
 """
 
 from __future__ import annotations
@@ -73,8 +74,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Phase:
-    """Seconds, and the highest figures seen, in bytes. `baseline`: RssAnon when it began; `peak_both`: RssAnon and
-    RssFile together."""
+    """Seconds and peaks in bytes. `baseline`: RssAnon at the start; `peak_both`: peak of RssAnon + RssFile."""
 
     seconds: float
     baseline: int
@@ -85,7 +85,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Measured:
-    """One depth. Bytes; `baseline`: RssAnon with everything imported and nothing opened."""
+    """The result for one depth; memory in bytes. `baseline`: RssAnon after all imports, before the model is opened."""
 
     depth: int
     parameters: int
@@ -103,17 +103,17 @@ class Measured:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__)
-    parser.add_argument("--layers", default="4,8,16,32", help="depths to measure; the deepest is written")
+    parser.add_argument("--layers", default="4,8,16,32", help="depths to measure; the largest is the depth on disk")
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--feed-forward", type=int, default=14336)
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--vocabulary", type=int, default=128256)
     parser.add_argument("--rows", type=int, default=2)
-    parser.add_argument("--tokens", type=int, default=128, help="tokens per row")
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="to compute in")
+    parser.add_argument("--tokens", type=int, default=128, help="tokens per sequence")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="compute dtype")
     parser.add_argument("--output", type=Path, default=Path("build/memory"))
-    parser.add_argument("--in-memory", type=Path, metavar="FOLDER", help="measure the ordinary path on this checkpoint")
+    parser.add_argument("--in-memory", type=Path, metavar="FOLDER", help="measure pruning in memory on this checkpoint")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--write", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -127,7 +127,7 @@ def main() -> None:
 
 
 def streamed(arguments: argparse.Namespace) -> None:
-    """Write the model if it is not there, measure each depth in a process of its own, print and plot."""
+    """Write the model if it is missing, measure each depth in its own process, print and plot."""
     depths = sorted({int(depth) for depth in arguments.layers.split(",")})
     shape = Shape(
         depths[-1], arguments.hidden, arguments.feed_forward, arguments.heads, arguments.kv_heads, arguments.vocabulary
@@ -152,7 +152,7 @@ def streamed(arguments: argparse.Namespace) -> None:
 
 
 def write_model(output: Path, shape: Shape) -> Path:
-    """A random model of that shape in `output`, written once; output projections are small, so that it stays finite."""
+    """Folder of a random model of that shape in `output`, written once; small output projections keep it finite."""
     from transformers import LlamaConfig
 
     sizes = f"{shape.layers}x{shape.hidden}x{shape.feed_forward}x{shape.heads}x{shape.kv_heads}x{shape.vocabulary}"
@@ -203,7 +203,7 @@ def write_model(output: Path, shape: Shape) -> Path:
 
 
 def shallow_copy(original: Path, folder: Path, depth: int) -> Path:
-    """A folder whose model has the first `depth` layers of `original`; the weight files are linked, not copied."""
+    """Make `folder` a model of the first `depth` layers of `original`; weight files are linked, not copied."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     config = json.loads((original / "config.json").read_text(encoding="utf-8"))
@@ -225,12 +225,12 @@ def _layer_of(name: str) -> int:
 
 
 def expectation(shape: Shape, rows: int, tokens: int, dtype: torch.dtype) -> str:
-    """What the deepest model should cost, counted before anything is run, at the speed of one matrix product."""
+    """Expected time and memory of the deepest model, from FLOP counts and the measured speed of one matrix product."""
     speed = _matmul_speed(tokens, shape, dtype)
     count = rows * tokens
     layers = shape.layers * shape.layer_parameters
     head = shape.vocabulary * shape.hidden
-    # Per token and weight 2 FLOP forward; scoring: forward, recomputed, both gradients. The head needs one gradient.
+    # 2 FLOP per token and weight forward; scoring: forward, recomputation, both gradients. The head needs one gradient.
     scoring = count * (8 * layers + 4 * head)
     held_out = count * 2 * (layers + head)
     itemsize = dtype.itemsize
@@ -242,7 +242,7 @@ def expectation(shape: Shape, rows: int, tokens: int, dtype: torch.dtype) -> str
     return (
         f"expected at {shape.layers} layers: {scoring / 1e12:.1f} TFLOP to score {count} tokens and "
         f"{held_out / 1e12:.1f} TFLOP for the held-out loss; at {speed / 1e9:.0f} GFLOP/s in {dtype} (measured) "
-        f"{(scoring + held_out) / speed:.0f} s; reading {shape.parameters(shape.layers) * 2 / 1e9:.1f} GB three times; "
+        f"{(scoring + held_out) / speed:.0f} s; {shape.parameters(shape.layers) * 2 / 1e9:.1f} GB read three times; "
         f"{memory / 1e9:.2f} GB over the baseline: converted layer {conversion / 1e9:.2f}, two gradients "
         f"{2 * largest * itemsize / 1e9:.2f}, residual stream {stream / 1e9:.2f}, three times the logits "
         f"{logits / 1e9:.2f}, activations of one layer {8 * tokens * shape.feed_forward * itemsize / 1e9:.2f}"
@@ -250,7 +250,7 @@ def expectation(shape: Shape, rows: int, tokens: int, dtype: torch.dtype) -> str
 
 
 def _matmul_speed(tokens: int, shape: Shape, dtype: torch.dtype) -> float:
-    """FLOP/s of one row through an MLP matrix."""
+    """FLOP/s of one sequence through an MLP matrix."""
     left = torch.ones(tokens, shape.hidden, dtype=dtype)
     right = torch.ones(shape.feed_forward, shape.hidden, dtype=dtype)
     seconds = []
@@ -262,7 +262,7 @@ def _matmul_speed(tokens: int, shape: Shape, dtype: torch.dtype) -> float:
 
 
 class Sampler:
-    """Reads this process's memory every 50 ms in a thread and keeps the highest figures of each phase."""
+    """Samples this process's memory every 50 ms in a thread and keeps the peaks of each phase."""
 
     def __init__(self) -> None:
         self.phases: dict[str, Phase] = {}
@@ -306,8 +306,8 @@ def memory() -> tuple[int, int]:
 
 
 def _measure(folder: Path, rows: int, tokens: int, dtype: str, write: bool) -> Measured:
-    """One depth, in this process."""
-    import accelerate  # noqa: F401 - so that the baseline holds everything that is imported
+    """Measure one depth in this process."""
+    import accelerate  # noqa: F401 - part of the baseline
     import transformers.models.llama.modeling_llama  # noqa: F401
 
     from gradmap_hub.pruning.scoring import score_layers
@@ -323,7 +323,7 @@ def _measure(folder: Path, rows: int, tokens: int, dtype: str, write: bool) -> M
     with sampler.phase("held-out loss"):
         losses = decoder.losses(ids, [layer for layer in range(decoder.count) if layer not in lowest])
     if not all(math.isfinite(value) for value in (*scores.gradient, *scores.taylor, *losses)):
-        raise SystemExit("a score or a loss is not finite: the figures would mean nothing")
+        raise SystemExit("a score or a loss is not finite, so the measurement is meaningless")
     if write:
         pruned = folder.parent / "pruned"
         with sampler.phase("write"):
@@ -349,9 +349,9 @@ def _measure(folder: Path, rows: int, tokens: int, dtype: str, write: bool) -> M
 
 
 def in_memory(folder: Path, rows: int, tokens: int) -> dict[str, Any]:
-    """The ordinary path, float32: the peak of scoring over what there was before loading, against the weights. Bytes.
+    """Pruning in memory, float32: peak of scoring above the level before loading, in bytes and relative to the weights.
 
-    transformers maps weights that are stored in float32 and copies others; so mapped pages are counted here, too.
+    Mapped pages are counted too: transformers maps weights stored in float32 and copies all others.
     """
     import accelerate  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401
@@ -402,7 +402,7 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def plot(results: list[dict[str, Any]], path: Path) -> None:
-    """Peak memory against depth, with the size of the weights beside it."""
+    """Plot peak memory and the size of the weights against depth."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,7 +1,7 @@
-"""Every cell of the benchmark: which layers a method removes, what a compensation brings, and what both cost.
+"""The cells of the benchmark: the layers a method removes, the gain of a compensation, and the cost of both.
 
-Results go to a `Store`, one line per finished piece, keyed by everything they depend on, so that a second run computes
-only what is missing and methods that remove the same layers share one evaluation and one fit of stage 2.
+Results go to a `Store`, one line each, keyed by everything they depend on. A second run computes only missing results,
+and methods that remove the same layers share one evaluation and one fit of stage 2.
 """
 
 from __future__ import annotations
@@ -54,15 +54,15 @@ PAPER, ONE_SHOT, ITERATIVE, DEFAULT = (
     "gradmap-hub default",
 )
 OURS = (DEFAULT, PAPER, ONE_SHOT, ITERATIVE)
-# What our own rows are called: the layers alone, and with the correction that belongs to them.
+# Variants of our own methods: the layers alone, and with their compensation.
 ALONE, CORRECTED = "selection only", "whole"
 DENSE = "dense"
-# Peers whose every draw is run: forward passes are all they need. The others, and what our stage 2 makes of the sets of
-# others, on the first draw alone.
+# Peers that need only forward passes run on every draw. All other peers, and our stage 2 on the peers' layers, run on
+# the first draw only.
 EVERY_DRAW = ("ShortGPT", "LLM-Streamline", "ReplaceMe", "LinearPatch", "Prune&Comp")
-# One pass over the rows and more for every single removal.
+# Peers that need at least one pass over the sequences per removed layer.
 GREEDY = ("SLEB", "Prune&Comp")
-# One random set shows what stage 2 makes of a bad choice.
+# One random set is enough to show the effect of stage 2 on a bad choice.
 _WITHOUT_STAGE_2 = tuple(f"random {seed}" for seed in RANDOM_SEEDS[1:])
 
 
@@ -73,8 +73,8 @@ _WITHOUT_STAGE_2 = tuple(f"random {seed}" for seed in RANDOM_SEEDS[1:])
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds; highest memory in MiB over what stood before; forward passes of the whole model over the calibration
-    rows, counted in layers really run (a layer's backward pass counts as two; the head is not counted)."""
+    """`seconds`; `memory`: peak in MiB above the start; `forwards`: forward passes of the whole model over the
+    calibration sequences, counted by layers run (a layer's backward pass counts as two; the head is not counted)."""
 
     seconds: float
     memory: float
@@ -82,7 +82,7 @@ class Cost:
 
 
 class Meter:
-    """Measures a piece of work on a decoder: time, memory above the start, and layer calls."""
+    """Context manager that measures work on a decoder: time, memory above the start, and layer calls."""
 
     def __init__(self, decoder: Decoder, rows: int) -> None:
         self._decoder = decoder
@@ -103,7 +103,7 @@ class Meter:
     def __exit__(self, *_exception: object) -> None:
         _synchronize(self._decoder.device)
         seconds = time.perf_counter() - self._started
-        del self._decoder._call  # the class's own again
+        del self._decoder._call  # restores the class's method
         self.cost = Cost(seconds, self._memory.stop() / 2**20, self._layer_tokens / self._unit)
 
     def _counted(self, module: nn.Module, hidden: Tensor, index: int) -> Tensor:
@@ -111,7 +111,7 @@ class Meter:
         tokens = hidden.shape[0] * hidden.shape[1]
         self._layer_tokens += tokens
         if output.requires_grad:
-            # Fires if and when a gradient arrives: a layer that autograd only watched has no backward pass.
+            # Fires only when a gradient arrives: autograd also records layers that have no backward pass.
             output.register_hook(partial(self._went_back, tokens))
         return output
 
@@ -120,7 +120,7 @@ class Meter:
 
 
 class _MemoryPeak:
-    """The highest RssAnon, sampled by a thread, or the allocator's own peak on a GPU; bytes above the start."""
+    """Peak RssAnon, sampled by a thread, or the allocator's peak on a GPU; bytes above the start."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -157,7 +157,7 @@ def _anonymous_bytes() -> int:
 
 
 def _give_back_memory() -> None:
-    """Freed memory that the C library still holds would hide what the next method needs."""
+    """Return freed memory to the system; otherwise the C library reuses it and the next peak is too low."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
@@ -169,12 +169,12 @@ def _synchronize(device: torch.device) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# What is kept
+# Store
 # ---------------------------------------------------------------------------------------------------------------
 
 
 class Store:
-    """Finished pieces, one JSON line each: {"settings", "key", "value"}. Only lines of the same settings are used."""
+    """Finished results, one JSON line each: {"settings", "key", "value"}. Lines of other settings are ignored."""
 
     def __init__(self, path: Path | None, settings: Mapping[str, Any], *, fresh: bool = False) -> None:
         self._path = path
@@ -188,7 +188,7 @@ class Store:
             path.unlink(missing_ok=True)
         if path.is_file():
             for line in path.read_text(encoding="utf-8").splitlines():
-                with contextlib.suppress(ValueError, KeyError):  # a line cut short by a kill
+                with contextlib.suppress(ValueError, KeyError):  # a line truncated by a killed run
                     entry = json.loads(line)
                     if entry["settings"] == self._settings:
                         self._known[_canonical(entry["key"])] = entry["value"]
@@ -197,7 +197,7 @@ class Store:
         return self._known.get(_canonical(key))
 
     def put(self, key: Mapping[str, Any], value: Any) -> Any:
-        """Keep a value, read back as JSON has it, so that first and later runs see the same."""
+        """Store a value and return it after a JSON round trip, so that first and later runs see the same value."""
         self._known[_canonical(key)] = value = json.loads(json.dumps(value))
         self.computed += 1
         if self._path is not None:
@@ -225,7 +225,7 @@ def _digest(value: Any) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Ours:
-    """What our chain decided. `selected`: the set with the lowest held-out loss before corrections."""
+    """The result of our chain: `removed` layers, the `winner` with its compensation, and the cost of both stages."""
 
     removed: list[int]
     winner: Candidate
@@ -236,7 +236,7 @@ class Ours:
 
 
 def our_config(name: str, count: int, fit_rows: int) -> PruneConfig:
-    """The settings of one of our rows; `samples` is the number of fitting rows, as in a run."""
+    """The settings of one of our methods; `samples` is the number of fitting sequences, as in a run."""
     config = PruneConfig(layers=count, samples=max(fit_rows, 4))
     if name == PAPER:
         return paper_preset(config)
@@ -248,7 +248,8 @@ def our_config(name: str, count: int, fit_rows: int) -> PruneConfig:
 
 
 def split_pool(pool: Tensor) -> CalibrationRows:
-    """A quarter of the rows decides, the rest is fitted; the pool is interleaved, so both hold every text."""
+    """A quarter of the sequences is for selection, the rest for fitting; the pool is interleaved, so both parts
+    contain every text."""
     deciding = max(1, len(pool) // 4)
     return CalibrationRows(pool[: len(pool) - deciding], pool[len(pool) - deciding :], [], [])
 
@@ -256,13 +257,13 @@ def split_pool(pool: Tensor) -> CalibrationRows:
 def ours(decoder: Decoder, pool: Tensor, config: PruneConfig, count: int, *, scoring: Tensor | None = None) -> Ours:
     """The chain of `gradmap_hub.pipeline.run` (`_score`, `_select`, `_correct`), without its stages and files.
 
-    `scoring`: other rows for the backward pass than the chain's own choice.
+    `scoring`: sequences for the backward pass, instead of the chain's own choice.
     """
     rows = split_pool(pool)
     score_rows = rows.fit[: config.scoring_rows] if scoring is None else scoring
     with Meter(decoder, len(pool)) as choosing:
         if config.schedule == "iterative":
-            # A run scores once before, for its record; what decides is this alone.
+            # A run also scores once before, only for its record; the selection does not need it.
             sets, grown = {"gradient, iterative": iterative_removals(decoder, score_rows, count)}, {}
         else:
             scores = score_layers(decoder, score_rows)
@@ -276,13 +277,13 @@ def ours(decoder: Decoder, pool: Tensor, config: PruneConfig, count: int, *, sco
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The rows of the table
+# Cells of the table
 # ---------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One method, one draw of calibration rows, one count. `losses`: per text, the mean NLL of each row."""
+    """One method, one draw of calibration sequences, one count. `losses`: text -> mean NLL of each sequence, nats."""
 
     method: str
     variant: str
@@ -297,14 +298,15 @@ class Cell:
 
 @dataclass(frozen=True, eq=False)
 class Work:
-    """What every method is given. `pools[draw]` (rows, tokens): the only calibration rows there are."""
+    """The inputs of every method. `pools[draw]` (rows, tokens): all calibration sequences of a draw."""
 
     decoder: Decoder
     pools: list[Tensor]
     texts: list[Rows]
     store: Store
-    # SLEB sees so many rows of the pool (None: all). Its trials share the states before them, which gives the same
-    # layers in half the time; or each runs in full, as published, and that one run gives its layers and its time.
+    # SLEB uses the first `sleb_rows` sequences of the pool (None: all). `sleb_shares`: its trials share the hidden
+    # states before the tried layer, which gives the same layers in half the time; otherwise each trial runs in full, as
+    # published, and one run gives both layers and time.
     sleb_rows: int | None = None
     sleb_shares: bool = True
     say: Callable[[str], None] = lambda _text: None
@@ -313,12 +315,12 @@ class Work:
         return [layer for layer in range(self.decoder.count) if layer not in set(removed)]
 
     def measure(self, removed: Sequence[int], patch: Patch) -> dict[str, list[float]]:
-        """Per text, the mean NLL in nats of each row."""
+        """Text -> mean NLL of each sequence, nats."""
         kept = self.kept(removed)
         return {text.name: patch.row_losses(self.decoder, text.ids, kept).tolist() for text in self.texts}
 
     def plain(self, removed: Sequence[int]) -> dict[str, list[float]]:
-        """Losses without a compensation; the same for every method and draw with this set."""
+        """Losses without compensation; shared by all methods and draws with this set."""
         key = {"what": "plain", "removed": sorted(removed)}
         return self.store.or_compute(key, lambda: self.measure(removed, Patch()))
 
@@ -326,8 +328,11 @@ class Work:
 def cells(
     work: Work, counts: Sequence[int], draws: int, sleb_draws: int, peer_draws: int | None = None, *, first: int = 0
 ) -> Iterator[Cell]:
-    """Every cell, dense first. From the first draw on, draw by draw; the further draws alone, ours first and the
-    greedy peers last: an interrupted run has every draw of what was cheap."""
+    """Every cell, dense first, then draw by draw.
+
+    `first` > 0 skips the draws before it and runs our method first and the greedy peers last, so that an interrupted
+    run has all draws of the cheap methods.
+    """
     yield Cell(DENSE, PUBLISHED, 0, 0, [], work.plain([]))
     turns = [
         (draw, count, name)
@@ -346,7 +351,7 @@ def cells(
 
 
 def peer_names(draw: int, with_sleb: bool) -> list[str]:
-    """Who is run on a draw."""
+    """The peers that run on a draw."""
     if draw:
         return [*EVERY_DRAW, *(["SLEB"] if with_sleb else [])]
     names = [name for name in SELECTIONS if name != "random" and (with_sleb or name != "SLEB")]
@@ -390,7 +395,7 @@ def _peer_cells(work: Work, name: str, draw: int, count: int, counts: Sequence[i
     yield Cell(name, PUBLISHED, draw, count, removed, work.plain(removed), cost)
     if name in COMPENSATIONS:
         own = _compensated(work, name, draw, found["order"])
-        # Prune&Comp rescales while it selects: its compensation is in the seconds of its selection.
+        # Prune&Comp rescales during selection: the seconds of its selection include its compensation.
         own_cost = None if name == "Prune&Comp" else Cost(**own["cost"])
         yield Cell(name, OWN, draw, count, removed, own["losses"], cost, own_cost)
     if draw or name in _WITHOUT_STAGE_2:
@@ -406,10 +411,11 @@ def _select(name: str, decoder: Decoder, pool: Tensor, count: int) -> PeerSelect
 
 
 def _run_greedy(work: Work, name: str, draw: int, counts: Sequence[int]) -> None:
-    """SLEB or Prune&Comp: one run to the largest count passes through the smaller ones; each costs its part."""
+    """SLEB or Prune&Comp: one run to the largest count also gives the smaller counts, each with its share of the
+    cost."""
     pool, store = work.pools[draw], work.store
     spent = Cost(0.0, 0.0, 0.0)
-    # One meter per removal: `step_done` closes it and opens the next, outside the seconds of either.
+    # One meter per removal: `step_done` closes it and opens the next; neither measures the time in between.
     meter = Meter(work.decoder, len(work.pools[draw]))
 
     def close(removed: list[int]) -> None:
@@ -444,9 +450,10 @@ def _keep_selection(
 
 
 def _compensated(work: Work, kind: str, draw: int, removed: Sequence[int]) -> dict[str, Any]:
-    """Losses of a set with one kind of compensation fitted on the draw's rows, shared by all that chose the set.
+    """Losses of a set with one kind of compensation, fitted on the draw's sequences; shared by all methods that chose
+    the set.
 
-    `removed` in order of removal where the compensation depends on it.
+    `removed` is in order of removal if the compensation depends on it.
     """
     ordered = list(removed) if kind == "Prune&Comp" else sorted(removed)
     pool, decoder = work.pools[draw], work.decoder
@@ -463,9 +470,10 @@ def _compensated(work: Work, kind: str, draw: int, removed: Sequence[int]) -> di
 
 
 def fitted_patch(decoder: Decoder, pool: Tensor, kind: str, removed: Sequence[int]) -> tuple[Patch, list[str]]:
-    """One kind of compensation fitted on a set of removed layers, and its sites where it is ours.
+    """One kind of compensation fitted on a set of removed layers, and its sites if it is ours.
 
-    `kind`: STAGE_2, one of our rows (its correction alone), or a peer. `removed` in order of removal for Prune&Comp.
+    `kind`: STAGE_2, one of our methods (only its compensation), or a peer. `removed` is in order of removal for
+    Prune&Comp.
     """
     if kind in (STAGE_2, DEFAULT, PAPER, ONE_SHOT, ITERATIVE):
         rows = split_pool(pool)
@@ -478,7 +486,7 @@ def fitted_patch(decoder: Decoder, pool: Tensor, kind: str, removed: Sequence[in
 
 
 def removal_order(work: Work, cell: Cell) -> list[int]:
-    """The layers of a peer's cell as they were removed."""
+    """The layers of a peer's cell in order of removal."""
     return work.store.get(_selection_key(cell.method, cell.draw, cell.count))["order"]
 
 
@@ -495,9 +503,10 @@ FLOOR, SLEB_PLAIN = "floor", "SLEB, every trial in full"
 
 
 def times(work: Work, rows: int, *, with_sleb: bool, count: int = TIMED_COUNT) -> dict[str, dict[str, float]]:
-    """Seconds and forward-equivalents on the same `rows` rows: the floor, SLEB as published, and ours.
+    """Seconds and forward-equivalents on the same `rows` sequences: the floor, SLEB as published, and ours.
 
-    Floor and one-shot three times in turn, medians. One-shot scores all rows here, as the floor differentiates all.
+    Floor and one-shot run three times in turn; their medians are returned. One-shot scores all sequences here, because
+    the floor differentiates all.
     """
     pool = work.pools[0][:rows]
     decoder = work.decoder
@@ -526,7 +535,7 @@ def times(work: Work, rows: int, *, with_sleb: bool, count: int = TIMED_COUNT) -
     def slow() -> dict[str, float]:
         known = work.store.get(_selection_key("SLEB", 0, count))
         if known is not None and work.sleb_rows == rows and not work.sleb_shares:
-            # Its forwards are over the whole pool there, over these rows here.
+            # The stored number of forwards refers to the whole pool, this one to these sequences.
             forwards = known["cost"]["forwards"] * len(work.pools[0]) / rows
             return {"seconds": known["cost"]["seconds"], "forwards": forwards}
         work.say("time of SLEB, every trial in full")
@@ -544,7 +553,7 @@ def times(work: Work, rows: int, *, with_sleb: bool, count: int = TIMED_COUNT) -
 
 
 def _floor_seconds(decoder: Decoder, rows: Tensor) -> float:
-    """One plain forward and backward pass and two forward passes of the model itself, row by row."""
+    """Seconds of one plain forward and backward pass and two forward passes of the model, sequence by sequence."""
     model: Any = decoder.model
     with _matrices_trainable(decoder):
         _synchronize(decoder.device)

@@ -1,9 +1,9 @@
-"""The methods we are compared with, each as its published code behaves, on a `Decoder` and rows of token ids.
+"""Reimplementations of the peer methods, each as its published code behaves, on a `Decoder` and sequences of token ids.
 
-A selection `(decoder, ids, count) -> PeerSelection` names the layers to remove; a compensation
-`(decoder, ids, removed) -> Patch` says what else changes. ids (rows, tokens) int64; x_i (tokens, d) is the residual
-stream entering layer i of one row, x_L what leaves the last layer; row vectors throughout. No code is taken from the
-peers: where a paper and its code disagree, the code was followed, and the docstring says so.
+A selection `(decoder, ids, count) -> PeerSelection` returns the layers to remove; a compensation
+`(decoder, ids, removed) -> Patch` returns the other changes. ids (rows, tokens) int64; x_i (tokens, d) is the residual
+stream of one sequence entering layer i, x_L the output of the last layer; row vectors throughout. No code is copied
+from the peers. Where a paper and its code disagree, this follows the code, and the docstring says so.
 
     ShortGPT        arXiv 2403.03853     selection
     SLEB            arXiv 2402.09025     selection
@@ -29,16 +29,16 @@ from torch.nn import functional as F
 
 from gradmap_hub.models.decoder import Decoder, parameters_replaced
 
-# The other matrix of a layer that writes to the residual stream, under this name in every family we prune.
+# Besides the MLP output, the matrix that writes to the residual stream; it has this name in every supported family.
 ATTENTION_OUTPUT = "self_attn.o_proj"
 
 
 @dataclass(frozen=True)
 class PeerSelection:
-    """`removed` in ascending order; `order` as they were removed (or ranked), where the method has an order.
+    """`removed` in ascending order; `order` in order of removal (or rank), if the method has one.
 
-    `forward_equivalents`: forward passes of the whole model over the same rows, counted in layers really run over the
-    number of layers; one backward pass counts as two forward passes.
+    `forward_equivalents`: forward passes of the whole model over the same sequences: layers run divided by the number
+    of layers; one backward pass counts as two forward passes.
     """
 
     removed: list[int]
@@ -48,11 +48,11 @@ class PeerSelection:
 
 @dataclass(frozen=True, eq=False)
 class Patch:
-    """What a compensation changes besides removing layers.
+    """The changes a compensation makes besides removing layers.
 
     `parameters`: (layer, parameter name within the layer) -> new value, in the parameter's dtype.
-    `before`: original layer index i -> matrix (d, d) float64 applied to the hidden states that enter layer i, or the
-    first kept layer behind it, or the final norm.
+    `before`: original layer index i -> matrix (d, d) float64 applied to the hidden states that enter layer i; if i is
+    removed, those that enter the next kept layer or the final norm.
     """
 
     parameters: dict[tuple[int, str], Tensor] = field(default_factory=dict)
@@ -60,7 +60,7 @@ class Patch:
 
     @contextmanager
     def apply(self, decoder: Decoder) -> Iterator[None]:
-        """Use the patch's parameters for a while; `before` acts in `run` only."""
+        """Context manager that applies `parameters`; `before` is applied only in `run`."""
         values: dict[int, dict[str, Tensor]] = {}
         for (layer, name), value in self.parameters.items():
             values.setdefault(layer, {})[name] = value
@@ -70,7 +70,7 @@ class Patch:
             yield
 
     def run(self, decoder: Decoder, hidden: Tensor, kept: Sequence[int]) -> Tensor:
-        """Hidden states (batch, tokens, d) after the kept layers of the patched model, given the embedded rows."""
+        """Hidden states (batch, tokens, d) after the kept layers of the patched model. `hidden`: the embedded ids."""
         waiting = sorted(self.before)
         with self.apply(decoder):
             for layer in kept:
@@ -82,7 +82,7 @@ class Patch:
         return hidden
 
     def row_losses(self, decoder: Decoder, ids: Tensor, kept: Sequence[int]) -> Tensor:
-        """Mean NLL in nats of each row in the patched model: (rows,) float32."""
+        """Mean NLL in nats of each sequence in the patched model: (rows,) float32."""
         with torch.no_grad():
             losses = [
                 decoder.row_losses(self.run(decoder, decoder.embed(row), kept), row).cpu() for row in ids.split(1)
@@ -96,9 +96,9 @@ class Patch:
 
 
 def shortgpt(decoder: Decoder, ids: Tensor, count: int) -> PeerSelection:
-    """ShortGPT: the `count` layers of lowest block influence, 1 - mean cos(x_i, x_{i+1}), at once. None is barred.
+    """ShortGPT: the `count` layers of lowest block influence, 1 - mean cos(x_i, x_{i+1}), at once. No layer is barred.
 
-    The authors published no code; this is the paper and the common reimplementation (sramshetty/ShortGPT).
+    The authors published no code; this follows the paper and the common reimplementation (sramshetty/ShortGPT).
     """
     _require(count, decoder.count)
     influence = [0.0] * decoder.count
@@ -117,12 +117,12 @@ def sleb(
     cached: bool = False,
     step_done: Callable[[list[int]], None] = lambda _removed: None,
 ) -> PeerSelection:
-    """SLEB: `count` times, switch off each live layer in turn and drop the one whose absence costs least loss.
+    """SLEB: `count` times, skip each live layer in turn and remove the one whose absence raises the loss least.
 
     The first and the last live layer are never tried, as with the published barriers of 1 and 1. Every trial runs the
-    whole model, as published; `cached=True` computes the states before a trial's layer once and runs the rest only,
-    with the same operations on the same values, so that the losses are equal bit for bit.
-    `step_done` hears the layers removed so far, in order, after every removal.
+    whole model, as published; `cached=True` computes the states before the tried layer once and runs only the rest,
+    with the same operations on the same values, so the losses are bit-identical.
+    `step_done` is called after every removal with the layers removed so far, in order.
     """
     _require(count, decoder.count - 2)
     live = list(range(decoder.count))
@@ -142,9 +142,9 @@ def sleb(
 def taylor_plus(decoder: Decoder, ids: Tensor, count: int) -> PeerSelection:
     """Taylor+ (Shortened LLaMA): sum over the weights of a layer of |W * dL/dW|, lowest first, at once.
 
-    As published: L is the loss of all rows together, so gradients add up over rows **before** the absolute value;
-    norm gains count as well as matrices (whatever is named `weight`), biases do not. "+" bars layers 0-3 and the
-    last two.
+    As published: L is the loss of all sequences together, so gradients are summed over sequences **before** the
+    absolute value; every parameter named `weight` counts, norm gains included, biases do not. "+" bars layers 0-3 and
+    the last two.
     """
     _require(count, decoder.count - 6)
     model = decoder.model
@@ -172,8 +172,8 @@ def taylor_plus(decoder: Decoder, ids: Tensor, count: int) -> PeerSelection:
 def llm_streamline(decoder: Decoder, ids: Tensor, count: int) -> PeerSelection:
     """LLM-Streamline: the window of `count` layers with the highest mean cos(x_i, x_{i+count}) over all tokens.
 
-    The published code compares transformers' `hidden_states`, whose last entry has passed the final norm; so does
-    this. Its trained variants remove one layer more and put a trained one in its place; "None" removes `count`.
+    Like the published code, this compares transformers' `hidden_states`, whose last entry is after the final norm. The
+    trained variants remove one more layer and insert a trained one; the variant "None" removes `count`.
     """
     _require(count, decoder.count)
     similarity = [0.0] * (decoder.count - count + 1)
@@ -184,11 +184,11 @@ def llm_streamline(decoder: Decoder, ids: Tensor, count: int) -> PeerSelection:
 
 
 def replaceme(decoder: Decoder, ids: Tensor, count: int) -> PeerSelection:
-    """ReplaceMe: the window of `count` layers with the least angle between x_i and x_{i+count} at each row's last
-    token, arccos(cos) averaged over rows.
+    """ReplaceMe: the window of `count` layers with the smallest angle between x_i and x_{i+count} at each sequence's
+    last token, arccos(cos) averaged over sequences.
 
-    As published, no window starts at layer 0 (nothing before it could take up the correction), and the last state
-    has passed the final norm.
+    As published, no window starts at layer 0 (no layer before it could absorb the compensation), and the last state is
+    after the final norm.
     """
     _require(count, decoder.count - 1)
     angle = {start: 0.0 for start in range(1, decoder.count - count + 1)}
@@ -202,9 +202,9 @@ def replaceme(decoder: Decoder, ids: Tensor, count: int) -> PeerSelection:
 def linear_patch_window(decoder: Decoder, ids: Tensor, count: int) -> PeerSelection:
     """LinearPatch's own selection: the window with the highest mean cosine similarity of its two ends.
 
-    As published: the cosine runs along the **tokens** of each channel (the dimension default of torch's function),
-    and is averaged over channels and rows, where the paper describes the usual cosine per token. The first and the
-    last layer stay: no window starts at 0 or ends with the last layer.
+    As published: the cosine is taken along the **tokens** of each channel (the default `dim` of torch's function) and
+    averaged over channels and sequences; the paper describes the usual cosine per token. The first and the last layer
+    are kept: no window starts at 0 or ends with the last layer.
     """
     _require(count, decoder.count - 2)
     similarity = {start: 0.0 for start in range(1, decoder.count - count)}
@@ -217,11 +217,11 @@ def linear_patch_window(decoder: Decoder, ids: Tensor, count: int) -> PeerSelect
 def prune_and_comp(
     decoder: Decoder, ids: Tensor, count: int, *, step_done: Callable[[list[int]], None] = lambda _removed: None
 ) -> tuple[PeerSelection, Patch]:
-    """Prune&Comp with its default metric, CosSim(BI): `count` times, drop the layer of lowest block influence in the
-    model as it now stands, then rescale what is before the cut (see `magnitude_rescale`).
+    """Prune&Comp with its default metric, CosSim(BI): `count` times, remove the layer of lowest block influence in the
+    current model, then rescale the layers before the cut (see `magnitude_rescale`).
 
-    The last live layer is barred: the published code ends in an IndexError where it would be chosen. Influence and
-    scale come from one pass per removal here; the published code makes one for each. `step_done` as in `sleb`.
+    The last live layer is barred: the published code raises an IndexError when it chooses that layer. Here one pass
+    per removal gives both influence and scale; the published code makes two. `step_done` as in `sleb`.
     """
     _require(count, decoder.count - 1)
     live = list(range(decoder.count))
@@ -245,13 +245,13 @@ def prune_and_comp(
 
 
 def prune_and_comp_layers(decoder: Decoder, ids: Tensor, count: int) -> PeerSelection:
-    """The layers of `prune_and_comp` alone."""
+    """The selection of `prune_and_comp`, without its patch."""
     return prune_and_comp(decoder, ids, count)[0]
 
 
 def reverse_order(decoder: Decoder, ids: Tensor, count: int, *, keep_last: bool = False) -> PeerSelection:
-    """The last `count` layers, the very last included (arXiv 2411.15558, `tail` in its code). `keep_last=True` keeps
-    that one, as the simple heuristic of arXiv 2403.17887 does."""
+    """The last `count` layers, including the final one (arXiv 2411.15558, `tail` in its code). `keep_last=True` keeps
+    the final layer, as the simple heuristic of arXiv 2403.17887 does."""
     end = decoder.count - int(keep_last)
     _require(count, end)
     order = list(range(end - 1, end - 1 - count, -1))
@@ -259,7 +259,7 @@ def reverse_order(decoder: Decoder, ids: Tensor, count: int, *, keep_last: bool 
 
 
 def random_layers(decoder: Decoder, ids: Tensor, count: int, *, seed: int = 0) -> PeerSelection:
-    """A uniform draw from all layers."""
+    """A uniform random sample of all layers."""
     order = random.Random(seed).sample(range(decoder.count), count)
     return PeerSelection(sorted(order), order, 0.0)
 
@@ -275,9 +275,10 @@ def replaceme_transform(decoder: Decoder, ids: Tensor, removed: Sequence[int], *
         T = argmin ||M T + (x_s - M) - x_e||^2 + alpha ||T||^2,        W_down of layer s - 1 <- T^T W_down
 
     over all tokens, every quantity from the original model (so several gaps are fitted independently, as with the
-    published `num_A` > 1). alpha is 0 in every published configuration; rows must hold at least d tokens then.
-    A gap that starts at layer 0 has nothing before it and stays as it is. Where a gap reaches the end, the published
-    code fits to the normed state and norms it once more; here x_L is the residual stream, which is kinder to it.
+    published `num_A` > 1). alpha is 0 in every published configuration; ids must then hold at least d tokens.
+    A gap that starts at layer 0 has no layer before it and gets no compensation. For a gap that reaches the end, the
+    published code fits to the normed state, which is then normed again; here x_L is the residual stream, which favours
+    the method.
     """
     gaps = [gap for gap in _gaps(removed) if gap[0] > 0]
     outputs: dict[int, Tensor] = {}
@@ -318,8 +319,8 @@ def linear_patch(decoder: Decoder, ids: Tensor, removed: Sequence[int]) -> Patch
 
         s_c = mean over rows of  mean_t |x_e Q|_c / mean_t |x_s Q|_c        for a gap [s, e), in the original model
 
-    The published code knows one window; each further gap is treated alike here. P multiplies the residual stream, so
-    it cannot be folded into a weight: the patched model is no stock checkpoint.
+    The published code handles one window; here every further gap is treated the same way. P multiplies the residual
+    stream and cannot be folded into a weight, so the patched model is not a stock checkpoint.
     """
     gaps = _gaps(removed)
     scales: dict[int, Tensor] = {}
@@ -335,15 +336,16 @@ def linear_patch(decoder: Decoder, ids: Tensor, removed: Sequence[int]) -> Patch
 def magnitude_rescale(decoder: Decoder, ids: Tensor, removed: Sequence[int], *, one_by_one: bool = False) -> Patch:
     """Prune&Comp's magnitude compensation: one scalar per cut [s, e),
 
-        c = mean over channels and rows of  mean_t |x_e| / mean_t |x_s|,
+        c = mean over channels and sequences of  mean_t |x_e| / mean_t |x_s|,
 
-    measured in the model as it stands (earlier cuts made and rescaled) and multiplied onto the embedding and onto
-    the attention and MLP output weights of every layer before the cut. As the layers norm their inputs, this scales
-    the residual stream at the cut by c. Published are one cut per contiguous window (the default here: gap by gap,
-    ascending) and, for its iterative metrics, one cut per layer (`one_by_one=True`, in the order of `removed`).
+    measured in the current model (after earlier cuts and their rescaling) and multiplied onto the embedding and onto
+    the attention and MLP output weights of every layer before the cut. Because the layers norm their inputs, this
+    scales the residual stream at the cut by c. The published variants are one cut per contiguous window (the default
+    here: gap by gap, ascending) and, for iterative metrics, one cut per layer (`one_by_one=True`, in the order of
+    `removed`).
 
-    The published code scales the embedding weight in place, which with tied embeddings scales the logits too; here
-    it is the embedded rows that are scaled (`before[0]`), the head is left alone.
+    The published code scales the embedding weight in place, which with tied embeddings scales the logits too; this
+    function scales the embedded tokens (`before[0]`) and leaves the head unchanged.
     """
     cuts = [(layer, layer + 1) for layer in removed] if one_by_one else _gaps(removed)
     live = list(range(decoder.count))
@@ -384,7 +386,7 @@ COMPENSATIONS: dict[str, Callable[[Decoder, Tensor, Sequence[int]], Patch]] = {
 
 
 class _Rescaled:
-    """The model with a factor on the embedded rows and on what each layer writes to the residual stream."""
+    """The model with one factor on the embedded tokens and one on each layer's output to the residual stream."""
 
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
@@ -397,8 +399,8 @@ class _Rescaled:
             self._layers[index] *= scale
 
     def states(self, ids: Tensor, layers: Sequence[int]) -> Iterator[list[Tensor]]:
-        """Per row: the states (tokens, d) before and after each of `layers`."""
-        # Not through `Patch.run`: a scalar on the embedding needs no matrix, and the states in between are wanted.
+        """For each sequence, the states (tokens, d) before the first and after each of `layers`."""
+        # Not through `Patch.run`: a scalar on the embedding needs no matrix, and intermediate states are needed.
         with self.patch(layers).apply(self._decoder):
             yield from _states(self._decoder, ids, layers=layers, scale=self._embedding)
 
@@ -425,13 +427,13 @@ def _states(
     scale: float = 1.0,
     normed_last: bool = False,
 ) -> Iterator[list[Tensor]]:
-    """Per row, the residual stream (tokens, d) before the first layer and after each: L + 1 tensors.
+    """For each sequence, the residual stream (tokens, d) before the first layer and after each: L + 1 tensors.
 
-    `scale` multiplies the embedded row. `normed_last` passes the last entry through the final norm, as the
-    `hidden_states` of transformers have it.
+    `scale` multiplies the embedded tokens. `normed_last` applies the final norm to the last entry, as transformers'
+    `hidden_states` do.
     """
     for row in ids.split(1):
-        # Gradients are switched off here and not around the loop: between two rows the caller's code runs.
+        # no_grad is inside the loop, because the caller's code runs between two sequences.
         with torch.no_grad():
             hidden = decoder.embed(row) * scale
             states = [hidden[0]]
@@ -446,7 +448,8 @@ def _states(
 
 
 def _trial_losses(decoder: Decoder, ids: Tensor, live: Sequence[int], trials: Sequence[int]) -> tuple[list[float], int]:
-    """Summed loss over rows without the live layer at each position in `trials`, and the layers run per row."""
+    """For each position in `trials`, the loss summed over sequences without that live layer; and layers run per
+    sequence."""
     losses: list[float] = []
     with torch.no_grad():
         for trial in trials:
@@ -461,7 +464,7 @@ def _trial_losses(decoder: Decoder, ids: Tensor, live: Sequence[int], trials: Se
 def _suffix_losses(
     decoder: Decoder, ids: Tensor, live: Sequence[int], trials: Sequence[int]
 ) -> tuple[list[float], int]:
-    """The same as `_trial_losses`, the states before a trial's layer shared by all trials behind it."""
+    """Equal to `_trial_losses`, but later trials share the states before the tried layer."""
     losses = [0.0] * len(trials)
     ran = 0
     with torch.no_grad():
@@ -479,7 +482,7 @@ def _suffix_losses(
 
 
 def _cosines(before: Tensor, after: Tensor) -> Tensor:
-    """cos of each token's two states: (tokens, d), (tokens, d) -> (tokens,)."""
+    """Cosine of each token's two states: (tokens, d), (tokens, d) -> (tokens,)."""
     return F.cosine_similarity(before, after, dim=-1)
 
 
@@ -489,22 +492,22 @@ def _magnitude_ratio(before: Tensor, after: Tensor) -> Tensor:
 
 
 def _require(count: int, most: int) -> None:
-    """Refuse before the first pass, not after hours.
+    """Check the number of layers before the first pass.
 
     Raises:
-        ValueError: the method does not remove as many layers of this model.
+        ValueError: the method cannot remove this many layers of this model.
     """
     if not 0 < count <= most:
-        raise ValueError(f"{count} layers to remove; of this model the method removes 1 to {most}")
+        raise ValueError(f"{count} layers to remove; for this model the method supports 1 to {most}")
 
 
 def _lowest(scores: Mapping[int, float], count: int) -> list[int]:
-    """The `count` keys of lowest score, lowest first; the smaller key first where scores are equal."""
+    """The `count` keys of lowest score, lowest first; ties go to the smaller key."""
     return sorted(sorted(scores), key=scores.__getitem__)[:count]
 
 
 def _window(distance: Mapping[int, float], count: int) -> PeerSelection:
-    """The window of `count` layers whose start has the least distance."""
+    """The window of `count` layers whose start has the smallest distance."""
     start = _lowest(distance, 1)[0]
     removed = list(range(start, start + count))
     return PeerSelection(removed, removed, 1.0)
@@ -524,12 +527,12 @@ def _gaps(removed: Sequence[int]) -> list[tuple[int, int]]:
 def hadamard(size: int) -> Tensor:
     """A normalised Hadamard matrix (size, size) float64: entries +-1 / sqrt(size), Q Q^T = I.
 
-    A power of two doubles a smaller one (Sylvester); the rest of `size` needs one of Paley's: 576 = 36 * 16, the 36
-    from the prime 17. LinearPatch looks its small matrices up in tables; these are the same up to the order and the
-    sign of columns, on which its patch does not depend (compared for 12, 20, 28, 36, 60, 108 and 140).
+    The Kronecker product of a Sylvester matrix (powers of two) and, for the rest of `size`, a Paley matrix: 576 =
+    36 * 16, where 36 comes from the prime 17. LinearPatch takes small matrices from tables; these are equal up to order
+    and sign of the columns, which do not affect its patch (compared for 12, 20, 28, 36, 60, 108 and 140).
 
     Raises:
-        ValueError: no such construction is known here for the size.
+        ValueError: neither construction gives this size.
     """
     base = size
     while base % 2 == 0:
@@ -543,7 +546,7 @@ def hadamard(size: int) -> Tensor:
                 sylvester = torch.kron(sylvester, doubling)
             return torch.kron(smallest, sylvester) / math.sqrt(size)
         base *= 2
-    raise ValueError(f"no Hadamard matrix of size {size} is constructed here")
+    raise ValueError(f"cannot construct a Hadamard matrix of size {size}")
 
 
 def _paley(size: int) -> Tensor | None:
@@ -562,7 +565,7 @@ def _paley(size: int) -> Tensor | None:
 
 
 def _conference(q: int) -> Tensor:
-    """(q + 1, q + 1): zero diagonal, a border of 1 above and left; inside, +-1: is i - j a square mod q."""
+    """(q + 1, q + 1): zero diagonal, first row and column 1, inside +1 if i - j is a square mod q, else -1."""
     squares = {x * x % q for x in range(1, q)}
     character = torch.tensor([0.0 if x == 0 else 1.0 if x in squares else -1.0 for x in range(q)], dtype=torch.float64)
     index = torch.arange(q)

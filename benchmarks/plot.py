@@ -1,4 +1,4 @@
-"""Quality against time: one point per row of the table, both axes logarithmic."""
+"""Plot of quality against time: one point per table row, both axes logarithmic."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ from typing import Any
 from benchmarks.methods import ALONE, DEFAULT, OURS, STAGE_2
 from benchmarks.table import Row
 
-# What is worse than so many times the dense model has collapsed, and would press the others into a corner.
+# A perplexity above this multiple of the dense model's has collapsed; plotting it would squeeze all other points.
 _COLLAPSED = 6.0
-# Points closer than this, in points of 1/72 inch, share a label.
+# Data points closer than this (in 1/72 inch) share a label.
 _CLOSE = 11.0
 _RED, _BLUE, _LIGHT = "#c8102e", "#3b6ea5", "#7fa7cf"
 
 
 def quality_time(rows: Sequence[Row], count: int, path: Path) -> None:
-    """Seconds against mean perplexity of the rows that remove `count` layers, numbered from the best; the key beside it
-    also names what collapsed. Random is left out."""
+    """Plot seconds against mean perplexity of the methods that remove `count` layers, numbered from the best.
+
+    The key beside the plot also lists collapsed methods. Random is left out.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -29,7 +31,7 @@ def quality_time(rows: Sequence[Row], count: int, path: Path) -> None:
     shown.sort(key=lambda row: row.mean)
     dense = min((row.mean for row in rows if row.count == 0), default=None)
     limit = _COLLAPSED * (dense if dense is not None else shown[0].mean)
-    # What takes no time has no place on the axis either.
+    # A logarithmic axis cannot show zero seconds.
     placed = [row for row in shown if row.mean <= limit and (row.seconds or 0) > 0]
     figure, (axes, key) = pyplot.subplots(1, 2, figsize=(11.5, 5.4), dpi=120, width_ratios=(2.1, 1))
     axes.set_xscale("log")
@@ -70,7 +72,7 @@ def _colour(row: Row) -> str:
 
 
 def _number(axes: Any, placed: Sequence[Row]) -> None:
-    """Numbers beside the points; those that lie together share a label."""
+    """Write numbers beside the points; points that lie together share a label."""
     scale = 72 / axes.figure.dpi
     groups: list[tuple[float, float, list[int]]] = []
     for number, row in enumerate(placed, start=1):
@@ -93,7 +95,7 @@ def _number(axes: Any, placed: Sequence[Row]) -> None:
 
 
 def _key(axes: Any, shown: Sequence[Row], placed: Sequence[Row]) -> None:
-    """Every row by its number, and without one where it is not on the chart."""
+    """List every row with its number; rows that are not on the chart have no number."""
     axes.axis("off")
     lines = [(f"{number}", row) for number, row in enumerate(placed, start=1)]
     lines += [("", row) for row in shown if row not in placed]

@@ -1,8 +1,8 @@
-"""`python -m benchmarks.stability`: which ranking is stable in the number and the kind of calibration tokens.
+"""`python -m benchmarks.stability`: how rankings depend on the number and the source of calibration tokens.
 
-Each reading of the gradient magnitude and each cosine ranking chooses layers from 1, 2, 4, ... rows of each calibration
-text and of their mixture; the perplexity of every chosen set is measured on text of other sources. One backward pass
-per row gives all readings at every number of rows.
+Each variant of the gradient magnitude and each cosine ranking chooses layers from 1, 2, 4, ... sequences of each
+calibration text and of their mixture; the perplexity of every chosen set is measured on texts of other sources. One
+backward pass per sequence gives all variants for every number of sequences.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ MIXTURE = "mixture"
 
 
 class Sums:
-    """The scores of a growing number of rows, in every reading. Lists are indexed by layer."""
+    """Scores of a growing number of sequences, in every variant. Lists are indexed by layer."""
 
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
         self._scores: list[LayerScores] = []
-        # Signed sums of the gradients, for the reading that takes the absolute value last.
+        # Signed sums of the gradients, for the variant that takes the absolute value last.
         self._gradients: dict[tuple[int, str], Tensor] = {}
 
     def add(self, row: Tensor) -> None:
@@ -85,11 +85,11 @@ class Sums:
         try:
             yield
         finally:
-            del decoder.backward  # the class's own again
+            del decoder.backward  # restores the class's method
 
 
 def choices(decoder: Decoder, rows: Tensor, counts: Sequence[int], removals: int) -> dict[tuple[str, int], list[int]]:
-    """(reading, number of rows) -> layers."""
+    """(variant, number of sequences) -> chosen layers."""
     sums = Sums(decoder)
     found: dict[tuple[str, int], list[int]] = {}
     for number, row in enumerate(rows.split(1), start=1):
@@ -105,14 +105,14 @@ def choices(decoder: Decoder, rows: Tensor, counts: Sequence[int], removals: int
 
 
 def mean_perplexity(decoder: Decoder, texts: Sequence[Rows], removed: Sequence[int]) -> float:
-    """exp of the mean log-perplexity of the texts, without a correction."""
+    """exp of the mean log-perplexity over texts, without compensation."""
     kept = [layer for layer in range(decoder.count) if layer not in set(removed)]
     losses = [math.fsum(decoder.losses(text.ids, kept)) / len(text.ids) for text in texts]
     return math.exp(min(math.fsum(losses) / len(losses), 700.0))
 
 
 def plot(results: Sequence[dict[str, Any]], layers: int, path: Path) -> None:
-    """Above: perplexity against calibration tokens, one panel per text. Below: the layers each reading chose."""
+    """Top: perplexity against calibration tokens, one panel per text. Bottom: the layers chosen by each variant."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -150,7 +150,7 @@ def plot(results: Sequence[dict[str, Any]], layers: int, path: Path) -> None:
         below.set_yticks(range(len(names)), names if column == 0 else [""] * len(names), fontsize=7)
         below.set_xlabel("layers chosen")
         below.grid(True, axis="x", alpha=0.2)
-    panels[0][0].set_ylabel("perplexity on other texts, uncorrected")
+    panels[0][0].set_ylabel("perplexity on other texts, without compensation")
     panels[0][0].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path)
@@ -159,10 +159,10 @@ def plot(results: Sequence[dict[str, Any]], layers: int, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.stability", description=__doc__)
-    parser.add_argument("--layers", type=int, default=7, help="how many layers to remove (default 7)")
-    parser.add_argument("--rows", type=int, default=16, help="most rows of 512 tokens per text (default 16)")
-    parser.add_argument("--evaluation", type=int, default=3, help="evaluation rows per text (default 3)")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of all passes")
+    parser.add_argument("--layers", type=int, default=7, help="number of layers to remove (default 7)")
+    parser.add_argument("--rows", type=int, default=16, help="most sequences of 512 tokens per text (default 16)")
+    parser.add_argument("--evaluation", type=int, default=3, help="evaluation sequences per text (default 3)")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="dtype of all passes")
     parser.add_argument("--output", type=Path, default=Path("build/bench"))
     arguments = parser.parse_args()
     decoder, tokenizer, samples = opened(arguments.output, arguments.dtype)
@@ -186,7 +186,7 @@ def main() -> None:
             print(json.dumps(results[-1]), flush=True)
     (arguments.output / "stability.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     plot(results, decoder.count, arguments.output / "stability.png")
-    table = Table("calibrated on", "reading", *(f"{count * SEQ_LEN} tokens" for count in counts), "layers at the most")
+    table = Table("calibrated on", "score", *(f"{count * SEQ_LEN} tokens" for count in counts), "layers (most tokens)")
     for text in calibration:
         for reading in dict.fromkeys(entry["reading"] for entry in results):
             line = [entry for entry in results if (entry["text"], entry["reading"]) == (text, reading)]

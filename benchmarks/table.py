@@ -1,4 +1,4 @@
-"""Cells -> rows of the table, the verdicts on the acceptance lines, markdown."""
+"""Turns cells into table rows, acceptance verdicts and markdown."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from benchmarks.methods import (
 )
 from gradmap_hub.evaluation.metrics import BOOTSTRAP_DRAWS
 
-# At least so much lower than the best peer, on the mean of the logs.
+# Required relative gain over the best peer, on the mean of the logs.
 WANTED_GAIN = 0.20
 DOCS_BEGIN, DOCS_END = "<!-- bench: begin -->", "<!-- bench: end -->"
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """On one text, with the 95% bootstrap interval over its rows."""
+    """Perplexity on one text with its 95% bootstrap interval over sequences."""
 
     value: float
     low: float
@@ -43,10 +43,11 @@ class Perplexity:
 
 @dataclass(frozen=True)
 class Row:
-    """A method at one count, over its draws: geometric means of perplexities; costs of the first draw.
+    """A method at one count. Perplexities are geometric means over its draws.
 
-    `mean`: exp of the mean log-perplexity over texts; `worst`: that of the worst draw. `by_draw`: draw -> text -> mean
-    NLL in nats. `removed`, `accuracy` and all costs: of the first draw. `selection`, `compensation`: seconds.
+    `mean`: exp of the mean log-perplexity over texts; `worst`: the same on the worst draw. `by_draw`: draw -> text ->
+    mean NLL in nats. `removed`, `accuracy` and all costs are those of the first draw. `selection`, `compensation`:
+    seconds; `memory`: MiB; `sets`: number of different sets over the draws.
     """
 
     method: str
@@ -71,7 +72,7 @@ class Row:
         return list(self.by_draw)
 
     def on(self, draws: Sequence[int]) -> dict[str, float]:
-        """Text -> mean NLL over some of the draws."""
+        """Text -> mean NLL in nats over the given draws."""
         texts = self.perplexities
         return {text: statistics.fmean(self.by_draw[draw][text] for draw in draws) for text in texts}
 
@@ -87,7 +88,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Verdict:
-    """One acceptance line: what was found and whether it holds (None: not measured in this run)."""
+    """One acceptance criterion, whether it holds (None: not measured in this run) and the measured values."""
 
     line: str
     holds: bool | None
@@ -95,7 +96,7 @@ class Verdict:
 
 
 def interval(losses: Sequence[float], seed: int = 0) -> tuple[float, float]:
-    """95% bootstrap interval of exp(mean) over rows."""
+    """95% bootstrap interval of exp(mean) over sequences."""
     values = torch.tensor(losses, dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)
     picks = torch.randint(len(values), (BOOTSTRAP_DRAWS, len(values)), generator=generator)
@@ -112,7 +113,7 @@ def build_rows(
 ) -> list[Row]:
     """One row per method, variant and count; dense first, then by count and mean perplexity.
 
-    `accuracies`: by count, method and variant, where measured.
+    `accuracies`: (count, method, variant) -> accuracy, where measured.
     """
     groups: dict[tuple[int, str, str], list[Cell]] = {}
     for cell in cells:
@@ -156,7 +157,7 @@ def build_rows(
 
 
 def verdicts(rows: Sequence[Row], times: Mapping[str, Mapping[str, float]]) -> list[Verdict]:
-    """The acceptance lines, count by count, then the times."""
+    """The acceptance criteria, count by count, then those on time."""
     found: list[Verdict] = []
     for count in sorted({row.count for row in rows if row.count}):
         at = [row for row in rows if row.count == count]
@@ -168,12 +169,12 @@ def verdicts(rows: Sequence[Row], times: Mapping[str, Mapping[str, float]]) -> l
 def _quality(rows: Sequence[Row], count: int) -> list[Verdict]:
     default = next(row for row in rows if (row.method, row.variant) == (DEFAULT, CORRECTED))
     others = [row for row in rows if row is not default]
-    # Random is no peer to beat but the proof that the table can tell.
+    # Random is not a peer to beat; it shows that the table can tell good from bad.
     peers = [row for row in rows if row.method not in OURS and not row.method.startswith("random")]
     published = [row for row in peers if row.variant == PUBLISHED]
     either = [row for row in peers if row.variant in (PUBLISHED, OWN)]
     best, best_either = (min(of, key=lambda row: row.mean) for of in (published, either))
-    # Row against row on the draws that both have: the default has them all.
+    # Two rows are compared on the draws they share; the default has all draws.
 
     def lowest_of(name: str, against: Sequence[Row]) -> Verdict:
         lower = sorted(
@@ -255,7 +256,7 @@ def header(rows: Sequence[Row]) -> list[str]:
 
 
 def line(row: Row, with_accuracy: bool = False) -> list[str]:
-    """The cells of one row, as text."""
+    """The columns of one row as text."""
     accuracy = "-"
     if row.accuracy is not None:
         accuracy = f"{100 * row.accuracy.mean:.1f} ± {100 * row.accuracy.error:.1f}"
@@ -278,7 +279,7 @@ def line(row: Row, with_accuracy: bool = False) -> list[str]:
 
 
 def time_lines(times: Mapping[str, Mapping[str, float]]) -> list[list[str]]:
-    """Name, seconds, forward-equivalents, share of SLEB, multiple of the floor."""
+    """Rows of: name, seconds, forward-equivalents, fraction of SLEB's time, multiple of the floor."""
     sleb, floor = times.get(SLEB_PLAIN), times.get(FLOOR)
     return [
         [
@@ -292,13 +293,13 @@ def time_lines(times: Mapping[str, Mapping[str, float]]) -> list[list[str]]:
     ]
 
 
-TIME_HEADER = ("on the same rows", "seconds", "forwards", "of SLEB", "x floor")
+TIME_HEADER = ("on the same sequences", "seconds", "forwards", "of SLEB", "x floor")
 
 
 def markdown(
     rows: Sequence[Row], times: Mapping[str, Mapping[str, float]], found: Sequence[Verdict], facts: Sequence[str]
 ) -> str:
-    """What docs/benchmarks.md shows between its markers."""
+    """The text between the markers of docs/benchmarks.md."""
     parts = ["\n".join(f"- {fact}" for fact in facts)]
     accuracy = has_accuracy(rows)
     for count in sorted({row.count for row in rows if row.count}):
@@ -309,7 +310,7 @@ def markdown(
     if times:
         parts.append("### Time\n\n" + _markdown_table(TIME_HEADER, time_lines(times)))
     checks = [[v.line, "not measured" if v.holds is None else "yes" if v.holds else "**no**", v.found] for v in found]
-    parts.append("### What was to hold\n\n" + _markdown_table(("line", "holds", "found"), checks))
+    parts.append("### Acceptance criteria\n\n" + _markdown_table(("line", "holds", "found"), checks))
     return "\n\n".join(parts) + "\n"
 
 
@@ -319,7 +320,7 @@ def _markdown_table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 
 
 def into_docs(page: str, produced: str) -> str:
-    """The page with what stands between its markers replaced.
+    """The page with the text between its markers replaced by `produced`.
 
     Raises:
         ValueError: the markers are missing.
@@ -327,7 +328,7 @@ def into_docs(page: str, produced: str) -> str:
     before, begin, rest = page.partition(DOCS_BEGIN)
     _, end, after = rest.partition(DOCS_END)
     if not begin or not end:
-        raise ValueError(f"no {DOCS_BEGIN} ... {DOCS_END} in the page")
+        raise ValueError(f"the page does not contain {DOCS_BEGIN} ... {DOCS_END}")
     return f"{before}{DOCS_BEGIN}\n\n{produced}\n{DOCS_END}{after}"
 
 
@@ -347,7 +348,7 @@ def ranges(indices: Sequence[int]) -> str:
 
 
 def _exp(value: float) -> float:
-    """A collapsed model may have a loss beyond any perplexity a float can hold."""
+    """exp, clipped: the perplexity of a collapsed model can overflow a float."""
     return math.exp(min(value, 700.0))
 
 

@@ -1,7 +1,7 @@
-"""Make the pictures of the README from a finished demo: `python docs/make_images.py build/demo`.
+"""Make the images of the README from a finished demo: `python docs/make_images.py build/demo`.
 
-The card is rendered as HTML, the comparison app is started on the demo's Space folder and asked something, and headless
-Chromium (Debian's `chromium`) takes the screenshots. Needs the extras `space` and `dev`.
+Renders the card as HTML, starts the comparison app on the demo's Space folder, submits a prompt, and takes screenshots
+with headless Chromium (Debian's `chromium`). Needs the extras `space` and `dev`.
 """
 
 from __future__ import annotations

@@ -1,2 +1,2 @@
-"""Formats a model folder can be written in. Each exporter takes a folder and returns what it wrote and how it was
-checked; nothing here talks to the Hub."""
+"""Export formats of a model folder. Each exporter takes a folder and returns the files it wrote and the result of its
+check. Nothing here accesses the Hub."""

@@ -1,19 +1,19 @@
-"""Weights in few bits, block by block: w ~ scale * (code - zero), one float32 scale (and one zero) per block of inputs.
+"""Blockwise weight quantisation: w ~ scale * (code - zero), one float32 scale (and one zero) per block of inputs.
 
 Three ways to choose codes for a weight matrix W (outputs, inputs):
-- `nearest`: the range of a block decides its scale, every weight goes to the nearest code.
-- `search`: the scale (and zero) with the smallest squared error among some; weights count as much as E[x^2] of their
-  input x, where that is known.
-- `gptq`: codes one input at a time, each error spread over the inputs not yet rounded so that W x changes least
+- `nearest`: the range of a block sets its scale; every weight takes the nearest code.
+- `search`: of several candidates, the scale (and zero) with the smallest squared error; errors are weighted by E[x^2]
+  of their input x, if it is known.
+- `gptq`: rounds one input at a time and spreads each error over the inputs not yet rounded, so that W x changes least
   (Frantar et al., 2022, https://arxiv.org/abs/2210.17323); needs H = E[x x^T] (inputs, inputs).
 
-A fourth is for weights that have been through 4 bits before, as those of a GGUF file have:
-- `regridded`: finds the grid that the weights of each block already lie on, w = step * code + offset, where the offset
-  is no multiple of the step. A zero takes the whole steps of it; what is left stands in further columns of the matrix,
-  one per block, to be multiplied with the sum of the block's inputs.
+A fourth is for weights that were already quantised to 4 bits, such as those of a GGUF file:
+- `regridded`: finds the grid that the weights of each block lie on, w = step * code + offset, where the offset is not a
+  multiple of the step. The zero takes the offset's whole steps; the remainder goes into further columns of the matrix,
+  one per block, which are multiplied with the sum of the block's inputs.
 
-Layout of the codes is that of ONNX Runtime's MatMulNBits: (outputs, blocks, block * bits / 8), two 4-bit codes to a
-byte, the earlier in the low half; without zeros the zero is 2^(bits - 1).
+The codes have the layout of ONNX Runtime's MatMulNBits: (outputs, blocks, block * bits / 8), two 4-bit codes per byte,
+the first in the low half; without zeros the zero is 2^(bits - 1).
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float32]
 Codes = npt.NDArray[np.uint8]
 
-# Blocks worked on at once: bounds the temporaries of a large vocabulary.
+# Blocks processed at once; bounds the temporaries for a large vocabulary.
 _CHUNK = 1 << 17
 _SHRINKS = tuple(np.linspace(0.7, 1.0, 13))
 _DAMPING = 0.01
 _SAMPLE = 4096
-# Share of its energy that a matrix on a grid may lose to the rounding of a 16-bit storage type; 4 bits lose 100 times
-# as much of one that is not.
+# Share of its energy that a matrix on a grid may lose by storage in a 16-bit dtype. A matrix that is not on a grid
+# loses 100 times as much in 4 bits.
 _ON_GRID = 5e-5
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """`codes` (outputs, blocks, block) as one byte each, `scales` (outputs, blocks), `zeros` like scales, or None for
-    the middle of the range."""
+    """`codes` (outputs, blocks, block), one byte each; `scales` (outputs, blocks); `zeros` like scales, or None for the
+    middle of the range."""
 
     codes: Codes
     scales: Floats
@@ -48,7 +48,7 @@ class Blocks:
     bits: int
 
     def values(self) -> Floats:
-        """The weights that these stand for: (outputs, inputs)."""
+        """The dequantised weights: (outputs, inputs)."""
         zeros = np.float32(2 ** (self.bits - 1)) if self.zeros is None else self.zeros[..., None].astype(np.float32)
         values = (self.codes.astype(np.float32) - zeros) * self.scales[..., None]
         return values.reshape(len(self.codes), -1)
@@ -57,7 +57,7 @@ class Blocks:
         return self.codes if self.bits == 8 else _in_pairs(self.codes)
 
     def packed_zeros(self) -> Codes | None:
-        """(outputs, bytes of a row of zeros), or None."""
+        """(outputs, bytes per row of zeros), or None."""
         if self.zeros is None or self.bits == 8:
             return self.zeros
         odd = self.zeros.shape[1] % 2
@@ -100,12 +100,12 @@ def gptq(weight: Floats, hessian: npt.NDArray[np.floating], bits: int, block: in
 
 
 def regridded(weight: Floats, block: int) -> Blocks | None:
-    """4-bit codes of the matrix W' (outputs, inputs + `further_columns`) with W x = W' (x, sums of the blocks of x), if
+    """4-bit codes of the matrix W' (outputs, inputs + `further_columns`) with W x = W' (x, block sums of x), if
     `weight` lies on a grid of at most 16 values per block; else None."""
     outputs, inputs = weight.shape
     count = inputs // block
     values = np.asarray(weight, np.float32).reshape(-1, block)
-    if not _on_grid(values[:: max(1, len(values) // _SAMPLE)]):  # of most models, none is: do not search all of it
+    if not _on_grid(values[:: max(1, len(values) // _SAMPLE)]):  # a sample shows quickly that most models have no grid
         return None
     low, step, zero = (np.empty(len(values), np.float32) for _ in range(3))
     codes = np.empty(values.shape, np.uint8)
@@ -136,8 +136,8 @@ def _on_grid(values: Floats) -> bool:
 
 
 def _grid_step(values: Floats) -> tuple[Floats, Floats]:
-    """The step (blocks,) of at most 16 levels from the smallest to the largest of each block that fits best, and the
-    squared error. A block need not use both ends of its grid, so fewer levels are tried too."""
+    """The best step (blocks,) for at most 16 levels from the minimum to the maximum of each block, and its squared
+    error. A block may not use both ends of its grid, so fewer levels are tried too."""
     low = values.min(axis=1, keepdims=True)
     width = values.max(axis=1, keepdims=True) - low
     least = np.full((len(values), 1), np.inf, np.float32)
@@ -151,20 +151,20 @@ def _grid_step(values: Floats) -> tuple[Floats, Floats]:
 
 
 def further_columns(inputs: int, block: int) -> int:
-    """Columns that `regridded` adds: one per block, filled up to whole blocks."""
+    """The number of columns that `regridded` adds: one per block, padded to whole blocks."""
     count = inputs // block
     return -(-count // block) * block
 
 
 def block_sums(inputs: int, block: int) -> Floats:
-    """The matrix (inputs, further columns) that sums the blocks of what it is multiplied with."""
+    """The matrix (inputs, further columns) that computes the block sums of an input."""
     sums = np.zeros((inputs, further_columns(inputs, block)), np.float32)
     sums[np.arange(inputs), np.arange(inputs) // block] = 1
     return sums
 
 
 def relative_error(weight: Floats, blocks: Blocks, hessian: npt.NDArray[np.floating]) -> float:
-    """E|(W - W') x|^2 / E|W x|^2: how much of the output is lost, as a share of its energy."""
+    """E|(W - W') x|^2 / E|W x|^2: the share of the output's energy that is lost."""
     difference = weight - blocks.values()
     lost = float(np.sum((difference @ hessian) * difference))
     return lost / max(float(np.sum((weight @ hessian) * weight)), 1e-30)
@@ -174,7 +174,7 @@ def _inverse_factor(hessian: npt.NDArray[np.floating]) -> Floats:
     """The upper triangular U with U^T U = (H + damping)^-1, in float32."""
     damped = np.array(hessian, np.float64)
     diagonal = np.einsum("ii->i", damped)
-    diagonal[diagonal == 0] = 1.0  # an input that never fires: any code will do
+    diagonal[diagonal == 0] = 1.0  # an input that is always zero: any code is right
     diagonal += _DAMPING * float(diagonal.mean())
     return np.linalg.cholesky(np.linalg.inv(damped)).T.astype(np.float32)
 
@@ -206,7 +206,7 @@ def _parts(total: int, size: int) -> Iterator[slice]:
 def _grid(
     values: Floats, bits: int, symmetric: bool, importance: Floats, shrinks: tuple[float, ...]
 ) -> tuple[Floats, Floats]:
-    """Scale and zero (blocks,) for `values` (blocks, block) with the smallest weighted squared error."""
+    """The scale and zero (blocks,) with the smallest weighted squared error for `values` (blocks, block)."""
     candidates = _symmetric_scales(values, bits, shrinks) if symmetric else _ranges(values, bits, shrinks)
     best: tuple[Floats, Floats] | None = None
     least: Floats | None = None
@@ -223,8 +223,8 @@ def _grid(
 
 
 def _symmetric_scales(values: Floats, bits: int, shrinks: tuple[float, ...]) -> Iterator[tuple[Floats, Floats]]:
-    """The value with the largest magnitude goes to an end of the range: in 4 bits the one that has a code more; in 8
-    bits both ends are 127, as in GGUF's Q8_0, so that weights that come from there are met exactly."""
+    """Map the value of largest magnitude to an end of the range: for 4 bits the end with one more code; for 8 bits both
+    ends are 127, as in GGUF's Q8_0, so that weights from such files are represented exactly."""
     middle = np.float32(2 ** (bits - 1))
     end = middle if bits == 4 else middle - 1
     place = np.argmax(np.abs(values), axis=1)
@@ -245,7 +245,7 @@ def _ranges(values: Floats, bits: int, shrinks: tuple[float, ...]) -> Iterator[t
 def _refined(
     values: Floats, scale: Floats, zero: Floats, bits: int, importance: Floats, least: Floats
 ) -> tuple[Floats, Floats]:
-    """The least-squares scale for the codes that were chosen, where it helps after rounding anew."""
+    """The least-squares scale for the chosen codes, used where it lowers the error after rounding again."""
     steps = _codes(values, scale, zero, bits).astype(np.float32) - zero[:, None]
     energy = np.sum(importance * np.square(steps), axis=1)
     fitted = np.sum(importance * steps * values, axis=1) / np.where(energy > 0, energy, 1)
@@ -264,7 +264,7 @@ def _rounded(values: Floats, scale: Floats, zero: Floats, bits: int) -> Floats:
 
 
 def _nonzero(scale: Floats) -> Floats:
-    """A block of zeros has no range; any scale but zero serves it."""
+    """Replace zero scales by 1: a block of zeros has no range, and any nonzero scale represents it."""
     return np.where(scale == 0, np.float32(1), scale).astype(np.float32)
 
 

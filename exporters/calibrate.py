@@ -1,6 +1,6 @@
-"""E[x x^T] of the input x of every product of a graph, measured on rows of tokens: what gptq rounding works with.
+"""E[x x^T] of the input x of every matrix product of a graph, measured on token sequences; GPTQ rounding needs it.
 
-The graph is run with those inputs as further outputs, a few at a time so that the matrices fit in memory.
+The graph runs with these inputs as additional outputs, a few at a time, so that the matrices fit in memory.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
     from gradmap_hub.exporters.graph import Graph
 
 INDEX = "index.json"
-# Bytes of matrices held at once, and on disk altogether; beyond the second the rounding goes without.
+# Bytes of matrices in memory at once, and on disk in total. Above DISK_LIMIT, rounding does without them.
 _MEMORY = 1 << 30
 DISK_LIMIT = 8 << 30
 
 
 def main(base: str, rows: str, destination: str, head_size: int) -> bool:
-    """Measure on the graph `base` with `rows` (an .npy file, int64 (rows, tokens)) into the folder `destination`.
+    """Measure the graph `base` on `rows` (an .npy file, int64 (rows, tokens)) and write to the folder `destination`.
 
-    Returns False, having written nothing, if the matrices would take more than DISK_LIMIT bytes.
+    Returns False and writes nothing if the matrices would exceed DISK_LIMIT bytes.
     """
     from gradmap_hub.exporters.graph import Graph
 
@@ -49,7 +49,7 @@ def main(base: str, rows: str, destination: str, head_size: int) -> bool:
 
 
 def read_index(folder: Path) -> dict[str, Path]:
-    """The file with the matrix of each input."""
+    """Name of an input -> file of its matrix (width, width) float32."""
     return {value: folder / name for value, name in json.loads((folder / INDEX).read_text(encoding="utf-8")).items()}
 
 
@@ -79,7 +79,7 @@ def _measure(
     for value in values:
         if value not in declared:
             model.graph.output.append(onnx.helper.make_tensor_value_info(value, onnx.TensorProto.FLOAT, None))
-    # Beside the base, where its external data are.
+    # In the folder of the base, where its external data is.
     with tempfile.NamedTemporaryFile(dir=base.parent, suffix=".onnx") as file:
         file.write(model.SerializeToString())
         file.flush()

@@ -1,8 +1,8 @@
-"""The Python that exports run in. Optimum has no release for transformers 5; where that is installed, exports run in an
-environment beside it with transformers 4.57, made once and used by all later ones.
+"""The Python environment of exports. Optimum does not support transformers 5; if that is installed, exports run in a
+separate environment with transformers 4.57, which the first export creates and later ones reuse.
 
-It lies over the present environment: what is there (torch, numpy, this package) is seen from it, and only what must be
-another version, or is missing, is installed into it.
+It is layered on the current environment: torch, numpy and this package are visible from it, and only packages that are
+missing or need another version are installed into it.
 """
 
 from __future__ import annotations
@@ -32,25 +32,25 @@ def python() -> str:
     """The interpreter for exports.
 
     Raises:
-        ExportEnvironmentError: there is none, because nobody has called `prepare`.
+        ExportEnvironmentError: the environment does not exist, because `prepare` was not called.
     """
     if not has_5():
         return sys.executable
     path = _python_of(folder())
     if not path.is_file():
-        raise ExportEnvironmentError("There is no environment for ONNX exports yet.", hint="Run the export again.")
+        raise ExportEnvironmentError("The environment for ONNX exports does not exist.", hint="Run the export again.")
     return str(path)
 
 
 def prepare(reporter: Reporter) -> None:
-    """Make the environment if one is needed and there is none.
+    """Create the environment if it is needed and does not exist.
 
     Raises:
-        ExportEnvironmentError: it cannot be made; nothing is left of it.
+        ExportEnvironmentError: it cannot be created; a partial one is removed.
     """
     if not has_5() or _python_of(folder()).is_file():
         return
-    reporter.start("Installing transformers 4.57 and Optimum for ONNX exports, once")
+    reporter.start("Installing transformers 4.57 and Optimum for ONNX exports (first export only)")
     target = folder()
     partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -58,7 +58,7 @@ def prepare(reporter: Reporter) -> None:
         _make(partial)
         try:
             partial.rename(target)
-        except OSError:  # another run was faster
+        except OSError:  # another process created it first
             if not _python_of(target).is_file():
                 raise
     finally:
@@ -67,7 +67,7 @@ def prepare(reporter: Reporter) -> None:
 
 
 def folder() -> Path:
-    """Where the environment is or will be: another one for other requirements, another Python or other packages."""
+    """The environment's folder; its name depends on the requirements, the Python and the installed packages."""
     packages = sorted(f"{found.name} {found.version}" for found in importlib.metadata.distributions())
     what = "\n".join([*requirements(), sys.version, *_packages(), *packages])
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -75,7 +75,7 @@ def folder() -> Path:
 
 
 def requirements() -> list[str]:
-    """What the extras for exports ask for, with the bounds of this package."""
+    """The requirements of the extras for exports, with this package's version bounds."""
     lines = [_TRANSFORMERS]
     for line in importlib.metadata.requires("gradmap-hub") or ():
         wanted, _, marker = line.partition(";")
@@ -88,13 +88,13 @@ def requirements() -> list[str]:
 def _make(target: Path) -> None:
     try:
         venv.create(target, with_pip=True)
-        # Behind its own packages the present ones, with the .pth files among them.
+        # Its own packages come first, then the current environment's, including their .pth files.
         lines = "".join(f"import site; site.addsitedir({path!r})\n" for path in _packages())
         (_own_packages(target) / "zz_present.pth").write_text(lines, encoding="utf-8")
     except (OSError, subprocess.CalledProcessError) as error:
         raise ExportEnvironmentError(
-            f"No virtual environment for ONNX exports could be made in {target.parent}: {error}",
-            hint="Python's venv and ensurepip are needed (on Debian: apt install python3-venv). " + _ELSE,
+            f"The virtual environment for ONNX exports could not be created in {target.parent}: {error}",
+            hint="Python's venv and ensurepip are required (on Debian: apt install python3-venv). " + _ELSE,
         ) from error
     install = [str(_python_of(target)), "-m", "pip", "install", "--disable-pip-version-check", "--quiet"]
     done = subprocess.run([*install, *requirements()], capture_output=True, text=True, errors="replace")
@@ -107,11 +107,11 @@ def _make(target: Path) -> None:
         )
 
 
-_ELSE = "Or go on without ONNX (push: --no-onnx), or in an environment with gradmap-hub[cpu,onnx]."
+_ELSE = "Or skip ONNX (push: --no-onnx), or run in an environment with gradmap-hub[cpu,onnx]."
 
 
 def _packages() -> Sequence[str]:
-    """The folders that packages are imported from here."""
+    """The package folders of the current environment."""
     return [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages") and Path(path).is_dir()]
 
 

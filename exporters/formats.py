@@ -1,11 +1,11 @@
-"""The formats a checkpoint can be exported to, and the one function that exports to each.
+"""The export formats of a checkpoint, and `export`, which writes any of them.
 
-- `onnx`: Optimum's graph, float32 (onnx/model.onnx), as transformers.js and Optimum load it.
+- `onnx`: Optimum's graph, float32 (onnx/model.onnx), for transformers.js and Optimum.
 - `genai`: GenAI's graph, float32 (onnx/model_genai.onnx).
-- `fp16`, for GPUs, and `int8`, `int4`, weight-only: of GenAI's graph where its builder knows the model, else of
+- `fp16`, for GPUs, and `int8`, `int4`, weight-only: from GenAI's graph if its builder supports the model, else from
   Optimum's.
 
-The float32 graphs and the PyTorch numbers are made once and shared by all formats through the folder `work`.
+The float32 graphs and the PyTorch reference are computed once and shared by all formats through the folder `work`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ FILE_NAMES = {
     "genai": "model_genai.onnx",
     "fp16": "model_fp16.onnx",
 }
-# The graph that genai_config.json names, if it is there: int4 only where nothing else is.
+# Order of preference for the graph that genai_config.json names: int4 only if there is no other.
 _PREFERRED = ("int8", "genai", "int4")
 
 Rows = npt.NDArray[np.int64]
@@ -50,7 +50,8 @@ Rows = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Try:
-    """One recipe, the file it gave and how that was checked; `perplexity_ratio` is None if the graph did not run."""
+    """One recipe, the size of its file and the result of its check. `perplexity_ratio`: to the checkpoint; None if the
+    graph did not run."""
 
     recipe: str
     settings: dict[str, Any]
@@ -61,8 +62,8 @@ class Try:
 
 @dataclass(frozen=True)
 class Exported:
-    """`files`: names in the destination folder, none if nothing passed. `base`: whose graph, "genai" or "optimum".
-    `settings`: of the recipe that won. `tries`: all, in the order they were made. `note`: a sentence for the user."""
+    """`files`: names in the destination folder, empty if nothing passed. `base`: source graph, "genai" or "optimum".
+    `settings`: of the chosen recipe. `tries`: all recipes tried, in order. `note`: a sentence for the user."""
 
     format: str
     files: list[str]
@@ -75,10 +76,10 @@ class Exported:
 
 
 def require(name: str, config: Mapping[str, Any]) -> None:
-    """Raise before anything expensive if the format cannot be written for a model with this config.json.
+    """Check, before any expensive work, that a model with this config.json can be written in the format.
 
     Raises:
-        UsageError: there is no such format, or it has no way of writing this model.
+        UsageError: the format is unknown or does not support this model.
         MissingExtra: a package is not installed.
     """
     if name not in FORMATS:
@@ -87,7 +88,7 @@ def require(name: str, config: Mapping[str, Any]) -> None:
     if reason is not None:
         raise UsageError(
             f"This model cannot be exported to {name}: {reason}.",
-            hint="Leave it out; --no-onnx makes the safetensors alone." if name == "onnx" else None,
+            hint="Leave it out; --no-onnx writes only safetensors." if name == "onnx" else None,
         )
     if name == "onnx" or _base_of(name, config) == "optimum":
         onnx.require()
@@ -96,7 +97,7 @@ def require(name: str, config: Mapping[str, Any]) -> None:
 
 
 def supported(name: str, config: Mapping[str, Any]) -> str | None:
-    """Why a model with this config.json cannot be written in the format, or None. Told before anything is pruned."""
+    """The reason why a model with this config.json cannot be written in the format, or None. Checked before pruning."""
     if name == "genai":
         return genai.unsupported(config)
     if _base_of(name, config) == "optimum" and onnx.unsupported(config) is not None:
@@ -118,18 +119,19 @@ def export(
     keep_failing: bool = False,
     reporter: Reporter | None = None,
 ) -> Exported:
-    """Write format `name` into the folder `destination`, checked against the checkpoint.
+    """Write format `name` into the folder `destination` and check it against the checkpoint.
 
     Args:
-        rows: held-out tokens (rows, tokens) that perplexity is measured on.
-        work: keeps the float32 graph and the PyTorch numbers for the next format; give it to `clear` in the end.
-        fit: other rows, which the rounding is fitted on.
-        optimum: Optimum's export of this very checkpoint, if there is one already.
-        keep_failing: leave the best file in place although it did not pass.
+        rows: held-out tokens (rows, tokens) for perplexity.
+        work: caches the float32 graph and the PyTorch reference for the next format; remove it with `clear`.
+        fit: separate tokens (rows, tokens) to fit the rounding on.
+        optimum: Optimum's export of the same checkpoint, if it exists.
+        keep_failing: keep the best file even if it does not pass.
 
-    A file that does not pass is not left behind, nor is an earlier one of the same name; the result says why.
+    A file that does not pass is deleted, and so is an earlier file of the same name; the result contains the reason.
 
     Raises:
+        UsageError, MissingExtra: see `require`.
         VerificationError: the float32 graph could not be built.
     """
     reporter = reporter or SilentReporter()
@@ -146,13 +148,13 @@ def export(
 
 
 def clear(work: Path) -> None:
-    """Remove what `export` keeps for the next format."""
+    """Remove the cache that `export` keeps for the next format."""
     shutil.rmtree(work, ignore_errors=True)
 
 
 class _Shared:
-    """What the formats of one checkpoint have in common, each made when it is first asked for and kept in `work` under
-    the checkpoint's fingerprint."""
+    """Files that all formats of one checkpoint share, each created on first use and cached in `work` under the
+    checkpoint's fingerprint."""
 
     def __init__(self, checkpoint: Path, work: Path, rows: Rows, fit: Rows | None, optimum: Path | None) -> None:
         self.checkpoint = checkpoint
@@ -164,7 +166,7 @@ class _Shared:
         self._rows, self._fit = rows, fit
         self.folder = work / _fingerprint(checkpoint, rows, fit)
         if not self.folder.is_dir():
-            clear(work)  # of another checkpoint
+            clear(work)  # it belongs to another checkpoint
             self.folder.mkdir(parents=True)
 
     @property
@@ -191,7 +193,7 @@ class _Shared:
         return self._saved("rows.npy", self._rows)
 
     def hessians(self) -> Path | None:
-        """The folder that `calibrate` writes; None without rows to fit on, or if it would be too large."""
+        """The folder that `calibrate` writes; None without sequences to fit on, or if it would be too large."""
         folder = self.folder / "hessians"
         if self._fit is None or folder.is_dir():
             return folder if folder.is_dir() else None
@@ -224,7 +226,7 @@ class _Shared:
 
 
 def _export_float(name: str, shared: _Shared, partial: Path, destination: Path, keep_failing: bool) -> Exported:
-    """Either float32 graph, as it was built, or one of them in float16."""
+    """Export one of the float32 graphs as it was built, or the base graph in float16."""
     path = partial / FILE_NAMES[name]
     if name == "fp16":
         _called("half", {"base": str(shared.base()), "destination": str(path)})
@@ -256,7 +258,7 @@ def _export_quantised(
             continue
         better = _ratio(tried) < min((_ratio(entry) for entry in tries), default=math.inf)
         tries.append(tried)
-        reporter.note(_in_words(tried))
+        reporter.note(_summary(tried))
         if better or tried.check.passed:
             if best is not None:
                 shutil.rmtree(best.parent)
@@ -272,7 +274,7 @@ def _export_quantised(
 
 
 def _try(name: str, recipe: Recipe, shared: _Shared, path: Path) -> Try | None:
-    """None if the recipe is not for weights such as these."""
+    """Quantise with one recipe and check the result; None if the recipe does not apply to these weights."""
     hessians = shared.hessians() if recipe.rounding == GPTQ else None
     done = _called(
         "quantized",
@@ -296,7 +298,7 @@ def _called(module: str, arguments: Mapping[str, Any]) -> Any:
         return call(module, arguments)
     except WorkerFailed as error:
         raise VerificationError(
-            f"The export failed ({module}): {error}", hint="The pruned checkpoint is whole; leave this format out."
+            f"The export failed ({module}): {error}", hint="The pruned checkpoint is complete; leave this format out."
         ) from error
 
 
@@ -304,7 +306,7 @@ def _ratio(tried: Try) -> float:
     return math.inf if tried.perplexity_ratio is None else tried.perplexity_ratio
 
 
-def _in_words(tried: Try) -> str:
+def _summary(tried: Try) -> str:
     if tried.perplexity_ratio is None:
         return f"{tried.recipe}: {tried.check.reason}"
     change = (tried.perplexity_ratio - 1) * 100
@@ -314,7 +316,7 @@ def _in_words(tried: Try) -> str:
 
 def _failure(name: str, result: GateResult, kept: bool) -> str:
     advice = " int8 is the better artifact for this model." if name == "int4" else ""
-    fate = "It was kept all the same, as asked." if kept else "It was deleted."
+    fate = "The file is kept, as requested." if kept else "The file was deleted."
     return f"{name} does not pass its check: {result.reason}. {fate}{advice}"
 
 
@@ -334,7 +336,7 @@ def _fingerprint(checkpoint: Path, rows: Rows, fit: Rows | None) -> str:
 
 @contextlib.contextmanager
 def _partial(destination: Path) -> Iterator[Path]:
-    """A folder beside the destination, on the same file system, that is gone whatever happens."""
+    """A temporary folder beside the destination, on the same file system; always removed."""
     folder = destination.with_name(destination.name + ".partial")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -345,7 +347,7 @@ def _partial(destination: Path) -> Iterator[Path]:
 
 
 def _install(path: Path, destination: Path) -> list[str]:
-    """Move a graph into place with what lies beside it, itself last: a graph that can be seen can be loaded."""
+    """Move a graph and the files beside it into place, the graph last, so that a visible graph can be loaded."""
     destination.mkdir(exist_ok=True)
     files = files_of(path)
     beside = sorted(file for file in path.parent.iterdir() if file.is_file() and file not in files)
@@ -355,7 +357,7 @@ def _install(path: Path, destination: Path) -> list[str]:
 
 
 def _link(source: Path, target: Path) -> None:
-    """The same file under a second name, or a copy where the file system has no links."""
+    """Hard-link a file, or copy it if the file system has no links."""
     try:
         os.link(source, target)
     except OSError:
@@ -368,8 +370,8 @@ def _remove(destination: Path, name: str) -> None:
 
 
 def _write_genai_config(destination: Path, shared: _Shared) -> None:
-    """genai_config.json beside the graphs, naming the one to load; none without a graph of GenAI's builder. The others
-    can be loaded with a configuration overlay."""
+    """Write genai_config.json, which names the graph to load, beside the graphs; remove it if no graph comes from
+    GenAI's builder. The other graphs can be loaded with a configuration overlay."""
     path = destination / genai.CONFIG
     path.unlink(missing_ok=True)
     source = shared.folder / "genai" / genai.CONFIG

@@ -1,7 +1,7 @@
-"""The check that every exported graph must pass before anybody gets it.
+"""The check that every exported graph must pass before it is published.
 
-The graph is loaded by ONNX Runtime in a fresh process and compared with PyTorch float32 of the same checkpoint: logits
-without and with past, the greedy continuation of 256 tokens, and perplexity on held-out rows.
+A fresh process loads the graph with ONNX Runtime and compares it with PyTorch float32 on the same checkpoint: logits
+without and with past, a greedy continuation of 256 tokens, and perplexity on held-out sequences.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ import numpy as np
 from gradmap_hub.exporters.processes import WorkerFailed, call
 from gradmap_hub.record import Parity
 
-# What no sensible graph reaches; stands for infinity, which JSON has not.
+# Stands for infinity, which JSON cannot represent; no working graph reaches it.
 _WORST = 1e30
 _CHUNK = 64
 
 
 @dataclass(frozen=True)
 class Limits:
-    """`logits`: largest absolute difference, None if the format is not held to one. `perplexity`: largest ratio to that
-    of the checkpoint. `greedy`: whether every greedy token must be PyTorch's."""
+    """`perplexity`: largest ratio to the checkpoint's. `logits`: largest absolute difference, or None for no limit.
+    `greedy`: whether every greedy token must equal PyTorch's."""
 
     perplexity: float
     logits: float | None = None
@@ -44,9 +44,9 @@ LIMITS: dict[str, Limits] = {
 
 @dataclass(frozen=True)
 class GateResult:
-    """`greedy_tokens_equal` of `greedy_tokens` are PyTorch's when each follows PyTorch's beginning. `perplexity` and
-    `reference_perplexity`: exp of the mean loss over the held-out rows, of the graph and of the checkpoint in float32.
-    `reason` is empty if it passed."""
+    """`greedy_tokens_equal` of `greedy_tokens` equal PyTorch's, each given PyTorch's previous tokens. `perplexity` and
+    `reference_perplexity`: exp of the mean loss over the held-out sequences, of the graph and of the float32
+    checkpoint. `reason` is empty if the graph passed."""
 
     passed: bool
     reason: str
@@ -60,17 +60,17 @@ class GateResult:
 
     @property
     def ratio(self) -> float:
-        """Perplexity over that of the checkpoint; infinite for a graph that did not run."""
+        """Perplexity divided by the checkpoint's; infinite if the graph did not run."""
         return self.perplexity / self.reference_perplexity if self.reference_perplexity else math.inf
 
     def parity(self) -> Parity:
-        """The same as the record's Parity."""
+        """This result as the record's Parity."""
         equal = self.greedy_tokens > 0 and self.greedy_tokens == self.greedy_tokens_equal
         return Parity(self.max_logit_difference, self.max_logit_difference_with_past, equal, self.greedy_tokens)
 
 
 def check(graph: Path, reference: Path, rows: Path, layers: int, head_size: int, limits: Limits) -> GateResult:
-    """Check the graph in a fresh process. `reference`: what `reference.main` wrote for `rows`, an .npy file."""
+    """Check the graph in a fresh process. `rows`: an .npy file; `reference`: the output of `reference.main` for it."""
     try:
         result = call(
             "gate",
@@ -89,7 +89,7 @@ def check(graph: Path, reference: Path, rows: Path, layers: int, head_size: int,
 
 
 def main(graph: str, reference: str, rows: str, layers: int, head_size: int, limits: dict[str, Any]) -> dict[str, Any]:
-    """The check itself, in the process that this module was called in."""
+    """The check itself, run in the current process. Returns the fields of a GateResult."""
     from gradmap_hub.exporters.session import Session
 
     session = Session(Path(graph), head_size)
@@ -139,10 +139,10 @@ def _reason(measured: GateResult, significant: int, limits: Limits) -> str:
 
 
 def _decode(session: Any, expected: dict[str, Any], tolerance: float) -> tuple[float, int, int]:
-    """Follow PyTorch's greedy tokens on the cache: largest difference of logits, how many tokens the graph agrees on,
-    and how many it does not that PyTorch was sure of by more than twice the tolerance.
+    """Decode with the cache along PyTorch's greedy tokens. Returns the largest difference of logits, the number of
+    equal top-1 tokens, and the number of different ones where PyTorch's margin exceeds twice the tolerance.
 
-    If all agree, free-running greedy decoding gives the same text: each step has the same beginning."""
+    If all are equal, free-running greedy decoding gives the same text, because every step has the same prefix."""
     past = session.empty()
     ids = expected["prompts"][:1]
     largest, equal, significant = 0.0, 0, 0
@@ -165,10 +165,10 @@ def _difference(left: Any, right: Any) -> float:
 
 
 def _loss(session: Any, row: Any) -> float:
-    """Mean negative log-likelihood of a row's tokens after the first, in nats."""
+    """Mean negative log-likelihood, in nats, of a sequence's tokens after the first."""
     logits = session.logits(row[None])[0, :-1]
     lost = 0.0
-    for start in range(0, len(logits), _CHUNK):  # in double precision, and a vocabulary can be large
+    for start in range(0, len(logits), _CHUNK):  # in chunks: float64 logits of a large vocabulary are big
         part = logits[start : start + _CHUNK].astype(np.float64)
         part -= part.max(axis=1, keepdims=True)
         targets = row[1 + start : 1 + start + len(part)]

@@ -1,8 +1,8 @@
-"""The graph of ONNX Runtime GenAI's model builder: attention as one GroupQueryAttention node per layer, with rotary
-embedding and KV cache in it, float32. Twice as fast to decode as Optimum's graph, and plain onnxruntime runs it too.
+"""The float32 graph of ONNX Runtime GenAI's model builder: one GroupQueryAttention node per layer, including rotary
+embedding and KV cache. It decodes twice as fast as Optimum's graph and also runs on plain onnxruntime.
 
-The builder only ever writes float32 here. Its own int8, and its asymmetric int4, of a model with tied embeddings are
-invalid graphs that it reports as success (0.15.2); `quantized` works on its float32 graph instead.
+The builder is used only for float32. For models with tied embeddings, its int8 and asymmetric int4 graphs are invalid
+although it reports success (0.15.2), so `quantized` quantises its float32 graph instead.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from gradmap_hub.models.transformers_compat import has_5
 
 MODEL = "model.onnx"
 CONFIG = "genai_config.json"
-# A key of the graph's metadata, which gradmap_hub.runtime reads.
+# A key of the graph's metadata that gradmap_hub.runtime reads.
 SHARED_BUFFER = "past_present_share_buffer"
 _MODEL_TYPES = ("gemma", "llama", "mistral", "phi3", "qwen2", "qwen3")
 _ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh")
 
 
 def require() -> None:
-    """Raise before anything expensive if the builder cannot run.
+    """Check, before any expensive work, that the builder can run.
 
     Raises:
         MissingExtra: the extra `onnx` or a runtime is not installed.
     """
     if has_5():
-        return  # in an environment of its own
+        return  # exports run in a separate environment
     if any(importlib.util.find_spec(module) is None for module in ("onnx", "onnx_ir")):
         raise MissingExtra("The GenAI export", "onnx")
     if any(importlib.util.find_spec(module) is None for module in ("onnxruntime", "onnxruntime_genai")):
@@ -40,8 +40,11 @@ def require() -> None:
 
 
 def unsupported(config: Mapping[str, Any]) -> str | None:
-    """Why the builder has no right graph for this config.json, or None. Known before a weight is read: what it gets
-    wrong beyond the length of a test (a window, long-context rotary embeddings) no test of ours would show."""
+    """The reason why the builder cannot write a correct graph for this config.json, or None.
+
+    Decided without reading weights: errors that show only beyond the length of our checks (windows, long-context
+    rotary embeddings) would pass them.
+    """
     kind = str(config.get("model_type"))
     if kind not in _MODEL_TYPES:
         return f"the builder does not know model type {kind!r}"
@@ -54,7 +57,7 @@ def unsupported(config: Mapping[str, Any]) -> str | None:
 
 
 def _window_reason(config: Mapping[str, Any]) -> str | None:
-    """The builder gives every layer the same window."""
+    """The reason if layers differ in their window: the builder gives every layer the same window."""
     if not config.get("sliding_window") or config.get("use_sliding_window") is False:
         return None
     types = set(config.get("layer_types") or ())
@@ -82,10 +85,10 @@ def _rotary_reason(kind: str, config: Mapping[str, Any]) -> str | None:
 
 def build(checkpoint: Path, destination: Path) -> Path:
     """Build the float32 graph of the checkpoint folder into `destination` (model.onnx, its data, genai_config.json).
-    The destination appears only when it is whole.
+    The destination appears only when it is complete. Returns the path of the graph.
 
     Raises:
-        VerificationError: the builder failed; its last words are in the message.
+        VerificationError: the builder failed; the message contains its last line of output.
     """
     partial = destination.with_name(destination.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -95,7 +98,7 @@ def build(checkpoint: Path, destination: Path) -> Path:
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, WorkerFailed):
             raise VerificationError(
-                f"The GenAI export failed: {error}", hint="The pruned checkpoint is whole; leave this format out."
+                f"The GenAI export failed: {error}", hint="The pruned checkpoint is complete; leave this format out."
             ) from error
         raise
     shutil.rmtree(destination, ignore_errors=True)
@@ -104,7 +107,7 @@ def build(checkpoint: Path, destination: Path) -> Path:
 
 
 def mark(graph: Path) -> None:
-    """Say in the graph itself that past and present may be one buffer; every graph made from this one says so too."""
+    """Record in the graph's metadata that past and present may share one buffer; derived graphs inherit the entry."""
     import onnx
 
     model = onnx.load(graph, load_external_data=False)

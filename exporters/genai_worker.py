@@ -11,17 +11,17 @@ _KEPT = (MODEL, MODEL + ".data", CONFIG)
 
 
 def main(source: str, destination: str) -> list[str]:
-    """Build the float32 graph of `source` for the CPU into `destination`; returns the names of what is there."""
+    """Build the float32 graph of `source` for the CPU into `destination`; returns the names of its files."""
     from onnxruntime_genai.models import builder
 
     cache = str(Path(destination) / "cache")
-    # hf_token=false: the builder would read the user's own token otherwise, for a folder on disk.
+    # hf_token=false: otherwise the builder reads the user's token, even for a local folder.
     options = builder.parse_extra_options(None, source, destination, "fp32", "cpu", cache, ["hf_token=false"])
     builder.create_model(None, source, destination, "fp32", "cpu", cache, **options)
     for path in Path(destination).iterdir():
         if path.is_dir():
             shutil.rmtree(path)
         elif path.name not in _KEPT:
-            path.unlink()  # tokenizer files: saved anew, and the originals stay at the top of the folder
+            path.unlink()  # tokenizer files re-saved by the builder; the originals are at the top of the model folder
     mark(Path(destination) / MODEL)
     return sorted(path.name for path in Path(destination).iterdir())

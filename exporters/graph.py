@@ -1,5 +1,5 @@
-"""An ONNX model as its nodes and its weights: read without holding the weights twice, written as one file or, from
-2 GB on, as one file and one with the weights beside it."""
+"""An ONNX model as nodes and weights. Reading does not hold the weights twice; models of 2 GB or more are written as a
+graph file and a weight file beside it."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ if TYPE_CHECKING:
 
 Weight = npt.NDArray[np.generic]
 
-# Protobuf cannot write a message of 2 GiB; the rest is for the nodes.
+# Protobuf messages must be below 2 GiB; the difference is room for the nodes.
 SINGLE_FILE_LIMIT = 1_900_000_000
-# Shapes and other small constants stay in the graph, where shape inference reads them.
+# Bytes. Shapes and other small constants stay in the graph file, where shape inference needs them.
 _INLINE = 1024
-# Pages are mapped from here; ONNX Runtime maps a tensor only if it begins on one.
+# ONNX Runtime memory-maps a tensor only if it starts on a page boundary.
 _ALIGNMENT = 4096
 
 
 class Graph:
-    """`model` holds no weight data; `weights` are the initialisers by name, memory-mapped where the file allows."""
+    """`model` contains no weight data; `weights`: name -> initialiser, memory-mapped if it is external data."""
 
     def __init__(self, model: ModelProto, weights: dict[str, Weight]) -> None:
         self.model = model
@@ -37,7 +37,7 @@ class Graph:
 
     @classmethod
     def of(cls, model: ModelProto, folder: Path) -> Graph:
-        """Of a model in memory, whose initialisers are taken out of it. `folder`: where external data lie."""
+        """Wrap a model in memory and move its initialisers out of it. `folder`: the folder of its external data."""
         import onnx
         from onnx import numpy_helper
 
@@ -49,14 +49,14 @@ class Graph:
         return cls(model, weights)
 
     def save(self, path: Path, *, single_file_limit: int = SINGLE_FILE_LIMIT) -> list[Path]:
-        """Write `path`, and `path`_data beside it if the weights are too large for one file; returns what was written.
-        The weights that no node uses are dropped."""
+        """Write `path`, and `path`_data beside it if the weights exceed `single_file_limit` bytes; returns the files.
+        Weights that no node uses are dropped."""
         import onnx
         from onnx import numpy_helper
 
         used = {name for node in self.model.graph.node for name in node.input}
         kept = {name: weight for name, weight in self.weights.items() if name in used}
-        del self.model.graph.value_info[:]  # shapes of values that rewritten nodes no longer make
+        del self.model.graph.value_info[:]  # may describe values that no longer exist
         data_path = path.with_name(path.name + "_data")
         outside = sum(weight.nbytes for weight in kept.values()) > single_file_limit
         tensors: list[TensorProto] = []
@@ -89,7 +89,7 @@ class Graph:
         return written
 
     def producers(self) -> dict[str, int]:
-        """The place in the list of nodes of the one behind every value."""
+        """Name of a value -> index of the node that produces it."""
         return {name: place for place, node in enumerate(self.model.graph.node) for name in node.output}
 
     def drop_unused_nodes(self) -> None:
@@ -105,13 +105,13 @@ class Graph:
         self.replace_nodes([node for place, node in enumerate(self.model.graph.node) if place in kept])
 
     def replace_nodes(self, nodes: list[NodeProto]) -> None:
-        """Make `nodes`, in this order, those of the graph."""
+        """Replace all nodes of the graph by `nodes`, in this order."""
         copies = [_copy(node) for node in nodes]
         del self.model.graph.node[:]
         self.model.graph.node.extend(copies)
 
     def use_runtime_operators(self) -> None:
-        """Declare the operator set of ONNX Runtime's own operators, if it is not yet."""
+        """Declare the operator set of ONNX Runtime's own operators (com.microsoft) if it is missing."""
         import onnx
 
         if all(entry.domain != "com.microsoft" for entry in self.model.opset_import):
@@ -119,12 +119,12 @@ class Graph:
 
 
 def main(source: str, destination: str) -> list[str]:
-    """Write the graph `source` anew as `destination`: without unused weights, in as many files as `save` makes."""
+    """Copy the graph `source` to `destination` without unused weights; returns the names of the files."""
     return [path.name for path in Graph.load(Path(source)).save(Path(destination))]
 
 
 def files_of(path: Path) -> list[Path]:
-    """A graph that was written here, with its weight file if it has one."""
+    """The existing files of a graph written by `Graph.save`: the graph and, if it has one, its weight file."""
     return [file for file in (path, path.with_name(path.name + "_data")) if file.is_file()]
 
 

@@ -1,4 +1,4 @@
-"""A float32 graph in float16, for GPUs: weights, activations and cache; logits stay float32."""
+"""Converts a float32 graph to float16 for GPUs: weights, activations and cache; logits stay float32."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ from typing import Any
 
 
 def main(base: str, destination: str) -> list[str]:
-    """Write the graph `base` in float16 to the file `destination`; returns the names of what was written. Which
-    operators cannot take float16, and what is to be done about numbers beyond its range, is known to ONNX Runtime's own
-    converter."""
+    """Write the graph `base` in float16 to the file `destination`; returns the names of the files.
+
+    ONNX Runtime's converter handles operators without float16 and values outside its range.
+    """
     import onnx
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
     from gradmap_hub.exporters.graph import Graph
 
     model = onnx.load(base)
-    # Shape inference would write the whole model out once more; the values' types are as they are in float32 graphs.
-    # Its annotation says bool, its documentation also a list of names.
+    # Shape inference would write the whole model to disk again, and the types of the float32 graph are sufficient.
+    # keep_io_types is annotated as bool, but a list of names is documented too.
     kept: Any = ["logits"]
     converted = convert_float_to_float16(model, keep_io_types=kept, disable_shape_infer=True)
     return [file.name for file in Graph.of(converted, Path(base).parent).save(Path(destination))]

@@ -1,6 +1,6 @@
-"""ONNX with KV cache through Optimum, and its parity with PyTorch.
+"""ONNX export with KV cache through Optimum, and the check of its parity with PyTorch.
 
-The export runs in a process of its own: its memory is given back, its prints stay out of ours, and Ctrl-C reaches it.
+The export runs in its own process, which frees its memory, captures its output and lets Ctrl-C end it.
 """
 
 from __future__ import annotations
@@ -22,18 +22,17 @@ from gradmap_hub.record import Parity
 
 MODEL = "model.onnx"
 MODEL_DATA = "model.onnx_data"
-# What ONNX Runtime's own loaders want beside the graph; tokenizer files stay at the top of the repository.
+# The graph and the files that ONNX Runtime's loaders need beside it; tokenizer files stay at the top of the repository.
 _KEPT = (MODEL, MODEL_DATA, "config.json", "generation_config.json")
 PARITY_LIMIT = 1e-3
-# The model types that Optimum (optimum-onnx 0.1) has a graph for; docs/architectures.md has those seen to pass the
-# parity check.
+# Model types that Optimum (optimum-onnx 0.1) can export; docs/architectures.md lists those that pass the parity check.
 _MODEL_TYPES = (
     "arcee", "bloom", "cohere", "falcon", "gemma", "gemma2", "gemma3_text", "glm", "gpt2", "gpt_neo", "gpt_neox",
     "gpt_oss", "gptj", "granite", "helium", "llama", "mistral", "mpt", "nemotron", "olmo", "olmo2", "opt",
     "phi", "phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3", "stablelm",
 )  # fmt: skip
-# Known to it, and wrong. DeepSeek V3 asks of each expert whether any token goes there, and the trace keeps the answers
-# for the example: the graph is right once the question is taken out, and off by whole logits with it.
+# Optimum exports these, but incorrectly. DeepSeek V3 branches on whether any token is routed to an expert, and the
+# trace fixes the branches of the example input: logits differ by more than 1. Without the branch the graph is correct.
 _WRONG = ("deepseek_v3",)
 PROMPTS = (
     "The capital of France is",
@@ -44,7 +43,7 @@ GREEDY_TOKENS = 16
 
 
 def unsupported(config: Mapping[str, Any]) -> str | None:
-    """Why Optimum has no graph for a model with this config.json, or None. Known before a weight is read."""
+    """The reason why Optimum cannot export a model with this config.json, or None. Decided without reading weights."""
     kind = str(config.get("model_type"))
     variant = "" if kind in _WRONG else _variant_reason(kind, config)
     if variant is not None:
@@ -53,23 +52,23 @@ def unsupported(config: Mapping[str, Any]) -> str | None:
 
 
 def _variant_reason(kind: str, config: Mapping[str, Any]) -> str | None:
-    """Both fail in the export: the example of a past that Optimum makes has other heads than transformers' cache."""
+    """Variants whose export fails: Optimum's example past has another number of heads than transformers' cache."""
     if kind == "falcon" and config.get("new_decoder_architecture"):
-        return " with the new decoder"  # which repeats keys and values for all heads before they are cached
+        return " with the new decoder"  # repeats keys and values for all heads before caching them
     heads = config.get("num_attention_heads")
     if kind == "phi" and (config.get("num_key_value_heads") or heads) != heads:
-        return " with grouped key and value heads"  # Optimum takes the number of query heads
+        return " with grouped key and value heads"  # Optimum uses the number of query heads
     return None
 
 
 def require() -> None:
-    """Raise before anything expensive if the export cannot run.
+    """Check, before any expensive work, that the export can run.
 
     Raises:
-        MissingExtra: the extra `onnx`, or a runtime, is not installed.
+        MissingExtra: the extra `onnx` or a runtime is not installed.
     """
     if has_5():
-        return  # in an environment of its own
+        return  # exports run in a separate environment
     for module in ("optimum.exporters.onnx", "optimum.onnxruntime", "onnx"):
         if not _importable(module):
             raise MissingExtra("The ONNX export", "onnx")
@@ -87,17 +86,17 @@ def _importable(module: str) -> bool:
 def export_onnx(source: Path, destination: Path) -> list[Path]:
     """Export the checkpoint in `source` (float32, text generation with past) into `destination`.
 
-    Its files appear in the destination only when the export is whole; files of other formats there are left alone.
+    Files appear in the destination only when the export is complete; files of other formats are kept.
 
     Raises:
-        VerificationError: Optimum failed; its last words are in the message.
+        VerificationError: Optimum failed; the message contains its last line of output.
     """
     partial = destination.with_name(destination.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     worker = [environment.python(), "-m", "gradmap_hub.exporters.onnx_worker", str(source), str(partial)]
     try:
         done = subprocess.run(worker, capture_output=True, text=True)
-    except BaseException:  # Ctrl-C: the worker is gone by now, its half of a model need not stay
+    except BaseException:  # Ctrl-C: the worker has ended; remove its partial output
         shutil.rmtree(partial, ignore_errors=True)
         raise
     if done.returncode != 0 or not (partial / MODEL).is_file():
@@ -105,7 +104,7 @@ def export_onnx(source: Path, destination: Path) -> list[Path]:
         last = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
         raise VerificationError(
             f"The ONNX export failed: {last}",
-            hint="The pruned checkpoint is whole; go on without ONNX with --no-onnx.",
+            hint="The pruned checkpoint is complete; --no-onnx skips the ONNX export.",
         )
     for path in partial.iterdir():
         if path.name in _KEPT:
@@ -113,7 +112,7 @@ def export_onnx(source: Path, destination: Path) -> list[Path]:
         else:
             path.unlink()
     clean_config(partial / "config.json")
-    # Other formats of the same checkpoint stay; the graph comes last, when what it needs is there.
+    # Files of other formats are kept. The graph is moved last, when the files it needs are in place.
     destination.mkdir(exist_ok=True)
     for name in reversed(_KEPT):
         (destination / name).unlink(missing_ok=True)
@@ -127,13 +126,13 @@ def check_parity(checkpoint: Path, onnx_folder: Path) -> Parity:
     """Compare the ONNX graph with PyTorch float32 on three prompts: logits without and with past, greedy tokens.
 
     Raises:
-        VerificationError: the largest logit difference exceeds 1e-3 or greedy tokens differ.
+        VerificationError: the largest logit difference exceeds 1e-3, greedy tokens differ, or the comparison failed.
     """
     if has_5():
         try:
             found = call("parity_worker", {"checkpoint": str(checkpoint), "graph": str(onnx_folder)})
         except WorkerFailed as error:
-            raise VerificationError(f"The ONNX file could not be compared with PyTorch: {error}") from error
+            raise VerificationError(f"The comparison of the ONNX file with PyTorch failed: {error}") from error
         parity = Parity(**found)
     else:
         parity = measure(checkpoint, onnx_folder)
@@ -146,13 +145,13 @@ def check_parity(checkpoint: Path, onnx_folder: Path) -> Parity:
         raise VerificationError(
             f"The ONNX file differs from PyTorch: logits by {plain:.2g} (with past {with_past:.2g}), greedy tokens "
             f"{'equal' if equal else 'differ'}.",
-            hint="It is not published. Report the model; --no-onnx goes on without it.",
+            hint="It is not published. Please report the model; --no-onnx skips the ONNX export.",
         )
     return parity
 
 
 def measure(checkpoint: Path, onnx_folder: Path) -> Parity:
-    """What `check_parity` judges; where Optimum is installed."""
+    """The measurement of `check_parity`; requires Optimum."""
     import torch
     from transformers import AutoTokenizer
 
@@ -174,8 +173,8 @@ def measure(checkpoint: Path, onnx_folder: Path) -> Parity:
 
 
 def open_graph(onnx_folder: Path) -> Any:
-    """The graph as Optimum runs it, with an empty cache of the graph's own shape: for some types (`gemma2`, and `phi3`
-    with grouped heads) Optimum takes the number of query heads, or another head size, which the graph then refuses."""
+    """Open the graph with Optimum and give its empty cache the graph's own shape: for some types (`gemma2`, and `phi3`
+    with grouped heads) Optimum uses the number of query heads or a wrong head size, which the graph rejects."""
     from optimum.onnxruntime import ORTModelForCausalLM
 
     model = ORTModelForCausalLM.from_pretrained(
@@ -191,7 +190,7 @@ def _difference(left: Any, right: Any) -> float:
 
 
 def _with_past(exported: Any, reference: Any, ids: Any) -> float:
-    """Prefill all but the last token, then one step on the cache, in both."""
+    """Largest logit difference after prefilling all but the last token and one step with the cache."""
     import torch
 
     head, tail, mask = ids[:, :-1], ids[:, -1:], torch.ones_like(ids)
@@ -219,5 +218,5 @@ def _greedy(model: Any, ids: Any, mask: Any) -> Any:
 
 
 def file_names(folder: Path) -> Sequence[Path]:
-    """What an export leaves in `folder`, for the stage that made it."""
+    """The files of an export in `folder`, as the stage that made it lists them."""
     return [folder / name for name in _KEPT if (folder / name).exists()] or [folder / MODEL]

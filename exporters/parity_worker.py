@@ -1,4 +1,4 @@
-"""The process that compares Optimum's graph with PyTorch where the calling one has transformers 5."""
+"""The process that compares Optimum's graph with PyTorch if the calling process has transformers 5."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ from gradmap_hub.exporters.onnx import measure
 
 
 def main(checkpoint: str, graph: str) -> dict[str, Any]:
-    """`graph`: the folder that `onnx.export_onnx` wrote. Returns the fields of a Parity."""
+    """Compare the checkpoint with `graph`, the folder written by `onnx.export_onnx`. Returns the fields of a Parity."""
     return dataclasses.asdict(measure(Path(checkpoint), Path(graph)))

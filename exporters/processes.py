@@ -1,7 +1,5 @@
-"""A function of this package called in a process of its own.
-
-Its memory is given back, its prints stay out of ours, a crash of a native library is a message, and Ctrl-C ends it.
-"""
+"""Calls a function of this package in its own process, which frees its memory, captures its output, turns a crash of a
+native library into an error, and ends on Ctrl-C."""
 
 from __future__ import annotations
 
@@ -15,25 +13,25 @@ from typing import Any
 
 from gradmap_hub.exporters import environment
 
-# Nothing that is exported may be looked up on the Hub: the checkpoint is on disk, and whole.
+# Exports never access the Hub: the checkpoint on disk is complete.
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 class WorkerFailed(Exception):
-    """The process ended without a result; the message is the last line that it wrote."""
+    """The process ended without a result; the message is its last line of output."""
 
 
 def call(module: str, arguments: Mapping[str, Any]) -> Any:
-    """What `gradmap_hub.exporters.MODULE.main(**arguments)` returns, computed in a fresh Python process of the
-    environment for exports. Arguments and result are JSON; paths are strings.
+    """Return `gradmap_hub.exporters.MODULE.main(**arguments)`, computed in a fresh process of the environment for
+    exports. Arguments and result are JSON; paths are strings.
 
     Raises:
-        WorkerFailed: it raised, or died.
+        WorkerFailed: the function raised an exception or the process died.
     """
     with tempfile.TemporaryDirectory(prefix="gradmap-") as folder:
         result = Path(folder) / "result.json"
         task = json.dumps({"module": module, "arguments": dict(arguments), "result": str(result)})
-        # On Ctrl-C `run` kills the process before it lets the exception through.
+        # On Ctrl-C, `run` kills the process before it re-raises.
         done = subprocess.run(
             [environment.python(), "-m", "gradmap_hub.exporters.worker"],
             input=task,
@@ -50,5 +48,6 @@ def call(module: str, arguments: Mapping[str, Any]) -> Any:
 def _last_words(done: subprocess.CompletedProcess[str]) -> str:
     lines = [line for line in (done.stderr.strip() or done.stdout.strip()).splitlines() if line.strip()]
     if done.returncode < 0:
-        return f"the process was ended by signal {-done.returncode}" + (f" after: {lines[-1]}" if lines else "")
+        said = f"; its last output: {lines[-1]}" if lines else ""
+        return f"the process was killed by signal {-done.returncode}{said}"
     return lines[-1] if lines else f"exit status {done.returncode}, no message"

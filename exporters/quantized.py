@@ -1,8 +1,8 @@
-"""Weight-only int8 and int4 of any text-generation graph: MatMul becomes MatMulNBits, the token embedding becomes
+"""Weight-only int8 and int4 for text-generation graphs: MatMul becomes MatMulNBits, the token embedding becomes
 GatherBlockQuantized, activations stay float32.
 
-A tied embedding and head share one tensor of codes. The graph may be GenAI's or Optimum's: what is looked for is a
-product with a constant matrix, stored as it is or transposed.
+Tied embedding and head share one tensor of codes. The graph may be GenAI's or Optimum's: the code looks for products
+with a constant matrix, stored directly or transposed.
 """
 
 from __future__ import annotations
@@ -24,21 +24,22 @@ from gradmap_hub.exporters.recipes import GATES_ONLY, GPTQ, LEAST_BLOCK, MIXED, 
 if TYPE_CHECKING:
     from onnx import NodeProto
 
-# Activations go into the product as int8, block by block: the fast kernel of every recent CPU.
+# Activations enter the product as int8, block by block: the fast kernel on recent CPUs.
 _ACCURACY_LEVEL = 4
 _LAYER = re.compile(r"layers\.(\d+)/.*?(\w+?)_proj")
 _SENSITIVE_ROLES = ("qkv", "v", "down")
 _GATE_ROLES = ("gate", "up", "gate_up")
-# More than this in 8 bits, and the weights do not come from a grid of 4 bits.
+# If a larger share of the weights needs 8 bits, they do not come from 4-bit quantisation.
 _LARGEST_REST = 0.5
-# Below this a matrix is not worth a node of its own.
+# Matrices with fewer weights are not quantised.
 _LEAST_WEIGHTS = 1024
 
 
 @dataclass(frozen=True)
 class Linear:
-    """A product with a constant matrix: node at `place`, initialiser `weight`, stored (outputs, inputs) if `rows_out`.
-    `layer` and `role` ("down", "qkv", ...) are read from the node's name; the head has role "head" and no layer."""
+    """A product with a constant matrix: node index `place`, initialiser `weight`, stored (outputs, inputs) if
+    `rows_out`. `layer` and `role` ("down", "qkv", ...) come from the node's name; the head has role "head" and layer
+    None."""
 
     place: int
     name: str
@@ -67,7 +68,7 @@ class Lookup:
 
 @dataclass(frozen=True)
 class Stored:
-    """Codes that are in the graph: `inputs` as the product takes them, more than the matrix has if it was regridded."""
+    """Codes stored in the graph. `inputs`: of the quantised product; more than the matrix has if it was regridded."""
 
     bits: int
     block: int
@@ -77,8 +78,8 @@ class Stored:
 
 @dataclass(frozen=True)
 class Quantised:
-    """`linears` products were quantised, those named in `eight_bit` with 8 bits where the others have 4; `rounding` as
-    it was really done."""
+    """`linears`: number of quantised products; `eight_bit`: names of those with 8 bits where the others have 4;
+    `rounding`: the rounding that was used."""
 
     files: list[str]
     bytes: int
@@ -88,9 +89,9 @@ class Quantised:
 
 
 def main(base: str, destination: str, recipe: dict[str, Any], hessians: str | None = None) -> dict[str, Any] | None:
-    """Quantise the graph `base` into the file `destination`. `hessians`: a folder as `calibrate` writes it.
+    """Quantise the graph `base` into the file `destination`. `hessians`: a folder written by `calibrate`.
 
-    Returns what was done, see `Quantised`; None, having written nothing, if the recipe is not for these weights.
+    Returns the fields of a `Quantised`; returns None and writes nothing if the recipe does not apply to these weights.
     """
     moments = Path(hessians) if hessians else None
     done = quantise(Path(base), Path(destination), Recipe(**recipe), moments)
@@ -98,7 +99,7 @@ def main(base: str, destination: str, recipe: dict[str, Any], hessians: str | No
 
 
 def quantise(base: Path, destination: Path, recipe: Recipe, hessians: Path | None) -> Quantised | None:
-    """See `main`. Products whose inputs are no multiple of the least block stay as they are."""
+    """See `main`. Products whose number of inputs is not a multiple of the smallest block are not quantised."""
     graph = Graph.load(base)
     linears = [entry for entry in find_linears(graph) if _block_of(entry.inputs, recipe)]
     moments = _Moments(hessians) if hessians else None
@@ -140,7 +141,7 @@ def quantise(base: Path, destination: Path, recipe: Recipe, hessians: Path | Non
 
 
 def _block_of(inputs: int, recipe: Recipe) -> int:
-    """The recipe's block, or the largest half, quarter, ... that divides `inputs`; 0 if none of 16 or more does."""
+    """The recipe's block, or its largest half, quarter, ... that divides `inputs`; 0 if no block of 16 or more does."""
     block = recipe.block
     while block >= LEAST_BLOCK and inputs % block:
         block //= 2
@@ -148,7 +149,7 @@ def _block_of(inputs: int, recipe: Recipe) -> int:
 
 
 def find_linears(graph: Graph) -> list[Linear]:
-    """Products with a constant matrix that is worth quantising."""
+    """Products with a constant matrix that is large enough to quantise."""
     return list(_linears(graph))
 
 
@@ -177,7 +178,7 @@ def _linears(graph: Graph) -> Iterator[Linear]:
 
 
 def find_lookups(graph: Graph) -> list[Lookup]:
-    """Gathers of rows of a constant matrix by input_ids."""
+    """Gather nodes that look up rows of a constant matrix by input_ids."""
     producers = graph.producers()
     found: list[Lookup] = []
     for place, node in enumerate(graph.model.graph.node):
@@ -192,7 +193,7 @@ def find_lookups(graph: Graph) -> list[Lookup]:
 
 
 def _constant(graph: Graph, producers: Mapping[str, int], value: str) -> tuple[str, bool] | None:
-    """The two-dimensional initialiser behind `value`, and whether it comes transposed."""
+    """The two-dimensional initialiser that `value` comes from, and whether it is transposed."""
     transposed = False
     place = producers.get(value)
     if place is not None:
@@ -215,7 +216,7 @@ def _matrix(graph: Graph, name: str, rows_out: bool) -> npt.NDArray[np.float32]:
 def _blocks_of(
     graph: Graph, entry: Linear, recipe: Recipe, moments: _Moments | None, *, eight_bit: bool
 ) -> tuple[Blocks, bool]:
-    """The codes of a matrix, and whether it is one that was put in 8 bits where others have 4."""
+    """The codes of a matrix, and whether it has 8 bits where others have 4."""
     weight, block = _matrix(graph, entry.weight, entry.rows_out), _block_of(entry.inputs, recipe)
     if entry.role == "head" and recipe.head_bits != recipe.bits:
         return nearest(weight, recipe.head_bits, block, symmetric=True), False
@@ -234,7 +235,7 @@ def _blocks_of(
 
 
 def _share(linears: Sequence[Linear], chosen: set[str]) -> float:
-    """How much of the weights of the layers is in 8 bits."""
+    """The share of the layers' weights that is in 8 bits."""
     inner = [entry for entry in linears if entry.role != "head"]
     return sum(entry.size for entry in inner if entry.name in chosen) / max(sum(entry.size for entry in inner), 1)
 
@@ -253,7 +254,7 @@ def _eight_bit(linears: Sequence[Linear], recipe: Recipe) -> set[str]:
 
 
 def _is_mixed(layer: int, count: int) -> bool:
-    """llama.cpp's rule for the layers whose value and down projections get more bits."""
+    """llama.cpp's rule for layers whose value and down projections get more bits."""
     return layer < count / 8 or layer >= 7 * count / 8 or (layer - round(count / 8)) % 3 == 2
 
 
@@ -268,7 +269,7 @@ def _store(graph: Graph, name: str, blocks: Blocks) -> Stored:
 
 
 def _with_sums(graph: Graph, entry: Linear, block: int) -> list[NodeProto]:
-    """The input with the sums of its blocks behind it: (batch, tokens, inputs + further columns)."""
+    """Nodes that append the block sums to the input: (batch, tokens, inputs + further columns)."""
     from onnx import helper
 
     sums = f"gradmap.block_sums_{entry.inputs}"
@@ -302,8 +303,8 @@ def _product(node: NodeProto, entry: Linear, stored: Stored) -> NodeProto:
 
 
 def _gathered(graph: Graph, node: NodeProto, lookup: Lookup, stored: Stored) -> Iterator[NodeProto]:
-    """Rows of codes (vocabulary, blocks, bytes) to (batch, tokens, blocks, block), then to (batch, tokens, width). The
-    codes are gathered in the shape that MatMulNBits wants, so that a tied head uses the same tensor."""
+    """Nodes of the embedding: codes (vocabulary, blocks, bytes) -> (batch, tokens, blocks, block) -> (batch, tokens,
+    width). The codes keep the shape that MatMulNBits needs, so that a tied head uses the same tensor."""
     from onnx import helper
 
     weight = lookup.weight
@@ -317,7 +318,7 @@ def _gathered(graph: Graph, node: NodeProto, lookup: Lookup, stored: Stored) -> 
     inputs = [weight + ".codes", "input_ids", weight + ".scales3"]
     if stored.has_zeros:
         if stored.bits == 4:
-            raise ValueError("a 4-bit embedding with zeros packs two blocks to a byte, which cannot be gathered here")
+            raise ValueError("a 4-bit embedding with zeros packs two blocks per byte and cannot be gathered")
         yield helper.make_node(
             "Reshape", [weight + ".zeros", "gradmap.scales_shape"], [weight + ".zeros3"], name=node.name + "_zeros"
         )
@@ -339,7 +340,7 @@ def _gathered(graph: Graph, node: NodeProto, lookup: Lookup, stored: Stored) -> 
 
 
 class _Moments:
-    """E[x x^T] of the inputs of products, one file each (see calibrate.py)."""
+    """E[x x^T] (inputs, inputs) of the inputs of products, one file each (see calibrate.py)."""
 
     def __init__(self, folder: Path) -> None:
         from gradmap_hub.exporters.calibrate import read_index

@@ -1,6 +1,5 @@
-"""What PyTorch makes of a checkpoint in float32, computed once and kept in a file: every exported graph of the
-checkpoint is compared with it.
-"""
+"""PyTorch's float32 outputs for a checkpoint, computed once and stored in a file; every exported graph is compared with
+them."""
 
 from __future__ import annotations
 
@@ -13,18 +12,18 @@ import numpy.typing as npt
 PROMPTS = 3
 PROMPT_TOKENS = 32
 GREEDY_TOKENS = 256
-# Steps on the cache whose logits are compared as a whole; of the others, which token is first.
+# Decode steps whose logits are compared in full; for all others only the top-1 token is compared.
 COMPARED_STEPS = 8
 _CHUNK = 64
 
 
 def main(checkpoint: str, rows: str, destination: str) -> int:
-    """Measure the checkpoint folder on `rows` (an .npy file, int64 (rows, tokens)) into the .npz file `destination`.
+    """Run the checkpoint folder on `rows` (an .npy file, int64 (rows, tokens)) and write the .npz file `destination`.
 
-    `prompts` (prompts, tokens), the beginnings of the first rows; `logits` (prompts, tokens, vocabulary); `greedy`
-    (tokens,), what follows the first prompt; `steps` (steps, vocabulary), the logits behind the first of these;
-    `margins` (tokens,), by how much each is ahead of the second best; `losses` (rows,), mean over the tokens of a row,
-    nats. Returns the number of layers.
+    Arrays: `prompts` (prompts, tokens), the prefixes of the first sequences; `logits` (prompts, tokens, vocabulary);
+    `greedy` (tokens,), the greedy continuation of the first prompt; `steps` (steps, vocabulary), the logits of its
+    first steps; `margins` (tokens,), top-1 logit minus top-2 logit; `losses` (rows,), mean over the tokens of a
+    sequence, in nats. Returns the number of layers.
     """
     import torch
 
@@ -50,7 +49,7 @@ def main(checkpoint: str, rows: str, destination: str) -> int:
 
 
 def _continue(model: Any, prompt: npt.NDArray[np.int64]) -> tuple[npt.NDArray[Any], ...]:
-    """Greedy decoding on the cache, through any end-of-text token."""
+    """Greedy decoding with the cache, not stopping at end-of-text tokens."""
     import torch
 
     room = int(model.config.max_position_embeddings) - prompt.shape[1]
@@ -76,7 +75,7 @@ def _loss(model: Any, row: npt.NDArray[np.int64]) -> float:
     ids = torch.from_numpy(row[None])
     logits = model(ids).logits[0, :-1]
     lost = 0.0
-    for start in range(0, len(logits), _CHUNK):  # in double precision, and a vocabulary can be large
+    for start in range(0, len(logits), _CHUNK):  # in chunks: float64 logits of a large vocabulary are big
         part = logits[start : start + _CHUNK].double()
         lost += float(
             torch.nn.functional.cross_entropy(part, ids[0, 1 + start : 1 + start + len(part)], reduction="sum")

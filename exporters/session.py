@@ -1,6 +1,6 @@
-"""A text-generation graph on the CPU, step by step: what the gate and the calibration run. numpy and onnxruntime only.
+"""Runs a text-generation graph on the CPU, for the gate and the calibration; needs only numpy and onnxruntime.
 
-Both kinds of graph are run alike, Optimum's (with position_ids) and GenAI's (without): batch 1, no padding.
+Supports Optimum's graphs (with position_ids) and GenAI's (without); batch 1, no padding.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
 class Session:
-    """`key_values`: the number of KV cache inputs, two per layer. `extra`: outputs after the logits that a run also
-    returns."""
+    """An ONNX Runtime session. `head_size` is used where the graph does not state the width of its cache."""
 
     def __init__(self, path: Path, head_size: int) -> None:
         import onnxruntime
@@ -38,6 +37,7 @@ class Session:
 
     @property
     def key_values(self) -> int:
+        """The number of KV cache inputs, two per layer."""
         return len(self._past)
 
     @property
@@ -45,7 +45,7 @@ class Session:
         return self._session.get_providers()[0]
 
     def empty(self) -> Past:
-        """The cache before the first token."""
+        """The empty cache: (1, heads, 0, width) each."""
         return {
             name: np.zeros((1, entry.shape[1], 0, self._width(entry)), _TYPES[entry.type])
             for name, entry in self._past.items()
@@ -55,7 +55,7 @@ class Session:
         return entry.shape[3] if isinstance(entry.shape[3], int) else self._head_size
 
     def step(self, ids: Ids, past: Past) -> tuple[npt.NDArray[np.float32], Past]:
-        """`ids` (1, new) after `past`: logits (1, new, vocabulary) and the cache with them in it."""
+        """Run `ids` (1, new) after `past`. Returns logits (1, new, vocabulary) and the extended cache."""
         logits, *present = self._run(["logits", *self._present], ids, past)
         return logits, {
             name.replace("present", "past_key_values"): value
@@ -63,11 +63,11 @@ class Session:
         }
 
     def logits(self, ids: Ids) -> npt.NDArray[np.float32]:
-        """`ids` (1, tokens) from the start: logits (1, tokens, vocabulary)."""
+        """Run `ids` (1, tokens) without past. Returns logits (1, tokens, vocabulary)."""
         return self._run(["logits"], ids, self.empty())[0]
 
     def extras(self, ids: Ids) -> dict[str, npt.NDArray[np.float32]]:
-        """The outputs that are neither logits nor cache."""
+        """Run `ids` (1, tokens) without past. Returns the outputs that are neither logits nor cache."""
         values = self._run(self._extra, ids, self.empty())
         return dict(zip(self._extra, values, strict=True))
 

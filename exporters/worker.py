@@ -1,4 +1,4 @@
-"""The other end of `processes.call`: `python -m gradmap_hub.exporters.worker`, the task as JSON on stdin."""
+"""The worker process of `processes.call`: `python -m gradmap_hub.exporters.worker`, with the task as JSON on stdin."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def main() -> None:
 
 
 def _end_with_parent() -> None:
-    """Have Linux kill this process when its parent is killed: nobody would remove what it goes on to write."""
+    """Have Linux kill this process when its parent dies; otherwise its further output would never be removed."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 

@@ -1,4 +1,4 @@
-"""safetensors: the checkpoint itself, in stock transformers form."""
+"""Reads and writes checkpoints in transformers' own form, as safetensors."""
 
 from __future__ import annotations
 
@@ -21,21 +21,24 @@ SHARD_LIMIT = "5GB"
 def save_checkpoint(model: Any, folder: Path, dtype: torch.dtype) -> None:
     """Write config.json and safetensors (sharded above 5 GB, tied weights once) into `folder`.
 
-    The model is cast to `dtype` in place. No generation_config is written: the original's own file is copied.
+    Casts the model to `dtype` in place. Writes no generation_config.json: the original's file is copied.
+
+    Raises:
+        GradmapError: safetensors cannot write, for example because the disk is full.
     """
     from transformers import GenerationConfig
 
     cast_parameters(model, dtype)
     model.config.dtype = dtype
     model.config._name_or_path = ""
-    # save_pretrained refuses generation settings that it finds inconsistent; the copied file stands as published.
+    # save_pretrained rejects inconsistent generation settings; the original's file is copied unchanged.
     model.generation_config = GenerationConfig()
-    # What an earlier save left (one file, or other shards) would be read instead of, or counted with, the new weights.
+    # Files of an earlier save (a single file or other shards) would be loaded, or counted, together with the new ones.
     for path in (*folder.glob("*.safetensors"), folder / "model.safetensors.index.json"):
         path.unlink(missing_ok=True)
     try:
         model.save_pretrained(folder, max_shard_size=SHARD_LIMIT, safe_serialization=True)
-    except SafetensorError as error:  # not an OSError, though a full disk is what it usually reports
+    except SafetensorError as error:  # not an OSError, although the usual cause is a full disk
         raise GradmapError(f"The checkpoint cannot be written to {folder}: {error}") from error
     (folder / "generation_config.json").unlink(missing_ok=True)
     for path in folder.glob("*.safetensors"):
@@ -44,7 +47,8 @@ def save_checkpoint(model: Any, folder: Path, dtype: torch.dtype) -> None:
 
 
 def copy_companions(source: Path, folder: Path, names: Sequence[str]) -> None:
-    """Copy tokenizer, chat template, generation config and legal texts byte for byte (see `copy_tokenizer_config`)."""
+    """Copy tokenizer, chat template, generation config and legal texts byte for byte; tokenizer_config.json goes
+    through `copy_tokenizer_config`."""
     for name in names:
         if name == TOKENIZER_CONFIG and (source / name).is_file():
             copy_tokenizer_config(source / name, folder / name)
@@ -53,7 +57,8 @@ def copy_companions(source: Path, folder: Path, names: Sequence[str]) -> None:
 
 
 def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Any, dict[str, Any]]:
-    """A checkpoint as a causal LM in evaluation mode, its parameters in `dtype`, with transformers' loading report.
+    """Load a checkpoint as a causal LM in evaluation mode with parameters in `dtype`; also returns transformers'
+    loading report.
 
     Raises:
         BrokenCheckpointError: transformers cannot read it, or keys are missing, unexpected or mismatched.
@@ -83,11 +88,11 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Any, d
 
 
 def checkpoint_bytes(folder: Path) -> int:
-    """Bytes of the safetensors files directly in `folder`."""
+    """Total bytes of the safetensors files directly in `folder`."""
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
-    """Cast in place, parameters only: rotary frequencies are buffers and lose precision below float32."""
+    """Cast the parameters in place. Buffers are not cast: rotary frequencies lose precision below float32."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)

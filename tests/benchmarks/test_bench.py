@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ from typing import Any
 import pytest
 import torch
 
+import gradmap_hub
 from benchmarks import methods, table
+from benchmarks.__main__ import _engine_sha256
 from benchmarks.methods import DEFAULT, DENSE, ITERATIVE, ONE_SHOT, PAPER, PUBLISHED, STAGE_2, Cost
 from benchmarks.plot import quality_time
 
@@ -153,6 +156,16 @@ def test_further_draws_run_the_default_and_the_cheap_peers(ran: tuple[Any, ...],
     second = {(cell.method, cell.variant) for cell in cells if cell.draw == 1}
     assert {name for name, _ in second} == {DEFAULT, *methods.EVERY_DRAW}
     assert not any(variant == STAGE_2 for _, variant in second)
+
+
+def test_a_change_of_the_engine_changes_its_sum(tmp_path: Path) -> None:
+    copy = tmp_path / "gradmap_hub"
+    shutil.copytree(Path(gradmap_hub.__file__).parent, copy)
+    before = _engine_sha256(copy)
+    assert before == _engine_sha256()
+    residual = copy / "pruning" / "residual.py"
+    residual.write_bytes(residual.read_bytes() + b"\n")
+    assert _engine_sha256(copy) != before
 
 
 def _row(method: str, variant: str, values: list[float], draws: int = 1, worst: float = 0.0) -> table.Row:

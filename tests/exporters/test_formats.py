@@ -137,7 +137,7 @@ def test_a_spoiled_block_fails_and_the_file_is_gone(
     assert result.files == [] and len(result.tries) == len(formats.LADDERS["int8"])
     assert not list(tmp_path.rglob("model_int8*")) and not (onnx / "genai_config.json").exists()
     kept = exported(made, "int8", onnx, keep_failing=True)
-    assert not kept.check.passed and kept.files == ["model_int8.onnx"] and "as asked" in kept.note
+    assert not kept.check.passed and kept.files == ["model_int8.onnx"] and "as requested" in kept.note
     assert (onnx / "model_int8.onnx").stat().st_size == kept.bytes
 
 
