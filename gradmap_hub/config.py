@@ -10,7 +10,7 @@ import math
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from gradmap_hub.errors import UsageError
 
@@ -58,16 +58,13 @@ def help_of(config_class: type, name: str) -> str:
 
 
 @dataclass(frozen=True)
-class PruneConfig:
-    """How to prune. Exactly one of `ratio`, `layers`, `drop` says how much.
+class PruneMethod:
+    """How to prune, whatever the number of layers that go.
 
     Raises:
-        UsageError: a value outside its range, or several ways to say how much.
+        UsageError: a value outside its range.
     """
 
-    ratio: float | None = _option(None, "Share of the decoder layers to remove, between 0 and 1 (0.25 = a quarter).")
-    layers: int | None = _option(None, "Number of decoder layers to remove.")
-    drop: tuple[int, ...] | None = _option(None, "Indices of the decoder layers to remove, such as 12,13,14.")
     metric: Metric = _option(
         "auto",
         "How layers are chosen. auto: several rankings of one scoring pass propose sets, the best window is tried with "
@@ -121,15 +118,6 @@ class PruneConfig:
     )
 
     def __post_init__(self) -> None:
-        asked = [value for value in (self.ratio, self.layers, self.drop) if value is not None]
-        if len(asked) != 1:
-            raise UsageError("Say how much to remove with exactly one of --ratio, --layers and --drop.")
-        if self.ratio is not None and (not math.isfinite(self.ratio) or not 0 < self.ratio < 1):
-            raise UsageError(f"--ratio must lie between 0 and 1, both excluded; got {self.ratio:g}.")
-        if self.layers is not None and self.layers < 1:
-            raise UsageError(f"--layers must be at least 1; got {self.layers}.")
-        if self.drop is not None and (not self.drop or min(self.drop) < 0 or len(set(self.drop)) < len(self.drop)):
-            raise UsageError("--drop takes distinct layer indices, counted from 0.")
         for name, allowed in (
             ("metric", METRICS),
             ("schedule", SCHEDULES),
@@ -170,8 +158,32 @@ class PruneConfig:
     def swaps(self) -> bool:
         """Whether the search exchanges single layers of the best set. Only where nothing is corrected: swaps scatter
         the gaps, and what they gained before the correction they lost after it (docs/method.md)."""
-        searched = self.metric == "auto" and self.schedule == "oneshot" and self.drop is None
-        return searched and self.compensation == "none"
+        return self.metric == "auto" and self.schedule == "oneshot" and self.compensation == "none"
+
+
+@dataclass(frozen=True)
+class PruneConfig(PruneMethod):
+    """How to prune, and how much: exactly one of `ratio`, `layers`, `drop`.
+
+    Raises:
+        UsageError: a value outside its range, or several ways to say how much.
+    """
+
+    ratio: float | None = _option(None, "Share of the decoder layers to remove, between 0 and 1 (0.25 = a quarter).")
+    layers: int | None = _option(None, "Number of decoder layers to remove.")
+    drop: tuple[int, ...] | None = _option(None, "Indices of the decoder layers to remove, such as 12,13,14.")
+
+    def __post_init__(self) -> None:
+        asked = [value for value in (self.ratio, self.layers, self.drop) if value is not None]
+        if len(asked) != 1:
+            raise UsageError("Say how much to remove with exactly one of --ratio, --layers and --drop.")
+        if self.ratio is not None and (not math.isfinite(self.ratio) or not 0 < self.ratio < 1):
+            raise UsageError(f"--ratio must lie between 0 and 1, both excluded; got {self.ratio:g}.")
+        if self.layers is not None and self.layers < 1:
+            raise UsageError(f"--layers must be at least 1; got {self.layers}.")
+        if self.drop is not None and (not self.drop or min(self.drop) < 0 or len(set(self.drop)) < len(self.drop)):
+            raise UsageError("--drop takes distinct layer indices, counted from 0.")
+        super().__post_init__()
 
     def removals(self, layer_count: int) -> int:
         """How many of `layer_count` layers go: round half up, at least one, at most all but one.
@@ -180,7 +192,7 @@ class PruneConfig:
             UsageError: more layers asked for than can go.
         """
         if self.ratio is not None:
-            return min(max(math.floor(self.ratio * layer_count + 0.5), 1), layer_count - 1)
+            return removals_of_ratio(self.ratio, layer_count)
         if self.drop is not None:
             if max(self.drop) >= layer_count:
                 raise UsageError(
@@ -195,7 +207,15 @@ class PruneConfig:
         return wanted
 
 
-def paper_preset(config: PruneConfig) -> PruneConfig:
+def removals_of_ratio(ratio: float, layer_count: int) -> int:
+    """How many of `layer_count` layers a ratio removes: round half up, at least one, at most all but one."""
+    return min(max(math.floor(ratio * layer_count + 0.5), 1), layer_count - 1)
+
+
+Method = TypeVar("Method", bound=PruneMethod)
+
+
+def paper_preset(config: Method) -> Method:
     """The paper's own setting: gradient ranking, one projection at the layer of the largest mean shift."""
     return dataclasses.replace(config, metric="gradient", compensation="projection", site="largest-shift")
 
@@ -312,7 +332,7 @@ class PushConfig(PublishConfig):
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """What is measured at which ratios. `prune` says how each is pruned; its own ratio counts for nothing.
+    """What is measured at which ratios, each pruned by the method `prune`.
 
     Raises:
         UsageError: no ratio, one that is not between 0 and 1, or a bound that cannot be.
@@ -322,7 +342,7 @@ class SweepConfig:
     ratios: tuple[float, ...] = _option(
         (0.1, 0.2, 0.3), "Shares of the decoder layers to remove, comma-separated, each between 0 and 1."
     )
-    prune: PruneConfig = field(default_factory=lambda: PruneConfig(ratio=0.25))
+    prune: PruneMethod = field(default_factory=PruneMethod)
     revision: str | None = _option(None, help_of(PushConfig, "revision"))
     output: Path | None = _option(None, "Folder for sweep.json, sweep.md and sweep.png; default: NAME-sweep here.")
     speed: bool = _option(
@@ -345,22 +365,21 @@ class SweepConfig:
         """How many of `layer_count` layers go, ascending -> the ratios asked for that come to it."""
         found: dict[int, list[float]] = {}
         for ratio in sorted(set(self.ratios)):
-            removals = dataclasses.replace(self.prune, ratio=ratio, layers=None, drop=None).removals(layer_count)
-            found.setdefault(removals, []).append(ratio)
+            found.setdefault(removals_of_ratio(ratio, layer_count), []).append(ratio)
         return found
 
     def push_command(self, ratio: float) -> str:
         """The command line that makes and publishes the model at this ratio, with the options that the sweep had."""
         words = ["gradmap-hub", "push", self.model, "--ratio", str(ratio)]
         words += ["--revision", self.revision] if self.revision else []
-        by_default = PruneConfig(ratio=ratio)
+        by_default = PruneMethod()
         paper = paper_preset(by_default)
         if self.prune.site == paper.site:  # no option of its own
             words += ["--preset", "paper"]
             by_default = paper
-        for entry in dataclasses.fields(PruneConfig):
+        for entry in dataclasses.fields(PruneMethod):
             value = getattr(self.prune, entry.name)
-            if entry.name in ("ratio", "layers", "drop", "site") or value == getattr(by_default, entry.name):
+            if entry.name == "site" or value == getattr(by_default, entry.name):
                 continue
             flag = "--" + entry.name.replace("_", "-")
             for single in value if isinstance(value, tuple) else (value,):

@@ -51,10 +51,10 @@ from gradmap_hub.record import RunRecord
 
 if TYPE_CHECKING:
     from gradmap_hub.hub.client import Hub
-    from gradmap_hub.pipeline.checks import Check, PushPlan
+    from gradmap_hub.pipeline.checks import Check
     from gradmap_hub.pipeline.demo import DemoResult
-    from gradmap_hub.pipeline.publish import PublishPlan
-    from gradmap_hub.pipeline.push import PushResult
+    from gradmap_hub.pipeline.plan import PublishPlan, PushPlan
+    from gradmap_hub.pipeline.publishing import PushResult
     from gradmap_hub.pipeline.reproduce import Repeat
 
 app = typer.Typer(
@@ -249,7 +249,7 @@ def push(
 ) -> None:
     """Prune, verify, measure, export, write the card and the Space, publish, and verify what was published."""
     from gradmap_hub.hub.client import Hub
-    from gradmap_hub.pipeline.push import make_plan
+    from gradmap_hub.pipeline.plan import make_plan
     from gradmap_hub.pipeline.push import push as run_push
 
     reporter = TerminalReporter(stderr, quiet=quiet)
@@ -327,7 +327,7 @@ def prune(
 ) -> None:
     """Prune MODEL into the folder OUTPUT: checkpoint, tokenizer, card and gradmap.json. Publishes nothing."""
     from gradmap_hub.hub.client import Hub
-    from gradmap_hub.pipeline.push import prune as run_prune
+    from gradmap_hub.pipeline.prune import prune as run_prune
 
     if from_ is not None and output is None and model is not None:  # with a record, one word is where it goes
         model, output = None, Path(model)
@@ -380,7 +380,7 @@ def inspect(
     if plot is not None and (plot.suffix not in (".png", ".svg") or not plot.parent.is_dir()):
         raise UsageError(f"--plot takes a .png or .svg file in a folder that exists; got {plot}.")
     config, wanted = options.config(layers=1), parse_ratios(ratios)
-    from gradmap_hub.pipeline.push import inspect as run_inspect
+    from gradmap_hub.pipeline.inspect import inspect as run_inspect
 
     reporter = TerminalReporter(stderr, quiet=quiet)
     try:
@@ -425,7 +425,8 @@ def publish(
 ) -> None:
     """Upload what is already built and verify it. Nothing is computed again; running it twice does nothing new."""
     from gradmap_hub.hub.client import Hub
-    from gradmap_hub.pipeline.push import plan_publish, publish_folder
+    from gradmap_hub.pipeline.plan import plan_publish
+    from gradmap_hub.pipeline.publish import publish_folder
 
     config = PublishConfig(
         to=to, space=space, public=public, update=update, create_pr=create_pr, license=license,
@@ -467,7 +468,7 @@ def export(
     quiet: Quiet = False,
 ) -> None:
     """Export a pruned folder to ONNX with KV cache, and compare every file with PyTorch."""
-    from gradmap_hub.pipeline.push import export_folder
+    from gradmap_hub.pipeline.export import export_folder
 
     reporter = TerminalReporter(stderr, quiet=quiet)
     try:
@@ -494,7 +495,7 @@ def space(
     quiet: Quiet = False,
 ) -> None:
     """Write the comparison Space for FOLDER beside it (FOLDER-space)."""
-    from gradmap_hub.pipeline.push import build_space
+    from gradmap_hub.pipeline.space import build_space
 
     reporter = TerminalReporter(stderr, quiet=quiet)
     try:
@@ -525,7 +526,7 @@ def compare(
     quiet: Quiet = False,
 ) -> None:
     """Run the comparison app for FOLDER on this machine: the same files as the published Space."""
-    from gradmap_hub.pipeline.push import build_space
+    from gradmap_hub.pipeline.space import build_space
     from gradmap_hub.space.local import at_a_screen, run_space
 
     if open_browser is None:

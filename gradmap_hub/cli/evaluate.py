@@ -46,7 +46,7 @@ def evaluate(
     """Measure FOLDER and its original: perplexity, agreement, tasks, ONNX files, speed. Record and card are rewritten.
 
     What was measured once for the same weights and settings is not measured again, also after an interruption."""
-    from gradmap_hub.pipeline.push import evaluate_folder
+    from gradmap_hub.pipeline.evaluate import evaluate_folder
 
     config = EvaluateConfig(
         against=against,

@@ -66,7 +66,7 @@ def sweep(
         speed=speed,
         max_loss=max_loss,
     )
-    from gradmap_hub.pipeline.push import sweep as run_sweep
+    from gradmap_hub.pipeline.sweep import sweep as run_sweep
 
     reporter = TerminalReporter(stderr, quiet=quiet)
     try:

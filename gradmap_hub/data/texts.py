@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from gradmap_hub.config import PruneConfig
+from gradmap_hub.config import PruneMethod
 from gradmap_hub.errors import CalibrationError
 
 if TYPE_CHECKING:  # torch is only imported once there is something to compute
@@ -25,7 +25,7 @@ def is_local_text(source: str) -> bool:
     return path.exists() or source.startswith((".", "/", "~")) or path.suffix in _TEXT_SUFFIXES
 
 
-def check_texts(config: PruneConfig) -> None:
+def check_texts(config: PruneMethod) -> None:
     """Raises CalibrationError: a text file is not there."""
     check_text_files((*config.calibration, *config.eval_text))
 

@@ -7,6 +7,7 @@ one or the embedded one.
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
@@ -77,10 +78,7 @@ class RepoState:
 
 
 class Hub:
-    """A thin, typed front of HfApi. The token is held by the client and never shown.
-
-    `reporter` is told when the Hub asks to wait; whoever runs stages sets it to theirs.
-    """
+    """A thin, typed front of HfApi. The token is held by the client and never shown."""
 
     def __init__(
         self, endpoint: str | None = None, token: str | None = None, *, patience: Patience | None = None
@@ -92,9 +90,15 @@ class Hub:
         self.endpoint = endpoint or os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
         self.token = token or get_token()
         self.api = HfApi(endpoint=self.endpoint, token=self.token or False)
-        self.reporter: Reporter = SilentReporter()
+        self._note = SilentReporter().note
         self.patience = patience or Patience()
         self._brief = patience or BRIEF
+
+    def reporting(self, reporter: Reporter) -> Hub:
+        """The same Hub, which notes on `reporter` when it has to wait."""
+        other = copy.copy(self)
+        other._note = reporter.note
+        return other
 
     def attempt(self, action: Callable[[], T], *, brief: bool = False, watch: Watch | None = None) -> T:
         """Call the client, again where a failure may pass (see `worth_retrying`); the last failure is raised as the
@@ -104,7 +108,7 @@ class Hub:
             with guarded(watch):
                 return action()
 
-        return persist(once, self._brief if brief else self.patience, worth_retrying, self.reporter.note)
+        return persist(once, self._brief if brief else self.patience, worth_retrying, self._note)
 
     def account(self) -> Account:
         """Whose token this is.

@@ -39,6 +39,7 @@ from gradmap_hub.hub.screening import Private, screen
 from gradmap_hub.hub.target import Terms
 from gradmap_hub.hub.transport import HttpFailure, Watch
 from gradmap_hub.layout import CARD, sha256_of
+from gradmap_hub.progress import Reporter, SilentReporter
 
 T = TypeVar("T")
 
@@ -85,9 +86,10 @@ class Checked:
 class Publisher:
     """Writes to the Hub that `hub` reads."""
 
-    def __init__(self, hub: Hub) -> None:
-        self.hub = hub
-        self.guard = Guard(hub)
+    def __init__(self, hub: Hub, reporter: Reporter | None = None) -> None:
+        self.reporter = reporter or SilentReporter()
+        self.hub = hub.reporting(self.reporter)
+        self.guard = Guard(self.hub)
 
     def check(
         self,
@@ -152,12 +154,12 @@ class Publisher:
                 raise self.guard.taken(repo_id, kind, state, terms)
             deleted = self.guard.check_replaceable(repo_id, kind, state, terms, local)
             if deleted:
-                self.hub.reporter.note(f"Leave {repo_id} with this update (its history keeps them): {_list(deleted)}")
+                self.reporter.note(f"Leave {repo_id} with this update (its history keeps them): {_list(deleted)}")
         self.guard.check_visibility(repo_id, state, terms)
         additions = self._upload(repo_id, kind, local, pull_request=False)
         self._set_variables(repo_id, kind, variables or {})
         deletions = [CommitOperationDelete(path_in_repo=name, is_folder=False) for name in deleted]
-        self.hub.reporter.start(_publishing(kind))
+        self.reporter.start(_publishing(kind))
         commit = self._commit(repo_id, kind, additions, deletions, message, state, local)
         return self._said(checked, Published(repo_id, commit, url))
 
@@ -188,7 +190,7 @@ class Publisher:
                 address = f"{url}/discussions/{number}"
                 return self._said(checked, Published(repo_id, commit, url, uploaded=False, pull_request=address))
         additions = self._upload(repo_id, kind, local, pull_request=True)
-        self.hub.reporter.start(_publishing(kind, pull_request=True))
+        self.reporter.start(_publishing(kind, pull_request=True))
         number, commit = self._open(repo_id, kind, additions, message, state, local, set(known))
         return self._said(checked, Published(repo_id, commit, url, pull_request=f"{url}/discussions/{number}"))
 
@@ -242,11 +244,11 @@ class Publisher:
     def _said(self, checked: Checked, published: Published) -> Published:
         """Tell the reporter what has come of it."""
         if not published.uploaded:
-            self.hub.reporter.start(_publishing(checked.kind, pull_request=published.pull_request is not None))
+            self.reporter.start(_publishing(checked.kind, pull_request=published.pull_request is not None))
         words = f"{published.repo_id}, {_size(checked.size)}, commit {published.commit[:12]}"
         if published.pull_request is not None:
             words += f", {published.pull_request}"
-        self.hub.reporter.finish(words if published.uploaded else f"{words}, which was there already")
+        self.reporter.finish(words if published.uploaded else f"{words}, which was there already")
         return published
 
     # -- steps -----------------------------------------------------------------------------------------------------
@@ -313,7 +315,7 @@ class Publisher:
     def _upload_one(
         self, repo_id: str, kind: str, addition: CommitOperationAdd, pull_request: bool, by_xet: bool
     ) -> None:
-        reporter, size = self.hub.reporter, addition.upload_info.size
+        reporter, size = self.reporter, addition.upload_info.size
         reporter.start(f"Uploading {addition.path_in_repo}")
         reporter.total(size, unit="bytes")
         watch = Watch(reporter.advance)
@@ -464,7 +466,7 @@ class Publisher:
             )
         for warning in said:
             if CARD in str(warning.message):  # the Hub's remarks on the card
-                self.hub.reporter.note(" ".join(str(warning.message).split()))
+                self.reporter.note(" ".join(str(warning.message).split()))
         return made
 
     def _pull_requests(self, repo_id: str, kind: str) -> dict[int, str]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from gradmap_hub.hub.client import Hub, status_line
 from gradmap_hub.hub.refusals import CLIENT_ERRORS
+from gradmap_hub.progress import Reporter
 
 if TYPE_CHECKING:
     from huggingface_hub import SpaceRuntime
@@ -29,24 +30,24 @@ class SpaceState:
     words: str
 
 
-def watch_space(hub: Hub, repo_id: str, commit: str, seconds: float) -> SpaceState:
+def watch_space(hub: Hub, repo_id: str, commit: str, seconds: float, reporter: Reporter) -> SpaceState:
     """Ask for the runtime of a Space until it runs, fails or rests, or `seconds` have gone by. Nothing is raised: the
     Space is published whatever comes of it."""
-    hub.reporter.start("Waiting for the Space to start")
+    reporter.start("Waiting for the Space to start")
     started, waited, pause = time.monotonic(), 0.0, _FIRST
     while True:
         try:
             runtime = hub.attempt(lambda: hub.api.get_space_runtime(repo_id), brief=True)
         except CLIENT_ERRORS as error:
-            return _told(hub, SpaceState("", False, f"its state could not be read ({status_line(error)})"))
+            return _told(reporter, SpaceState("", False, f"its state could not be read ({status_line(error)})"))
         state = _state(hub, repo_id, runtime, commit)
         # What is waited for counts as well as the clock: whoever sets the sleep may not really sleep.
         left = seconds - max(waited, time.monotonic() - started)
         if state is not None:
-            return _told(hub, state)
+            return _told(reporter, state)
         if left <= 0:
             words = f"{_in_words(runtime.stage)} after {seconds:.0f} s, and goes on: {hub.url(repo_id, 'space')}"
-            return _told(hub, SpaceState(str(runtime.stage), False, words))
+            return _told(reporter, SpaceState(str(runtime.stage), False, words))
         wait = min(pause, left)
         hub.patience.sleep(wait)
         waited += wait
@@ -75,10 +76,10 @@ def _in_words(stage: object) -> str:
     return str(stage).lower().replace("_", " ")
 
 
-def _told(hub: Hub, state: SpaceState) -> SpaceState:
+def _told(reporter: Reporter, state: SpaceState) -> SpaceState:
     if state.stage == "RUNNING":
-        hub.reporter.finish(state.words)
+        reporter.finish(state.words)
     else:
-        hub.reporter.finish(_in_words(state.stage) if state.stage else "not known")
-        hub.reporter.note(f"The Space: {state.words}")
+        reporter.finish(_in_words(state.stage) if state.stage else "not known")
+        reporter.note(f"The Space: {state.words}")
     return state

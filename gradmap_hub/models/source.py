@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import yaml
 
-from gradmap_hub.config import PruneConfig
+from gradmap_hub.config import PruneMethod
 from gradmap_hub.errors import SourceError, UsageError
 from gradmap_hub.formats import GRAPHS
 from gradmap_hub.layout import (
@@ -183,7 +183,7 @@ def _depth(config: Mapping[str, Any]) -> int:
     return depth
 
 
-def check_family(source: Source, config: PruneConfig) -> None:
+def check_family(source: Source, config: PruneMethod) -> None:
     """Raises UsageError: an option that is not for models of this type."""
     reason = source.architecture.unstreamed
     if config.low_memory and reason is not None:

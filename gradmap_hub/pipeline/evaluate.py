@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from gradmap_hub import __version__
-from gradmap_hub.config import EvaluateConfig, PruneConfig
+from gradmap_hub.config import EvaluateConfig
 from gradmap_hub.data.texts import check_text_files, is_local_text, text_of
 from gradmap_hub.errors import CalibrationError, SourceError, UsageError
 from gradmap_hub.evaluation.speed import NEW_TOKENS, PROMPT_TOKENS, PYTORCH, ROUNDS
@@ -35,10 +35,12 @@ from gradmap_hub.measurements import (
     MeasuredText,
     Sample,
 )
+from gradmap_hub.models.original import OriginalModel
 from gradmap_hub.models.safetensors_files import read_config
 from gradmap_hub.models.source import Source, find_source
+from gradmap_hub.pipeline.connect import connect
 from gradmap_hub.pipeline.recorded import find_contamination
-from gradmap_hub.pipeline.run import Run
+from gradmap_hub.pipeline.results import write_results
 from gradmap_hub.progress import Reporter
 from gradmap_hub.record import RunRecord
 from gradmap_hub.stage_cache import Stages
@@ -145,8 +147,9 @@ class _Evaluation:
                 hint="Give its original with --against.",
             )
         self.source = source
-        self.run = Run(source, PruneConfig(layers=1), 1, folder, self.record.command, reporter, hub, stages="evaluate")
         self.work = work_folder(folder)
+        self.work.mkdir(parents=True, exist_ok=True)
+        self.original = OriginalModel(source, hub, self.work)
         self.texts = self._rows()
         self.precision = self._precision()
 
@@ -175,7 +178,7 @@ class _Evaluation:
         from gradmap_hub.data.rows import Rows, tokenize
 
         self.reporter.start("Reading text")
-        tokenizer = self.run.tokenizer()
+        tokenizer = self.original.tokenizer()
         if self._tokenizer().get_vocab() != tokenizer.get_vocab():
             raise SourceError(
                 f"{self.source.base.name} has another vocabulary than {self.folder}: it is not its original.",
@@ -210,7 +213,7 @@ class _Evaluation:
     def measure(self) -> Measured:
         contamination = self._contamination()
         self.reporter.start(f"Fetching {self.source.base.name}")
-        original = self.run.checkpoint()
+        original = self.original.checkpoint()
         self.reporter.finish(size(sum(path.stat().st_size for path in original.glob("*.safetensors"))))
         self.reporter.start("Summing the weights")
         sums = self.sums = {ORIGINAL: folder_sha256(original), PRUNED: folder_sha256(self.folder)}
@@ -401,7 +404,7 @@ class _Evaluation:
         ).texts
 
     def _greedy(self, backend: Backend, prompt: str, ends: set[int]) -> str:
-        tokenizer = self.run.tokenizer()
+        tokenizer = self.original.tokenizer()
         if tokenizer.chat_template:
             messages = [{"role": "user", "content": prompt}]
             ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
@@ -423,7 +426,7 @@ class _Evaluation:
             model: Any = self.models.decoder(which).model
             return harness.run_tasks(
                 model,
-                self.run.tokenizer(),
+                self.original.tokenizer(),
                 [name],
                 documents=documents,
                 limit=self.config.limit,
@@ -586,9 +589,10 @@ class _Evaluation:
         found = find_contamination(
             self.record,
             self.texts,
-            self.run.tokenizer(),
+            self.original.tokenizer(),
             [self.folder, Path.cwd(), *(Path(text).expanduser().parent for text in texts if is_local_text(text))],
             hub=self.hub,
+            reporter=self.reporter,
             online=self.source.base.commit is not None or not all(map(is_local_text, texts)),
         )
         checked = [entry.rows for entry in found if entry.rows is not None]
@@ -644,3 +648,18 @@ def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
     partial = path.with_name(path.name + ".partial")
     save_file({name: value.contiguous() for name, value in tensors.items()}, partial)
     partial.replace(path)  # whole or not there
+
+
+def evaluate_folder(
+    folder: Path, config: EvaluateConfig | None = None, *, reporter: Reporter | None = None, hub: Hub | None = None
+) -> RunRecord:
+    """Measure a pruned folder and its original on the same text, tasks and machine. Record and card are rewritten once
+    all results are known.
+
+    Raises:
+        GradmapError: one of its subclasses says what is wrong; see errors.py.
+    """
+    hub, reporter = connect(hub, reporter)
+    folder = folder if folder.name else folder.resolve()  # "." has no folder beside it
+    record = evaluate_stages(folder, config or EvaluateConfig(), reporter=reporter, hub=hub)
+    return write_results(record, folder, reporter)

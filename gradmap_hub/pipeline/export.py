@@ -4,14 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gradmap_hub.errors import VerificationError
+from gradmap_hub import __version__
+from gradmap_hub.config import (
+    DEFAULT_CALIBRATION,
+    QUANTIZED,
+)
+from gradmap_hub.data.texts import text_of
+from gradmap_hub.errors import OutputExists, VerificationError
 from gradmap_hub.layout import artifact, work_folder
+from gradmap_hub.models.safetensors_files import read_config
+from gradmap_hub.pipeline.connect import connect
+from gradmap_hub.pipeline.results import write_results
+from gradmap_hub.progress import Reporter
 from gradmap_hub.record import Artifact, Parity, Quality, RunRecord
 from gradmap_hub.stage_cache import Stages
+
+if TYPE_CHECKING:
+    from gradmap_hub.data.rows import Rows
+    from gradmap_hub.hub.client import Hub
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -215,3 +230,72 @@ def _quality(exported: Exported, text: str, tokens: int) -> Quality:
     settings: dict[str, Any] = exported.settings
     recipe = str(settings.get("name") or settings.get("precision") or exported.format)
     return Quality(check.perplexity, check.reference_perplexity, text, tokens, recipe, exported.base)
+
+
+# Held-out rows that an export of a finished folder is measured on.
+EXPORT_ROWS, EXPORT_TOKENS = 8, 512
+
+
+def export_folder(
+    folder: Path,
+    formats: Sequence[str],
+    *,
+    text: str = DEFAULT_CALIBRATION,
+    keep_failing: bool = False,
+    reporter: Reporter | None = None,
+    hub: Hub | None = None,
+) -> RunRecord:
+    """Export a pruned folder; its record and card are written anew with what was exported.
+
+    `text`: what perplexity of the formats beside `onnx` is measured on, a file or a data set of the Hub; better none
+    that the model was calibrated on. `keep_failing`: leave quantised files in place that cost too much of it.
+
+    Raises:
+        GradmapError: a format is unknown, or not for this model; a package or the text is missing; a check failed.
+    """
+    from gradmap_hub.exporters.formats import require
+
+    record = RunRecord.read(folder)
+    config = read_config(folder / "config.json")
+    for name in formats:
+        require(name, config)
+    hub, reporter = connect(hub, reporter)
+    checked = [name for name in formats if name in QUANTIZED]
+    rows = _export_rows(folder, text, hub) if checked else None
+    if not folder.is_dir():
+        raise OutputExists(f"{folder} is not a folder.")
+    stages = Stages(work_folder(folder), reporter, {"version": __version__, "what": "export"})
+    if "onnx" in formats:
+        record = export_optimum(folder, record, stages)
+    if rows is not None:
+        record = export_checked(folder, record, stages, checked, rows, keep_failing=keep_failing)
+    return write_results(record, folder, reporter)
+
+
+def _export_rows(folder: Path, source: str, hub: Hub) -> Rows:
+    from transformers import AutoTokenizer
+
+    from gradmap_hub.data.rows import evaluation_rows
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    longest = read_config(folder / "config.json").get("max_position_embeddings")
+    tokens = min(EXPORT_TOKENS, longest) if isinstance(longest, int) else EXPORT_TOKENS
+    return evaluation_rows(text_of(source, hub), tokenizer, seq_len=tokens, rows=EXPORT_ROWS)
+
+
+def remove_onnx(folder: Path) -> None:
+    for name in ("onnx", "onnx.partial"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def export_optimum(folder: Path, record: RunRecord, stages: Stages) -> RunRecord:
+    from gradmap_hub.exporters import onnx
+
+    destination = folder / "onnx"
+    parity = onnx_stage(stages, "onnx", "Exporting to ONNX, comparing with PyTorch", folder, destination)
+    artifacts = [entry for entry in record.artifacts if entry.format != "onnx"]
+    for path in onnx.file_names(destination):
+        if path.suffix != ".json":
+            artifacts.append(artifact(path, folder, "onnx", parity if path.name == onnx.MODEL else None))
+    timings = record.timings | stages.timings
+    return dataclasses.replace(record, artifacts=artifacts, timings=timings)

@@ -1,151 +1,212 @@
-"""Before a folder is published: whose it will be, what it may not hold, and what the card will say. Nothing is written.
+"""`publish`: upload what is already built. The model first, then the Space, the collection, the visibility.
 
-`publish` goes on from here, and `publish --dry-run` stops here.
+Nothing is computed again; what was published is downloaded and compared.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import tempfile
+import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from gradmap_hub.config import PublishConfig
-from gradmap_hub.errors import DiskTooSmall, SourceError, UnsafeToPublish, UsageError
-from gradmap_hub.evaluation.staleness import without_stale
-from gradmap_hub.formats import GRAPHS
-from gradmap_hub.hub.card_check import is_known_license
-from gradmap_hub.layout import CARD, disk_words, free_bytes, space_folder_of
-from gradmap_hub.pipeline.checks import Check, Targets, check_pull_request, check_targets, license_words, state_license
-from gradmap_hub.record import Base, RunRecord
-from gradmap_hub.space.plan import ORIGINAL_FOLDER, may_be_stored, plan_of
+from gradmap_hub.errors import HubError
+from gradmap_hub.pipeline.checks import Targets
+from gradmap_hub.pipeline.connect import connect
+from gradmap_hub.pipeline.plan import look_through, plan_publish
+from gradmap_hub.pipeline.results import write_results
+from gradmap_hub.progress import Reporter
+from gradmap_hub.record import RunRecord
+from gradmap_hub.units import size
 
 if TYPE_CHECKING:
     from gradmap_hub.hub.client import Hub
-    from gradmap_hub.hub.publisher import Checked, Publisher
+    from gradmap_hub.hub.collections import Collected
+    from gradmap_hub.hub.publisher import Checked, Published, Publisher
+    from gradmap_hub.hub.space_watch import SpaceState
 
 
-@dataclass(frozen=True, kw_only=True)
-class PublishPlan(Targets):
-    """What will be published. `record`: as the folder will hold it, with licence and target; `rewrites`: whether that
-    is not what it holds now. `space_folder`: None if no Space goes along."""
+def publish_folder(
+    folder: Path, config: PublishConfig | None = None, *, hub: Hub | None = None, reporter: Reporter | None = None
+) -> PushResult:
+    """Publish a folder made by `prune` or `push`, and the Space folder beside it if there is one.
 
-    folder: Path
+    Raises:
+        GradmapError: one of its subclasses says what is wrong; see errors.py.
+    """
+    from gradmap_hub.hub.publisher import Publisher
+
+    config = config or PublishConfig()
+    hub, reporter = connect(hub, reporter)
+    remove_leftovers(folder)
+    plan = plan_publish(folder, config, hub)
+    if plan.rewrites:  # the card names the repository it stands in
+        if plan.record.measured_note:
+            reporter.note(f"{plan.record.measured_note}.")
+        write_results(plan.record, folder, reporter)
+    return publish_both(plan.record, folder, plan.space_folder, plan.targets, config, Publisher(hub, reporter))
+
+
+@dataclass(frozen=True)
+class PushResult:
+    """What a push built and published. `space` is None if there is none, and `space_reason` says why; `space_state` is
+    None if it was not looked at. `collection` is None if none was asked for, or `collection_reason` says why."""
+
     record: RunRecord
-    rewrites: bool
+    folder: Path
     space_folder: Path | None
-    upload_bytes: int
-    checks: tuple[Check, ...]
+    model: Published
+    space: Published | None
+    space_reason: str
+    space_state: SpaceState | None = None
+    collection: Collected | None = None
+    collection_reason: str = ""
 
 
-def plan_publish(folder: Path, config: PublishConfig, hub: Hub, publisher: Publisher) -> PublishPlan:
-    """All checks of a publish, cheapest first.
+def publish_both(
+    record: RunRecord,
+    folder: Path,
+    space_folder: Path | None,
+    targets: Targets,
+    config: PublishConfig,
+    publisher: Publisher,
+) -> PushResult:
+    """The model first; a refused Space never takes it back. Visibility changes last."""
+    from gradmap_hub.hub.publisher import SpaceRefused
+    from gradmap_hub.hub.space_watch import watch_space
+
+    # Both are looked through before either is uploaded.
+    remove_leftovers(folder)
+    if space_folder is not None:
+        remove_leftovers(space_folder)
+    model_files = look_through(folder, "model", record, targets, publisher)
+    if space_folder is not None and targets.space is not None:
+        look_through(space_folder, "space", record, targets, publisher)
+    message = f"Pruned {record.layers_before} -> {record.layers_after} layers with gradmap-hub {record.gradmap_hub}"
+    if targets.create_pr:
+        proposed = _publish(lambda: publisher.propose(model_files, targets.target, message=message), model_files,
+                            publisher)  # fmt: skip
+        return PushResult(record, folder, space_folder, proposed, None, "a pull request carries the model alone")
+    terms = targets.terms(record.base.name, "model")
+    model = _publish(lambda: publisher.publish(model_files, targets.target, terms, message=message), model_files,
+                     publisher)  # fmt: skip
+    result = PushResult(record, folder, space_folder, model, None, targets.space_reason or "not asked for")
+    try:
+        if space_folder is not None and targets.space is not None:
+            try:
+                space = _publish_space(space_folder, record, targets, model, publisher)
+                result = dataclasses.replace(result, space=space, space_reason="")
+            except SpaceRefused as refused:
+                reason = f"{refused.message} {refused.hint or ''}".strip()
+                result = dataclasses.replace(result, space_reason=reason)
+        if config.collection is not None:
+            result = _collect(result, config.collection, publisher)
+        if result.space is not None and config.wait_space:
+            state = watch_space(publisher.hub, result.space.repo_id, result.space.commit, config.wait_space,
+                                publisher.reporter)  # fmt: skip
+            result = dataclasses.replace(result, space_state=state)
+        if targets.public:
+            publisher.make_public(targets.target, "model")
+            if result.space is not None and not (result.space_state and result.space_state.failed):
+                publisher.make_public(targets.space_target, "space")
+            elif result.space is not None:
+                publisher.reporter.note(f"{targets.space_target} stays private, as it does not run.")
+    except HubError as error:
+        # The model is safe; whoever reads only the last lines must learn it.
+        error.hint = f"The model is published and verified: {model.url} at {model.commit}. {error.hint or ''}".strip()
+        raise
+    return result
+
+
+def _collect(result: PushResult, collection: str, publisher: Publisher) -> PushResult:
+    """Add what was published to the collection; a failure is told and undoes nothing."""
+    from gradmap_hub.hub.collections import add_to_collection
+
+    published: list[tuple[str, Literal["model", "space"]]] = [(result.model.repo_id, "model")]
+    if result.space is not None:
+        published.append((result.space.repo_id, "space"))
+    hub, reporter = publisher.hub, publisher.reporter
+    reporter.start("Adding to the collection")
+    try:
+        collected = add_to_collection(hub, collection, hub.account(), published)
+    except HubError as error:
+        reporter.finish("not done")
+        reporter.note(f"The collection: {error.message} What is published stands; add it by hand, or run again.")
+        return dataclasses.replace(result, collection_reason=error.message)
+    reporter.finish(collected.url)
+    return dataclasses.replace(result, collection=collected)
+
+
+def _publish_space(
+    folder: Path, record: RunRecord, targets: Targets, model: Published, publisher: Publisher
+) -> Published:
+    """The Space on the hardware that it has; a new one on a CPU, or where that needs a paid plan, on ZeroGPU.
 
     Raises:
-        GradmapError: the first thing that would make it fail.
+        SpaceRefused: the account may have neither.
+        GradmapError: see `Publisher.publish`.
     """
-    from gradmap_hub.card.card import card_text
+    from gradmap_hub.hub.publisher import SpaceNeedsPlan, SpaceRefused
+    from gradmap_hub.space.zerogpu import ZERO_GPU, is_zero, set_hardware
 
-    check_pull_request(config)
-    record = RunRecord.read(folder)
-    _check_artifacts(record, folder)
-    account = hub.account()
-    base = state_license(record.base, config.license, config.license_name, config.license_link, hub)
-    if config.public and base.gated:
-        raise UsageError(f"{base.name} is gated: what is made from it stays private. Leave out --public.")
-    target = config.to or record.target or f"{account.name}/{folder.resolve().name}"
-    space_folder = space_folder_of(folder)
-    plan, reason = None, ""
-    if config.space and not config.create_pr and (space_folder / "app.py").is_file():
-        plan = plan_of(dataclasses.replace(record, base=base))
-        reason = "" if plan.precisions else plan.reason
-        plan = plan if plan.precisions else None
-    targets = Targets(target, f"{target}-compare", plan, config.public, config.update, config.create_pr, reason)
-    # Only where this folder was published before may something lie already; `Publisher.publish` then compares it.
-    resuming = (target == record.target, targets.space_target == record.space)
-    found = check_targets(targets, base.name, account, publisher, resuming=resuming)
-    if config.collection is not None:
-        from gradmap_hub.hub.collections import check_collection
-
-        found.append(Check("collection", check_collection(hub, config.collection, account)))
-    elsewhere = target != record.target
-    named = dataclasses.replace(
-        without_stale(record, folder),
-        base=base,
-        target=target,
-        space=targets.space_target if plan else None if elsewhere else record.space,
-    )
-    rewrites = named != record
-    model = look_through(folder, "model", named, targets, publisher, card=card_text(named) if rewrites else None)
-    size = model.size
-    if plan is not None:
-        check_space_folder(space_folder, base)
-        size += look_through(space_folder, "space", named, targets, publisher).size
-    place = Path(tempfile.gettempdir())  # where it is downloaded again and compared
-    if free_bytes(place) < size:
-        raise DiskTooSmall(str(place), size, free_bytes(place))
-    weights = sum(entry.bytes for entry in record.artifacts if entry.format == "safetensors")
-    checks = (
-        Check("account", f"{account.name}, token of role {account.role or 'unknown'}"),
-        *found,
-        Check("weights", f"in {folder.name}, {weights / 1e6:,.1f} MB"),
-        Check("licence", license_words(base)),
-        Check("card", f"{CARD} is valid, with {model.card.results} results"),
-        Check("files", f"{len(model.files)} in the model, none of them private to this machine"),
-        Check("disk", disk_words(size, place)),
-        Check("upload", f"at most about {size / 1e6:,.1f} MB"),
-    )
-    return PublishPlan(
-        **{entry.name: getattr(targets, entry.name) for entry in dataclasses.fields(targets)},
-        folder=folder,
-        record=named,
-        rewrites=rewrites,
-        space_folder=space_folder if plan else None,
-        upload_bytes=size,
-        checks=checks,
-    )
+    there = publisher.hub.state(targets.space_target, "space")
+    if there is not None:
+        return _publish_space_on(folder, record, targets, model, publisher, zero=is_zero(there.hardware))
+    try:
+        return _publish_space_on(folder, record, targets, model, publisher, zero=False)
+    except SpaceNeedsPlan as on_cpu:
+        publisher.reporter.note(f"{on_cpu.message} Trying {ZERO_GPU}, of which a free account may have two.")
+        try:
+            return _publish_space_on(folder, record, targets, model, publisher, zero=True)
+        except SpaceRefused as on_zero:
+            set_hardware(folder, zero=False)
+            if not isinstance(on_zero, SpaceNeedsPlan):
+                raise
+            raise SpaceRefused(
+                f"The Hub does not let this account create the Space {targets.space_target}: neither on a CPU nor on "
+                "ZeroGPU (status 402).",
+                hint=on_cpu.hint,
+            ) from on_zero
 
 
-def look_through(
-    folder: Path, kind: str, record: RunRecord, targets: Targets, publisher: Publisher, *, card: str | None = None
-) -> Checked:
-    """Every file of a folder, judged for what may not be published, and its card (or what it is going to be).
+def _publish_space_on(
+    folder: Path, record: RunRecord, targets: Targets, model: Published, publisher: Publisher, *, zero: bool
+) -> Published:
+    from gradmap_hub.space.app import variables
+    from gradmap_hub.space.zerogpu import ZERO_GPU, set_hardware
 
-    Raises:
-        UnsafeToPublish, CardInvalid
-    """
-    from gradmap_hub.hub.screening import this_machine
+    assert targets.space is not None
+    set_hardware(folder, zero=zero)
+    files = look_through(folder, "space", record, targets, publisher)
+    terms = targets.terms(record.base.name, "space")
+    wanted = variables(record, targets.target, model.commit, targets.space)
 
-    known = (record.base.name, record.name, targets.target, targets.space_target)
-    private = this_machine(publisher.hub.token, {"the folder it was made in": folder.resolve()}, known)
-    license_id = record.base.license
-    # An id that is not on our list was shown to the Hub before.
-    accepted = (license_id,) if license_id and not is_known_license(license_id) else ()
-    return publisher.check(folder, kind, private, accepted_licenses=accepted, card=card)
+    def publish() -> Published:
+        return publisher.publish(
+            files,
+            targets.space_target,
+            terms,
+            message="Comparison app, written by gradmap-hub",
+            variables=wanted,
+            hardware=ZERO_GPU if zero else None,
+        )
 
-
-def check_space_folder(folder: Path, base: Base) -> None:
-    """Raises UnsafeToPublish: an export of an original lies there that must not be passed on; it was made for this
-    machine alone, or under other terms."""
-    if may_be_stored(base):
-        return
-    for file in GRAPHS.values():
-        if (folder / ORIGINAL_FOLDER / file).is_file():
-            terms = "gated" if base.gated else "private" if base.private else f"under the licence {base.license}"
-            raise UnsafeToPublish(
-                f"{ORIGINAL_FOLDER}/{file}",
-                f"is an export of {base.name}, which is {terms} and must not be passed on",
-                hint="Write the Space anew with `gradmap-hub space FOLDER`, or leave it out with --no-space.",
-            )
+    return _publish(publish, files, publisher)
 
 
-def _check_artifacts(record: RunRecord, folder: Path) -> None:
-    """Raises SourceError: a file is not there, or not of the size that the record and the card tell of."""
-    for entry in record.artifacts:
-        path = folder / entry.path
-        if not path.is_file() or path.stat().st_size != entry.bytes:
-            raise SourceError(
-                f"{entry.path} in {folder} is not the file that its gradmap.json describes.",
-                hint="Finish the run that makes it (with --resume), or make it again with `gradmap-hub export`.",
-            )
+def _publish(publish: Callable[[], Published], files: Checked, publisher: Publisher) -> Published:
+    published = publish()
+    reporter = publisher.reporter
+    reporter.start(f"Verifying the published {'model' if files.kind == 'model' else 'Space'}")
+    checked = publisher.verify(published, files)
+    reporter.finish(f"{size(checked)} downloaded into a fresh cache, sha256 equal")
+    return published
+
+
+def remove_leftovers(folder: Path) -> None:
+    """What an export left that was killed."""
+    for leftover in folder.glob("*.partial"):
+        shutil.rmtree(leftover, ignore_errors=True)

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gradmap_hub.config import PruneConfig
+from gradmap_hub.config import PruneMethod
 from gradmap_hub.data.texts import is_local_text, text_of
 from gradmap_hub.errors import CalibrationError, GradmapError, SourceError
 from gradmap_hub.measurements import Contamination
 from gradmap_hub.pipeline.reproduce import find_calibration
+from gradmap_hub.progress import Reporter
 from gradmap_hub.record import RunRecord
 
 if TYPE_CHECKING:
@@ -28,7 +29,14 @@ _OTHER_ROWS = "the calibration rows drawn here are not those of the record"
 
 
 def find_contamination(
-    record: RunRecord, texts: Sequence[Rows], tokenizer: Any, places: Sequence[Path], *, hub: Hub, online: bool
+    record: RunRecord,
+    texts: Sequence[Rows],
+    tokenizer: Any,
+    places: Sequence[Path],
+    *,
+    hub: Hub,
+    reporter: Reporter,
+    online: bool,
 ) -> list[Contamination]:
     """Per text, its rows that share words with the calibration rows, or why that was not checked. The calibration
     texts are looked for in `places`, and on the Hub if `online`."""
@@ -37,10 +45,10 @@ def find_contamination(
     try:
         drawn = _calibration(record, tokenizer, places, hub=hub, online=online)
     except GradmapError as error:
-        hub.reporter.note(f"Not checked whether the texts hold calibration rows: {error.message}")
+        reporter.note(f"Not checked whether the texts hold calibration rows: {error.message}")
         return [Contamination(None, len(rows.ids), _NOT_AT_HAND) for rows in texts]
     if drawn is None:
-        hub.reporter.note(f"Not checked whether the texts hold calibration rows: {_OTHER_ROWS}.")
+        reporter.note(f"Not checked whether the texts hold calibration rows: {_OTHER_ROWS}.")
         return [Contamination(None, len(rows.ids), _OTHER_ROWS) for rows in texts]
     calibration = {name: tokenizer.batch_decode(ids.tolist()) for name, ids in drawn.items()}
     found: list[Contamination] = []
@@ -69,7 +77,7 @@ def _calibration(
         raise CalibrationError(f"The calibration text {remote} is on the Hub, which was not asked for anything else.")
     recorded = record.settings or {}
     try:
-        settings = PruneConfig(layers=1, **{name: recorded[name] for name in _DRAWING})
+        settings = PruneMethod(**{name: recorded[name] for name in _DRAWING})
     except (KeyError, TypeError) as error:
         raise SourceError(f"The settings of the record cannot be read: {error}") from error
     rows = split_rows(

@@ -9,24 +9,43 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gradmap_hub.config import QUANTIZED
+from gradmap_hub import __version__
+from gradmap_hub.config import (
+    DEFAULT_CALIBRATION,
+    QUANTIZED,
+)
+from gradmap_hub.errors import GradmapError, SourceError, SpaceImpossible
+from gradmap_hub.evaluation.staleness import without_stale
 from gradmap_hub.formats import GRAPHS
-from gradmap_hub.layout import COMPANION_FILES, legal_texts, space_folder_of
-from gradmap_hub.pipeline.export import export_original, onnx_stage
+from gradmap_hub.layout import COMPANION_FILES, legal_texts, space_folder_of, work_folder
+from gradmap_hub.models.original import OriginalModel
+from gradmap_hub.models.source import find_source, identity
+from gradmap_hub.pipeline.connect import connect
+from gradmap_hub.pipeline.export import (
+    _export_rows,
+    export_folder,
+    export_original,
+    onnx_stage,
+)
+from gradmap_hub.progress import Reporter
 from gradmap_hub.record import Base, Quality, RunRecord
-from gradmap_hub.space.plan import ORIGINAL_FOLDER, SpacePlan
+from gradmap_hub.space.plan import ORIGINAL_FOLDER, SpacePlan, plan_of, precisions_of
+from gradmap_hub.stage_cache import Stages
+
+if TYPE_CHECKING:
+    from gradmap_hub.hub.client import Hub
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from gradmap_hub.data.rows import Rows
     from gradmap_hub.models.source import Source
-    from gradmap_hub.pipeline.run import Run
     from gradmap_hub.space.app import Held
 
 
 def write_space_folder(
-    run: Run,
+    original: OriginalModel,
+    stages: Stages,
     record: RunRecord,
     plan: SpacePlan,
     destination: Path,
@@ -47,31 +66,31 @@ def write_space_folder(
 
     remove_unwanted(destination, plan)
     companions: dict[str, Path] = {}
-    originals = _held_by_repository(run.source) if plan.runtime == "onnx" else {}
+    originals = _held_by_repository(original.source) if plan.runtime == "onnx" else {}
     if plan.stored:
-        original, stored = run.checkpoint(), destination / ORIGINAL_FOLDER
-        quality = _export(run, plan, original, stored, rows, fit)
+        checkpoint, stored = original.checkpoint(), destination / ORIGINAL_FOLDER
+        quality = _export(stages, plan, checkpoint, stored, rows, fit)
         plan = _without(plan, {name for name in plan.stored if name in QUANTIZED and name not in quality})
         if not plan.precisions:
             return plan
         for name in plan.stored:
             files = list(stored.glob(f"{GRAPHS[name]}*"))
             originals[name] = Held(sum(file.stat().st_size for file in files), quality.get(name))
-        present = ["config.json", *COMPANION_FILES, *legal_texts(path.name for path in original.iterdir())]
-        companions = {name: original / name for name in present if (original / name).is_file()}
+        present = ["config.json", *COMPANION_FILES, *legal_texts(path.name for path in checkpoint.iterdir())]
+        companions = {name: checkpoint / name for name in present if (checkpoint / name).is_file()}
     write_space(record, plan, destination, pruned_repo=target, companions=companions, originals=originals)
     return plan
 
 
 def _export(
-    run: Run, plan: SpacePlan, original: Path, stored: Path, rows: Rows | None, fit: Tensor | None
+    stages: Stages, plan: SpacePlan, checkpoint: Path, stored: Path, rows: Rows | None, fit: Tensor | None
 ) -> dict[str, Quality]:
     if "float32" in plan.stored:
-        onnx_stage(run.stages, "onnx-original", "Exporting the original for the Space", original, stored)
+        onnx_stage(stages, "onnx-original", "Exporting the original for the Space", checkpoint, stored)
     quantised = [name for name in plan.stored if name in QUANTIZED]
     if not quantised or rows is None:
         return {}
-    return export_original(original, stored, run.stages, quantised, rows, run.work / "export-original", fit=fit)
+    return export_original(checkpoint, stored, stages, quantised, rows, stages.folder / "export-original", fit=fit)
 
 
 def finished_space(folder: Path, record: RunRecord, precisions: Collection[str]) -> Path | None:
@@ -137,3 +156,60 @@ def terms_of(record: RunRecord, source: Source) -> Base:
         gated=found.gated or recorded.gated,
         private=found.private or recorded.private,
     )
+
+
+def build_space(
+    folder: Path,
+    against: str | None = None,
+    *,
+    local: bool = False,
+    text: str = DEFAULT_CALIBRATION,
+    reporter: Reporter | None = None,
+    hub: Hub | None = None,
+) -> Path:
+    """Write the comparison app for a pruned folder, exporting what it still lacks; returns the app's folder.
+
+    By default it is the Space as it may be published, beside the folder. With `local` it is for this machine only and
+    may hold an export of any original, also one that must not be passed on; it then lies where nothing publishes from,
+    unless the Space as published has all of it.
+    `text`: what the perplexity of the original's quantised files is measured on, where the folder has such files; if it
+    cannot be read, the app does without them.
+
+    Raises:
+        GradmapError: there is no original, it cannot be read or exported, or both are too large for a Space.
+    """
+    hub, reporter = connect(hub, reporter)
+    record = without_stale(RunRecord.read(folder), folder)
+    model = against or record.base.repo_id
+    if model is None:
+        raise SourceError(
+            f"{folder} was made from a local model, {record.base.name}.", hint="Say where it is with --against."
+        )
+    names = tuple(name for name in GRAPHS if name in precisions_of(record))
+    if local and against is None and names and (written := finished_space(folder, record, names)) is not None:
+        return written
+    source = find_source(model, record.base.commit if against is None else None, hub)
+    if not (folder / "onnx" / "model.onnx").is_file():
+        record = export_folder(folder, ["onnx"], reporter=reporter)
+        names = tuple(name for name in GRAPHS if name in precisions_of(record))
+    original = OriginalModel(source, hub, work_folder(folder))
+    identified = {"version": __version__, "what": "space", "base": identity(source)}
+    stages = Stages(work_folder(folder), reporter, identified)
+    plan = (
+        SpacePlan("space", "for this machine only", names, names)
+        if local
+        else plan_of(record, terms_of(record, source))
+    )
+    if not plan.precisions:
+        raise SpaceImpossible(f"{plan.reason}.")
+    rows = None
+    if any(name in plan.stored for name in QUANTIZED):
+        try:
+            rows = _export_rows(folder, text, hub)
+        except GradmapError as error:
+            reporter.note(f"Without quantised files of the original, as the text cannot be read: {error.message}")
+    destination = work_folder(folder) / "compare" if local else space_folder_of(folder)
+    came = write_space_folder(original, stages, record, plan, destination, record.target, rows)
+    if not came.precisions:
+        raise SpaceImpossible(f"{came.reason}.", hint="Name a text file with --text.")
+    return destination

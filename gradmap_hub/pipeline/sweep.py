@@ -16,34 +16,40 @@ from typing import TYPE_CHECKING
 
 from gradmap_hub import __version__
 from gradmap_hub.config import SweepConfig
+from gradmap_hub.data.texts import check_texts
 from gradmap_hub.errors import OutputExists
 from gradmap_hub.evaluation.speed import Speed
+from gradmap_hub.layout import check_disk
 from gradmap_hub.machine import hardware, versions
 from gradmap_hub.measurements import BeforeAfter
-from gradmap_hub.models.source import Source
-from gradmap_hub.pipeline.run import (
-    Corrected,
-    EvaluationText,
+from gradmap_hub.models.source import Source, find_source
+from gradmap_hub.pipeline.connect import connect
+from gradmap_hub.pipeline.prune import no_empty_folders, settings_of
+from gradmap_hub.pipeline.run import Run
+from gradmap_hub.pipeline.stages import (
     RowLosses,
-    Run,
-    calibrate,
-    calibration_record,
-    correct,
+    compensate,
     evaluation_record,
-    evaluation_texts,
-    heal_gaps,
+    fetch_weights,
+    heal,
     losses_without,
     new_values,
-    pull,
     score,
     select,
-    settings_of,
     texts_inputs,
 )
+from gradmap_hub.pipeline.texts import EvaluationText, calibrate, calibration_record, evaluation_texts
+from gradmap_hub.progress import Reporter
+from gradmap_hub.pruning.prune_model import Compensated
 from gradmap_hub.record import HealRecord
 from gradmap_hub.sweep.knee import recommend
 from gradmap_hub.sweep.record import SWEEP_FILE, SWEEP_VERSION, SweepPoint, SweepRecord
+from gradmap_hub.sweep.report import write_report
 from gradmap_hub.units import size
+
+if TYPE_CHECKING:
+    from gradmap_hub.data.rows import Rows
+    from gradmap_hub.hub.client import Hub
 
 if TYPE_CHECKING:  # torch is only imported once there is something to compute
     from gradmap_hub.data.rows import CalibrationRows, Rows
@@ -101,17 +107,42 @@ def check_sweep_output(output: Path, source: Source) -> None:
         )
 
 
+def sweep(
+    config: SweepConfig, *, command: str = "", reporter: Reporter | None = None, hub: Hub | None = None
+) -> tuple[SweepRecord, Path]:
+    """Measure quality, size and speed of the model at several ratios; returns the record and the folder that holds it.
+
+    The tables are written anew after every ratio, the figure after the last. What an earlier sweep of the same model
+    left is not computed again.
+
+    Raises:
+        GradmapError: one of its subclasses says what is wrong; see errors.py.
+    """
+    hub, reporter = connect(hub, reporter)
+    output = config.output or default_sweep_output(config.model)
+    check_texts(config.prune)
+    source = find_source(config.model, config.revision, hub)
+    check_sweep_output(output, source)
+    check_disk(output, 0 if source.folder is not None else source.weight_bytes)
+    with no_empty_folders(output):
+        run = Run(source, config.prune, output, hub, reporter, command=command, kind="sweep")
+        records = sweep_stages(run, config)
+        record = next(records)
+        write_report(record, output)
+        for record in records:
+            write_report(record, output)
+    return record, output
+
+
 def sweep_stages(run: Run, config: SweepConfig) -> Iterator[SweepRecord]:
     """Measure one number of layers after another, fewest first; yields the record with every further one in it."""
     run.precision()  # refuses what cannot be, before anything is fetched
     rows, extra = calibrate(run)
     texts = evaluation_texts(run, rows, extra)
-    fetched = pull(run)
+    weights = fetch_weights(run)
     scores = score(run, rows)
     shared = _Shared(rows, scores, texts, _evaluate_original(run, [text.rows for text in texts]))
-    settings = settings_of(run, rows, extra)
-    for how_much in ("ratio", "layers", "drop"):
-        del settings[how_much]
+    settings = settings_of(run, config.prune, rows, extra)
     counts = config.ratios_by_count(run.source.layer_count)
     points: list[SweepPoint] = []
     no_speed = NOT_ASKED_FOR if not config.speed else STREAMED if config.prune.low_memory else ""
@@ -125,7 +156,7 @@ def sweep_stages(run: Run, config: SweepConfig) -> Iterator[SweepRecord]:
             schema_version=SWEEP_VERSION,
             gradmap_hub=__version__,
             command=run.command,
-            base=dataclasses.replace(run.source.base, weights_sha256=fetched.sha256),
+            base=dataclasses.replace(run.source.base, weights_sha256=weights.sha256),
             ratios=sorted(set(config.ratios)),
             settings=settings,
             calibration=calibration_record(run, rows),
@@ -141,10 +172,10 @@ def sweep_stages(run: Run, config: SweepConfig) -> Iterator[SweepRecord]:
 def _measure(run: Run, shared: _Shared, count: int, ratios: Sequence[float], *, timed: bool) -> SweepPoint:
     from gradmap_hub.evaluation.metrics import perplexity, ratio_interval
 
-    branch = run.branch(f"without-{count}", f"Without {count} of {run.source.layer_count} layers: ", ratios[0])
+    branch = run.branch(f"without-{count}", f"Without {count} of {run.source.layer_count} layers: ")
     rows = shared.rows
-    chosen = correct(branch, rows, select(branch, rows, shared.scores))
-    healed = heal_gaps(branch, rows, chosen)
+    chosen = compensate(branch, rows, select(branch, rows, shared.scores, count))
+    healed = heal(branch, rows, chosen)
     weights = _size(branch, chosen.removed)
     pruned = _evaluate(branch, chosen, healed, [text.rows for text in shared.texts])
     speed = _time(branch, chosen.removed, rows) if timed else None
@@ -184,7 +215,7 @@ def _evaluate_original(run: Run, texts: Sequence[Rows]) -> RowLosses:
     )
 
 
-def _evaluate(run: Run, chosen: Corrected, healed: HealRecord | None, texts: Sequence[Rows]) -> _Pruned:
+def _evaluate(run: Run, chosen: Compensated, healed: HealRecord | None, texts: Sequence[Rows]) -> _Pruned:
     """The losses of the pruned model, first as it is, then with the new weights put in for a while."""
 
     def compute() -> _Pruned:
@@ -196,14 +227,14 @@ def _evaluate(run: Run, chosen: Corrected, healed: HealRecord | None, texts: Seq
         uncorrected = losses_without(run, [chosen.removed], texts)[0]
         if not overrides:
             return _Pruned(uncorrected, uncorrected)
-        stored = storage_dtype(run.config.dtype, run.source.base.dtype)
+        stored = storage_dtype(run.method.dtype, run.source.base.dtype)
         with ExitStack() as replaced:
             for (layer, name), value in overrides.items():
                 rounded = value.to(stored).to(value.dtype).to(decoder.device)  # as read back from the checkpoint
                 replaced.enter_context(decoder.replaced(layer, {name: rounded}))
             return _Pruned(uncorrected, losses_without(run, [chosen.removed], texts)[0])
 
-    inputs = {**texts_inputs(run, texts), "dtype": run.config.dtype}
+    inputs = {**texts_inputs(run, texts), "dtype": run.method.dtype}
     return run.stages.run("evaluate", "Measuring perplexity", _Pruned, compute, inputs=inputs)
 
 
@@ -215,9 +246,10 @@ def _size(run: Run, removed: Sequence[int]) -> _Size:
         decoder = run.decoder()
         before = parameter_count(decoder.model)
         after = before - sum(parameter_count(decoder.layers[layer]) for layer in removed)
-        stored = storage_dtype(run.config.dtype, run.source.base.dtype)
+        stored = storage_dtype(run.method.dtype, run.source.base.dtype)
         return _Size(
-            BeforeAfter(before, after), BeforeAfter(checkpoint_bytes(run.checkpoint()), after * stored.itemsize)
+            BeforeAfter(before, after),
+            BeforeAfter(checkpoint_bytes(run.original.checkpoint()), after * stored.itemsize),
         )
 
     # On a branch: the number format decides nothing of what is measured after.
@@ -226,7 +258,7 @@ def _size(run: Run, removed: Sequence[int]) -> _Size:
         "Size",
         _Size,
         compute,
-        inputs={"dtype": run.config.dtype},
+        inputs={"dtype": run.method.dtype},
         describe=lambda found: f"{size(found.bytes.before)} -> {size(found.bytes.after)}",
     )
 
@@ -251,7 +283,7 @@ def _time(run: Run, removed: Sequence[int], rows: CalibrationRows) -> Speed:
             lambda: layers_left_out(model, run.source.architecture, removed),
             prompt.tolist(),
             new_tokens=new_tokens,
-            done=run.step,
+            done=run.reporter.advance,
         )
 
     return run.stages.branch().run(

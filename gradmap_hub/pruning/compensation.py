@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from gradmap_hub.config import PruneConfig
+from gradmap_hub.config import PruneMethod
 from gradmap_hub.data.rows import CalibrationRows
 from gradmap_hub.models.architectures import correction_skipped
 from gradmap_hub.models.decoder import Decoder
@@ -304,7 +304,7 @@ def fit_correction(
     decoder: Decoder,
     rows: CalibrationRows,
     removed: Sequence[int],
-    config: PruneConfig,
+    config: PruneMethod,
     reporter: Reporter,
     *,
     sites: Sequence[Site] | None = None,
@@ -383,7 +383,7 @@ class Originals:
 
 
 def correct_best(
-    decoder: Decoder, rows: CalibrationRows, sets: Sequence[Candidate], config: PruneConfig, reporter: Reporter
+    decoder: Decoder, rows: CalibrationRows, sets: Sequence[Candidate], config: PruneMethod, reporter: Reporter
 ) -> tuple[list[Candidate], int, CompensationRecord, Overrides]:
     """Correct several sets of removed layers, the original's streams carried once for all of them.
 
@@ -409,7 +409,7 @@ def with_shift(
     rows: CalibrationRows,
     removed: Sequence[int],
     record: CompensationRecord,
-    config: PruneConfig,
+    config: PruneMethod,
     reporter: Reporter,
 ) -> CompensationRecord:
     """The record with the mean shift of every kept layer, before any correction."""
@@ -420,7 +420,7 @@ def with_shift(
 
 
 def _shift(
-    decoder: Decoder, rows: CalibrationRows, kept: Sequence[int], config: PruneConfig, reporter: Reporter
+    decoder: Decoder, rows: CalibrationRows, kept: Sequence[int], config: PruneMethod, reporter: Reporter
 ) -> Shift:
     ids = rows.fit[: config.shift_rows]
     reporter.total(len(ids))

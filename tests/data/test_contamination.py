@@ -11,7 +11,7 @@ import pytest
 from gradmap_hub.config import PruneConfig
 from gradmap_hub.data.contamination import WORDS, runs_of_words, shared_rows
 from gradmap_hub.errors import CalibrationError
-from gradmap_hub.pipeline.push import prune
+from gradmap_hub.pipeline.prune import prune
 from gradmap_hub.progress import SilentReporter
 from gradmap_hub.record import RunRecord
 

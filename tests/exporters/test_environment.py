@@ -72,7 +72,8 @@ def test_exports_of_a_pruned_model(
 ) -> None:
     """The whole way: an environment made by pip, both graphs and a quantised one, each through its gate."""
     from gradmap_hub.config import PruneConfig
-    from gradmap_hub.pipeline.push import export_folder, prune
+    from gradmap_hub.pipeline.export import export_folder
+    from gradmap_hub.pipeline.prune import prune
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     model = folder_of(tmp_path / "model")

@@ -171,9 +171,9 @@ def as_user(server: LocalHub) -> Callable[..., Side]:
     def side(name: str = "ada", role: Any = "write", *, scopes: Any = (), **patience: Any) -> Side:
         token = server.add_user(name, role, scopes=scopes)
         waits: list[float] = []
-        hub = Hub(server.url, token, patience=Patience(sleep=waits.append, draw=lambda: 0.0, **patience))
         heard = Heard()
-        hub.reporter = heard
+        patient = Patience(sleep=waits.append, draw=lambda: 0.0, **patience)
+        hub = Hub(server.url, token, patience=patient).reporting(heard)
         return Side(hub, HfApi(endpoint=server.url, token=token), heard, waits)
 
     return side

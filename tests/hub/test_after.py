@@ -23,8 +23,9 @@ from gradmap_hub.errors import (
     UsageError,
 )
 from gradmap_hub.local_hub import Fault, LocalHub
-from gradmap_hub.pipeline.publish import PublishPlan
-from gradmap_hub.pipeline.push import PushResult, plan_publish, publish_folder
+from gradmap_hub.pipeline.plan import PublishPlan, plan_publish
+from gradmap_hub.pipeline.publish import publish_folder
+from gradmap_hub.pipeline.publishing import PushResult
 from gradmap_hub.record import Artifact, Base
 from gradmap_hub.space.app import content_folder
 from gradmap_hub.space.zerogpu import is_for_zero, set_hardware

@@ -27,7 +27,7 @@ from gradmap_hub.errors import (
 )
 from gradmap_hub.hub import xet
 from gradmap_hub.local_hub import ROUTES, Fault, LocalHub, Request
-from gradmap_hub.pipeline.push import publish_folder
+from gradmap_hub.pipeline.publish import publish_folder
 
 from .conftest import SPACE, TARGET, Side, local_bytes, remote_bytes
 

@@ -11,7 +11,7 @@ import pytest
 from gradmap_hub.config import PruneConfig, PublishConfig, PushConfig
 from gradmap_hub.errors import CardInvalid, NotAllowed, SourceError, TargetExists, UsageError
 from gradmap_hub.models.source import find_source
-from gradmap_hub.pipeline.push import make_plan
+from gradmap_hub.pipeline.plan import make_plan
 
 from .conftest import BASE, Side, tensors, write_folders
 
@@ -73,7 +73,7 @@ def test_gated_weights(server: Any, ada: Side, seeded: str, tmp_path: Path) -> N
 
 
 def test_targets_that_are_there(ada: Side, seeded: str, tmp_path: Path) -> None:
-    from gradmap_hub.pipeline.push import publish_folder
+    from gradmap_hub.pipeline.publish import publish_folder
 
     publish_folder(write_folders(tmp_path / "earlier"), PublishConfig(wait_space=0), hub=ada.hub)
     again = config(seeded, tmp_path, to="ada/small")

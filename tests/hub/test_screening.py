@@ -16,7 +16,7 @@ from gradmap_hub.config import PublishConfig
 from gradmap_hub.errors import CardInvalid, UnsafeToPublish
 from gradmap_hub.hub.card_check import check_card
 from gradmap_hub.hub.screening import Private, publishable, screen, this_machine
-from gradmap_hub.pipeline.push import publish_folder
+from gradmap_hub.pipeline.publish import publish_folder
 
 from .conftest import CARD, SPACE_CARD, Side
 

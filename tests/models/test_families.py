@@ -737,7 +737,7 @@ def folder_of(name: str, folder: Path, tokenizer: Any) -> Path:
     ["qwen2_moe", "opt (norm behind)", *(pytest.param(case, marks=pytest.mark.slow) for case in ("gpt2", "gemma2"))],
 )
 def test_prune_and_what_it_records(case: str, tokenizer: Any, text_file: Path, tmp_path: Path) -> None:
-    from gradmap_hub.pipeline.push import prune
+    from gradmap_hub.pipeline.prune import prune
     from gradmap_hub.record import RunRecord
 
     folder = folder_of(case, tmp_path / "model", tokenizer)
@@ -834,7 +834,8 @@ def test_the_lines_of_the_card_load_the_graph(
     case: str, tokenizer: Any, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("optimum.onnxruntime", reason="the lines are for transformers 4.57")
-    from gradmap_hub.pipeline.push import export_folder, prune
+    from gradmap_hub.pipeline.export import export_folder
+    from gradmap_hub.pipeline.prune import prune
 
     out = tmp_path / "out"
     config = PruneConfig(layers=2, samples=8, seq_len=32, eval_rows=4, calibration=(str(text_file),))

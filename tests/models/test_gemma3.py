@@ -19,7 +19,8 @@ from gradmap_hub.config import PruneConfig
 from gradmap_hub.exporters import onnx
 from gradmap_hub.layout import sha256_of
 from gradmap_hub.pipeline.demo import CALIBRATION, ELSEWHERE, Package, Sample, _extract, _wheel
-from gradmap_hub.pipeline.push import export_folder, prune
+from gradmap_hub.pipeline.export import export_folder
+from gradmap_hub.pipeline.prune import prune
 from gradmap_hub.record import RunRecord
 
 pytestmark = [pytest.mark.slow, pytest.mark.real]

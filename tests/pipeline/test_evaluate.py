@@ -32,7 +32,9 @@ from gradmap_hub.hub.screening import Private, publishable, screen
 from gradmap_hub.hub.target import is_ours
 from gradmap_hub.layout import sha256_of
 from gradmap_hub.measurements import Measured
-from gradmap_hub.pipeline.push import evaluate_folder, export_folder, prune
+from gradmap_hub.pipeline.evaluate import evaluate_folder
+from gradmap_hub.pipeline.export import export_folder
+from gradmap_hub.pipeline.prune import prune
 from gradmap_hub.progress import SilentReporter
 from gradmap_hub.record import FILE_NAME, RunRecord, to_json
 from gradmap_hub.space.app import refresh_compare

@@ -13,7 +13,8 @@ import torch
 from gradmap_hub.config import PruneConfig, paper_preset
 from gradmap_hub.errors import UsageError
 from gradmap_hub.models.decoder import choose_precision
-from gradmap_hub.pipeline.push import inspect, prune
+from gradmap_hub.pipeline.inspect import inspect
+from gradmap_hub.pipeline.prune import prune
 from gradmap_hub.record import RunRecord
 
 SMALL: dict[str, Any] = {"samples": 8, "seq_len": 32, "eval_rows": 4}

@@ -1,0 +1,268 @@
+"""The plans of `push` and `publish`: what `--dry-run` prints, and what the command then follows.
+
+Only config.json, listings and what is already built are read here; no weight is fetched, nothing is written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gradmap_hub.config import PublishConfig, PushConfig
+from gradmap_hub.data.texts import check_texts
+from gradmap_hub.errors import SourceError, UnsafeToPublish, UsageError
+from gradmap_hub.evaluation.staleness import without_stale
+from gradmap_hub.formats import GRAPHS
+from gradmap_hub.hub.card_check import is_known_license
+from gradmap_hub.layout import CARD, check_output, default_output, space_folder_of
+from gradmap_hub.measurements import BeforeAfter
+from gradmap_hub.models.architectures import correction_skipped
+from gradmap_hub.models.source import Source, check_family, find_source
+from gradmap_hub.pipeline.checks import Check, Checks, Targets, license_words
+from gradmap_hub.pipeline.reproduce import check_expected
+from gradmap_hub.record import (
+    SCHEMA_VERSION,
+    Base,
+    CalibrationRecord,
+    CompensationRecord,
+    LayerDecision,
+    RunRecord,
+)
+from gradmap_hub.space.plan import ORIGINAL_FOLDER, SpacePlan, may_be_stored, plan_of, plan_space
+
+if TYPE_CHECKING:
+    from gradmap_hub.hub.client import Hub
+    from gradmap_hub.hub.publisher import Checked, Publisher
+
+
+@dataclass(frozen=True)
+class PushPlan:
+    """Everything known before any work. `source.base` has the licence as it will be stated."""
+
+    targets: Targets
+    source: Source
+    output: Path
+    removals: int
+    license: str
+    disk_bytes: int
+    upload_bytes: int
+    checks: tuple[Check, ...]
+
+
+@dataclass(frozen=True)
+class PublishPlan:
+    """What will be published. `record`: as the folder will hold it, with licence and target; `rewrites`: whether that
+    differs from what it holds now. `space_folder`: None if no Space is published."""
+
+    targets: Targets
+    folder: Path
+    record: RunRecord
+    rewrites: bool
+    space_folder: Path | None
+    upload_bytes: int
+    checks: tuple[Check, ...]
+
+
+# At most so much of the float32 weights, in bytes (docs/onnx.md).
+_QUANTIZED_SHARE = {"int8": 0.4, "int4": 0.4, "genai": 1.05, "fp16": 0.55}
+
+
+def make_plan(config: PushConfig, hub: Hub) -> PushPlan:
+    """All checks of a push that need no weights, cheapest first.
+
+    Raises:
+        GradmapError: the first thing that would make the push fail later.
+    """
+    from gradmap_hub.hub.publisher import Publisher
+
+    if config.trust_remote_code:
+        raise UsageError("--trust-remote-code is not available yet: models that need their own code are refused.")
+    output = config.output or default_output(config.model, config.prune)
+    check_output(output, config.resume)
+    check_texts(config.prune)
+    checks = Checks(config, Publisher(hub))
+    source = find_source(config.model, config.revision, hub)
+    check_family(source, config.prune)
+    removals = config.prune.removals(source.layer_count)
+    base = checks.licensed(source.base)
+    source = replace(source, base=base)
+    if config.onnx:
+        from gradmap_hub.exporters.formats import require
+
+        for name in ("onnx", *config.quantize):
+            require(name, source.config)
+    # Checkpoint and its ONNX, each about the original's size in float32.
+    float32 = source.weight_bytes * (2 if base.dtype in ("bfloat16", "float16") else 1)
+    target = config.to or f"{checks.account.name}/{output.resolve().name}"
+    targets = Targets.of(target, _planned_space(config, source, removals, float32), config)
+    checks.targets(targets, base.name, resuming=(config.resume, config.resume))
+    checks.add("weights", _access(source))
+    checks.add("licence", license_words(base))
+    checks.add("card", _card_words(source, removals, targets))
+    skipped = correction_skipped(source.architecture, source.config)
+    if skipped is not None:
+        checks.add("compensation", f"skipped: {skipped}")
+    disk, upload = _bytes_needed(config, source, targets, float32)
+    checks.room(output, disk, upload)
+    check_expected(source, config.repeats)
+    return PushPlan(targets, source, output, removals, base.license or "", disk, upload, checks.found)
+
+
+def _bytes_needed(config: PushConfig, source: Source, targets: Targets, float32: int) -> tuple[int, int]:
+    """Bytes on disk and bytes to upload, at most. `float32`: those of the original's weights in float32."""
+    # The original's own ONNX for the Space, and once more what is published: the fresh copy it is verified against.
+    stored = () if targets.space is None else targets.space.stored
+    stored_original = round(float32 * sum(_QUANTIZED_SHARE.get(name, 1.0) for name in stored))
+    quantized = round(float32 * sum(_QUANTIZED_SHARE[name] for name in config.quantize))
+    built = source.weight_bytes + (float32 if config.onnx else 0) + quantized
+    disk = source.weight_bytes + 2 * built + stored_original
+    if config.quantize:
+        disk += 2 * float32  # the graph they are made from, and the one of them that is being written
+    upload = (float32 if config.prune.dtype == "float32" else source.weight_bytes) + built - source.weight_bytes
+    return disk, upload + stored_original
+
+
+def _planned_space(config: PushConfig, source: Source, removals: int, float32: int) -> SpacePlan | None:
+    """The Space as far as it can be known before any work; None if none was asked for."""
+    if not config.space or config.create_pr:
+        return None
+    wanted = ["float32", *(name for name in config.quantize if name in GRAPHS)] if config.onnx else []
+    # What is not a layer stays whole, so the pruned model is at least this large.
+    pruned = float32 * (source.layer_count - removals) // source.layer_count
+    # A GGUF file's weights are counted at eight times its size, which is the most that they can be.
+    least = float32 // 8 if source.gguf is not None else float32
+    return plan_space(source.base, wanted, BeforeAfter(least, min(least, pruned)))
+
+
+def _access(source: Source) -> str:
+    size = f"{source.weight_bytes / 1e6:,.1f} MB"
+    if source.base.repo_id is None:
+        return f"on this machine, {size}"
+    kind = "gated, access granted" if source.base.gated else "private, readable" if source.base.private else "open"
+    return f"{kind}, {size} at commit {(source.base.commit or '')[:12]}"
+
+
+def _card_words(source: Source, removals: int, targets: Targets) -> str:
+    """Build the header as it will be, without what is measured, and judge it.
+
+    Raises:
+        CardInvalid
+    """
+    import yaml
+
+    from gradmap_hub.card.card import front_matter
+    from gradmap_hub.hub.card_check import check_card
+
+    layers = [LayerDecision(index, 0.0, index >= removals, "") for index in range(source.layer_count)]
+    record = RunRecord(
+        schema_version=SCHEMA_VERSION,
+        gradmap_hub="",
+        command="",
+        name=targets.target.rpartition("/")[2],
+        base=source.base,
+        layers=layers,
+        removed=list(range(removals)),
+        ratio=removals / source.layer_count,
+        parameters=BeforeAfter(0, 0),
+        bytes=BeforeAfter(0, 0),
+        metric="",
+        schedule="",
+        calibration=CalibrationRecord("", 0, 0, 0, ""),
+        compensation=CompensationRecord(False),
+        seed=0,
+        target=targets.target,
+    )
+    header = front_matter(record)
+    text = f"---\n{yaml.safe_dump(header, sort_keys=False, allow_unicode=True)}---\n"
+    check_card(text, "model", accepted=(source.base.license or "",))
+    return f"the header is valid: {', '.join(header)}"
+
+
+def plan_publish(folder: Path, config: PublishConfig, hub: Hub) -> PublishPlan:
+    """All checks of a publish, cheapest first.
+
+    Raises:
+        GradmapError: the first thing that would make it fail.
+    """
+    from gradmap_hub.card.card import card_text
+    from gradmap_hub.hub.publisher import Publisher
+
+    record = RunRecord.read(folder)
+    _check_artifacts(record, folder)
+    publisher = Publisher(hub)
+    checks = Checks(config, publisher)
+    base = checks.licensed(record.base)
+    target = config.to or record.target or f"{checks.account.name}/{folder.resolve().name}"
+    space_folder = space_folder_of(folder)
+    wanted = config.space and not config.create_pr and (space_folder / "app.py").is_file()
+    targets = Targets.of(target, plan_of(dataclasses.replace(record, base=base)) if wanted else None, config)
+    # Only where this folder was published before may something exist already; `Publisher.publish` then compares it.
+    checks.targets(targets, base.name, resuming=(target == record.target, targets.space_target == record.space))
+    elsewhere = target != record.target
+    named = dataclasses.replace(
+        without_stale(record, folder),
+        base=base,
+        target=target,
+        space=targets.space_target if targets.space else None if elsewhere else record.space,
+    )
+    rewrites = named != record
+    model = look_through(folder, "model", named, targets, publisher, card=card_text(named) if rewrites else None)
+    upload = model.size
+    if targets.space is not None:
+        check_space_folder(space_folder, base)
+        upload += look_through(space_folder, "space", named, targets, publisher).size
+    weights = sum(entry.bytes for entry in record.artifacts if entry.format == "safetensors")
+    checks.add("weights", f"in {folder.name}, {weights / 1e6:,.1f} MB")
+    checks.add("licence", license_words(base))
+    checks.add("card", f"{CARD} is valid, with {model.card.results} results")
+    checks.add("files", f"{len(model.files)} in the model, none of them private to this machine")
+    checks.room(Path(tempfile.gettempdir()), upload, upload)  # where it is downloaded again and compared
+    found = space_folder if targets.space else None
+    return PublishPlan(targets, folder, named, rewrites, found, upload, checks.found)
+
+
+def look_through(
+    folder: Path, kind: str, record: RunRecord, targets: Targets, publisher: Publisher, *, card: str | None = None
+) -> Checked:
+    """Every file of a folder, judged for what may not be published, and its card (or what it is going to be).
+
+    Raises:
+        UnsafeToPublish, CardInvalid
+    """
+    from gradmap_hub.hub.screening import this_machine
+
+    known = (record.base.name, record.name, targets.target, targets.space_target)
+    private = this_machine(publisher.hub.token, {"the folder it was made in": folder.resolve()}, known)
+    license_id = record.base.license
+    # An id that is not on our list was shown to the Hub before.
+    accepted = (license_id,) if license_id and not is_known_license(license_id) else ()
+    return publisher.check(folder, kind, private, accepted_licenses=accepted, card=card)
+
+
+def check_space_folder(folder: Path, base: Base) -> None:
+    """Raises UnsafeToPublish: an export of an original lies there that must not be passed on; it was made for this
+    machine alone, or under other terms."""
+    if may_be_stored(base):
+        return
+    for file in GRAPHS.values():
+        if (folder / ORIGINAL_FOLDER / file).is_file():
+            terms = "gated" if base.gated else "private" if base.private else f"under the licence {base.license}"
+            raise UnsafeToPublish(
+                f"{ORIGINAL_FOLDER}/{file}",
+                f"is an export of {base.name}, which is {terms} and must not be passed on",
+                hint="Write the Space anew with `gradmap-hub space FOLDER`, or leave it out with --no-space.",
+            )
+
+
+def _check_artifacts(record: RunRecord, folder: Path) -> None:
+    """Raises SourceError: a file is not there, or not of the size that the record and the card tell of."""
+    for entry in record.artifacts:
+        path = folder / entry.path
+        if not path.is_file() or path.stat().st_size != entry.bytes:
+            raise SourceError(
+                f"{entry.path} in {folder} is not the file that its gradmap.json describes.",
+                hint="Finish the run that makes it (with --resume), or make it again with `gradmap-hub export`.",
+            )

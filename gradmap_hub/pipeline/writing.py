@@ -1,0 +1,115 @@
+"""The pruned checkpoint: written, read back, compared."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from gradmap_hub.layout import COMPANION_FILES, legal_texts
+from gradmap_hub.measurements import BeforeAfter
+from gradmap_hub.pipeline.stages import new_values
+from gradmap_hub.record import (
+    CompensationRecord,
+    HealRecord,
+    VerificationRecord,
+)
+from gradmap_hub.units import size
+
+if TYPE_CHECKING:  # torch is only imported once there is something to compute
+    from gradmap_hub.pipeline.run import Run
+
+
+@dataclass(frozen=True)
+class WrittenModel:
+    verification: VerificationRecord
+    parameters: BeforeAfter
+    bytes: BeforeAfter
+    dtype: str
+
+
+def write(
+    run: Run, removed: Sequence[int], compensation: CompensationRecord, healed: HealRecord | None
+) -> WrittenModel:
+    """Remove the layers, put the compensated and healed weights in, save, read back, compare the logits."""
+
+    def compute() -> WrittenModel:
+        from gradmap_hub.models import checkpoint
+        from gradmap_hub.pruning.removal import storage_dtype
+
+        source = run.original.checkpoint()
+        dtype = storage_dtype(run.method.dtype, run.source.base.dtype)
+        overrides = new_values(run, compensation, healed)
+        from_source = _write_streamed if run.method.low_memory else _write_from_memory
+        verification, parameters = from_source(run, removed, overrides, dtype)
+        names = legal_texts(path.name for path in source.iterdir())
+        checkpoint.copy_companions(source, run.output, [*COMPANION_FILES, *names])
+        return WrittenModel(
+            verification,
+            parameters,
+            BeforeAfter(checkpoint.checkpoint_bytes(source), checkpoint.checkpoint_bytes(run.output)),
+            str(dtype).removeprefix("torch."),
+        )
+
+    return run.stages.run(
+        "write",
+        "Writing and verifying the checkpoint",
+        WrittenModel,
+        compute,
+        inputs={"dtype": run.method.dtype},
+        files=lambda: [run.output / "config.json", *sorted(run.output.glob("*.safetensors"))],
+        describe=lambda written: f"{size(written.bytes.before)} -> {size(written.bytes.after)}, logits read back equal",
+    )
+
+
+def _write_from_memory(
+    run: Run, removed: Sequence[int], overrides: Mapping[tuple[int, str], Any], dtype: Any
+) -> tuple[VerificationRecord, BeforeAfter]:
+    from gradmap_hub.models import checkpoint
+    from gradmap_hub.pruning.prune_model import apply_pruning
+    from gradmap_hub.pruning.removal import parameter_count
+    from gradmap_hub.pruning.verification import logits_of, probe_ids, verify
+
+    decoder = run.decoder()
+    before = parameter_count(decoder.model)
+    model = apply_pruning(decoder, run.source.architecture, removed, dict(overrides))
+    after = parameter_count(model)
+    checkpoint.save_checkpoint(model, run.output, dtype)
+    checkpoint.cast_parameters(model, _float32())
+    expected = logits_of(model.cpu(), probe_ids(model.config))
+    run.release()
+    del decoder, model
+    gc.collect()
+    reloaded, report = checkpoint.load_model(run.output)
+    return verify(reloaded, report, run.output, expected), BeforeAfter(before, after)
+
+
+def _write_streamed(
+    run: Run, removed: Sequence[int], overrides: Mapping[tuple[int, str], Any], dtype: Any
+) -> tuple[VerificationRecord, BeforeAfter]:
+    """The same without a model in memory: from file to file, and both ends streamed for the comparison."""
+    from gradmap_hub.models.streaming import key_report, open_streamed, pruned_logits, write_pruned
+    from gradmap_hub.pruning.removal import parameter_count
+    from gradmap_hub.pruning.verification import probe_ids, verify
+
+    source, architecture = run.original.checkpoint(), run.source.architecture
+    after = write_pruned(source, run.output, architecture, removed, overrides, dtype)
+    written = open_streamed(run.output, architecture, run.method.seq_len, dtype=_float32())
+    probe = probe_ids(written.model.config)
+    run.release()
+    # Rounded as the written file is, so that the two are the same numbers computed in the same precision.
+    original = open_streamed(source, architecture, probe.shape[1], dtype=_float32(), rounding=dtype)
+    before = parameter_count(original.model)
+    for (layer, name), value in overrides.items():
+        original.put(layer, {name: value})
+    expected = pruned_logits(original, [layer for layer in range(original.count) if layer not in set(removed)], probe)
+    with written.whole_model() as model:
+        record = verify(model, key_report(run.output), run.output, expected)
+    return record, BeforeAfter(before, after)
+
+
+def _float32() -> Any:
+    import torch
+
+    return torch.float32

@@ -1,0 +1,161 @@
+"""Depth pruning as one computation in memory: score, select, compensate, heal. No file is read or written here.
+
+`prune_model` is the pure twin of `gradmap_hub.prune`; the pipeline runs the same functions as stages whose results it
+keeps on disk. `Overrides` are the weights that change: (original layer, parameter name within it) -> new value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
+
+from gradmap_hub.config import PruneMethod
+from gradmap_hub.progress import Reporter, SilentReporter
+from gradmap_hub.pruning.scoring import LayerScores
+from gradmap_hub.record import Candidate, CompensationRecord, HealRecord
+
+if TYPE_CHECKING:  # torch is only imported once there is something to compute
+    from torch import Tensor, nn
+
+    from gradmap_hub.data.rows import CalibrationRows
+    from gradmap_hub.models.architectures import Architecture
+    from gradmap_hub.models.decoder import Decoder
+
+Overrides: TypeAlias = "dict[tuple[int, str], Tensor]"
+
+
+@dataclass(frozen=True)
+class Selected:
+    """Measured sets of layers, lowest held-out loss first; `by_hand` if the user named the layers."""
+
+    candidates: list[Candidate]
+    by_hand: bool = False
+
+
+@dataclass(frozen=True)
+class Compensated:
+    """The set with the lowest held-out loss after compensation. `winner`: None if the user named the layers;
+    `candidates`: all that were measured, with their loss after compensation where it is known."""
+
+    removed: list[int]
+    winner: Candidate | None
+    candidates: list[Candidate]
+    compensation: CompensationRecord
+
+
+@dataclass(frozen=True)
+class PrunedModel:
+    """What `prune_model` found: the layers to remove and the new values of the weights that stay."""
+
+    scores: LayerScores
+    chosen: Compensated
+    healed: HealRecord | None
+    overrides: Overrides
+
+    @property
+    def removed(self) -> list[int]:
+        return self.chosen.removed
+
+
+def prune_model(
+    decoder: Decoder,
+    rows: CalibrationRows,
+    method: PruneMethod,
+    removals: int,
+    *,
+    drop: Sequence[int] | None = None,
+    reporter: Reporter | None = None,
+) -> PrunedModel:
+    """Decide which `removals` layers of `decoder` to remove and what compensates for them; the model stays as it is.
+
+    Args:
+        rows: Token sequences that score, fit and decide; see `gradmap_hub.data.rows.split_rows`.
+        drop: Layers to remove by index instead of choosing any.
+
+    Example:
+        >>> pruned = prune_model(decoder, rows, PruneMethod(), removals=8)
+        >>> model = apply_pruning(decoder, architecture, pruned.removed, pruned.overrides)
+    """
+    from gradmap_hub.pruning.scoring import score_layers
+
+    reporter = reporter or SilentReporter()
+    scores = score_layers(decoder, rows.fit[: method.scoring_rows], row_done=reporter.advance)
+    selected = select_layers(decoder, rows, scores, method, removals, drop=drop, reporter=reporter)
+    chosen, overrides = compensate_layers(decoder, rows, selected, method, reporter=reporter)
+    healed = None
+    if method.heal:
+        from gradmap_hub.pruning.heal import heal
+
+        healed, values = heal(decoder, rows, chosen.removed, overrides, method.heal, method.seed, reporter)
+        overrides = overrides | (values if healed.applied else {})
+    return PrunedModel(scores, chosen, healed, overrides)
+
+
+def select_layers(
+    decoder: Decoder,
+    rows: CalibrationRows,
+    scores: LayerScores,
+    method: PruneMethod,
+    removals: int,
+    *,
+    drop: Sequence[int] | None = None,
+    reporter: Reporter,
+) -> Selected:
+    """Form candidate sets from the scores and let the loss on held-out sequences decide."""
+    from gradmap_hub.pruning.candidates import candidates, stems
+    from gradmap_hub.pruning.scoring import iterative_removals
+    from gradmap_hub.pruning.search import SWAPS_MEASURED, search_layers
+
+    swaps = method.swaps and drop is None
+    grown: dict[str, list[int]] = {}
+    if drop is not None:
+        sets = {"chosen by hand": sorted(drop)}
+    elif method.schedule == "iterative":
+        scoring = rows.fit[: method.scoring_rows]
+        reporter.total(len(scoring) * removals)
+        sets = {"gradient, iterative": iterative_removals(decoder, scoring, removals, row_done=reporter.advance)}
+    else:
+        sets = candidates(scores, removals, method.metric)
+        grown = stems(scores, removals, method.metric)
+    count = len(rows.selection)
+    reporter.total(count * (len(sets) + (2 if grown else 0) + (SWAPS_MEASURED + 2 if swaps else 0)))
+    found = search_layers(decoder, rows.selection, sets, stems=grown, swaps=swaps, rows_done=reporter.advance)
+    return Selected(found, by_hand=drop is not None)
+
+
+def compensate_layers(
+    decoder: Decoder, rows: CalibrationRows, selected: Selected, method: PruneMethod, *, reporter: Reporter
+) -> tuple[Compensated, Overrides]:
+    """Fit the compensation of the best few sets; the set with the lowest held-out loss afterwards wins.
+
+    Returns the choice, and the weights that its compensation changes.
+    """
+    from gradmap_hub.pruning.candidates import finalists
+    from gradmap_hub.pruning.compensation import correct_best, with_shift
+
+    sets = finalists(selected.candidates, method.compensation != "none")
+    compensated, place, record, overrides = correct_best(decoder, rows, sets, method, reporter)
+    winner = compensated[place]
+    record = with_shift(decoder, rows, winner.removed, record, method, reporter)
+    measured = {tuple(candidate.removed): candidate for candidate in compensated}
+    chosen = Compensated(
+        winner.removed,
+        None if selected.by_hand else winner,
+        [] if selected.by_hand else [measured.get(tuple(c.removed), c) for c in selected.candidates],
+        record,
+    )
+    return chosen, overrides
+
+
+def apply_pruning(
+    decoder: Decoder, architecture: Architecture, removed: Sequence[int], overrides: Overrides
+) -> nn.Module:
+    """Put the new weights in and remove the layers, in place. Returns the decoder's model, which is then a stock
+    model of `len(removed)` fewer layers; the decoder is of no further use."""
+    from gradmap_hub.pruning.removal import remove_layers
+
+    for (layer, name), value in overrides.items():
+        decoder.put(layer, {name: value})
+    remove_layers(decoder.model, architecture, removed)
+    return decoder.model
