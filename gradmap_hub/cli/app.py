@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from gradmap_hub.pipeline.checks import Check
     from gradmap_hub.pipeline.demo import DemoResult
     from gradmap_hub.pipeline.plan import PublishPlan, PushPlan
-    from gradmap_hub.pipeline.publishing import PushResult
+    from gradmap_hub.pipeline.publish import PushResult
     from gradmap_hub.pipeline.reproduce import Repeat
 
 app = typer.Typer(

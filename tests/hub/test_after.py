@@ -24,8 +24,7 @@ from gradmap_hub.errors import (
 )
 from gradmap_hub.local_hub import Fault, LocalHub
 from gradmap_hub.pipeline.plan import PublishPlan, plan_publish
-from gradmap_hub.pipeline.publish import publish_folder
-from gradmap_hub.pipeline.publishing import PushResult
+from gradmap_hub.pipeline.publish import PushResult, publish_folder
 from gradmap_hub.record import Artifact, Base
 from gradmap_hub.space.app import content_folder
 from gradmap_hub.space.zerogpu import is_for_zero, set_hardware

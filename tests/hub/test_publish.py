@@ -25,8 +25,7 @@ from gradmap_hub.errors import (
 from gradmap_hub.evaluation.staleness import folder_sha256
 from gradmap_hub.local_hub import LocalHub
 from gradmap_hub.measurements import BeforeAfter, Measured, MeasuredMetric, MeasuredTask, MeasuredText
-from gradmap_hub.pipeline.publish import publish_folder
-from gradmap_hub.pipeline.publishing import PushResult
+from gradmap_hub.pipeline.publish import PushResult, publish_folder
 from gradmap_hub.record import Base, RunRecord
 
 from .conftest import BASE, SPACE, TARGET, Side, local_bytes, record_of, remote_bytes, tensors, write_folders

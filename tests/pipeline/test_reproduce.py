@@ -13,7 +13,7 @@ import pytest
 
 from gradmap_hub.config import PruneConfig
 from gradmap_hub.errors import CalibrationError, SourceError, UsageError
-from gradmap_hub.pipeline import push as pipeline
+from gradmap_hub.pipeline.prune import prune
 from gradmap_hub.pipeline.reproduce import Repeat, repeat
 from gradmap_hub.record import RunRecord
 
@@ -193,17 +193,17 @@ def test_local_original(tiny_folder: Path, text_file: Path, tmp_path: Path, monk
     config = PruneConfig(
         layers=2, calibration=(str(text_file),), samples=4, seq_len=32, eval_rows=2, compensation="projection"
     )
-    pipeline.prune(str(tiny_folder), tmp_path / "first", config)
+    prune(str(tiny_folder), tmp_path / "first", config)
     assert RunRecord.read(tmp_path / "first").base.weights_sha256
     with pytest.raises(UsageError, match="say where it is, as MODEL"):
         again(tmp_path / "first", {"calibration": (str(text_file),)})
     found = again(tmp_path / "first", {"calibration": (str(text_file),)}, model=str(tiny_folder))
     # Only what "auto" came to differs from what was asked for first.
     assert found.prune == dataclasses.replace(config, device="cpu", compute="float32")
-    pipeline.prune(found.model, tmp_path / "second", found.prune, repeats=found.expected)
+    prune(found.model, tmp_path / "second", found.prune, repeats=found.expected)
     weights = [tmp_path / name / "model.safetensors" for name in ("first", "second")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
     changed = load_file(tiny_folder / "model.safetensors")
     save_file({name: value * 1.5 for name, value in changed.items()}, tiny_folder / "model.safetensors")
     with pytest.raises(SourceError, match="sha256 of its weights differs"):
-        pipeline.prune(found.model, tmp_path / "third", found.prune, repeats=found.expected)
+        prune(found.model, tmp_path / "third", found.prune, repeats=found.expected)

@@ -19,7 +19,8 @@ from gradmap_hub.cli.options import HOW, HOW_MUCH, PruneOptions, prune_options
 from gradmap_hub.config import PruneConfig, SweepConfig, paper_preset
 from gradmap_hub.errors import CalibrationError, OutputExists, UsageError
 from gradmap_hub.models.safetensors_files import read_safetensors_header
-from gradmap_hub.pipeline import push as pipeline
+from gradmap_hub.pipeline.prune import prune
+from gradmap_hub.pipeline.sweep import sweep
 from gradmap_hub.progress import SilentReporter
 from gradmap_hub.pruning import compensation
 from gradmap_hub.sweep.record import SweepRecord
@@ -28,7 +29,7 @@ from gradmap_hub.sweep.report import PLOT_FILE, TABLE_FILE
 LAYERS = 5
 QUICK: dict[str, Any] = {"ratio": 0.5, "samples": 6, "seq_len": 32, "eval_rows": 3}
 ONE, TWO, THREE = (f"Without {count} of {LAYERS} layers: " for count in (1, 2, 3))
-OF_A_RATIO = ["Choosing layers on held-out rows", "Correcting the drift", "Size", "Measuring perplexity"]
+OF_A_RATIO = ["Choosing layers on held-out sequences", "Compensating the drift", "Size", "Measuring perplexity"]
 
 
 class Watch(SilentReporter):
@@ -76,7 +77,7 @@ def swept(config: SweepConfig, *, watch: Watch | None = None, **changes: Any) ->
     watch = watch or Watch()
     own = {name: changes.pop(name) for name in list(changes) if name in {f.name for f in dataclasses.fields(config)}}
     config = dataclasses.replace(config, **own, prune=dataclasses.replace(config.prune, **changes))
-    return pipeline.sweep(config, reporter=watch)[0], watch
+    return sweep(config, reporter=watch)[0], watch
 
 
 def tensor_bytes(folder: Path) -> int:
@@ -110,9 +111,7 @@ def test_the_second_ratio_equals_prune(
     if stored == "bfloat16":
         as_bfloat16(Path(config.model))
     record, _ = swept(config, **changes)
-    written = pipeline.prune(
-        config.model, tmp_path / "pruned", dataclasses.replace(config.prune, **(changes | {"ratio": 0.4}))
-    )
+    written = prune(config.model, tmp_path / "pruned", dataclasses.replace(config.prune, **(changes | {"ratio": 0.4})))
     point = record.points[1]
     assert point.compensation.applied and point.compensation.corrections == written.compensation.corrections
     assert (point.removed, point.metric, point.candidates) == (written.removed, written.metric, written.candidates)
@@ -179,7 +178,7 @@ def test_each_is_computed_once(config: SweepConfig, other_text: Path, text_of: C
 
 @pytest.mark.parametrize(
     "stop_at",
-    [f"{TWO}Correcting the drift", pytest.param(f"{TWO}Measuring perplexity", marks=pytest.mark.slow)],
+    [f"{TWO}Compensating the drift", pytest.param(f"{TWO}Measuring perplexity", marks=pytest.mark.slow)],
 )
 def test_an_interruption_leaves_what_is_finished(stop_at: str, config: SweepConfig, tmp_path: Path) -> None:
     whole, everything = swept(config, output=tmp_path / "in-one-go")
@@ -214,7 +213,7 @@ def test_an_interruption_before_anything_is_kept_leaves_no_folder(config: SweepC
 def test_ratios_that_come_to_the_same_are_measured_once(config: SweepConfig) -> None:
     record, watch = swept(config, ratios=(0.4, 0.23, 0.2, 0.4))
     assert [(point.ratios, len(point.removed)) for point in record.points] == [([0.2, 0.23], 1), ([0.4], 2)]
-    assert record.ratios == [0.2, 0.23, 0.4] and sum("Correcting" in title for title in watch.computed) == 2
+    assert record.ratios == [0.2, 0.23, 0.4] and sum("Compensating" in title for title in watch.computed) == 2
 
 
 def test_what_is_written(config: SweepConfig) -> None:
