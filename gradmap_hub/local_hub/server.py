@@ -379,5 +379,5 @@ def _lock(path: Path) -> IO[bytes]:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         file.close()
-        raise RuntimeError(f"Another hub is using {path.parent}") from None
+        raise RuntimeError(f"Another hub is running on {path.parent}") from None
     return file

@@ -54,7 +54,7 @@ def create_discussion(call: Call) -> Response:
     if not isinstance(title, str) or len(title.strip()) < 3 or not isinstance(description, str):
         raise HubError(400, "A discussion needs a title of at least three characters and a description")
     if payload.get("pullRequest") is not True:
-        raise HubError(400, "This hub supports pull requests only, not plain discussions")
+        raise HubError(400, "Only pull requests are supported, not plain discussions")
     pull = call.hub.store.open_pull_request(key, title.strip(), user.name, description)
     return answer({**_row(key, call.hub.store.state(key), pull), "url": _page_url(call, key, pull)})
 
