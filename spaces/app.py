@@ -35,16 +35,16 @@ from starlette.routing import Route
 FOLDER = Path(__file__).resolve().parent
 LONGEST_PROMPT = 4000
 MOST_TOKENS = 256
-# The API waits this long for models that are still loading.
+# Seconds that the API waits for models that are still loading.
 LOADING_LIMIT = 300
 SECONDS_BETWEEN_LOOKS = 0.2
-# Each update of the page costs processor time that the next step would miss.
+# Page updates take CPU time from the models.
 SECONDS_BETWEEN_UPDATES = 0.15
-# Everything that runs the models goes through one lane, one at a time.
+# Everything that runs the models shares this queue, one run at a time.
 LANE = "models"
-# Of visitors and calls of the API; who comes then is told to come again.
+# Visitors and API calls; further ones are asked to try again later.
 MOST_WAITING = 20
-# Visitors whose page Gradio remembers, each with a copy of its configuration.
+# Gradio keeps the state of this many sessions, each with a copy of the page configuration.
 MOST_SESSIONS = 256
 
 FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif"]
@@ -68,7 +68,7 @@ THEME = Base(
     block_info_text_color="#52606f",
     block_info_text_color_dark="#a6b2be",
     button_large_radius="9px",
-    # White on teal 700 and near-black on teal 300: both well above a contrast of 4.5.
+    # White on teal 700 and near-black on teal 300: both have a contrast well above 4.5.
     button_primary_background_fill="#0f766e",
     button_primary_background_fill_hover="#0b5c56",
     button_primary_background_fill_dark="#4fd1c0",
@@ -84,23 +84,23 @@ SIDES: tuple[Side, Side] = ("original", "pruned")
 
 
 def problem_with(prompt: str) -> str:
-    """Why a prompt cannot be sent; empty if it can."""
+    """Why a prompt is invalid; empty if it is valid."""
     if not prompt.strip():
         return "Type a prompt first."
     if len(prompt) > LONGEST_PROMPT:
-        return f"The prompt has {len(prompt):,} characters; at most {LONGEST_PROMPT:,} are read."
+        return f"The prompt has {len(prompt):,} characters; the limit is {LONGEST_PROMPT:,}."
     return ""
 
 
 class Page:
-    """The page's events and the API. `facts` is None when compare.json cannot be read."""
+    """The events of the page and the API. `facts` is None if compare.json is unusable."""
 
     def __init__(self, facts: Facts | None, loader: Loader, jobs: Jobs) -> None:
         self.facts = facts
         self.loader = loader
         self.jobs = jobs
 
-    # What the cards show
+    # Cards
 
     def _card(self, side: Side, state: render.CardState, generation: Generation | None = None) -> str:
         source = getattr(self.facts, side) if self.facts else None
@@ -128,10 +128,10 @@ class Page:
     # Events
 
     def tick(self) -> tuple[Any, ...]:
-        """The state of loading, once a second until it has ended: banner, button, timer."""
+        """Update banner, button and timer once a second while the models load."""
         status = self.loader.status
         banner = {"loading": render.loading, "error": render.notice}.get(status.state)
-        # With another precision there may be something to compare even so.
+        # Another precision may still load.
         ready = status.state == "ready" or (status.state == "error" and len(self.loader.precisions) > 1)
         label = "Loading" if status.state == "loading" else "Compare"
         return (
@@ -151,7 +151,7 @@ class Page:
         precision: str,
         request: gr.Request,
     ) -> dict[str, Any]:
-        """Compare was pressed: say what is wrong, or note the job for `write` and show Stop."""
+        """Handle Compare: show the problem, or store the job for `write` and show Stop."""
         status = self.loader.status
         problem = problem_with(prompt)
         if not problem and status.state == "error" and precision in ("", self.loader.precision):
@@ -181,7 +181,7 @@ class Page:
         }
 
     def write(self, request: gr.Request) -> Iterator[dict[str, Any]]:
-        """Stream both answers of the job noted by `submit`."""
+        """Stream both answers of the job that `submit` stored."""
         session = str(request.session_hash)
         job = self.jobs.take(session)
         if job is None:
@@ -196,16 +196,16 @@ class Page:
             if job.stop.is_set():
                 yield {"banner": "", **self._halted()}
                 return
-            # Held by nothing here: the next run may want them gone, for another precision.
+            # Keep no reference to the models here: the next run may need to free them for another precision.
             comparison = start_comparison(self.loader.models(), job.prompt, job.settings)
-            yield {"banner": "", "spoken": render.spoken("Both models are writing.", running=True)}
+            yield {"banner": "", "spoken": render.spoken("Both models are generating.", running=True)}
             shown = time.monotonic()
             for _ in run(comparison, job.stop.is_set):
                 if time.monotonic() - shown >= SECONDS_BETWEEN_UPDATES:
                     left, right = self._cards(comparison, order, job.blind)
                     yield {"left": left, "right": right}
                     shown = time.monotonic()
-            # A stopped answer was not read to its end, so there is nothing to vote on: it is shown openly.
+            # A stopped run has no complete answers to vote on, so the names are shown.
             vote = job.blind and not job.stop.is_set()
             left, right = self._cards(comparison, order, vote)
             spoken = "Stopped." if job.stop.is_set() else "Both answers are finished."
@@ -218,20 +218,20 @@ class Page:
             }
         except ModelError as error:
             yield self._failed(str(error), job.blind)
-        except Exception as error:  # a failed run must not leave the page waiting
+        except Exception as error:  # the page must not wait forever
             print(f"The run failed: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-            yield self._failed(f"The models could not answer: {type(error).__name__}: {error}", job.blind)
+            yield self._failed(f"The run failed: {type(error).__name__}: {error}", job.blind)
         finally:
             self.jobs.remove(session, job)
 
     def _load(self, job: Job) -> Iterator[str]:
-        """See to it that the job's precision is loaded; yields the state of loading until it is, or has failed."""
+        """Load the job's precision; yield the loading message until loading ends or fails."""
         while not self.loader.request(job.precision) and not job.stop.is_set():
             yield self.loader.status.message
             time.sleep(SECONDS_BETWEEN_LOOKS)
 
     def _halted(self) -> dict[str, Any]:
-        """What the page shows of a run that was stopped before it began."""
+        """The page after a run was stopped before it started."""
         left, right = self._empty_cards("stopped")
         return {"left": left, "right": right, "spoken": render.spoken("Stopped.")}
 
@@ -248,10 +248,10 @@ class Page:
     def halt(self, request: gr.Request) -> dict[str, Any]:
         if self.jobs.stop(str(request.session_hash)):
             return {"stop": gr.update(value="Stopping", interactive=False)}
-        return self._halted()  # it was not its turn yet, so `write` has nothing to say of it
+        return self._halted()  # the job was still waiting, so `write` sends no update
 
     def vote(self, choice: str, round_: tuple[Comparison, tuple[Side, Side], str] | None) -> dict[str, Any]:
-        """Reveal which model wrote what, once a vote is given."""
+        """Show which model wrote which answer, after the vote."""
         if round_ is None:
             return {}
         comparison, order, precision = round_
@@ -268,24 +268,24 @@ class Page:
     def leave(self, request: gr.Request) -> None:
         self.jobs.leave(str(request.session_hash))
 
-    # The API, which is also what MCP clients see: their names and words are taken from here.
+    # The API. MCP clients see these names and docstrings.
 
     def status(self) -> dict[str, str]:
-        """Whether the models are loaded: state (loading, ready or error), a message, and the precision of both."""
+        """Whether the models are loaded: state (loading, ready or error), message and precision."""
         status: Status = self.loader.status
         return {"state": status.state, "message": status.message, "precision": self.loader.precision}
 
     def compare(
         self, prompt: str, max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0, precision: str = ""
     ) -> dict[str, Any]:
-        """Answer one prompt with the original and with the pruned model, and time both; waits until they are loaded.
+        """Answer one prompt with the original and the pruned model and time both. Waits until the models are loaded.
 
         Args:
-            prompt: What both models are asked, at most 4,000 characters.
-            max_new_tokens: The most tokens per answer, 1 to 256.
-            temperature: 0 takes the likeliest token.
+            prompt: The prompt for both models, at most 4,000 characters.
+            max_new_tokens: The maximum number of tokens per answer, 1 to 256.
+            temperature: 0 means greedy decoding.
             seed: The same seed gives the same answer.
-            precision: Of both models, such as float32 or int8; empty for the one that the page begins with.
+            precision: The precision of both models, such as float32 or int8; empty for the default.
         """
         precision = precision or self.loader.first
         problem = problem_with(prompt)
@@ -305,7 +305,7 @@ class Page:
             began = time.monotonic()
             for _ in self._load(job):
                 if time.monotonic() - began > LOADING_LIMIT:
-                    raise ModelError(f"The models are still loading after {LOADING_LIMIT} s; try again later.")
+                    raise ModelError(f"The models are still loading after {LOADING_LIMIT} s. Try again later.")
             comparison = start_comparison(self.loader.models(), prompt, job.settings)
             for _ in run(comparison, job.stop.is_set):
                 pass
@@ -328,7 +328,7 @@ class Page:
 
 
 def live(role: str, label: str) -> str:
-    """Make an element announce its changes. It must stay in the page, so its wrapper gets the role."""
+    """JavaScript that makes an element a live region. Its wrapper gets the role, since that stays in the page."""
     urgency = "assertive" if role == "alert" else "polite"
     attributes = {"role": role, "aria-live": urgency, "aria-label": label}
     return "".join(
@@ -337,7 +337,7 @@ def live(role: str, label: str) -> str:
 
 
 def move_focus(target: str) -> str:
-    """Give the focus of a button that has just been hidden to the one shown in its place."""
+    """JavaScript that moves the focus from a hidden button to its replacement."""
     return (
         "() => { if (document.activeElement === document.body) "
         f"document.getElementById({json.dumps(target)})?.focus({{preventScroll: true}}); }}"
@@ -358,28 +358,28 @@ def build(facts: Facts | None, page: Page) -> gr.Blocks:
                 label="Prompt",
                 lines=3,
                 max_lines=10,
-                placeholder="Ask both models something",
+                placeholder="Ask both models a question",
                 elem_id="prompt",
             )
             with gr.Row(elem_classes="actions"):
                 with gr.Column(elem_classes="hint-column", min_width=0):
-                    gr.HTML("<p class='hint'>Shift + Enter compares, too.</p>", js_on_load=None)
+                    gr.HTML("<p class='hint'>Or press Shift + Enter.</p>", js_on_load=None)
                 go = gr.Button(
                     "Loading", variant="primary", interactive=False, elem_id="go", elem_classes="main-button"
                 )
-                # Shown and hidden by style.css: Gradio's own `visible` can lose the second of two quick
-                # changes, and a short answer would leave the wrong button.
+                # style.css shows and hides it: Gradio's `visible` can lose the second of two quick changes,
+                # which would leave the wrong button after a short answer.
                 stop = gr.Button("Stop", elem_id="stop", elem_classes="main-button")
         notice = gr.HTML("", elem_id="notice", js_on_load=live("alert", "Problem"))
         if facts and facts.examples:
             with gr.Row(elem_classes="chips"):
                 for example in facts.examples[:3]:
                     chip = gr.Button(example, size="sm")
-                    # In the browser alone: no queue, so it works while the models load.
+                    # Runs in the browser only, so it works while the models load.
                     chip.click(None, None, prompt, js=f"() => {json.dumps(example)}", api_visibility="private")
         left_card, right_card = page.empty_cards()
         with gr.Row(elem_classes="cards"):
-            # A column each: bare HTML in a row would not stack on a phone.
+            # One column each: bare HTML in a row does not stack on a phone.
             with gr.Column(min_width=320):
                 left = gr.HTML(left_card, elem_id="left", js_on_load=None)
             with gr.Column(min_width=320):
@@ -390,23 +390,23 @@ def build(facts: Facts | None, page: Page) -> gr.Blocks:
         spoken = gr.HTML("", elem_id="spoken", elem_classes="sr", js_on_load=live("status", "Progress"))
         with gr.Accordion("Settings", open=False):
             with gr.Row():
-                length = gr.Slider(1, MOST_TOKENS, value=96, step=1, label="Most tokens per answer")
+                length = gr.Slider(1, MOST_TOKENS, value=96, step=1, label="Maximum tokens per answer")
                 temperature = gr.Slider(
-                    0, 2, value=0, step=0.05, label="Temperature", info="0 takes the likeliest token."
+                    0, 2, value=0, step=0.05, label="Temperature", info="0 always picks the top token."
                 )
             with gr.Row():
-                top_p = gr.Slider(0.05, 1, value=0.95, step=0.05, label="Top-p", info="Only used with a temperature.")
+                top_p = gr.Slider(0.05, 1, value=0.95, step=0.05, label="Top-p", info="Only used if temperature > 0.")
                 seed = gr.Number(value=0, precision=0, minimum=0, label="Seed", info="Same seed, same answer.")
             choices = render.precisions(facts) if facts else []
             precision = gr.Radio(
                 choices,
                 value=page.loader.first or None,
                 label="Precision",
-                info="Of both models. They are loaded anew when it changes.",
+                info="Applies to both models. A change reloads them.",
                 visible=len(choices) > 1,
             )
             blind = gr.Checkbox(
-                label="Blind vote", info="Shuffles the two and hides their names until you vote.", value=False
+                label="Blind vote", info="Shuffles the models and hides their names until you vote.", value=False
             )
         if facts:
             with gr.Accordion("How this is measured", open=False):
@@ -426,7 +426,7 @@ def build(facts: Facts | None, page: Page) -> gr.Blocks:
         }
 
         def to_components(changes: dict[str, Any]) -> dict[Any, Any]:
-            # gr.skip() for all would be needed for an empty dict, which Gradio takes for no answer.
+            # Gradio rejects an empty dict, so skip one component explicitly.
             return {named[key]: value for key, value in changes.items()} or {spoken: gr.skip()}
 
         def submit(
@@ -474,7 +474,7 @@ def build(facts: Facts | None, page: Page) -> gr.Blocks:
 
 def health_route(status: Callable[[], dict[str, str]], jobs: Jobs) -> Route:
     def health(request: Request) -> JSONResponse:
-        """200 while the program lives; whether the models are loaded is in the state."""
+        """Always 200; the field `state` says whether the models are loaded."""
         running, waiting = jobs.counts()
         return JSONResponse({"status": "ok", **status(), "running": running, "waiting": waiting})
 
@@ -482,9 +482,9 @@ def health_route(status: Callable[[], dict[str, str]], jobs: Jobs) -> Route:
 
 
 class OpenEvents(dict[str, Any]):
-    """Gradio's events by id, without those that are over: it keeps each of them for good, 25 kB with its request.
+    """Gradio's events by id, without the finished ones: Gradio never removes them, 25 kB each.
 
-    `open_ids`: per session, the ids that are not over.
+    `open_ids`: the ids of unfinished events, per session.
     """
 
     ROOM = 64
@@ -502,7 +502,7 @@ class OpenEvents(dict[str, Any]):
 
 
 def server_name() -> str:
-    """Open to other machines only on Spaces, or where asked for."""
+    """Listen on all interfaces on Spaces, else on localhost; GRADIO_SERVER_NAME overrides both."""
     on_spaces = os.environ.get("SYSTEM") == "spaces"
     return os.environ.get("GRADIO_SERVER_NAME") or ("0.0.0.0" if on_spaces else "127.0.0.1")
 
@@ -518,13 +518,14 @@ def main() -> None:
     jobs = Jobs()
     page = Page(facts, loader, jobs)
     demo = build(facts, page)
-    # Room for calls of the API beside the visitors, whom `submit` turns away in words.
+    # Visitors beyond MOST_WAITING are refused by `submit`; the rest of the queue is for API calls.
     demo.queue(default_concurrency_limit=1, max_size=2 * MOST_WAITING)
     demo._queue.event_ids_to_events = OpenEvents(demo._queue.pending_event_ids_session)
 
-    # What the libraries made stays. Counted with it, the garbage of many requests would be too little to be collected.
+    # Exclude the objects of the libraries from garbage collection. With them, full collections are too rare to free the
+    # garbage of many requests.
     gc.freeze()
-    # Spaces stop a program with SIGTERM; end as with Ctrl-C, so that the threads below are waited for.
+    # Spaces stop the app with SIGTERM. Handle it like Ctrl-C, so that the threads below can finish.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     loader.start()
     try:
@@ -534,7 +535,7 @@ def main() -> None:
             css_paths=[FOLDER / "style.css"],
             footer_links=["api", "settings"],
             app_kwargs={"routes": [health_route(page.status, jobs)]},
-            # Spaces have the package; elsewhere it may be left out, and its pins keep others back.
+            # Spaces have the package; elsewhere it is optional, as its pins conflict with other packages.
             mcp_server=importlib.util.find_spec("mcp") is not None,
             ssr_mode=False,
             state_session_capacity=MOST_SESSIONS,
@@ -544,7 +545,7 @@ def main() -> None:
     finally:
         jobs.stop_all()
         if not loader.close(20) or jobs.busy(10):
-            # Still downloading or in a long step: leave without Python's clean-up, which would abort.
+            # A download or a long step is still running: skip Python's clean-up, which would abort.
             os._exit(0)
 
 

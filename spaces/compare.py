@@ -1,4 +1,4 @@
-"""What was measured when the Space was made (compare.json), and the fair live comparison of two models."""
+"""compare.json, and the live comparison of two models."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ FEWEST_STEPS_FOR_A_RATIO = 4
 
 
 class FactsError(Exception):
-    """compare.json cannot be used; the message is meant for the page."""
+    """compare.json is unusable; the page shows the message."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """One of the two models, and the repository that it comes from."""
+    """One of the two models and its repository."""
 
     name: str
     repo_id: str | None
@@ -31,7 +31,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Cost:
-    """What fewer bits cost: the perplexity of a file and of the checkpoint it was made from, on the same tokens."""
+    """The cost of quantization: perplexity of a file and of its source checkpoint, on the same tokens."""
 
     perplexity: float
     checkpoint: float
@@ -52,7 +52,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class Precision:
-    """Both models in the same precision, the only way they are ever compared."""
+    """Both models in one precision. Models are compared only in the same precision."""
 
     name: str
     original: Stored
@@ -61,7 +61,7 @@ class Precision:
 
 @dataclass(frozen=True)
 class Perplexity:
-    """The perplexity on one text; a model that was not measured has none."""
+    """The perplexity on one text; None if not measured."""
 
     text: str
     tokens: int
@@ -79,7 +79,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Facts:
-    """compare.json. `precision` is the one that is loaded first, the name of one of `precisions`."""
+    """The content of compare.json. `precision` names the entry of `precisions` that is loaded first."""
 
     title: str
     runtime: Literal["onnx", "transformers"]
@@ -97,7 +97,11 @@ class Facts:
     license: str | None
 
     def named(self, precision: str) -> Precision:
-        """Raises KeyError: there is none of that name."""
+        """The precision with this name.
+
+        Raises:
+            KeyError: no precision has this name.
+        """
         return {entry.name: entry for entry in self.precisions}[precision]
 
 
@@ -107,7 +111,7 @@ def _source(content: dict[str, Any]) -> Source:
 
 def _stored(content: dict[str, Any]) -> Stored:
     if content["stored"] not in ("space", "hub"):
-        raise FactsError(f"compare.json stores a model in a place that is not known: {content['stored']!r}.")
+        raise FactsError(f"compare.json stores a model in an unknown place: {content['stored']!r}.")
     size, cost = content.get("bytes"), content.get("quality")
     return Stored(
         where=content["stored"],
@@ -127,12 +131,12 @@ def _precisions(content: dict[str, Any]) -> tuple[Precision, ...]:
         for entry in content["precisions"]
     )
     if content["precision"] not in [entry.name for entry in found]:
-        raise FactsError(f"compare.json begins with the precision {content['precision']!r}, which it does not list.")
+        raise FactsError(f"compare.json starts with the precision {content['precision']!r}, which it does not list.")
     return found
 
 
-def _corrected(compensation: dict[str, Any]) -> int:
-    """How many weight matrices were corrected."""
+def _compensated(compensation: dict[str, Any]) -> int:
+    """The number of corrected weight matrices."""
     return int(compensation.get("matrices", bool(compensation.get("applied"))))
 
 
@@ -147,7 +151,7 @@ def read_facts(file: Path) -> Facts:
         if version != SCHEMA_VERSION:
             raise FactsError(f"compare.json has schema version {version}; this page reads version {SCHEMA_VERSION}.")
         if content["runtime"] not in ("onnx", "transformers"):
-            raise FactsError(f"compare.json names a runtime that is not known: {content['runtime']!r}.")
+            raise FactsError(f"compare.json names an unknown runtime: {content['runtime']!r}.")
         pairs = {
             key: Pair(int(content[key]["original"]), int(content[key]["pruned"]))
             for key in ("layers", "parameters", "bytes")
@@ -172,7 +176,7 @@ def read_facts(file: Path) -> Facts:
                 )
                 for row in content.get("perplexity", [])
             ),
-            compensated=_corrected(content.get("compensation", {})),
+            compensated=_compensated(content.get("compensation", {})),
             examples=tuple(str(example) for example in content.get("examples", [])),
             license=content.get("license"),
         )
@@ -201,13 +205,13 @@ class Comparison:
 
     @property
     def shared_steps(self) -> int:
-        """The steps both models took, without the first one, which reads the prompt."""
+        """The number of decode steps that both models took; the first step is prefill and does not count."""
         return max(0, min(len(self.original.seconds), len(self.pruned.seconds)) - 1)
 
     @property
     def speed_ratio(self) -> float | None:
-        """How many tokens the pruned model writes while the original writes one: the median over the shared steps, as
-        one step that the machine took for something else must not decide."""
+        """The decode speed of the pruned model relative to the original, as the median over the shared steps, which
+        ignores outliers. None if there are too few steps."""
         steps = self.shared_steps
         if steps < FEWEST_STEPS_FOR_A_RATIO:
             return None
@@ -220,10 +224,10 @@ def start_comparison(models: Models, prompt: str, settings: Settings) -> Compari
 
 
 def run(comparison: Comparison, stopped: Callable[[], bool]) -> Iterator[None]:
-    """Let the models write in turn, one token each.
+    """Let the models take turns, one token each.
 
-    In turn, not in two threads: side by side on two processors they slow each other down by chance, and
-    the ratio of two such runs means nothing. Taking turns, each step has the machine to itself.
+    In two threads, the models would slow each other down at random and the speed ratio would mean nothing. Taking
+    turns, each step has the whole machine.
     """
     both = (comparison.original, comparison.pruned)
     while any(generation.finish_reason is None for generation in both):

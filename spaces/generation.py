@@ -1,4 +1,4 @@
-"""One answer, written one token at a time: what both engines share, and what they have to offer."""
+"""Token-by-token generation, and the interface that both engines implement."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FinishReason = Literal["stop", "length", "stopped"]
 
 @dataclass(frozen=True)
 class Settings:
-    """How to write. A temperature of 0 always takes the likeliest token."""
+    """Sampling settings. A temperature of 0 always picks the top-1 token."""
 
     max_new_tokens: int = 96
     temperature: float = 0.0
@@ -24,10 +24,10 @@ class Settings:
 
 
 class Decoder(Protocol):
-    """A model with the cache of one conversation."""
+    """A model with the KV cache of one answer."""
 
     def step(self, token_ids: Sequence[int]) -> np.ndarray:
-        """Append the tokens and return the logits of the token to come, as one float32 vector."""
+        """Append the tokens and return the logits of the next token: float32, shape (vocabulary,)."""
         ...
 
 
@@ -41,7 +41,7 @@ class Model(Protocol):
 
 
 def choose(logits: np.ndarray, settings: Settings, random: np.random.Generator) -> int:
-    """The next token: the likeliest, or one drawn from the smallest set that holds top_p of the weight."""
+    """Pick the next token: top-1, or sampled from the smallest set with a probability mass of top_p."""
     if settings.temperature <= 0:
         return int(logits.argmax())
     scaled = logits.astype(np.float64) / settings.temperature
@@ -49,16 +49,20 @@ def choose(logits: np.ndarray, settings: Settings, random: np.random.Generator) 
     weights /= weights.sum()
     order = np.argsort(-weights, kind="stable")
     running = np.cumsum(weights[order])
-    # The token that crosses top_p belongs to the set, so at least one always does.
+    # The token that crosses top_p is included, so the set is never empty.
     kept = order[: int(np.searchsorted(running, settings.top_p)) + 1]
     return int(random.choice(kept, p=weights[kept] / weights[kept].sum()))
 
 
 @dataclass
 class Generation:
-    """An answer in the making. Every `advance` writes at most one token and notes how long it took.
+    """A running generation. Each `advance` adds at most one token and records its time.
 
-    A finished one holds neither model nor cache: pages keep it until a vote is given."""
+    When finished it drops model and cache, because pages keep it until the vote.
+
+    Raises:
+        ModelError: the prompt does not fit into the context.
+    """
 
     model: InitVar[Model]
     prompt_ids: list[int]
@@ -74,7 +78,7 @@ class Generation:
             room = model.context_length - len(self.prompt_ids)
             if room < 1:
                 raise ModelError(
-                    f"The prompt is {len(self.prompt_ids)} tokens long; the model reads at most {model.context_length}."
+                    f"The prompt is {len(self.prompt_ids)} tokens long; the model's limit is {model.context_length}."
                 )
             self._limit = min(self._limit, room)
         self._decoder: Decoder | None = model.start()
@@ -95,7 +99,7 @@ class Generation:
             self.text += self._next_piece(token)
             if len(self.token_ids) >= self._limit:
                 self.finish_reason = "length"
-        # The step that finds the end was work too, so it is timed like the others.
+        # The step that produces the end token is timed like the others.
         self.seconds.append(time.perf_counter() - began)
         if self.finish_reason is not None:
             self._decoder = None
@@ -107,7 +111,7 @@ class Generation:
 
     @property
     def first_token_seconds(self) -> float | None:
-        """The first step reads the whole prompt; it is told apart from the others."""
+        """The time of the first step, which includes prefill."""
         return self.seconds[0] if self.seconds else None
 
     @property
@@ -121,7 +125,7 @@ def begin(model: Model, prompt: str, settings: Settings) -> Generation:
 
 
 def warm_up(model: Model) -> None:
-    """Two steps nobody sees: the first run of a session also allocates, and would look slow."""
+    """Run two hidden steps: the first run of a session also allocates memory, which would be timed."""
     generation = begin(model, "Hello", Settings(max_new_tokens=2))
     while generation.finish_reason is None:
         generation.advance()

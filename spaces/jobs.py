@@ -1,4 +1,4 @@
-"""The runs in progress, so that Stop, a closed page or the end of the program can end them."""
+"""The current jobs, so that Stop, a closed page or shutdown can end them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from generation import Settings
 
 @dataclass
 class Job:
-    """One press on Compare, or one call of the API."""
+    """One click on Compare, or one API call."""
 
     prompt: str
     settings: Settings
@@ -22,14 +22,14 @@ class Job:
 
 
 class Jobs:
-    """At most one job per visitor (session). Handlers run in several threads, hence the lock."""
+    """At most one job per session. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._jobs: dict[str, Job] = {}
 
     def add(self, session: str, job: Job) -> bool:
-        """False if this visitor's last run has not ended, as after a double press."""
+        """Add a job; False if the session already has one, as after a double click."""
         with self._lock:
             if session in self._jobs:
                 return False
@@ -37,7 +37,7 @@ class Jobs:
             return True
 
     def take(self, session: str) -> Job | None:
-        """The job to be run now, once."""
+        """Mark the job of a session as started and return it; None if there is no waiting job."""
         with self._lock:
             job = self._jobs.get(session)
             if job is None or job.started:
@@ -51,7 +51,7 @@ class Jobs:
                 del self._jobs[session]
 
     def stop(self, session: str) -> bool:
-        """End what runs; forget what only waited, and say so with False: nothing will be heard of it."""
+        """Stop a running job. Remove a waiting job and return False: it will send no update."""
         with self._lock:
             job = self._jobs.get(session)
             if job is not None and not job.started:
@@ -62,7 +62,7 @@ class Jobs:
         return True
 
     def leave(self, session: str) -> None:
-        """The page was closed: end what runs, and forget what only waited."""
+        """Handle a closed page: stop a running job and remove it; remove a waiting one."""
         with self._lock:
             job = self._jobs.pop(session, None)
         if job is not None:
@@ -74,13 +74,13 @@ class Jobs:
                 job.stop.set()
 
     def counts(self) -> tuple[int, int]:
-        """How many run (never more than one), and how many visitors wait."""
+        """The number of running jobs (at most one) and of waiting jobs."""
         with self._lock:
             running = sum(job.started for job in self._jobs.values())
             return running, len(self._jobs) - running
 
     def busy(self, seconds: float) -> bool:
-        """Whether jobs that have begun are still running after a wait."""
+        """Wait up to `seconds` for started jobs to end; whether any is still running."""
         until = time.monotonic() + seconds
         while any(job.started for job in list(self._jobs.values())):
             if time.monotonic() > until:

@@ -1,4 +1,4 @@
-"""Find the two models and load them in a background thread, so that the page is there at once."""
+"""Locate both models and load them in a background thread, so that the page appears at once."""
 
 from __future__ import annotations
 
@@ -28,24 +28,22 @@ from prompting import ModelError
 
 State = Literal["loading", "ready", "error"]
 
-_TOKEN_ADVICE = (
-    "Set HF_TOKEN (a secret in the Space's settings) to a token of an account that may read it, and restart."
-)
+_TOKEN_ADVICE = "Set the secret HF_TOKEN in the Space's settings to a token that can read it, and restart."
 
 
 @dataclass(frozen=True)
 class Status:
-    """What the page and the API say about the models."""
+    """The state of the models, for the page and the API."""
 
     state: State
     message: str
 
 
 def first_precision(facts: Facts) -> str:
-    """PRECISION names the one to begin with, as a duplicate of the Space for a model without all files needs.
+    """The precision to load first. PRECISION overrides compare.json, for duplicated Spaces whose model lacks files.
 
     Raises:
-        FactsError: the Space has none of that name.
+        FactsError: the Space does not have this precision.
     """
     wanted = os.environ.get("PRECISION", "").strip() or facts.precision
     names = [entry.name for entry in facts.precisions]
@@ -55,7 +53,7 @@ def first_precision(facts: Facts) -> str:
 
 
 def from_environment(source: Source, stored: Stored, role: str) -> tuple[Source, Stored]:
-    """ORIGINAL_MODEL and PRUNED_MODEL name another model: a local folder or a repository."""
+    """Apply ORIGINAL_MODEL or PRUNED_MODEL, a local folder or a repository, and the matching _REVISION."""
     model = os.environ.get(f"{role}_MODEL", "").strip() or source.repo_id
     revision = os.environ.get(f"{role}_REVISION", "").strip() or None
     if model == source.repo_id:
@@ -63,16 +61,20 @@ def from_environment(source: Source, stored: Stored, role: str) -> tuple[Source,
         same = found.revision == source.revision
     else:
         found, same = Source(source.name, model, revision), False
-    # What is stored here is the model of compare.json, so another one always comes from elsewhere.
+    # The Space stores only the model of compare.json; any other model comes from its repository.
     return found, stored if same or stored.where == "hub" else Stored("hub", "onnx")
 
 
 def locate(source: Source, stored: Stored, role: str, app_folder: Path, download: Callable[[str], Path]) -> Path:
-    """The local folder of a model, downloaded if need be."""
+    """The local folder of a model, downloaded if necessary.
+
+    Raises:
+        ModelError: no repository is known, the folder does not exist, or the download fails.
+    """
     if stored.where == "space":
         return app_folder / stored.path
     if not source.repo_id:
-        raise ModelError(f"no repository is known for it. Set {role}_MODEL to a repository or to a local folder.")
+        raise ModelError(f"its repository is unknown. Set {role}_MODEL to a repository or a local folder.")
     if Path(source.repo_id).is_dir():
         return Path(source.repo_id)
     if source.repo_id.count("/") > 1 or source.repo_id.startswith((".", "/", "~")):
@@ -81,7 +83,7 @@ def locate(source: Source, stored: Stored, role: str, app_folder: Path, download
 
 
 def _http_status(error: BaseException | None) -> int | None:
-    """The Hub's answer; huggingface_hub wraps some of them in "not found on this machine"."""
+    """The HTTP status in the chain of causes; huggingface_hub wraps some responses in LocalEntryNotFoundError."""
     while error is not None:
         status = getattr(getattr(error, "response", None), "status_code", None)
         if status is not None:
@@ -100,14 +102,14 @@ def _download(repo_id: str, revision: str | None, files: list[str]) -> Path:
     except RevisionNotFoundError as error:
         raise ModelError(f"{repo_id} has no revision {revision}.") from error
     except RepositoryNotFoundError as error:
-        raise ModelError(f"{repo_id} does not exist, or is private. {_TOKEN_ADVICE}") from error
+        raise ModelError(f"{repo_id} does not exist or is private. {_TOKEN_ADVICE}") from error
     except (HfHubHTTPError, LocalEntryNotFoundError) as error:
         status = _http_status(error)
         if status in (401, 403):
             raise ModelError(f"access to {repo_id} was refused. {_TOKEN_ADVICE}") from error
         reason = "the Hub cannot be reached" if status is None else f"the Hub answered {status}"
         raise ModelError(f"{repo_id} could not be downloaded: {reason}.") from error
-    except ValueError as error:  # not a possible repository name
+    except ValueError as error:  # an invalid repository name
         raise ModelError(f"{repo_id!r} is neither a repository nor an existing folder.") from error
     except OSError as error:
         raise ModelError(f"{repo_id} could not be downloaded: {error}") from error
@@ -115,15 +117,15 @@ def _download(repo_id: str, revision: str | None, files: list[str]) -> Path:
 
 
 def _give_memory_back() -> None:
-    """Free what is not referred to any more, and let the system have it: glibc would keep it in pieces."""
+    """Free unreferenced memory and return it to the system; glibc would keep it."""
     gc.collect()
-    with contextlib.suppress(OSError, AttributeError):  # another libc has nothing to trim
+    with contextlib.suppress(OSError, AttributeError):  # not glibc
         ctypes.CDLL(None).malloc_trim(0)
 
 
 class Loader:
-    """Holds both models in one precision at a time, which is what the memory is planned for; everybody else asks it for
-    the state. Only who runs the models may ask for another precision: there is one such at a time."""
+    """Holds both models in one precision at a time; the memory is planned for that. Only the current run may request
+    another precision."""
 
     def __init__(self, facts: Facts | None, app_folder: Path, problem: str | None = None) -> None:
         self._facts = facts
@@ -144,7 +146,7 @@ class Loader:
         self._thread = self._new_thread()
 
     def _new_thread(self) -> threading.Thread:
-        # A daemon, so that a long download does not keep a stopped program alive; see close().
+        # A daemon thread, so that a long download does not keep the process alive; see close().
         return threading.Thread(target=self._work, name="model-loading", daemon=True)
 
     @property
@@ -156,8 +158,8 @@ class Loader:
         self._thread.start()
 
     def request(self, precision: str) -> bool:
-        """Begin to load another precision, once nothing is being loaded; False as long as that must be waited for, or
-        while it is loading."""
+        """Whether loading has ended for this precision, successfully or not. Otherwise start loading it, unless another
+        load is running, and return False."""
         if not self._finished.is_set():
             return False
         if precision == self.precision or self._closing or self._facts is None:
@@ -165,7 +167,7 @@ class Loader:
         self._finished.clear()
         self.precision, self._problem = precision, None
         self._models = None
-        _give_memory_back()  # the sessions go before the next ones come
+        _give_memory_back()  # free the old sessions before creating new ones
         self._thread = self._new_thread()
         self.start()
         return False
@@ -176,14 +178,14 @@ class Loader:
                 self._models = self._load(self._facts)
         except ModelError as error:
             self._problem = str(error)
-        except Exception as error:  # the page must say something, whatever it was
+        except Exception as error:  # the page must show an error in any case
             self._problem = f"The models could not be loaded: {type(error).__name__}: {error}"
         finally:
             self._doing = ""
             self._finished.set()
 
     def _load(self, facts: Facts) -> Models | None:
-        # Only one of the engines is deployed, and only that one's packages are installed.
+        # Only one engine and its packages are installed in the Space.
         engine = importlib.import_module(f"{facts.runtime}_engine")
         precision = facts.named(self.precision)
         loaded: list[Model] = []
@@ -222,19 +224,23 @@ class Loader:
             kind = f" in {self.precision}" if len(self.precisions) > 1 else ""
             return Status("loading", f"Loading the models{kind}\N{HORIZONTAL ELLIPSIS} {seconds} s.{self._doing}")
         if self._models is None:
-            return Status("error", self._problem or "The program is closing.")
+            return Status("error", self._problem or "The app is shutting down.")
         return Status("ready", "Both models are loaded.")
 
     def models(self) -> Models:
-        """What is loaded; in words why there is nothing."""
+        """The loaded models.
+
+        Raises:
+            ModelError: no models are loaded; the message gives the reason.
+        """
         if self._models is None:
             raise ModelError(self.status.message)
         return self._models
 
     def close(self, seconds: float) -> bool:
-        """Wait for the thread: ONNX Runtime aborts when Python ends while it builds a session.
+        """Wait for the loading thread: ONNX Runtime aborts if Python exits while it creates a session.
 
-        False if it is still busy, most likely with a download.
+        Returns False if the thread is still busy, most likely with a download.
         """
         self._closing = True
         if self._thread.is_alive():

@@ -1,8 +1,8 @@
 """A causal language model in ONNX Runtime, without torch.
 
-The files are those that Optimum exports for "text-generation-with-past", and the weight-only 8- and 4-bit ones on
-ONNX Runtime GenAI's graph: one graph that takes the new tokens and the keys and values of the earlier ones
-(past_key_values.*), and returns logits and the keys and values of all (present.*).
+Reads Optimum's "text-generation-with-past" exports and the weight-only 8- and 4-bit files with ONNX Runtime GenAI's
+graph. The graph takes the new tokens and the keys and values of the earlier ones (past_key_values.*), and returns the
+logits and the keys and values of all tokens (present.*).
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ def files_to_download(path: str, precision: str) -> list[str]:
 
 
 def cpu_count() -> int:
-    """The processors this process may use. A container often sees all of the machine's and gets the time of two; more
-    threads than that wait for each other."""
+    """The number of CPUs this process may use. A container often sees all CPUs of the machine, but has a quota of two;
+    with more threads than that, the threads wait for each other."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = CPU_QUOTA.read_text(encoding="ascii").split()
         if quota != "max":
             count = min(count, max(1, round(int(quota) / int(period))))
-    except (OSError, ValueError):  # no control group, or an older kind
+    except (OSError, ValueError):  # no cgroup, or cgroup v1
         pass
     return count
 
@@ -71,7 +71,7 @@ class OnnxModel:
 
         options = ort.SessionOptions()
         options.intra_op_num_threads = cpu_count()
-        # Two sessions share the processors in turn: threads spin within a step, and an idle one's sleep.
+        # Two sessions share the CPUs in turn: threads spin during a step only, so an idle session uses no CPU.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         options.log_severity_level = 3
         try:
@@ -86,10 +86,10 @@ class OnnxModel:
         for value in self.session.get_inputs():
             if value.name.startswith("past_key_values."):
                 if value.type not in _NUMPY_TYPES:
-                    raise ModelError(f"{graph} keeps its cache as {value.type}, which is not supported.")
-                # (batch, heads, tokens, head size), of which a graph may leave open all but the heads.
+                    raise ModelError(f"{graph} has a cache of the unsupported type {value.type}.")
+                # (batch, heads, tokens, head size); all but the heads may be symbolic.
                 if len(value.shape) != 4 or not isinstance(value.shape[1], int):
-                    raise ModelError(f"{graph} has a cache of an unknown shape: {value.shape}.")
+                    raise ModelError(f"{graph} has a cache of the unsupported shape {value.shape}.")
                 own = (1, value.shape[1], 0, head_size)
                 shape = [
                     given if isinstance(given, int) else size for given, size in zip(value.shape, own, strict=True)
@@ -109,7 +109,7 @@ class OnnxModel:
 
 
 class OnnxDecoder:
-    """The decode loop of one answer. The cache stays in ONNX Runtime's memory and is never copied."""
+    """The decode loop of one answer. The KV cache stays in ONNX Runtime's memory and is never copied."""
 
     def __init__(self, model: OnnxModel) -> None:
         self._model = model
@@ -129,7 +129,7 @@ class OnnxDecoder:
         feeds = {name: ort.OrtValue.ortvalue_from_numpy(plain[name]) for name in self._model.plain_inputs}
         values = self._model.session.run_with_ort_values(self._model.output_names, {**feeds, **self._cache})
         outputs = dict(zip(self._model.output_names, values, strict=True))
-        # present.3.key of this step is past_key_values.3.key of the next.
+        # present.3.key of this step becomes past_key_values.3.key of the next.
         self._cache = {name: outputs["present" + name.removeprefix("past_key_values")] for name in self._cache}
         self._length = end
         return outputs["logits"].numpy()[0, -1].astype(np.float32)

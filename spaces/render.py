@@ -1,6 +1,6 @@
-"""The parts of the page that are plain HTML: pure functions from facts to text.
+"""The static HTML of the page. Pure functions.
 
-Everything that comes from outside (names, prompts, answers) goes through `escape`.
+All external text (names, prompts, answers) goes through `escape`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ CardState = Literal["ready", "waiting", "writing", "done", "length", "stopped", 
 STATE_WORDS: dict[CardState, str] = {
     "ready": "Ready",
     "waiting": "Waiting",
-    "writing": "Writing",
+    "writing": "Generating",
     "done": "Done",
     "length": "Stopped at the length limit",
     "stopped": "Stopped",
@@ -30,7 +30,7 @@ STATE_WORDS: dict[CardState, str] = {
 
 
 def count(value: int) -> str:
-    """135M, 1.24B: three digits are enough to compare."""
+    """A count with three significant digits: 135M, 1.24B."""
     for unit, size in (("B", 10**9), ("M", 10**6), ("K", 10**3)):
         if value >= size:
             return f"{value / size:.3g}{unit}"
@@ -45,13 +45,13 @@ def size(value: int) -> str:
 
 
 def without_unit(before: str, after: str) -> tuple[str, str]:
-    """539 MB, 497 MB as "539", "497 MB": said once, a unit is enough."""
+    """Drop the unit of the first size if both have the same: 539 MB, 497 MB gives "539", "497 MB"."""
     number, _, unit = before.partition(" ")
     return (number if after.endswith(f" {unit}") else before), after
 
 
 def change(original: float, pruned: float) -> str:
-    """The difference in percent, with its sign."""
+    """The signed difference in percent."""
     if original == 0:
         return ""
     percent = (pruned / original - 1) * 100
@@ -65,7 +65,7 @@ def short_name(name: str) -> str:
 
 
 def _model(source: Source) -> str:
-    """The full name; a link where there is a repository to see."""
+    """The full name, as a link if the repository is known."""
     if not source.repo_id or source.repo_id.count("/") != 1:
         return f"<b>{escape(source.name)}</b>"
     address = f"https://huggingface.co/{source.repo_id}"
@@ -77,7 +77,7 @@ def _model(source: Source) -> str:
 def header(facts: Facts) -> str:
     return (
         f"<header class='top'><h1>{escape(facts.title)}</h1>"
-        "<p>Type one prompt. Both models answer it on the same machine, with the same settings.</p>"
+        "<p>Type a prompt. Both models answer it on the same machine with the same settings.</p>"
         f"<p class='models'>{_model(facts.original)} <span aria-hidden='true'>{ARROW}</span>"
         f"<span class='sr'> pruned to </span> {_model(facts.pruned)}</p></header>"
     )
@@ -132,17 +132,17 @@ def ranges(indices: Sequence[int]) -> str:
 
 
 def _layers(facts: Facts) -> str:
-    """Which layers went, in one sentence and as a strip with gaps."""
+    """The removed layers, as a sentence and as a strip with gaps."""
     removed = set(facts.removed)
     number = len(removed) or facts.layers.original - facts.layers.pruned
     count = facts.compensated
-    correction = f", {'one weight matrix' if count == 1 else f'{count} weight matrices'} corrected" if count else ""
+    compensation = f", {'one weight matrix' if count == 1 else f'{count} weight matrices'} corrected" if count else ""
     where = f" <span class='which'>Removed: {ranges(facts.removed)}.</span>" if removed else ""
     strip = "".join(
         f"<i class='{'gone' if index in removed else 'kept'}'></i>" for index in range(facts.layers.original)
     )
     return (
-        f"<div class='layers'><p>{number} of {facts.layers.original} layers removed{correction}, "
+        f"<div class='layers'><p>{number} of {facts.layers.original} layers removed{compensation}, "
         f"no retraining.{where}</p><div class='strip' aria-hidden='true'>{strip}</div></div>"
     )
 
@@ -175,7 +175,7 @@ def _first(generation: Generation) -> str:
 
 
 def card(title: str, tag: str, state: CardState, generation: Generation | None = None, numbers: bool = True) -> str:
-    """One answer. `numbers` is off while a blind vote is open: the speed would give the model away."""
+    """One answer. `numbers` is False during a blind vote: the speed would reveal the model."""
     if generation is not None and generation.text.strip():
         caret = "<span class='caret' aria-hidden='true'></span>" if state == "writing" else ""
         answer = f"<div class='answer'>{escape(generation.text.strip())}{caret}</div>"
@@ -184,7 +184,7 @@ def card(title: str, tag: str, state: CardState, generation: Generation | None =
         if state in ("waiting", "writing"):
             words = "Reading the prompt\N{HORIZONTAL ELLIPSIS}"
         elif state in ("done", "length"):
-            words = "The model wrote nothing that can be shown."
+            words = "The answer is empty."
         elif state in ("stopped", "error"):
             words = "No answer."
         answer = f"<div class='answer none'>{words}</div>"
@@ -207,21 +207,21 @@ def verdict(comparison: Comparison, precision: str) -> str:
     ratio = comparison.speed_ratio
     label = f"<span class='label'>This run, {escape(precision)}</span>"
     if ratio is None:
-        return f"<p class='verdict'>{label} The answers were too short to compare the speed.</p>"
+        return f"<p class='verdict'>{label} The answers are too short to compare the speed.</p>"
     return (
         f"<p class='verdict'>{label} The pruned model wrote "
         f"<b>{ratio:.2f}{TIMES}</b> as many tokens per second as the original "
-        f"<span class='basis'>(median of the {comparison.shared_steps} steps both took)</span>.</p>"
+        f"<span class='basis'>(median over {comparison.shared_steps} shared steps)</span>.</p>"
     )
 
 
 def spoken(message: str, running: bool = False) -> str:
-    """What a screen reader says of the run. style.css shows Stop instead of Compare while it runs."""
+    """The status of the run for screen readers. During a run, style.css shows Stop instead of Compare."""
     return f"<p class='{'running' if running else 'resting'}'>{escape(message)}</p>"
 
 
 def question() -> str:
-    """The open vote; style.css shows the vote buttons while it is there."""
+    """The open vote. While it is shown, style.css shows the vote buttons."""
     return "<p class='voting'>Which answer is better?</p>"
 
 
@@ -235,7 +235,7 @@ def vote_result(choice: Literal["original", "pruned", "tie"]) -> str:
 
 
 def precisions(facts: Facts) -> list[tuple[str, str]]:
-    """The choices of the setting: (words, name)."""
+    """The choices of the precision setting: (label, name)."""
 
     def words(name: str, original: int | None, pruned: int | None) -> str:
         if original is None or pruned is None:
@@ -247,7 +247,7 @@ def precisions(facts: Facts) -> list[tuple[str, str]]:
 
 
 def _costs(facts: Facts) -> str:
-    """What each precision weighs, and what it costs in perplexity."""
+    """The table of size and perplexity cost of each precision."""
 
     def cost(stored: Stored) -> str:
         if stored.cost is None:
@@ -277,7 +277,7 @@ def _costs(facts: Facts) -> str:
         "<th scope='col'>Precision</th><th scope='col'>Original</th><th scope='col'>Pruned</th>"
         "<th scope='col'>Perplexity, original</th><th scope='col'>Perplexity, pruned</th></tr></thead>"
         f"<tbody>{rows}</tbody></table></div>"
-        f"<p>What fewer bits cost each model in perplexity.{measured}</p>"
+        f"<p>The change in perplexity is the cost of quantization.{measured}</p>"
     )
 
 
@@ -306,12 +306,12 @@ def method(facts: Facts) -> str:
     return (
         f"<div class='method'>{table}"
         "<p>Perplexity, parameters and weights were measured when this page was made. Lower perplexity is "
-        "better; it says how well a model predicts a text, not how useful its answers are.</p>"
+        "better. It measures how well a model predicts a text, not how useful its answers are.</p>"
         f"{_costs(facts) if len(facts.precisions) > 1 else ''}"
-        f"<p>The answers run here, in {runtime}, {precision}. They write "
-        "in turn, one token each, and each step is timed on its own, so neither slows the other down. "
-        "The ratio is the median over the steps both took, without the first, which reads the prompt. "
-        "One prompt on a shared machine is a glimpse, not a benchmark.</p>"
-        "<p>With temperature 0 each model takes its likeliest token. No repetition penalty is applied. "
-        f"Each model is prompted with its own chat template, if it has one.</p>{licence}</div>"
+        f"<p>The models run here, in {runtime}, {precision}. They "
+        "take turns, one token each, and each step is timed separately, so neither slows the other down. "
+        "The ratio is the median over the steps that both took, without the first, which processes the prompt. "
+        "One prompt on a shared machine is not a benchmark.</p>"
+        "<p>With temperature 0, each model always picks its top token. No repetition penalty is applied. "
+        f"Each model uses its own chat template, if it has one.</p>{licence}</div>"
     )

@@ -1,7 +1,7 @@
 """A causal language model in transformers, on the GPU if there is one.
 
-Used where the original may not be exported and passed on (gated, or a licence that forbids it): then
-both models run from their own repositories' safetensors. It offers the same as onnx_engine.py.
+Used if an export of the original must not be redistributed (gated, or the licence forbids it). Both models are then
+loaded from the safetensors in their repositories. Same interface as onnx_engine.py.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch
 
 
 def files_to_download(path: str, precision: str) -> list[str]:
-    """Patterns for a model repository: safetensors and text only. Pickles and Python code stay there."""
+    """Patterns for a model repository: safetensors and text only, no pickles and no Python code."""
     return [
         "config.json",
         "generation_config.json",
@@ -41,7 +41,7 @@ class TransformersModel:
 
     def __init__(self, folder: Path, precision: str = "float32") -> None:
         if precision not in _DTYPES:
-            raise ModelError(f"compare.json asks for the precision {precision!r}, which is not known.")
+            raise ModelError(f"compare.json asks for the unknown precision {precision!r}.")
         local = {"local_files_only": True, "trust_remote_code": False}
         try:
             # Not every repository has tokenizer.json; transformers also converts the older formats.
@@ -55,10 +55,10 @@ class TransformersModel:
         if backend is None:
             raise ModelError("it has no fast tokenizer.")
         self.text = TextCodec.with_tokenizer(folder, backend)
-        # Logits of the last position are enough; not every architecture can be told so.
+        # Only the logits of the last position are needed; not every architecture has the option.
         known = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.options: dict[str, Any] = {"logits_to_keep": 1} if known else {}
-        # ZeroGPU shows a GPU that only some functions may use (zero_gpu.py).
+        # On ZeroGPU, only decorated functions may use the GPU (zero_gpu.py).
         gpu = torch.cuda.is_available() and not os.environ.get("SPACES_ZERO_GPU")
         self.device = "cuda" if gpu else "cpu"
         self.model = model.to(self.device).eval()
@@ -70,7 +70,7 @@ class TransformersModel:
 
 
 class TransformersDecoder:
-    """The decode loop of one answer, with the model's own cache."""
+    """The decode loop of one answer, with the model's own KV cache."""
 
     def __init__(self, model: TransformersModel) -> None:
         self._model = model
@@ -81,10 +81,10 @@ class TransformersDecoder:
         ids = torch.tensor([list(token_ids)], device=self._model.device)
         output = self._model.model(input_ids=ids, past_key_values=self._cache, use_cache=True, **self._model.options)
         self._cache = output.past_key_values
-        # Reading the logits back waits for the GPU, so the step's time is the whole step's.
+        # Copying the logits to the CPU waits for the GPU, so the measured time covers the whole step.
         return output.logits[0, -1].float().cpu().numpy()
 
 
 def load(folder: Path, path: str = "", precision: str = "float32") -> TransformersModel:
-    """Load the model of a folder; `path` names the ONNX graph and does not matter here."""
+    """Load the model of a folder; `path` is for ONNX graphs and is ignored here."""
     return TransformersModel(folder, precision)

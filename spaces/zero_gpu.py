@@ -1,7 +1,7 @@
-"""ZeroGPU starts only apps that have a function which asks for its GPU. This is it, and nothing here calls it: the
-models are small, and both are to be timed on the same processor, which no other Space shares in between.
+"""ZeroGPU requires an app to have a function that requests its GPU. This one is never called: the models are small, and
+both must be timed on a processor that other Spaces do not share.
 
-Imported on ZeroGPU alone; elsewhere there is no package `spaces`.
+Imported only on ZeroGPU; the package `spaces` does not exist elsewhere.
 """
 
 from __future__ import annotations

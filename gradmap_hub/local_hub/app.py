@@ -1,4 +1,4 @@
-"""The hub as an ASGI application: routes, error answers, and the checks that come before both."""
+"""The hub as an ASGI application: routes, error responses and middleware."""
 
 from urllib.parse import unquote
 
@@ -19,24 +19,24 @@ from .requestlog import LogMiddleware, RequestLog
 from .routes import accounts, collections, discussions, files, lfs, pages, repos, spaces, uploads, xet
 from .wire import Wire
 
-#: What follows the id of a repository in API addresses that have a revision.
+#: API path segments after the repository id that take a revision.
 _VERBS = frozenset({"revision", "tree", "paths-info", "commits", "commit", "preupload", "branch", "tag"})
 
 _LOOPBACK_NAMES = ("127.0.0.1", "localhost", "[::1]", "::1")
 
 
 def build_app(hub: Hub, log: RequestLog, host: str | None) -> Starlette:
-    """The application.
+    """Build the application.
 
     Args:
-        hub: what the routes work on.
-        log: where every request is recorded.
-        host: the loopback address it listens on; requests under other names are refused, so that a web page
-            cannot reach the hub by pointing a host name of its own at this machine. None allows any name.
+        hub: the hub that the routes serve.
+        log: records every request.
+        host: the loopback address the hub listens on. Requests with another ``Host`` header are refused, which
+            protects against DNS rebinding. None allows any host name.
     """
     modules = (accounts, repos, uploads, lfs, xet, spaces, collections, discussions, files, pages)
     routes = [route for module in modules for route in module.routes(hub)]
-    # An id without an owner, as "gpt2" has on the Hub, is a repository that is not here.
+    # Ids without an owner ("gpt2") exist only on the real Hub.
     missing = ["/api/{kind}/{name}", "/api/{kind}/{name}/{rest:path}", "/{name}/resolve/{file:path}"]
     routes += [Route(address, _no_such_repo) for address in missing]
     return Starlette(
@@ -53,10 +53,10 @@ def build_app(hub: Hub, log: RequestLog, host: str | None) -> Starlette:
 
 
 class SegmentedPath:
-    """Unquotes the address segment by segment, so that a revision may contain a slash.
+    """Unquotes the path segment by segment, so that a revision may contain a slash.
 
-    The client sends ``refs%2Fpr%2F1`` for a revision; unquoting the address as a whole would make three
-    segments of it. The slash stays quoted until :meth:`Call.param` reads the segment.
+    The client sends the revision ``refs/pr/1`` as ``refs%2Fpr%2F1``. Unquoting the whole path would split it into
+    three segments. The slash stays quoted until :meth:`Call.param` reads the segment.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -65,7 +65,7 @@ class SegmentedPath:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             segments = scope["raw_path"].decode("ascii", "replace").split("/")
-            # A quoted percent sign could pretend to be a quoted slash; no valid name contains "%2F".
+            # "%252F" also unquotes to "%2F" and would be read as a slash; no valid name contains "%2F".
             path = "/".join(unquote(segment).replace("/", "%2F") for segment in segments)
             scope = {**scope, "path": path}
         await self.app(scope, receive, send)

@@ -1,7 +1,7 @@
-"""Users, organisations, tokens, and who may do what.
+"""Users, organisations, tokens and permissions.
 
-Tokens open this rehearsal hub and nothing else, so they are kept in plain text in a file only its owner can
-read: that lets ``add_user`` hand out the same token again after a restart.
+Tokens are valid for this local hub only, so they are stored in plain text in a file that only its owner can read.
+That way ``add_user`` returns the same token after a restart.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from .store import RepoState, now
 
 Role = Literal["read", "write", "fineGrained"]
 
-#: Served to anybody even where the repository is gated. The real Hub is case sensitive here too.
+#: Served without access even if the repository is gated. Case-sensitive, as on the real Hub.
 UNGATED_FILES = frozenset({"README.md", "LICENSE", "LICENSE.md", "LICENSE.txt"})
 
 
@@ -33,7 +33,7 @@ _READING = frozenset({"repo.content.read", "repo.access.read", "repo.write"})
 
 @dataclass(frozen=True)
 class TokenScope:
-    """What a fine-grained token may do with one entity: a whole namespace, or one repository."""
+    """The permissions of a fine-grained token on one entity: a whole namespace or one repository."""
 
     entity_type: str
     entity_name: str
@@ -41,10 +41,10 @@ class TokenScope:
 
     @staticmethod
     def parse(row: Mapping[str, Any]) -> "TokenScope":
-        """Read a scope as whoami shows it: ``{"entity": {"type", "name"}, "permissions": [...]}``.
+        """Parse a scope in whoami's format: ``{"entity": {"type", "name"}, "permissions": [...]}``.
 
         Raises:
-            ValueError: it is none.
+            ValueError: the row is not a valid scope.
         """
         entity, permissions = row.get("entity"), row.get("permissions")
         if (
@@ -63,7 +63,7 @@ class TokenScope:
         return {"entity": entity, "permissions": sorted(self.permissions)}
 
     def covers(self, namespace: str, key: RepoKey | None) -> bool:
-        """Whether it is about this repository, or (None) about the namespace as a whole."""
+        """Whether the scope applies to this repository, or (``key`` is None) to the whole namespace."""
         if self.entity_type in ("user", "org"):
             return self.entity_name == namespace
         return key is not None and (self.entity_type, self.entity_name) == (key.type, key.id)
@@ -71,7 +71,7 @@ class TokenScope:
 
 @dataclass(frozen=True)
 class Identity:
-    """Who is asking: a user, their organisations, and what the token they show allows."""
+    """The caller: a user, their organisations and the permissions of their token."""
 
     name: str
     internal_id: str
@@ -84,21 +84,21 @@ class Identity:
         return namespace == self.name or namespace in self.orgs
 
     def can_read(self, key: RepoKey) -> bool:
-        """Whether the token shows what only members of the namespace see."""
+        """Whether the token may read this repository if it is private or gated."""
         if not self.is_member(key.namespace):
             return False
         return self.token_role != "fineGrained" or bool(self._permissions(key.namespace, key) & _READING)
 
     def can_write(self, key: RepoKey) -> bool:
-        """Whether the token may change this repository."""
+        """Whether the token may write to this repository."""
         return self._may(key.namespace, key, "repo.write")
 
     def can_create(self, namespace: str, permission: str = "repo.write") -> bool:
-        """Whether the token may make something new in this namespace."""
+        """Whether the token may create repositories (or collections, by ``permission``) in this namespace."""
         return self._may(namespace, None, permission)
 
     def can_propose(self, key: RepoKey) -> bool:
-        """Whether the token may open pull requests: in any repository, or (fine-grained) where its scopes say so."""
+        """Whether the token may open pull requests: in any repository, or (fine-grained) where its scopes allow it."""
         if self.token_role != "fineGrained":
             return self.token_role == "write"
         return bool(self._permissions(key.namespace, key) & {"repo.write", "discussion.write"})
@@ -116,21 +116,21 @@ class Identity:
 
 
 def can_see(identity: Identity | None, key: RepoKey, state: RepoState) -> bool:
-    """Whether the repository exists as far as this caller is concerned."""
+    """Whether the repository is visible to this caller."""
     if not state.private:
         return True
     return identity is not None and identity.can_read(key)
 
 
 def can_open(identity: Identity | None, key: RepoKey, state: RepoState, path: str) -> bool:
-    """Whether a caller who sees the repository may read this file of it."""
+    """Whether a caller who can see the repository may read this file."""
     if state.gated is False or path in UNGATED_FILES:
         return True
     return identity is not None and (identity.can_read(key) or identity.name in state.granted)
 
 
 class Accounts:
-    """The users and organisations of a hub, in one file."""
+    """The users, organisations and tokens of a hub, stored in one file."""
 
     def __init__(self, root: Path) -> None:
         self._file = root / "accounts.json"
@@ -153,13 +153,13 @@ class Accounts:
         orgs: Sequence[str] = (),
         scopes: Sequence[Mapping[str, Any]] = (),
     ) -> str:
-        """The token of a user, who is created, or added to further organisations, as needed.
+        """Return a token of the user; create the user or extend their organisations as needed.
 
-        A user has one token for each role, and for each set of scopes; asking again returns the same one.
+        A user has one token per role and set of scopes; a repeated call returns the same token.
 
         Raises:
-            InvalidName: a name that the Hub would refuse, or that is taken by an organisation.
-            ValueError: an unknown role; scopes that are none, or for a token that is not fine-grained.
+            InvalidName: the Hub would refuse the name, or a user and an organisation would share it.
+            ValueError: an unknown role, an invalid scope, or scopes for a token that is not fine-grained.
         """
         if role not in get_args(Role):
             raise ValueError(f"role must be one of {', '.join(get_args(Role))}, got {role!r}")
@@ -198,7 +198,7 @@ class Accounts:
             orgs=tuple(user["orgs"]),
             token_role=row["role"],
             token_created_at=row["created_at"],
-            # Hubs of former versions have none.
+            # Files written by older versions lack this key.
             scopes=tuple(TokenScope.parse(scope) for scope in row.get("scopes", [])),
         )
 
@@ -207,23 +207,23 @@ class Accounts:
 
 
 class Signer:
-    """Signs addresses for which the client shows no token: uploads and downloads of LFS files, as with S3."""
+    """Signs the URLs that need no token, such as those of LFS uploads and downloads. S3 works the same way."""
 
     def __init__(self, root: Path) -> None:
         file = root / "upload.key"
         if not file.exists():
             write_atomically(file, secrets.token_bytes(32), root / "tmp")
         self._key = file.read_bytes()
-        #: What tells this hub from any other, at whatever address; nothing can be signed with it.
+        #: Identifies this hub, independent of its address. Cannot be used to sign.
         self.name = hashlib.sha256(b"name" + self._key).hexdigest()[:16]
 
     def sign(self, purpose: str, key: RepoKey, sha256: str, seconds: float, **fields: str | int) -> str:
-        """The query string that allows one thing to be done with one object for so many seconds."""
+        """Return a query string that permits ``purpose`` on one object for ``seconds``."""
         signed = {**{name: str(value) for name, value in fields.items()}, "expires": f"{time.time() + seconds:.3f}"}
         return urlencode({**signed, "signature": self._signature(purpose, key, sha256, signed)})
 
     def allows(self, purpose: str, key: RepoKey, sha256: str, query: Mapping[str, str]) -> bool:
-        """Whether a query string is one of ours, unchanged, and has not expired."""
+        """Whether a query string has a valid signature and has not expired."""
         signed = {name: value for name, value in query.items() if name != "signature"}
         expected = self._signature(purpose, key, sha256, signed)
         if not hmac.compare_digest(expected.encode(), query.get("signature", "").encode()):

@@ -1,4 +1,4 @@
-"""README.md front matter: read it, and check it the way the Hub's validate-yaml does (as far as known)."""
+"""Parse README.md front matter and validate it like the Hub's validate-yaml endpoint, as far as its rules are known."""
 
 import json
 import re
@@ -33,14 +33,14 @@ SPACE_COLORS = ("red", "yellow", "green", "blue", "indigo", "purple", "pink", "g
 
 @dataclass(frozen=True)
 class Findings:
-    """What is wrong with a card. Errors stop a commit, warnings do not."""
+    """Problems in a model card. Errors block a commit, warnings do not."""
 
     errors: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as the Hub reads it: 1.2 booleans (``no`` is Norwegian), and no key twice."""
+    """YAML as the Hub reads it: YAML 1.2 booleans (``no`` is a string) and no duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[object] = set()
@@ -77,9 +77,9 @@ def _load(text: str) -> object:
 
 
 def _expanded_size(node: yaml.Node, known: dict[int, int]) -> int:
-    """How many values a document has once its aliases are written out: a few lines can mean billions."""
+    """The number of values in a document with all aliases expanded: a few lines can expand to billions."""
     if id(node) not in known:
-        # Met again before its size is known, a node contains itself.
+        # A node that is reached again before its size is known contains itself.
         known[id(node)] = _NODE_LIMIT + 1
         children = node.value if isinstance(node, yaml.CollectionNode) else []
         flat = [part for child in children for part in (child if isinstance(child, tuple) else (child,))]
@@ -88,10 +88,10 @@ def _expanded_size(node: yaml.Node, known: dict[int, int]) -> int:
 
 
 def parse_front_matter(readme: str) -> dict[str, Any] | None:
-    """The metadata of a card as JSON values, None if it has none.
+    """The front matter as JSON-compatible values; None if there is no front matter.
 
     Raises:
-        ValueError: it is not valid YAML, or not a mapping.
+        ValueError: the front matter is not valid YAML, not a mapping, or not representable as JSON.
     """
     found = _FRONT_MATTER.match(readme)
     if found is None:
@@ -106,7 +106,7 @@ def parse_front_matter(readme: str) -> dict[str, Any] | None:
         return None
     if not isinstance(data, dict):
         raise ValueError("The metadata must be a mapping of keys to values")
-    # Dates become text, keys become strings: what is left is what JSON can carry.
+    # The round trip through JSON turns dates and keys into strings.
     try:
         return json.loads(json.dumps(data, default=str, allow_nan=False))
     except (TypeError, ValueError) as error:
@@ -114,7 +114,7 @@ def parse_front_matter(readme: str) -> dict[str, Any] | None:
 
 
 def validate_card(readme: str, repo_type: RepoType) -> Findings:
-    """The findings for a README.md that is about to be committed."""
+    """Validate a README.md before it is committed."""
     try:
         data = parse_front_matter(readme)
     except ValueError as error:
@@ -132,7 +132,7 @@ def validate_card(readme: str, repo_type: RepoType) -> Findings:
 
 
 def _texts(value: object) -> list[str] | None:
-    """A text or a list of texts as a list, None for anything else."""
+    """A string or a list of strings as a list; None for anything else."""
     if isinstance(value, str):
         return [value]
     if isinstance(value, list) and all(isinstance(item, str) for item in value):
@@ -159,7 +159,7 @@ def _check_common(data: Mapping[str, Any], errors: list[str], warnings: list[str
     for name in ("base_model", "datasets"):
         for repo_id in _texts(data.get(name)) or []:
             try:
-                # Old repositories of the Hub have no owner.
+                # Some old Hub repositories have no owner.
                 parse_repo_id(repo_id if "/" in repo_id else f"owner/{repo_id}")
             except InvalidName:
                 errors.append(f'"{name}" with value {repo_id!r} is not valid. Use a model id from the Hub')
@@ -240,7 +240,7 @@ def _check_space(data: Mapping[str, Any]) -> Findings:
         if data.get(name) is not None and data[name] not in SPACE_COLORS:
             errors.append(f'"{name}" must be one of [{", ".join(SPACE_COLORS)}]')
     for name in ("title", "app_file", "sdk_version", "python_version", "short_description"):
-        # YAML reads 5.10 as a number: the version 5.1 would be installed.
+        # YAML reads an unquoted 5.10 as the number 5.1.
         if data.get(name) is not None and not isinstance(data[name], str):
             errors.append(f'"{name}" must be a string')
     if isinstance(data.get("short_description"), str) and len(data["short_description"]) > 60:

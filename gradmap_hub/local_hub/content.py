@@ -1,4 +1,4 @@
-"""Answering with the content of a file: whole, in part, or (HEAD) not at all."""
+"""Responses with file content: all of it, a range, or (HEAD) headers only."""
 
 import re
 from collections.abc import Mapping
@@ -18,21 +18,21 @@ _RANGE = re.compile(r"bytes=(\d*)-(\d*)")
 
 @dataclass(frozen=True)
 class Span:
-    """The bytes to send, ``end`` excluded."""
+    """The byte range to send; ``end`` is exclusive."""
 
     start: int
     end: int
 
 
 def requested_span(header: str | None, size: int) -> Span | None:
-    """The one range that was asked for; None where the whole file is to be sent.
+    """The range in a ``Range`` header; None to send the whole file.
 
     Raises:
-        HubError: 416, it lies outside the file.
+        HubError: 416, the range lies outside the file.
     """
     found = _RANGE.fullmatch(header.strip()) if header else None
     if found is None or not (found[1] or found[2]):
-        return None  # several ranges, or another unit: HTTP lets a server ignore them
+        return None  # HTTP allows a server to ignore multiple ranges and other units
     if found[1]:
         start = int(found[1])
         end = min(int(found[2]) + 1, size) if found[2] else size
@@ -46,7 +46,7 @@ def requested_span(header: str | None, size: int) -> Span | None:
 def file_response(
     http: HttpRequest, path: str, entry: Entry, file: Path, commit: str, attachment: bool = True
 ) -> Response:
-    """The content of a file with the headers that huggingface_hub downloads by."""
+    """The content of a file with the headers that huggingface_hub needs."""
     headers = {"X-Repo-Commit": commit}
     if entry.sha256:
         headers |= {"X-Linked-Etag": f'"{entry.sha256}"', "X-Linked-Size": str(entry.size)}
@@ -62,7 +62,7 @@ def stored_response(
     attachment: bool = True,
     extra: Mapping[str, str] | None = None,
 ) -> Response:
-    """The content of a file, or the range of it that was asked for.
+    """The content of a file, or the requested range of it.
 
     Raises:
         HubError: 416, the range lies outside the file.
@@ -71,7 +71,7 @@ def stored_response(
         "ETag": f'"{entry.etag}"',
         "Accept-Ranges": "bytes",
         "Content-Type": "application/octet-stream" if entry.sha256 else "text/plain; charset=utf-8",
-        # Whatever is in a repository must never run as a page of this address.
+        # Repository content must never run as a page of this origin.
         "Content-Security-Policy": "default-src 'none'; sandbox",
         "X-Content-Type-Options": "nosniff",
         **(extra or {}),
@@ -79,7 +79,7 @@ def stored_response(
     if attachment or entry.sha256:
         headers["Content-Disposition"] = f"attachment; filename*=UTF-8''{quote(name)}"
     if http.method == "HEAD":
-        # The client compares the length of the whole file with what it has, so no range here.
+        # The client expects the length of the whole file, so the range is ignored.
         return Response(headers={**headers, "Content-Length": str(entry.size)})
     span = requested_span(http.headers.get("range"), entry.size)
     status = 200

@@ -1,4 +1,4 @@
-"""What every route works with: the hub, the request, and the questions of who may do what."""
+"""What every route handler uses: the hub, the request and permission checks."""
 
 import json
 from collections.abc import Awaitable, Callable, Mapping
@@ -35,16 +35,16 @@ class Hub:
     browse_private: bool
     multipart_bytes: int
     cdn_seconds: float
-    #: Whether uploads by xet are taken.
+    #: Whether Xet uploads are accepted.
     xet: bool = False
-    #: None where LFS files are served at the first port.
+    #: None if LFS files are served from the main port.
     cdn_port: int | None = None
     page_size: int = 1000
 
 
 @dataclass(frozen=True)
 class Call:
-    """One request: who asks, for which kind of repository, with what body."""
+    """One request: the caller, the repository type and the body."""
 
     hub: Hub
     http: HttpRequest
@@ -54,12 +54,12 @@ class Call:
 
     @property
     def base_url(self) -> str:
-        """The address under which the client reached the hub, without a trailing slash."""
+        """The URL under which the client reached the hub, without a trailing slash."""
         return str(self.http.base_url).rstrip("/")
 
     @property
     def cdn_url(self) -> str:
-        """The address of the second port, as the client can reach it."""
+        """The URL of the CDN port, as seen by the client."""
         url = self.http.base_url.replace(port=self.hub.cdn_port)
         name = url.hostname or ""
         if cdn_host(name) != name:
@@ -67,14 +67,14 @@ class Call:
         return str(url).rstrip("/")
 
     def param(self, name: str) -> str:
-        """A part of the address, fully unquoted (a revision may contain slashes)."""
+        """A path parameter, fully unquoted (a revision may contain slashes)."""
         return self.http.path_params[name].replace("%2F", "/")
 
     def path(self) -> str:
-        """The file or folder that the address names.
+        """The path of a file or folder in the repository.
 
         Raises:
-            InvalidName
+            InvalidName: the path is invalid.
         """
         path = self.http.path_params["path"]
         if "%2F" in path:
@@ -85,7 +85,7 @@ class Call:
         """The body as a JSON object.
 
         Raises:
-            HubError: 400, it is not one.
+            HubError: 400, the body is not a JSON object.
         """
         try:
             value = json.loads(self.body)
@@ -96,7 +96,11 @@ class Call:
         return value
 
     def user(self) -> Identity:
-        """Raises Unauthorized for anonymous requests."""
+        """The authenticated user.
+
+        Raises:
+            Unauthorized: the request is anonymous.
+        """
         if self.identity is None:
             raise Unauthorized
         return self.identity
@@ -106,10 +110,10 @@ class Call:
         return requested_key(self.param("namespace"), name, self.repo_type)
 
     def visible(self, key: RepoKey) -> RepoState:
-        """The state of a repository this caller may see.
+        """The state of a repository that this caller may see.
 
         Raises:
-            RepoNotFound: there is none, or it is private to others.
+            RepoNotFound: the repository does not exist or is not visible to this caller.
         """
         state = self.hub.store.state(key)
         if not can_see(self.identity, key, state):
@@ -117,7 +121,7 @@ class Call:
         return state
 
     def readable(self, key: RepoKey, path: str) -> RepoState:
-        """As :meth:`visible`, for the content of one file.
+        """Like :meth:`visible`, but for the content of one file.
 
         Raises:
             Gated: the repository is gated and this caller has no access.
@@ -128,7 +132,7 @@ class Call:
         return state
 
     def writable(self, key: RepoKey) -> Identity:
-        """The user, who may change this repository.
+        """The user, if they may write to this repository.
 
         Raises:
             RepoNotFound, Unauthorized, Forbidden
@@ -140,7 +144,11 @@ class Call:
         return user
 
     def contributor(self, key: RepoKey) -> Identity:
-        """The user, who may at least propose changes: a write token and sight of the repository."""
+        """The user, if they can see the repository and may open pull requests.
+
+        Raises:
+            RepoNotFound, Unauthorized, Forbidden
+        """
         self.visible(key)
         user = self.user()
         if not user.can_propose(key):
@@ -156,7 +164,7 @@ Endpoint = Callable[[HttpRequest], Awaitable[Response]]
 def endpoint(
     hub: Hub, handler: Handler, repo_type: RepoType = "model", signed: bool = False, own_tokens: bool = False
 ) -> Endpoint:
-    """A handler that gets the whole body and runs in a worker thread, where it may touch the disk."""
+    """Wrap a handler that takes the whole body and runs in a worker thread, where it may block on the disk."""
 
     async def with_body(call: Call) -> Response:
         body = bytearray()
@@ -172,11 +180,10 @@ def endpoint(
 def streaming_endpoint(
     hub: Hub, handler: AsyncHandler, repo_type: RepoType = "model", signed: bool = False, own_tokens: bool = False
 ) -> Endpoint:
-    """A handler that reads the body itself, piece by piece.
+    """Wrap a handler that streams the body itself.
 
-    ``signed`` is for addresses that stand for storage outside the Hub: a request that shows a token there is
-    refused, as S3 refuses it, and for the same reason a client should never send it. ``own_tokens`` is for storage
-    with tokens that are none of the Hub's: the handler looks at them.
+    ``signed`` marks URLs that stand for external storage: a request with a token is refused, as on S3, so tests catch
+    clients that leak their token. ``own_tokens`` marks storage that has its own tokens; the handler checks them.
     """
 
     async def run(http: HttpRequest) -> Response:
@@ -187,23 +194,23 @@ def streaming_endpoint(
                     raise HubError(400, "Only one auth mechanism allowed: the address is signed, and there is a token")
                 return await handler(Call(hub, http, identity, repo_type))
             except HubError:
-                # A refusal in the middle of an upload would reach the client as a broken connection.
-                with suppress(RuntimeError):  # there is nothing left to read
+                # The client sees a response in the middle of an upload as a broken connection: read the rest first.
+                with suppress(RuntimeError):  # the stream was already consumed
                     async for _ in http.stream():
                         pass
                 raise
         except ClientDisconnect:
-            # Nobody is left to read an answer; what was received is dropped by the handler.
+            # No client is left to respond to; the handler has dropped what it received.
             return Response(status_code=499)
 
     return run
 
 
 def objects_in(payload: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
-    """The array of objects that a body has under this name.
+    """The array of objects under this key of a body.
 
     Raises:
-        HubError: 400, it has none.
+        HubError: 400, the value is not an array of objects.
     """
     value = payload.get(name)
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
@@ -216,8 +223,8 @@ def answer(value: object, headers: dict[str, str] | None = None) -> JSONResponse
 
 
 def refusal(error: HubError) -> JSONResponse:
-    """An error as the client expects it: in the headers for its exceptions, in the body for people."""
-    # Header values are one line of latin-1.
+    """An error response: the client maps the headers to exceptions, the body is for people."""
+    # Header values must be a single latin-1 line.
     message = error.message.encode("ascii", "backslashreplace").decode().replace("\r", " ").replace("\n", " ")
     headers = {"X-Error-Message": message, **error.headers}
     if error.code:
@@ -232,7 +239,7 @@ def _identify(hub: Hub, http: HttpRequest) -> Identity | None:
     scheme, _, token = header.partition(" ")
     identity = hub.accounts.identify(token.strip()) if scheme.lower() == "bearer" else None
     if identity is None:
-        # The client keeps this wording apart from "no such repository".
+        # The client uses this wording to tell a bad token from a missing repository.
         whoami = http.url.path == "/api/whoami-v2"
         raise Unauthorized("Invalid username or password." if whoami else "Invalid credentials in Authorization header")
     http.state.user = identity.name

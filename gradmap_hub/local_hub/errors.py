@@ -1,14 +1,14 @@
-"""Refusals, with everything the client reads from them: status, X-Error-Code, X-Error-Message."""
+"""Error responses with all that the client reads: status, X-Error-Code, X-Error-Message."""
 
 from collections.abc import Mapping
 from typing import Any
 
 
 class HubError(Exception):
-    """A request that is answered with an error.
+    """A request fails with this HTTP status.
 
-    ``code`` becomes ``X-Error-Code``, which is what huggingface_hub maps to its own exceptions;
-    ``body`` is merged into the JSON answer.
+    ``code`` becomes ``X-Error-Code``, which huggingface_hub maps to its exceptions; ``body`` is merged into the JSON
+    response.
     """
 
     def __init__(
@@ -28,7 +28,7 @@ class HubError(Exception):
 
 
 class InvalidName(HubError, ValueError):
-    """A repository, revision or file name that is refused whatever the caller's rights."""
+    """An invalid repository, revision or file name."""
 
     def __init__(self, message: str) -> None:
         HubError.__init__(self, 400, message)
@@ -46,7 +46,7 @@ class RevisionNotFound(HubError):
 
 class EntryNotFound(HubError):
     def __init__(self, message: str = "Entry not found", commit: str | None = None) -> None:
-        # The client caches "this file does not exist at that commit" when it is told the commit.
+        # With the commit, the client caches that the file does not exist there.
         headers = {"X-Repo-Commit": commit} if commit else {}
         super().__init__(404, message, "EntryNotFound", headers=headers)
 

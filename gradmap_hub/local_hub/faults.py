@@ -1,6 +1,6 @@
-"""Failures on demand: what a client must survive, made to happen at a named route.
+"""Fault injection: failures that a client must survive, triggered at a named route.
 
-A fault is taken when its request has been routed, before anybody looks at tokens or bodies.
+A fault applies after its request is routed, before tokens and bodies are read.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .wire import cut
 
-#: Every route has one of these names: faults are put there, and the request log tells it.
+#: The names of all routes, used by faults and the request log.
 ROUTES = (
     "whoami",
     "repo-create",
@@ -57,7 +57,7 @@ ROUTES = (
     "page",
 )
 
-#: For a fault that hits whatever is asked, counted over all routes.
+#: Matches every route; requests are counted over all routes.
 ANY = "*"
 
 Kind = Literal["status", "reset-before", "reset-after", "slow", "truncate"]
@@ -67,26 +67,26 @@ _SLICES = 20
 
 @dataclass(frozen=True)
 class Fault:
-    """One way to fail, at one route.
+    """One failure at one route.
 
     Args:
-        route: one of :data:`ROUTES`, or :data:`ANY` of them.
-        kind: "status" answers with an error and does nothing else. "reset-before" cuts the connection before
-            anything has happened, "reset-after" once everything has (a commit lands, its answer does not).
-            "slow" spreads the body of the answer over ``seconds`` (an answer without a body starts late).
-            "truncate" announces the whole body, sends half of it, and closes the connection.
+        route: one of :data:`ROUTES`, or :data:`ANY`.
+        kind: "status" returns an error and does nothing else. "reset-before" resets the connection before the
+            request takes effect, "reset-after" afterwards (a commit lands, its response is lost). "slow" spreads
+            the response body over ``seconds`` (a response without a body is delayed). "truncate" announces the
+            whole body, sends half of it and closes the connection.
         status: for "status".
         retry_after: the ``Retry-After`` header, for "status".
         rate_limit: the ``RateLimit`` header, for "status", such as ``'"api";r=0;t=1'``.
-        message: ``X-Error-Message`` and the JSON body, for "status"; the name of the status by default.
-        times: how many requests it hits.
-        skip: how many requests to the route it lets through before.
+        message: ``X-Error-Message`` and the JSON body, for "status"; by default the status phrase.
+        times: the number of requests to fail.
+        skip: the number of requests to let through first.
         seconds: for "slow".
-        then: called when it hits: before the effect of the request, or with "reset-after" once everything has happened.
-            Such as: kill the client. Nothing else is served meanwhile.
+        then: a callback that runs before the request takes effect ("reset-after": afterwards), for example to kill
+            the client. It blocks the server.
 
     Raises:
-        ValueError: an unknown route or kind, or a number that makes no sense.
+        ValueError: an unknown route or kind, or a number out of range.
     """
 
     route: str
@@ -102,11 +102,11 @@ class Fault:
 
     def __post_init__(self) -> None:
         if self.route not in (*ROUTES, ANY):
-            raise ValueError(f"There is no route {self.route!r}; routes are {', '.join(ROUTES)}")
+            raise ValueError(f"Unknown route {self.route!r}; routes are {', '.join(ROUTES)}")
         if self.kind not in get_args(Kind):
-            raise ValueError(f"There is no kind of fault {self.kind!r}; kinds are {', '.join(get_args(Kind))}")
+            raise ValueError(f"Unknown kind of fault {self.kind!r}; kinds are {', '.join(get_args(Kind))}")
         if not 400 <= self.status <= 599 or self.times < 1 or self.skip < 0 or self.seconds < 0:
-            raise ValueError(f"status must be 4xx or 5xx, times positive, skip and seconds not negative: {self}")
+            raise ValueError(f"status must be 4xx or 5xx, times positive, skip and seconds non-negative: {self}")
 
 
 @dataclass
@@ -117,7 +117,7 @@ class _Armed:
 
 
 class Faults:
-    """The faults of a hub. Thread-safe; they last until they are used up or cleared, over restarts too."""
+    """The armed faults of a hub. Thread-safe. Faults stay armed across restarts until used up or cleared."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -125,9 +125,9 @@ class Faults:
         self._fired: list[Fault] = []
 
     def add(self, fault: Fault) -> None:
-        """Arm a fault. Where several wait for the same request, the one that was added first gets it.
+        """Arm a fault. If several match a request, the one added first fires.
 
-        Requests that another fault hits count as let through for ``skip``.
+        For ``skip``, a request that another fault hits counts as let through.
         """
         with self._lock:
             self._armed.append(_Armed(fault, fault.skip, fault.times))
@@ -140,12 +140,12 @@ class Faults:
 
     @property
     def fired(self) -> list[Fault]:
-        """The faults that hit a request, in order, one entry for each request."""
+        """The faults that fired, in order, one entry per request."""
         with self._lock:
             return list(self._fired)
 
     def take(self, route: str) -> Fault | None:
-        """The fault that hits this request, if any; counts the request."""
+        """Count a request and return the fault that it triggers, if any."""
         with self._lock:
             hit: Fault | None = None
             for armed in [armed for armed in self._armed if armed.fault.route in (route, ANY)]:
@@ -160,7 +160,7 @@ class Faults:
 
 
 class FaultPoint:
-    """Tells the log the name of the route, and fails where a fault waits for it."""
+    """Names the route for the request log and triggers its faults."""
 
     def __init__(self, app: ASGIApp, faults: Faults, route: str) -> None:
         self.app = app
@@ -194,7 +194,7 @@ class FaultPoint:
 
 
 class _Slowly:
-    """Sends the body in slices, with pauses that add up to ``seconds``; without a body it pauses first."""
+    """Sends the body in slices over ``seconds``; delays a response without a body."""
 
     def __init__(self, send: Send, seconds: float, head: bool) -> None:
         self._send = send
@@ -205,7 +205,7 @@ class _Slowly:
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            # Kept until it is known whether a body follows.
+            # Held back until it is known whether a body follows.
             self._start, self._size = message, _content_length(message)
             return
         body, more = message.get("body", b""), message.get("more_body", False)
@@ -231,7 +231,7 @@ class _Slowly:
 
 
 class _Half:
-    """Sends the first half of the announced body, then closes the connection."""
+    """Sends the first half of the announced body and closes the connection."""
 
     def __init__(self, send: Send) -> None:
         self._send = send
@@ -255,11 +255,11 @@ def _nothing() -> None: ...
 
 
 async def _nowhere(message: Message) -> None:
-    """Takes an answer that nobody will get."""
+    """Discards the response."""
 
 
 async def _drain(receive: Receive) -> None:
-    # An answer in the middle of an upload would reach the client as a broken connection.
+    # The client sees a response in the middle of an upload as a broken connection.
     while True:
         message = await receive()
         if message["type"] != "http.request" or not message.get("more_body", False):

@@ -1,22 +1,21 @@
-"""The two ports of the hub: what is served at which."""
+"""The two ports of the hub: API and CDN."""
 
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-#: Addresses that the second port serves, and the first one does not.
+#: Paths served only by the CDN port.
 CDN_PREFIX = "/cdn/"
-# Clients take their token along to another port of the same host (huggingface_hub 1.33), and the Hub's CDN is another.
+# huggingface_hub 1.33 also sends its token to another port of the same host, so the CDN port needs another host name.
 _OTHER_NAMES = {"127.0.0.1": "localhost", "localhost": "127.0.0.1"}
 
 
 def cdn_host(host: str) -> str:
-    """The name of the second port's host, for a hub that is reached as `host`: this machine's other name, if it has
-    one."""
+    """The host name of the CDN port: the other loopback name of ``host``, if it has one."""
     return _OTHER_NAMES.get(host, host)
 
 
 class PortGate:
-    """Keeps downloads of LFS files on the second port, as on the Hub's CDN, and everything else off it."""
+    """Serves LFS downloads only on the CDN port and everything else only on the main port."""
 
     def __init__(self, app: ASGIApp, cdn_port: int | None) -> None:
         self.app = app
@@ -26,7 +25,7 @@ class PortGate:
         if scope["type"] == "http":
             at_cdn = self.cdn_port is not None and scope["server"][1] == self.cdn_port
             if at_cdn != scope["path"].startswith(CDN_PREFIX):
-                message = "This address is not served at this port"
+                message = "This path is not served on this port"
                 refused = JSONResponse({"error": message}, status_code=404, headers={"X-Error-Message": message})
                 await refused(scope, receive, send)
                 return

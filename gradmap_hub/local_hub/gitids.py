@@ -1,4 +1,4 @@
-"""The ids git would give: blobs, LFS pointers, trees and commits. Pure functions."""
+"""Git object ids of blobs, LFS pointers, trees and commits. Pure functions."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Entry:
-    """One file of a tree. ``sha256`` is set for files stored with LFS; ``oid`` is then the pointer's."""
+    """One file of a tree. ``sha256`` is set for files stored as LFS; ``oid`` is then the id of the pointer."""
 
     oid: str
     size: int
@@ -19,7 +19,7 @@ class Entry:
 
 
 def object_id(kind: str, content: bytes) -> str:
-    # git's own addressing is SHA-1; nothing here relies on it for security.
+    # Git object ids are SHA-1; security does not depend on them.
     return hashlib.sha1(b"%s %d\x00" % (kind.encode(), len(content)) + content, usedforsecurity=False).hexdigest()
 
 
@@ -28,7 +28,7 @@ def blob_id(content: bytes) -> str:
 
 
 def pointer(sha256: str, size: int) -> bytes:
-    """The text git-lfs keeps in the tree instead of the file."""
+    """The pointer file that git-lfs stores in the tree."""
     return f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {size}\n".encode()
 
 
@@ -37,7 +37,7 @@ def lfs_entry(sha256: str, size: int) -> Entry:
 
 
 def tree_ids(files: Mapping[str, Entry]) -> dict[str, str]:
-    """The tree id of every folder, ``""`` being the root."""
+    """The tree id of every folder, by path; the root is ``""``."""
     children: dict[str, dict[str, str | None]] = {"": {}}
     for path, entry in files.items():
         folder, _, name = path.rpartition("/")

@@ -1,4 +1,4 @@
-"""What the API tells about a repository: its info, and the rows of its tree."""
+"""The JSON that the API returns about a repository: its info and the rows of its tree."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -54,7 +54,7 @@ def repo_info(store: Store, key: RepoKey, state: RepoState, oid: str, blobs: boo
 
 
 def read_card(objects: Objects, files: Mapping[str, Entry]) -> dict[str, Any]:
-    """The front matter of README.md; empty where there is none or it cannot be read."""
+    """The front matter of README.md; empty if it is missing or invalid."""
     entry = files.get("README.md")
     if entry is None:
         return {}
@@ -65,12 +65,12 @@ def read_card(objects: Objects, files: Mapping[str, Entry]) -> dict[str, Any]:
 
 
 def space_runtime(state: RepoState, card: Mapping[str, Any], files: Mapping[str, Entry]) -> dict[str, Any]:
-    """The runtime of a Space, as its build stands; ``state.space`` must be set."""
+    """The runtime JSON of a Space in its current build stage. ``state.space`` must be set."""
     assert state.space is not None
     space, build = state.space, state.build.of(state.branches["main"])
     sdk = card.get("sdk", space.sdk)
     app_file = card.get("app_file") or {"docker": "Dockerfile", "static": "index.html"}.get(sdk, "app.py")
-    # There is nothing to build about a static Space.
+    # A static Space needs no build.
     ready = "RUNNING" if sdk == "static" else build.stage
     stage = ready if app_file in files else "NO_APP_FILE"
     requested = space.hardware or "cpu-basic"
@@ -81,7 +81,7 @@ def space_runtime(state: RepoState, card: Mapping[str, Any], files: Mapping[str,
         "gcTimeout": space.sleep_time or 172800,
         "replicas": {"requested": 1},
         "devMode": False,
-        # The Hub names <subdomain>.hf.space here, which would lead to somebody else's Space.
+        # The Hub lists <subdomain>.hf.space here, which could be somebody else's Space.
         "domains": [],
     }
     if stage == "BUILD_ERROR":
@@ -90,7 +90,7 @@ def space_runtime(state: RepoState, card: Mapping[str, Any], files: Mapping[str,
 
 
 def file_row(path: str, entry: Entry) -> dict[str, Any]:
-    """A file as the tree and paths-info endpoints show it."""
+    """A file in the format of the tree and paths-info endpoints."""
     row: dict[str, Any] = {"type": "file", "oid": entry.oid, "size": entry.size, "path": path}
     if entry.sha256:
         row["lfs"] = {"oid": entry.sha256, "size": entry.size, "pointerSize": _pointer_size(entry)}
@@ -98,7 +98,7 @@ def file_row(path: str, entry: Entry) -> dict[str, Any]:
 
 
 def tree_rows(files: Mapping[str, Entry]) -> dict[str, dict[str, Any]]:
-    """Every file and folder of a commit, by path."""
+    """The rows of all files and folders of a commit, by path."""
     rows = {path: file_row(path, entry) for path, entry in files.items()}
     for folder, oid in tree_ids(files).items():
         if folder:
@@ -107,10 +107,10 @@ def tree_rows(files: Mapping[str, Entry]) -> dict[str, dict[str, Any]]:
 
 
 def expanded(row: Mapping[str, Any], commit: Commit) -> dict[str, Any]:
-    """A tree row with what ``expand=True`` adds."""
+    """A tree row with the fields that ``expand=True`` adds."""
     extra: dict[str, Any] = {"lastCommit": {"id": commit.id, "title": commit.title, "date": commit.date}}
     if row["type"] == "file":
-        # Nothing is scanned here, and it says so.
+        # This hub does not scan files.
         extra["securityFileStatus"] = {"status": "unscanned", "avScan": None, "pickleImportScan": None}
     return {**row, **extra}
 
@@ -169,7 +169,7 @@ def _card_tags(card: Mapping[str, Any]) -> list[str]:
 
 
 def _base_model_tags(card: Mapping[str, Any], files: Mapping[str, Entry]) -> list[str]:
-    """The Hub's base model tags: the relation is guessed from the files unless the card tells it."""
+    """The Hub's base model tags. The relation comes from the card, or else is inferred from the files."""
     bases = _texts(card.get("base_model"))
     relation = card.get("base_model_relation")
     if relation not in RELATIONS:
@@ -213,7 +213,7 @@ def _read_json(objects: Objects, entry: Entry | None) -> dict[str, Any]:
     if entry is None:
         return {}
     try:
-        # Python reads NaN; no JSON answer could carry it.
+        # Python parses NaN, but a JSON response cannot contain it.
         value = json.loads(objects.read(entry), parse_constant=lambda _: None)
     except ValueError:
         return {}

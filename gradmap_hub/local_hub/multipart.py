@@ -1,7 +1,7 @@
-"""LFS objects that arrive in parts.
+"""Multipart uploads of LFS objects.
 
-An upload is a folder among the temporary files: the bytes, each part written at its place, and for each part
-that arrived a file with its SHA-256. What is never completed is removed when the hub starts, or when it is old.
+An upload is a folder in the temporary directory: one file with the bytes, each part written at its offset, and per
+received part a file with its SHA-256. Incomplete uploads are removed when they expire or the hub starts.
 """
 
 import hashlib
@@ -24,14 +24,14 @@ _MOST_PARTS = 1000
 
 @dataclass(frozen=True)
 class Plan:
-    """How an object of ``size`` bytes is cut into parts of ``chunk`` bytes; the last one may be shorter."""
+    """How an object of ``size`` bytes is split into parts of ``chunk`` bytes; the last one may be shorter."""
 
     size: int
     chunk: int
 
     @staticmethod
     def for_size(size: int, chunk: int) -> "Plan":
-        """Parts of ``chunk`` bytes, or longer where there would be too many."""
+        """A plan with parts of ``chunk`` bytes, or larger ones to stay below the maximum number of parts."""
         return Plan(size, max(chunk, -(-size // _MOST_PARTS)))
 
     @property
@@ -39,49 +39,50 @@ class Plan:
         return -(-self.size // self.chunk)
 
     def part_size(self, number: int) -> int:
-        """The length of a part; the first one has number 1."""
+        """The size of a part in bytes; numbers start at 1."""
         return min(self.chunk, self.size - (number - 1) * self.chunk)
 
 
 def new_upload_id(temporary: Path, older_than: float) -> str:
-    """A name for an upload. Uploads that nothing was added to for so many seconds are removed."""
+    """A new upload id. Removes uploads that have been idle for more than ``older_than`` seconds."""
     for folder in temporary.glob(f"{_PREFIX}*"):
         try:
             if time.time() - folder.stat().st_mtime > older_than:
                 shutil.rmtree(folder, ignore_errors=True)
-        except FileNotFoundError:  # completed meanwhile
+        except FileNotFoundError:  # completed in the meantime
             continue
     return secrets.token_hex(16)
 
 
 class MultipartUpload:
-    """One upload, under way in ``temporary``; several requests may work on different parts of it."""
+    """One upload in progress. Concurrent requests may write different parts."""
 
     def __init__(self, temporary: Path, upload_id: str, plan: Plan) -> None:
         self.plan = plan
         self._folder = temporary / f"{_PREFIX}{upload_id}"
 
     def part_writer(self, number: int) -> "PartWriter":
-        """Receives one part. A part that was there is replaced."""
+        """A writer for one part. It replaces an earlier version of the part."""
         return PartWriter(self._folder, number, self.plan)
 
     def complete(self, etags: Sequence[str], sha256: str, target: Path) -> None:
-        """Move the object into place.
+        """Verify the object and move it into place.
 
         Args:
-            etags: what :meth:`PartWriter.commit` returned for each part, in the order of the parts.
-            sha256: what the whole object must have.
-            target: where it goes.
+            etags: the ETag that :meth:`PartWriter.commit` returned for each part, in order.
+            sha256: the expected SHA-256 of the whole object.
+            target: the final path.
 
         Raises:
-            CorruptUpload: a part is missing or another one than was acknowledged (it can be sent again), or the
-                whole does not have this SHA-256 (then nothing is kept).
+            CorruptUpload: a part is missing or its ETag differs (the part can be sent again), or the SHA-256 of the
+                object differs (the upload is discarded).
+            HubError: 409, another request completed or discarded the upload.
         """
         if len(etags) != self.plan.count:
-            raise CorruptUpload(f"The upload has {self.plan.count} parts, {len(etags)} were named")
+            raise CorruptUpload(f"The upload has {self.plan.count} parts, the request lists {len(etags)}")
         for number, etag in enumerate(etags, 1):
             if _stored_etag(self._folder, number) != etag:
-                raise CorruptUpload(f"Part {number} is missing, or it is another one than was acknowledged")
+                raise CorruptUpload(f"Part {number} is missing or its ETag does not match")
         content = self._folder / "content"
         try:
             if hash_file(content) != sha256:
@@ -89,13 +90,13 @@ class MultipartUpload:
             target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(content, target)
         except FileNotFoundError:
-            raise HubError(409, "The upload was completed or given up meanwhile") from None
+            raise HubError(409, "Another request completed or discarded this upload") from None
         finally:
             shutil.rmtree(self._folder, ignore_errors=True)
 
 
 class PartWriter:
-    """Receives one part in pieces; it counts only once :meth:`commit` was called."""
+    """Receives one part in chunks; the part is valid once :meth:`commit` returns."""
 
     def __init__(self, folder: Path, number: int, plan: Plan) -> None:
         self._folder = folder
@@ -108,7 +109,7 @@ class PartWriter:
     def __enter__(self) -> Self:
         self._folder.mkdir(parents=True, exist_ok=True)
         (self._folder / str(self._number)).unlink(missing_ok=True)
-        # Parts may arrive in any order, several at a time: none may truncate what the others wrote.
+        # Parts arrive concurrently and in any order, so opening must not truncate the file.
         descriptor = os.open(self._folder / "content", os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o600)
         self._file = os.fdopen(descriptor, "r+b")
         self._file.seek(self._start)
@@ -116,19 +117,19 @@ class PartWriter:
 
     def write(self, chunk: bytes) -> None:
         self._received += len(chunk)
-        # What is too long is read to its end, as for whole objects, but not written over the next part.
+        # Excess bytes are read, as for whole objects, but must not overwrite the next part.
         if self._received <= self._size:
             self._hash.update(chunk)
             self._file.write(chunk)
 
     def commit(self) -> str:
-        """Acknowledge the part; returns its ETag.
+        """Accept the part and return its ETag.
 
         Raises:
-            CorruptUpload: the part does not have the planned size.
+            CorruptUpload: the size of the part is wrong.
         """
         if self._received != self._size:
-            raise CorruptUpload(f"Part {self._number} has {self._size} bytes, received {self._received}")
+            raise CorruptUpload(f"Expected {self._size} bytes for part {self._number}, received {self._received}")
         self._file.flush()
         etag = self._hash.hexdigest()
         (self._folder / str(self._number)).write_text(etag)

@@ -1,4 +1,4 @@
-"""What clients may call things. Every name that reaches the disk or a ref passes through here."""
+"""Name validation. Every name that reaches the disk or a ref passes through here."""
 
 import re
 from dataclasses import dataclass
@@ -8,10 +8,10 @@ from .errors import InvalidName, RepoNotFound
 
 RepoType = Literal["model", "dataset", "space"]
 
-#: Repository type -> its plural in API addresses.
+#: Repository type -> its plural in API paths.
 PLURALS: dict[RepoType, str] = {"model": "models", "dataset": "datasets", "space": "spaces"}
-#: Repository type -> what stands before the id in file and page addresses. Models come last: routes are tried in
-#: this order, and "datasets/..." could be a model whose owner has that (reserved) name.
+#: Repository type -> the prefix of the id in file and page URLs. Models come last: routes are matched in this order,
+#: and "datasets/..." would also match a model of an owner with that (reserved) name.
 PREFIXES: dict[RepoType, str] = {"space": "spaces/", "dataset": "datasets/", "model": ""}
 
 _NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?")
@@ -23,7 +23,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class RepoKey:
-    """Which repository: its type, owner and name, all validated."""
+    """A repository: its type, owner and name, all validated."""
 
     type: RepoType
     namespace: str
@@ -38,20 +38,16 @@ class RepoKey:
         """The path of the repository's page, without a leading slash."""
         return PREFIXES[self.type] + self.id
 
-    @property
-    def api_address(self) -> str:
-        return f"api/{PLURALS[self.type]}/{self.id}"
-
 
 def parse_repo_id(repo_id: str, repo_type: str = "model") -> RepoKey:
     """Validate ``owner/name``.
 
     Raises:
-        InvalidName: not two valid parts, or an unknown repository type.
+        InvalidName: the id is not ``owner/name``, a part is invalid, or the repository type is unknown.
     """
     namespace, slash, name = repo_id.partition("/")
     if not slash:
-        raise InvalidName(f"A repository id is owner/name, got {repo_id!r}")
+        raise InvalidName(f"A repository id must be owner/name, got {repo_id!r}")
     return repo_key(namespace, name, repo_type)
 
 
@@ -70,7 +66,7 @@ def repo_key(namespace: str, name: str, repo_type: str = "model") -> RepoKey:
 
 
 def requested_key(namespace: str, name: str, repo_type: RepoType) -> RepoKey:
-    """As :func:`repo_key` for names in addresses, where an impossible name is a missing repository."""
+    """Like :func:`repo_key` for names in request paths: an invalid name raises RepoNotFound."""
     try:
         return repo_key(namespace, name, repo_type)
     except InvalidName:
@@ -91,12 +87,13 @@ def check_owner(name: str) -> str:
 
 
 def check_path(path: str) -> str:
-    """Validate the path of a file or folder inside a repository; returns it unchanged.
+    """Validate the path of a file or folder in a repository and return it unchanged.
 
     Raises:
-        InvalidName: absolute, climbing, inside ``.git``, with control characters or backslashes.
+        InvalidName: the path is empty, too long or absolute, leaves the repository, lies in ``.git``, or contains
+            control characters or backslashes.
     """
-    # Backslashes and drive letters are harmless here but not on the machine that downloads.
+    # Backslashes and drive letters are dangerous on Windows machines that download the file.
     if not path or len(path) > 4096 or "\\" in path or any(ord(char) < 32 or ord(char) == 127 for char in path):
         raise InvalidName(f"Invalid path {path!r}")
     for part in path.split("/"):

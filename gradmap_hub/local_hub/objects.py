@@ -1,8 +1,8 @@
-"""Content-addressed files of one repository: blobs, LFS objects, trees and commits.
+"""Content-addressed objects of one repository: blobs, LFS objects, trees and commits.
 
-An object is written to a temporary file and renamed into place, so it is either whole or absent, and it is
-never changed afterwards. Objects are kept per repository: sharing them would let anybody who knows a hash
-read another owner's private file by committing it.
+An object is written to a temporary file and renamed into place, so it is either complete or absent, and it is
+immutable. Objects are stored per repository: if they were shared, anybody who knows a hash could commit it and read
+another owner's private file.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ CHUNK = 1024 * 1024
 
 @dataclass(frozen=True)
 class Commit:
-    """A commit; ``date`` is ISO 8601 in UTC, ``parents`` is empty for the first one."""
+    """A commit. ``date`` is ISO 8601 in UTC; the first commit has no ``parents``."""
 
     id: str
     tree: str
@@ -35,14 +35,14 @@ class Commit:
 
 
 class CorruptUpload(HubError):
-    """The bytes that arrived are not the object that was announced."""
+    """The received bytes are not the announced object."""
 
     def __init__(self, message: str) -> None:
         super().__init__(400, message)
 
 
 class LfsWriter:
-    """Receives one LFS object in pieces; :meth:`commit` keeps it only if size and SHA-256 are right."""
+    """Receives one LFS object in chunks; :meth:`commit` stores it only if size and SHA-256 match."""
 
     def __init__(self, temporary: Path, target: Path, sha256: str, size: int) -> None:
         self._temporary = temporary
@@ -59,8 +59,8 @@ class LfsWriter:
 
     def write(self, chunk: bytes) -> None:
         self._received += len(chunk)
-        # A body that is too long is still read to its end, so that the client gets the answer instead of
-        # a broken connection (which it would retry), but it does not fill the disk.
+        # Excess bytes are read but not stored: closing the connection early would make the client retry instead of
+        # reading the error.
         if self._received <= self._size:
             self._hash.update(chunk)
             self._file.write(chunk)
@@ -69,7 +69,7 @@ class LfsWriter:
         """Move the object into place.
 
         Raises:
-            CorruptUpload: wrong size or wrong SHA-256; nothing is kept.
+            CorruptUpload: the size or SHA-256 is wrong; nothing is stored.
         """
         if self._received != self._size:
             raise CorruptUpload(f"Expected {self._size} bytes, received {self._received}")
@@ -111,7 +111,7 @@ class Objects:
         return self._path("lfs", sha256).is_file()
 
     def lfs_size(self, sha256: str) -> int | None:
-        """The size of a stored LFS object, None if it is not stored."""
+        """The size of an LFS object in bytes; None if it is not stored."""
         try:
             return self._path("lfs", sha256).stat().st_size
         except FileNotFoundError:
@@ -121,7 +121,7 @@ class Objects:
         return LfsWriter(self._temporary / secrets.token_hex(16), self._path("lfs", sha256), sha256, size)
 
     def lfs_file(self, sha256: str) -> Path:
-        """Where an LFS object lies, or would."""
+        """The path of an LFS object, stored or not."""
         return self._path("lfs", sha256)
 
     def put_lfs(self, chunks: Iterable[bytes], sha256: str, size: int) -> None:
@@ -131,11 +131,11 @@ class Objects:
             writer.commit()
 
     def file(self, entry: Entry) -> Path:
-        """Where the content of a file lies on disk."""
+        """The path on disk of a file's content."""
         return self._path("lfs", entry.sha256) if entry.sha256 else self._path("blobs", entry.oid)
 
     def read(self, entry: Entry, limit: int = 16 * CHUNK) -> bytes:
-        """The first ``limit`` bytes of a file, for the small ones the hub itself looks into."""
+        """The first ``limit`` bytes of a file."""
         with self.file(entry).open("rb") as file:
             return file.read(limit)
 
@@ -151,12 +151,16 @@ class Objects:
         self._write(self._path("commits", commit.id), json.dumps(asdict(commit)).encode())
 
     def commit(self, oid: str) -> Commit:
-        """Raises FileNotFoundError when there is no such commit."""
+        """The commit with this id.
+
+        Raises:
+            FileNotFoundError: the commit does not exist.
+        """
         row: dict[str, Any] = json.loads(self._path("commits", oid).read_bytes())
         return Commit(**{**row, "parents": tuple(row["parents"])})
 
     def commits_starting(self, prefix: str) -> list[str]:
-        """The ids of the commits whose first characters are ``prefix`` (at least two hex digits)."""
+        """The ids of the commits that start with ``prefix`` (at least two hex digits)."""
         folder = self._folder / "commits" / prefix[:2]
         if not folder.is_dir():
             return []
@@ -164,7 +168,7 @@ class Objects:
 
 
 def write_atomically(path: Path, content: bytes, temporary: Path) -> None:
-    """Replace ``path`` as a whole. The file is readable by its owner only, whatever the umask."""
+    """Replace ``path`` atomically. Only the owner can read the file, regardless of the umask."""
     temporary.mkdir(parents=True, exist_ok=True)
     draft = temporary / secrets.token_hex(16)
     descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -178,7 +182,7 @@ def write_atomically(path: Path, content: bytes, temporary: Path) -> None:
 
 
 def read_chunks(path: Path, start: int = 0, length: int | None = None) -> Iterator[bytes]:
-    """The bytes of a file from ``start`` on, piece by piece."""
+    """Read ``length`` bytes from ``start`` (default: the rest of the file) in chunks."""
     left = path.stat().st_size - start if length is None else length
     with path.open("rb") as file:
         file.seek(start)

@@ -1,4 +1,4 @@
-"""Which files go to LFS (.gitattributes) and which are left out (.gitignore)."""
+"""Which files are stored as LFS (.gitattributes) and which are ignored (.gitignore)."""
 
 import codecs
 import re
@@ -29,7 +29,7 @@ def _tracked(pattern: str) -> str:
 
 
 def default_attributes(repo_type: RepoType) -> str:
-    """The .gitattributes that the Hub puts into a new repository of that type."""
+    """The .gitattributes that the Hub creates in a new repository of this type."""
     if repo_type != "dataset":
         return "".join(map(_tracked, _MODEL_PATTERNS.split()))
     lines: list[str] = []
@@ -44,7 +44,7 @@ def default_attributes(repo_type: RepoType) -> str:
 
 @lru_cache(maxsize=1024)
 def _compile(pattern: str) -> re.Pattern[str]:
-    """A git wildmatch pattern as a regular expression over a whole path."""
+    """Compile a git wildmatch pattern to a regular expression for a whole path."""
     parts: list[str] = []
     at = 0
     while at < len(pattern):
@@ -75,7 +75,7 @@ def _compile(pattern: str) -> re.Pattern[str]:
     try:
         return re.compile("".join(parts), re.DOTALL)
     except re.error:
-        # git ignores a pattern it cannot read; so does this.
+        # Git ignores invalid patterns.
         return re.compile(r"(?!)")
 
 
@@ -86,7 +86,7 @@ def _matches(pattern: str, path: str) -> bool:
 
 
 def is_lfs_tracked(attributes: str, path: str) -> bool:
-    """Whether .gitattributes sends ``path`` to LFS: the last line that says anything decides."""
+    """Whether .gitattributes stores ``path`` as LFS; the last matching line decides."""
     tracked = False
     for line in attributes.splitlines():
         words = line.split()
@@ -99,13 +99,12 @@ def is_lfs_tracked(attributes: str, path: str) -> bool:
 
 
 def track(attributes: str, paths: Iterable[str]) -> str:
-    """``attributes`` with a line for each path it does not send to LFS yet, as the Hub adds them."""
+    """``attributes`` with a line added, as on the Hub, for each path that it does not yet store as LFS."""
     lines: list[str] = []
     for path in sorted(paths):
         if not is_lfs_tracked(attributes, path):
             quoted = re.sub(r"([*?\[\]\\])", r"\\\1", path).replace(" ", "[[:space:]]")
-            # A slash makes git match the whole path, so a file at the top gets one in front only if
-            # its name could be mistaken for a comment or a negation.
+            # A leading slash anchors the pattern. It is added only if the name would read as a comment or negation.
             lines.append(_tracked(f"/{quoted}" if quoted[0] in "#!" else quoted))
     if lines and attributes and not attributes.endswith("\n"):
         attributes += "\n"
@@ -113,7 +112,7 @@ def track(attributes: str, paths: Iterable[str]) -> str:
 
 
 def is_binary(sample: bytes) -> bool:
-    """Whether the first bytes of a file are not text; a character cut at the end does not count."""
+    """Whether the first bytes of a file are not UTF-8 text; a character truncated at the end is ignored."""
     if b"\x00" in sample:
         return True
     try:
@@ -130,9 +129,9 @@ def upload_mode(attributes: str, path: str, size: int, sample: bytes) -> Literal
 
 
 def is_ignored(ignore: str, path: str) -> bool:
-    """Whether .gitignore leaves ``path`` out, by itself or through one of its folders."""
+    """Whether .gitignore ignores ``path`` or one of its parent folders."""
     parts = path.split("/")
-    # A file in an ignored folder cannot be brought back, so folders are asked first, from the top.
+    # A negation cannot re-include a file in an ignored folder, so parent folders are checked first, from the top.
     for depth in range(1, len(parts) + 1):
         if _ignores(ignore, "/".join(parts[:depth]), is_folder=depth < len(parts)):
             return True

@@ -1,11 +1,11 @@
-"""What the Hub asks a paid plan for."""
+"""What requires a paid plan on the Hub."""
 
 from .context import Hub
 from .errors import HubError
 from .names import RepoKey
 from .store import SpaceSettings
 
-#: The hardware that may be asked for.
+#: The hardware that a Space can request.
 SPACE_HARDWARE = (
     "cpu-basic",
     "cpu-upgrade",
@@ -27,16 +27,16 @@ SPACE_HARDWARE = (
     "h100x8",
 )
 
-#: What a free account may host: static Spaces, and this many on ZeroGPU.
+#: A free account may host static Spaces and this many Gradio Spaces on ZeroGPU.
 _FREE_ZERO_GPU_SPACES = 2
 _ZERO_GPU = "zero-a10g"
 
 
 def check_plan(hub: Hub, key: RepoKey, space: SpaceSettings) -> None:
-    """Whether the plan of the owner allows a Space with these settings.
+    """Check that the owner's plan allows a Space with these settings.
 
     Raises:
-        HubError: 402, it needs a paid one.
+        HubError: 402, the Space requires a paid plan.
     """
     if hub.paid_plan or space.sdk == "static":
         return

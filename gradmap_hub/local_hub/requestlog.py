@@ -1,4 +1,4 @@
-"""What was asked of the hub, for tests to assert on and for people to read."""
+"""The request log, for tests and for debugging."""
 
 import json
 import threading
@@ -16,18 +16,17 @@ _SIGNED = ("/lfs/", "/cdn/")
 
 @dataclass(frozen=True)
 class Request:
-    """One answered request. Tokens, signatures and bodies are never recorded.
+    """One completed request. Tokens, signatures and bodies are never recorded.
 
     Args:
         method: GET, HEAD, POST, ...
-        path: as it was sent, still quoted.
-        status: of the answer; 499 when the client went away before it, 0 when a fault cut the connection
-            instead of answering.
-        user: None for anonymous requests, and for those a fault answered.
-        query: as it was sent; empty where it is a signature.
-        route: one of :data:`~gradmap_hub.local_hub.faults.ROUTES`; "none" where no route was found.
-        received: how many bytes of the body had arrived by the time of the answer.
-        host: the ``Host`` header, which tells the two ports of the hub apart.
+        path: as sent, still quoted.
+        status: of the response; 499 if the client disconnected first, 0 if a fault reset the connection.
+        user: None for anonymous requests and those that a fault intercepted.
+        query: as sent; empty if it is a signature.
+        route: one of :data:`~gradmap_hub.local_hub.faults.ROUTES`, or "none" if no route matched.
+        received: bytes of the body received before the response.
+        host: the ``Host`` header, which identifies the port.
     """
 
     method: str
@@ -41,7 +40,7 @@ class Request:
 
 
 class RequestLog:
-    """A thread-safe list of requests, mirrored to a file of JSON lines when one is given."""
+    """A thread-safe list of requests, optionally mirrored to a JSON Lines file."""
 
     def __init__(self, file: Path | None = None) -> None:
         self.requests: list[Request] = []
@@ -52,7 +51,7 @@ class RequestLog:
         with self._lock:
             self.requests.append(request)
             if len(self.requests) > _KEPT:
-                # A hub left running for weeks must not grow for ever.
+                # Bound the memory of a long-running hub.
                 del self.requests[: _KEPT // 2]
             if self._file is not None:
                 self._file.parent.mkdir(parents=True, exist_ok=True)
@@ -62,7 +61,7 @@ class RequestLog:
 
 
 class LogMiddleware:
-    """Records a request just before its answer leaves: a client that has the answer finds it logged."""
+    """Records a request just before its response is sent, so a client that has the response finds it in the log."""
 
     def __init__(self, app: ASGIApp, log: RequestLog) -> None:
         self.app = app
@@ -74,7 +73,7 @@ class LogMiddleware:
             return
         state: dict[str, object] = scope.setdefault("state", {})
         path = scope["raw_path"].decode("ascii", "replace")
-        # The query of these addresses is their signature.
+        # The query of these URLs is their signature.
         query = "" if path.startswith(_SIGNED) else scope["query_string"].decode("ascii", "replace")
         host = next((value for name, value in scope["headers"] if name == b"host"), b"").decode("ascii", "replace")
         answered = False

@@ -1,4 +1,4 @@
-"""Routes with a name, which the log tells and faults are put at."""
+"""Named routes, for the request log and fault injection."""
 
 from dataclasses import dataclass
 
@@ -12,10 +12,10 @@ from .names import RepoType
 
 @dataclass(frozen=True)
 class RouteMaker:
-    """Makes the routes of one kind of repository, or those that have nothing to do with the kind.
+    """Creates the routes of one repository type, or those that do not depend on the type.
 
-    HEAD comes with GET unless a route for HEAD was made before. Every method raises ValueError for a name that
-    is not one of :data:`~gradmap_hub.local_hub.faults.ROUTES`.
+    GET routes also serve HEAD unless an earlier route handles HEAD. Every method raises ValueError if the name is not
+    in :data:`~gradmap_hub.local_hub.faults.ROUTES`.
     """
 
     hub: Hub
@@ -25,18 +25,18 @@ class RouteMaker:
         return self._named(name, path, endpoint(self.hub, handler, self.repo_type), method)
 
     def streaming_route(self, name: str, path: str, handler: AsyncHandler, method: str = "GET") -> Route:
-        """For a handler that reads the body itself, piece by piece."""
+        """A route whose handler streams the body itself."""
         return self._named(name, path, streaming_endpoint(self.hub, handler, self.repo_type), method)
 
     def signed_route(self, name: str, path: str, handler: Handler, method: str = "GET") -> Route:
-        """For addresses that are signed, where a token is refused."""
+        """A route for signed URLs; a request with a token is refused."""
         return self._named(name, path, endpoint(self.hub, handler, self.repo_type, signed=True), method)
 
     def signed_streaming_route(self, name: str, path: str, handler: AsyncHandler, method: str = "GET") -> Route:
         return self._named(name, path, streaming_endpoint(self.hub, handler, self.repo_type, signed=True), method)
 
     def storage_route(self, name: str, path: str, handler: Handler, method: str = "GET") -> Route:
-        """For storage with tokens of its own, which the handler looks at."""
+        """A route of storage that has its own tokens; the handler checks them."""
         return self._named(name, path, endpoint(self.hub, handler, self.repo_type, own_tokens=True), method)
 
     def storage_streaming_route(self, name: str, path: str, handler: AsyncHandler, method: str = "GET") -> Route:

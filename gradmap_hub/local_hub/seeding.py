@@ -1,4 +1,4 @@
-"""Putting a local folder into a repository without HTTP."""
+"""Copy a local folder into a repository without HTTP."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,14 +14,13 @@ _SAMPLE = 512
 
 
 def seed_folder(store: Store, key: RepoKey, folder: Path) -> str:
-    """Make the files of a repository those of ``folder``, in one commit; returns the head's id.
+    """Replace the files of a repository with those of ``folder`` in one commit; return the id of the head.
 
-    Nothing is committed where they are already. Files are copied: a hard link would change with the folder,
-    and stored objects must never change.
+    If nothing differs, no commit is made. Files are copied, not hard-linked: stored objects must never change.
 
     Raises:
-        InvalidName: a file has a name that the Hub refuses.
-        NotADirectoryError: there is no such folder.
+        InvalidName: the Hub would refuse a file name.
+        NotADirectoryError: ``folder`` is not a directory.
     """
     if not folder.is_dir():
         raise NotADirectoryError(folder)
@@ -32,7 +31,7 @@ def seed_folder(store: Store, key: RepoKey, folder: Path) -> str:
         before = store.files(key, store.resolve(key, "main"))
         wanted = {path: _store_file(objects, attributes, path, file) for path, file in _walk(folder)}
         changes: list[Change] = [AddFile(path, entry) for path, entry in wanted.items() if before.get(path) != entry]
-        # .gitattributes is the hub's own unless the folder brings one.
+        # The hub's own .gitattributes stays unless the folder has one.
         changes += [DeleteFile(path) for path in before if path not in wanted and path != ".gitattributes"]
         return store.commit(key, "main", NewCommit(f"Seed from {folder.name}", key.namespace, tuple(changes))).oid
 
@@ -40,7 +39,7 @@ def seed_folder(store: Store, key: RepoKey, folder: Path) -> str:
 def _walk(folder: Path) -> Iterator[tuple[str, Path]]:
     for file in sorted(folder.rglob("*")):
         relative = file.relative_to(folder)
-        # What git and huggingface_hub keep beside the files for themselves.
+        # Metadata of git and huggingface_hub.
         if _SKIPPED_FOLDERS & set(relative.parts) or relative.parts[:2] == (".cache", "huggingface"):
             continue
         if file.is_file():

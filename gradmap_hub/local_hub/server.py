@@ -1,4 +1,4 @@
-"""Starting and stopping the hub."""
+"""The hub as a server: start, stop, set up."""
 
 import ipaddress
 import os
@@ -35,26 +35,26 @@ _IDLE_SECONDS = 75
 class LocalHub:
     """A Hugging Face Hub in a directory, served on this machine.
 
-    Everything is in ``root``: opening the same directory again, later or with another port, shows the same
-    repositories, users and tokens. The methods that set up users and repositories work with or without the
-    hub being started. Only one started hub may use a directory.
+    All data is in ``root``: reopening the directory, on any port, restores the same repositories, users and tokens.
+    The methods that set up users and repositories work whether or not the hub is running. Only one running hub may
+    use a directory.
 
     Args:
-        root: the directory, created as needed. It holds tokens: keep it to yourself.
+        root: the directory, created as needed. It contains tokens: keep it private.
         host: the address to listen on; must be a loopback address unless ``allow_remote`` is set.
-        port: 0 takes any free one.
-        paid_plan: off, creating a Gradio or Docker Space is answered with 402, as for a free account.
-        log_file: mirror :attr:`requests` to this file, one JSON object a line.
-        allow_remote: listen where other machines can connect. There is no TLS: tokens travel in clear text.
-        browse_private: show private repositories on the pages for browsers, which carry no token. On, because
-            only this machine can connect; switch it off together with ``allow_remote``, or on a machine that
-            you share. The API never shows them without a token.
-        multipart_bytes: LFS files larger than this are uploaded in parts of this size, by clients that can.
-        cdn_port: a second port, from which LFS files are downloaded, as from the Hub's CDN: by signed addresses,
-            and refusing whoever shows a token. 0 takes any free one; None serves everything at the first port.
-        cdn_seconds: for how long such an address works.
-        xet: offer uploads by xet, beside LFS. Off, as clients from 1.x on do not ask: tell them with
-            HF_HUB_DISABLE_XET=1.
+        port: 0 picks a free port.
+        paid_plan: if False, creating a Gradio or Docker Space fails with 402, as for a free account.
+        log_file: mirror :attr:`requests` to this JSON Lines file.
+        allow_remote: allow connections from other machines. There is no TLS: tokens are sent in clear text.
+        browse_private: show private repositories on the browser pages, which carry no token. Safe by default because
+            only this machine can connect; turn it off together with ``allow_remote`` or on a shared machine. The API
+            never shows them without a token.
+        multipart_bytes: LFS files above this size are uploaded in parts of this size, if the client supports it.
+        cdn_port: a second port for LFS downloads, like the Hub's CDN: it takes signed URLs and refuses requests with
+            a token. 0 picks a free port; None serves everything from the main port.
+        cdn_seconds: the lifetime of a signed URL.
+        xet: offer Xet uploads beside LFS. If False, clients from 1.x on need HF_HUB_DISABLE_XET=1, because they
+            assume Xet.
 
     Raises:
         ValueError: ``host`` is not a loopback address and ``allow_remote`` is off; ``multipart_bytes`` is not
@@ -79,16 +79,16 @@ class LocalHub:
         if multipart_bytes < 1:
             raise ValueError(f"multipart_bytes must be positive, got {multipart_bytes}")
         if not allow_remote and not _is_loopback(host):
-            raise ValueError(f"{host!r} can be reached from other machines; pass allow_remote=True if that is meant")
+            raise ValueError(f"{host!r} can be reached from other machines; pass allow_remote=True to allow that")
         self.root = Path(root)
-        # Private repositories are in there: other users of the machine are to stay out.
+        # It contains private repositories: no access for other users of the machine.
         self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.host = host
         self.port = port
         self.cdn_port = cdn_port
         self._allow_remote = allow_remote
         self._log = RequestLog(log_file)
-        #: Failures to be injected; see :class:`~gradmap_hub.local_hub.faults.Fault`.
+        #: Failures to inject; see :class:`~gradmap_hub.local_hub.faults.Fault`.
         self.faults = Faults()
         store = Store(self.root)
         self._hub = Hub(
@@ -111,7 +111,7 @@ class LocalHub:
 
     @property
     def url(self) -> str:
-        """The address, without a trailing slash. Pass it as ``endpoint`` or set it as ``HF_ENDPOINT``.
+        """The URL, without a trailing slash. Pass it as ``endpoint`` or set it as ``HF_ENDPOINT``.
 
         Raises:
             RuntimeError: the hub is not running.
@@ -122,7 +122,7 @@ class LocalHub:
 
     @property
     def cdn_url(self) -> str | None:
-        """The address of the second port, without a trailing slash; None where there is none.
+        """The URL of the CDN port, without a trailing slash; None if ``cdn_port`` is None.
 
         Raises:
             RuntimeError: the hub is not running.
@@ -133,17 +133,17 @@ class LocalHub:
 
     @property
     def requests(self) -> list[Request]:
-        """The requests answered so far, oldest first. The list is the live one: it may be cleared."""
+        """The requests so far, oldest first. This is the live list; clear it to reset the log."""
         return self._log.requests
 
     # Running
 
     def start(self) -> None:
-        """Listen, and return once the hub answers. Does nothing if it is running.
+        """Start the hub and return once it accepts requests. Does nothing if the hub is running.
 
         Raises:
-            OSError: a port is taken.
-            RuntimeError: another hub uses the same directory, or the server did not come up.
+            OSError: a port is in use.
+            RuntimeError: another hub uses the same directory, or the server did not start.
         """
         if self._thread is not None:
             return
@@ -151,7 +151,7 @@ class LocalHub:
         listeners: list[socket.socket] = []
         try:
             self._hub.store.clear_temporary()
-            # Bound here rather than by uvicorn: the ports are known, and the caller gets the error.
+            # Bound here, not by uvicorn: the ports are known at once, and errors reach the caller.
             for port in [self.port] if self.cdn_port is None else [self.port, self.cdn_port]:
                 listeners.append(_listen(self.host, port))
         except BaseException:
@@ -172,8 +172,7 @@ class LocalHub:
             server_header=False,
             ws="none",
             timeout_graceful_shutdown=_STOP_SECONDS // 2,
-            # After 5 s, uvicorn's own, a client that was busy elsewhere may write just as its connection is closed: a
-            # failure that nobody asked for.
+            # uvicorn's default of 5 s may close an idle connection just as a client reuses it.
             timeout_keep_alive=_IDLE_SECONDS,
         )
         server = uvicorn.Server(config)
@@ -189,7 +188,7 @@ class LocalHub:
             time.sleep(0.005)
 
     def stop(self) -> None:
-        """Finish the requests under way and stop listening. Does nothing if the hub is not running."""
+        """Finish the running requests and stop listening. Does nothing if the hub is not running."""
         server, thread = self._server, self._thread
         if server is not None and thread is not None:
             server.should_exit = True
@@ -201,9 +200,9 @@ class LocalHub:
         self._unlock()
 
     def serve_forever(self) -> None:
-        """Serve until SIGINT or SIGTERM arrives (or the server dies), then stop and return.
+        """Serve until SIGINT or SIGTERM arrives or the server dies, then stop and return.
 
-        Starts the hub if it is not running. Call it from the main thread: signals reach no other.
+        Starts the hub if it is not running. Call it from the main thread, which receives the signals.
         """
         stopped = threading.Event()
 
@@ -213,7 +212,7 @@ class LocalHub:
         before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             self.start()
-            # The timeout is for Windows, where a wait without one cannot be interrupted.
+            # On Windows, a wait without a timeout cannot be interrupted.
             while not stopped.wait(0.5) and self._thread is not None and self._thread.is_alive():
                 pass
         finally:
@@ -239,29 +238,29 @@ class LocalHub:
         orgs: Sequence[str] = (),
         scopes: Sequence[Mapping[str, Any]] = (),
     ) -> str:
-        """Create a user, or add one to more organisations; returns a token of that role.
+        """Create a user or add them to more organisations; return a token of this role.
 
-        Organisations are created as needed, and members may write to them. Asking again for the same user, role
+        Organisations are created as needed, and members may write to them. A repeated call with the same user, role
         and scopes returns the same token.
 
         Args:
-            name: of the user.
+            name: the user name.
             role: "read", "write" or "fineGrained".
-            orgs: organisations to become a member of.
-            scopes: for a fine-grained token, what it may do, as whoami shows it: ``{"entity": {"type": "model",
-                "name": "ada/tiny"}, "permissions": ["repo.content.read", "repo.write"]}``. An entity is a user,
-                an org, or one model, dataset or space. "repo.write" lets it change and (user, org) create
-                repositories, "repo.content.read" read private ones, "discussion.write" open pull requests,
-                "collection.write" make collections.
+            orgs: organisations to join.
+            scopes: the permissions of a fine-grained token, in whoami's format: ``{"entity": {"type": "model",
+                "name": "ada/tiny"}, "permissions": ["repo.content.read", "repo.write"]}``. An entity is a user, an
+                org, or one model, dataset or space. "repo.write" permits writing to repositories and (user, org)
+                creating them, "repo.content.read" reading private ones, "discussion.write" opening pull requests,
+                "collection.write" creating collections.
 
         Raises:
-            ValueError: a name that the Hub would refuse or that is taken by an organisation; an unknown role;
-                scopes that are none, or for a token that is not fine-grained.
+            ValueError: the Hub would refuse the name, or a user and an organisation would share it; an unknown role;
+                an invalid scope, or scopes for a token that is not fine-grained.
         """
         return self._hub.accounts.add_user(name, role, orgs, scopes)
 
     def set_gated(self, repo_id: str, mode: Gated, repo_type: str = "model") -> None:
-        """Gate a repository, or (False) open it to everybody.
+        """Set the gated mode of a repository; False removes the gate.
 
         Raises:
             ValueError: an unknown mode.
@@ -272,24 +271,24 @@ class LocalHub:
         self._hub.store.update(key, lambda state: replace(state, gated=mode))
 
     def grant_access(self, repo_id: str, user: str, repo_type: str = "model") -> None:
-        """Let a user read the files of a gated repository."""
+        """Grant a user access to the files of a gated repository."""
         key = parse_repo_id(repo_id, repo_type)
         self._hub.store.update(key, lambda state: replace(state, granted=tuple(sorted({*state.granted, user}))))
 
     def set_private(self, repo_id: str, private: bool, repo_type: str = "model") -> None:
-        """Hide a repository from everybody but its owners, or show it again."""
+        """Make a repository private or public."""
         key = parse_repo_id(repo_id, repo_type)
         self._hub.store.update(key, lambda state: replace(state, private=private))
 
     def set_space_build(self, repo_id: str, *, polls: int = 2, error: str | None = None) -> None:
-        """Say how the builds of a Space go, from the next time its runtime is asked for.
+        """Set how the builds of a Space proceed, from the next runtime request on.
 
-        Without this they go as with the defaults. Every commit to ``main`` is a new build.
+        Every commit to ``main`` starts a new build.
 
         Args:
             repo_id: the Space.
-            polls: how many times the runtime is asked for before the last stage; the first half finds BUILDING,
-                the rest APP_STARTING. With 0 the last stage is there at once.
+            polls: the number of runtime requests before the final stage. The first half (all, if ``error`` is set)
+                returns BUILDING, the rest APP_STARTING. 0 reaches the final stage at once.
             error: end with BUILD_ERROR and this message instead of RUNNING.
 
         Raises:
@@ -307,14 +306,14 @@ class LocalHub:
         repo_type: Literal["model", "dataset", "space"] = "model",
         private: bool = False,
     ) -> str:
-        """Make the files of a repository those of ``folder``, without HTTP; returns the commit id.
+        """Replace the files of a repository with those of ``folder``, without HTTP; return the commit id.
 
-        The repository is created as needed. Its owner need not exist: a user or an organisation of that name
-        can be added later. Equal content makes no new commit. A repository that is private stays so.
+        The repository is created as needed. Its owner need not exist: a user or organisation of that name can be
+        added later. If nothing differs, no commit is made. A private repository stays private.
 
         Raises:
             ValueError: an invalid repository id or file name.
-            NotADirectoryError: there is no such folder.
+            NotADirectoryError: ``folder`` is not a directory.
         """
         key = parse_repo_id(repo_id, repo_type)
         folder = Path(folder)
@@ -349,13 +348,13 @@ def _is_loopback(host: str) -> bool:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    # With the protocol named, asyncio turns Nagle's algorithm off: every answer on a connection that is kept would
-    # otherwise wait 40 ms for the client's delayed acknowledgement.
+    # With an explicit protocol, asyncio disables Nagle's algorithm. Otherwise every response on a kept-alive connection
+    # waits 40 ms for the client's delayed acknowledgement.
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         if os.name == "posix":
-            # A hub that was just stopped leaves its port waiting for stray packets.
+            # The port of a hub that has just stopped is still in TIME_WAIT.
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
         listener.listen(128)
@@ -366,11 +365,15 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _lock(path: Path) -> IO[bytes]:
-    """Hold a file lock until the returned file is closed; the system releases it if the process dies."""
+    """Hold a file lock until the returned file is closed or the process dies.
+
+    Raises:
+        RuntimeError: another hub holds the lock.
+    """
     file = path.open("ab")
     try:
         import fcntl
-    except ImportError:  # Windows: two hubs on one directory are not noticed there
+    except ImportError:  # Windows: a second hub on the directory is not detected
         return file
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

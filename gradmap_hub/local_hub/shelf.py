@@ -1,4 +1,4 @@
-"""Collections: named lists of repositories and papers, in one file."""
+"""Collections: named lists of repositories and papers, stored in one file."""
 
 import json
 import re
@@ -27,7 +27,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Collection:
-    """A collection; ``slug`` is ``owner/title-in-lower-case-id``."""
+    """A collection. ``slug`` is ``owner/title-in-lower-case-id``."""
 
     slug: str
     title: str
@@ -39,14 +39,14 @@ class Collection:
 
 
 class CollectionExists(HubError):
-    """There is one of that title; the client reads its slug from the answer."""
+    """The owner already has a collection with this title; the client reads its slug from the response."""
 
     def __init__(self, slug: str) -> None:
-        super().__init__(409, "A collection with this title exists already", body={"slug": slug})
+        super().__init__(409, "A collection with this title already exists", body={"slug": slug})
 
 
 class Shelf:
-    """The collections of a hub. Safe for concurrent threads."""
+    """The collections of a hub. Thread-safe."""
 
     def __init__(self, root: Path, temporary: Path) -> None:
         self._file = root / "collections.json"
@@ -54,7 +54,7 @@ class Shelf:
         self._lock = threading.RLock()
 
     def all(self) -> list[Collection]:
-        """Every collection, oldest first."""
+        """All collections, oldest first."""
         try:
             rows: list[dict[str, Any]] = json.loads(self._file.read_bytes())
         except FileNotFoundError:
@@ -62,17 +62,21 @@ class Shelf:
         return [Collection(**{**row, "items": tuple(Item(**item) for item in row["items"])}) for row in rows]
 
     def get(self, slug: str) -> Collection:
-        """Raises HubError 404."""
+        """The collection with this slug.
+
+        Raises:
+            HubError: 404, the collection does not exist.
+        """
         for collection in self.all():
             if collection.slug == slug:
                 return collection
         raise HubError(404, "Collection not found")
 
     def add(self, title: str, owner: str, private: bool, description: str | None, now: str) -> Collection:
-        """A new collection.
+        """Create a collection.
 
         Raises:
-            CollectionExists: the owner has one of that title.
+            CollectionExists: the owner already has a collection with this title.
         """
         with self._lock:
             collections = self.all()
@@ -86,15 +90,15 @@ class Shelf:
             return made
 
     def add_item(self, slug: str, item_id: str, item_type: ItemType, note: str | None, now: str) -> Collection:
-        """The collection with one more item.
+        """Add an item and return the updated collection.
 
         Raises:
-            HubError: 404, there is no such collection; 409, the item is in it.
+            HubError: 404, the collection does not exist; 409, it already contains the item.
         """
 
         def change(collection: Collection) -> Collection:
             if any((item.id, item.type) == (item_id, item_type) for item in collection.items):
-                raise HubError(409, "This item is in the collection already")
+                raise HubError(409, "The collection already contains this item")
             item = Item(secrets.token_hex(12), item_id, item_type, note)
             return replace(collection, items=(*collection.items, item), updated_at=now)
 

@@ -1,4 +1,4 @@
-"""How far a Space has come. Nothing runs here: being asked is what makes the build advance."""
+"""The simulated build of a Space. Nothing runs: each runtime request advances the build."""
 
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -11,12 +11,12 @@ class SpaceBuild:
     """The build of one commit.
 
     Args:
-        polls: how many times the runtime is asked for before the last stage is reached. The first half of them
-            (all, where it fails) finds BUILDING, the rest APP_STARTING.
-        error: the build ends with BUILD_ERROR and this message, instead of RUNNING.
-        commit: what is built.
-        seen: how many times the runtime was asked for.
-        paused: the owner has paused the Space.
+        polls: the number of runtime requests before the final stage. The first half (all, if ``error`` is set)
+            returns BUILDING, the rest APP_STARTING.
+        error: the build ends with BUILD_ERROR and this message instead of RUNNING.
+        commit: the commit that is built.
+        seen: the number of runtime requests so far, at most ``polls``.
+        paused: whether the owner has paused the Space.
     """
 
     polls: int = 2
@@ -40,14 +40,14 @@ class SpaceBuild:
         return (self.polls + 1) // 2
 
     def of(self, commit: str) -> "SpaceBuild":
-        """The build of this commit, which starts anew where another one was built before."""
+        """The build of this commit; a new commit restarts the build."""
         return self if commit == self.commit else replace(self, commit=commit, seen=0)
 
     def polled(self) -> "SpaceBuild":
-        """One step further."""
+        """The build after one more runtime request."""
         return replace(self, seen=min(self.seen + (not self.paused), self.polls))
 
     def restarted(self, rebuild: bool) -> "SpaceBuild":
-        """Running again, from the image that was built, or (also if that failed) from a new one."""
+        """The build after a restart: from the built image, or from scratch if ``rebuild`` is set or the build fails."""
         seen = 0 if rebuild or self.error is not None else min(self.seen, self._building)
         return replace(self, seen=seen, paused=False)

@@ -1,9 +1,9 @@
-"""Repositories in a directory: their state, their history, and the one way to change them.
+"""Repositories in a directory: their state, their history and all writes to them.
 
-What can change about a repository (settings, branches, tags, pull requests, variables) is one small JSON
-file that is replaced as a whole, after the objects it names were written. A crash therefore leaves the
-repository as it was before or as it is after. Nothing is cached between calls: what a second process wrote
-is seen. Writes survive a crash of the hub, not (no fsync) the power failing.
+The mutable state of a repository (settings, branches, tags, pull requests, variables) is one small JSON file. It is
+replaced atomically after the objects it refers to are written, so a crash leaves either the old or the new state.
+Nothing is cached between calls, so writes of another process are visible. Writes survive a crash of the hub, but not a
+power failure (no fsync).
 """
 
 import json
@@ -39,7 +39,7 @@ Check out the configuration reference at https://huggingface.co/docs/hub/spaces-
 
 @dataclass(frozen=True)
 class Variable:
-    """A Space variable, or a Space secret (whose value is never kept)."""
+    """A Space variable or secret. The value of a secret is never stored."""
 
     value: str
     description: str | None
@@ -48,7 +48,7 @@ class Variable:
 
 @dataclass(frozen=True)
 class PullRequest:
-    """A pull request; ``created_at`` is empty in hubs of former versions."""
+    """A pull request. ``created_at`` is empty in files written by older versions."""
 
     number: int
     title: str
@@ -69,7 +69,7 @@ class SpaceSettings:
 
 @dataclass(frozen=True)
 class RepoState:
-    """Everything about a repository that can change. Updated only through :meth:`Store.update`."""
+    """The mutable state of a repository. Updated only through :meth:`Store.update`."""
 
     internal_id: str
     created_at: str
@@ -96,7 +96,7 @@ class RepoState:
                 "granted": tuple(row["granted"]),
                 "pulls": tuple(PullRequest(**pull) for pull in row["pulls"]),
                 "space": SpaceSettings(**row["space"]) if row["space"] else None,
-                # Hubs of former versions have none.
+                # Files written by older versions lack this key.
                 "build": SpaceBuild(**row.get("build", {})),
                 "variables": {key: Variable(**value) for key, value in row["variables"].items()},
                 "secrets": {key: Variable(**value) for key, value in row["secrets"].items()},
@@ -125,7 +125,7 @@ Change = AddFile | DeleteFile | DeleteFolder
 
 @dataclass(frozen=True)
 class NewCommit:
-    """A commit to be made; ``parent`` is the head the author has seen, at least its first five digits."""
+    """A commit to create. ``parent`` is the expected head, at least its first five digits."""
 
     title: str
     author: str
@@ -146,7 +146,7 @@ def now() -> str:
 
 
 class Store:
-    """The repositories under ``root``. Safe for concurrent threads."""
+    """The repositories under ``root``. Thread-safe."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -169,11 +169,11 @@ class Store:
         return Objects(self._folder(key), self.temporary)
 
     def xorb(self, name: str) -> Path:
-        """Where a xorb lies, or would. They are of all repositories: a client sends none that it has sent before."""
+        """The path of a xorb, stored or not. Repositories share xorbs, because a client never sends one twice."""
         return self.root / "xorbs" / name[:2] / name[2:]
 
     def clear_temporary(self) -> None:
-        """Remove what an interrupted hub left half written. Only while no other hub uses the root."""
+        """Remove files that an interrupted hub left. No other hub may use the directory."""
         for leftover in self.temporary.iterdir():
             if leftover.is_dir():
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -194,24 +194,28 @@ class Store:
         return self._state_file(key).is_file()
 
     def state(self, key: RepoKey) -> RepoState:
-        """Raises RepoNotFound."""
+        """The state of a repository.
+
+        Raises:
+            RepoNotFound: the repository does not exist.
+        """
         try:
             return RepoState.from_json(self._state_file(key).read_bytes())
         except (FileNotFoundError, NotADirectoryError):
             raise RepoNotFound from None
 
     def update(self, key: RepoKey, change: Callable[[RepoState], RepoState]) -> RepoState:
-        """Replace the state of a repository by ``change(state)``, one caller at a time."""
+        """Replace the state of a repository with ``change(state)`` under its lock; return the new state."""
         with self.lock(key):
             state = change(self.state(key))
             write_atomically(self._state_file(key), state.to_json(), self.temporary)
             return state
 
     def create(self, key: RepoKey, author: str, private: bool = False, space: SpaceSettings | None = None) -> RepoState:
-        """A new repository with the Hub's first commit in it.
+        """Create a repository with the initial commit that the Hub makes.
 
         Raises:
-            RepoExists: there is one already.
+            RepoExists: the repository already exists.
         """
         with self.lock(key):
             if self.exists(key):
@@ -237,16 +241,16 @@ class Store:
     def delete(self, key: RepoKey) -> None:
         with self.lock(key):
             self.state(key)
-            # Renamed first, so that no request ever meets half a repository.
+            # Renamed first, so that no request finds a half-deleted repository.
             trash = self.temporary / secrets.token_hex(16)
             self._folder(key).rename(trash)
         shutil.rmtree(trash, ignore_errors=True)
 
     def move(self, key: RepoKey, new: RepoKey) -> None:
-        """Give a repository another name or owner.
+        """Rename a repository or transfer it to another owner.
 
         Raises:
-            RepoNotFound: there is no such repository.
+            RepoNotFound: the repository does not exist.
             RepoExists: the new name is taken.
         """
         first, second = sorted((key, new), key=lambda each: each.id)
@@ -256,14 +260,14 @@ class Store:
                 raise RepoExists(new.type, new.id)
             target = self._folder(new)
             target.parent.mkdir(parents=True, exist_ok=True)
-            # What an upload to a repository that was deleted meanwhile has left there.
+            # Remnants of an upload to a repository that was deleted during the upload.
             shutil.rmtree(target, ignore_errors=True)
             self._folder(key).rename(target)
 
     # History
 
     def resolve(self, key: RepoKey, revision: str) -> str:
-        """The commit id that a branch, a tag, a ref, a commit id or its first seven digits stand for.
+        """Resolve a branch, tag, ref or commit id (at least seven digits) to a full commit id.
 
         Raises:
             RepoNotFound, RevisionNotFound
@@ -299,15 +303,15 @@ class Store:
             oid = commit.parents[0]
 
     def commit(self, key: RepoKey, revision: str, new: NewCommit) -> Committed:
-        """Add a commit to a branch or a pull request, or open a pull request with it.
+        """Add a commit to a branch or pull request, or open a pull request with it.
 
-        A commit that changes nothing is not made: the head is returned instead.
+        If the commit changes nothing, no commit is made and the current head is returned.
 
         Raises:
-            RevisionNotFound: no such branch.
+            RevisionNotFound: the branch does not exist.
             StaleParent: ``new.parent`` is not the head of the branch.
-            EntryNotFound: a file or folder to delete is not there.
-            HubError: a path is a file and a folder at once.
+            EntryNotFound: a file or folder to delete does not exist.
+            HubError: 400, a path would be both a file and a folder.
         """
         objects = self.objects(key)
         with self.lock(key):
@@ -332,7 +336,7 @@ class Store:
             return Committed(commit.id)
 
     def open_pull_request(self, key: RepoKey, title: str, author: str, description: str) -> PullRequest:
-        """A draft without changes of its own yet."""
+        """Open a draft pull request without changes."""
         with self.lock(key):
             return self._add_pull(key, title, author, self.state(key).branches["main"], description, "draft")
 
@@ -376,7 +380,7 @@ class Store:
 
 
 def last_commits(store: Store, key: RepoKey, oid: str, paths: Iterable[str]) -> dict[str, Commit]:
-    """For each file or folder of a commit, the last commit that changed it."""
+    """The last commit that changed each of these files and folders, by path."""
     wanted = set(paths)
     found: dict[str, Commit] = {}
     newer: Commit | None = None
@@ -446,9 +450,9 @@ def _apply(before: Mapping[str, Entry], changes: Iterable[Change]) -> dict[str, 
 
 
 def _tracked(objects: Objects, before: Mapping[str, Entry], files: dict[str, Entry]) -> dict[str, Entry]:
-    """``files`` with .gitattributes naming every new LFS file, as the Hub does on its own."""
+    """``files`` with every new LFS file listed in .gitattributes, as the Hub does."""
     entry = files.get(".gitattributes")
-    # A .gitattributes that is replaced must go on naming the files that are there already.
+    # A replaced .gitattributes must still list the existing LFS files.
     old_files = before if entry == before.get(".gitattributes") else {}
     added = [path for path, new in files.items() if new.sha256 and old_files.get(path) != new]
     if entry is not None and entry.sha256 is not None:

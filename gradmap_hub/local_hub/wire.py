@@ -1,4 +1,4 @@
-"""Below HTTP: cutting the connection that a request came in on."""
+"""Below HTTP: close or reset the connection of a request."""
 
 import asyncio
 import os
@@ -13,7 +13,7 @@ _TRANSPORT = "local_hub.transport"
 
 
 class OpenProtocol(H11Protocol):
-    """HTTP/1.1 that lets :class:`Wire` reach the connection through the state of a request."""
+    """HTTP/1.1 protocol that exposes its transport to :class:`Wire` in the state of each request."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         super().connection_made(transport)
@@ -21,11 +21,11 @@ class OpenProtocol(H11Protocol):
 
 
 async def cut(send: Send, *, reset: bool) -> None:
-    """End the connection without (the rest of) an answer.
+    """End the connection without a complete response.
 
     Args:
-        send: what an answer would have been sent with.
-        reset: tear it down at once (RST); otherwise what was sent before still arrives.
+        send: the ASGI send callable of the request.
+        reset: reset the connection at once (RST); otherwise the bytes already sent still arrive.
     """
     await send({"type": _CUT, "reset": reset})
 
@@ -50,7 +50,7 @@ class Wire:
                 _reset(transport)
             else:
                 transport.close()
-            # The server would try to answer a request that returns before it has noticed.
+            # If this returned before the server saw the disconnect, the server would try to send a response.
             while (await receive())["type"] != "http.disconnect":
                 pass
 
@@ -59,7 +59,7 @@ class Wire:
 
 def _reset(transport: asyncio.Transport) -> None:
     connection: socket.socket = transport.get_extra_info("socket")
-    # With a linger time of zero the system sends RST instead of FIN.
+    # A linger time of zero makes the system send RST instead of FIN.
     linger = struct.pack("ii" if os.name == "posix" else "hh", 1, 0)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
     transport.abort()

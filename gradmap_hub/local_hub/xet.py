@@ -1,7 +1,7 @@
-"""What a client sends by xet: xorbs (compressed pieces of files) and shards (which pieces make up which file).
+"""The Xet formats: xorbs (compressed chunks of files) and shards (which chunks make up which file).
 
-Written down in https://huggingface.co/docs/xet. A file comes back together here as soon as its shard arrives, and is
-then an LFS object like any other; its SHA-256, which the shard names, says whether all of it is right.
+Specification: https://huggingface.co/docs/xet. A file is reassembled when its shard arrives and is then stored like
+any LFS object. The SHA-256 in the shard verifies it.
 """
 
 import struct
@@ -15,13 +15,13 @@ _RECORD = 48
 _BOOKEND = b"\xff" * 32
 _VERIFIED, _HAS_SHA256 = 1 << 31, 1 << 30
 _PIECE_HEAD = 8
-#: The client makes pieces of at most 128 kB and xorbs of at most 64 MB.
+#: Limits with some margin: the client sends chunks of at most 128 kB and xorbs of at most 64 MB.
 _PIECE_LIMIT = 1 << 20
 XORB_LIMIT = 80 << 20
 
 
 class BadXet(HubError):
-    """A shard or a xorb that is none, or names what is not here."""
+    """An invalid shard or xorb, or one that refers to a missing xorb."""
 
     def __init__(self, message: str) -> None:
         super().__init__(400, message)
@@ -29,7 +29,7 @@ class BadXet(HubError):
 
 @dataclass(frozen=True)
 class Segment:
-    """Pieces ``start`` to ``end`` (exclusive) of a xorb, which are ``size`` bytes of a file."""
+    """Chunks ``start`` to ``end`` (exclusive) of a xorb: ``size`` bytes of a file."""
 
     xorb: str
     start: int
@@ -48,7 +48,7 @@ class XetFile:
 
 
 def hash_text(raw: bytes) -> str:
-    """A hash as xet writes it: four little-endian words."""
+    """The text form of a Xet hash: four little-endian 64-bit words in hex."""
     return "".join(f"{word:016x}" for word in struct.unpack("<4Q", raw))
 
 
@@ -56,7 +56,7 @@ def read_shard(body: bytes) -> list[XetFile]:
     """The files that a shard describes.
 
     Raises:
-        BadXet
+        BadXet: the shard is invalid.
     """
     records = [body[start : start + _RECORD] for start in range(0, len(body), _RECORD)]
     position, files = 1, list[XetFile]()
@@ -66,11 +66,11 @@ def read_shard(body: bytes) -> list[XetFile]:
         found = records[position : position + count]
         position += count
         if len(found) < count or any(len(record) < _RECORD for record in found):
-            raise BadXet("The shard ends too early")
+            raise BadXet("The shard is truncated")
         return found
 
     if not body.startswith(b"HFRepoMetaData\0"):
-        raise BadXet("This is no shard")
+        raise BadXet("This is not a shard")
     while True:
         [head] = take(1)
         if head[:32] == _BOOKEND:
@@ -82,15 +82,15 @@ def read_shard(body: bytes) -> list[XetFile]:
             segments.append(Segment(hash_text(record[:32]), start, end, size))
         take(count if flags & _VERIFIED else 0)
         if not flags & _HAS_SHA256:
-            raise BadXet("The shard does not name the SHA-256 of a file")
+            raise BadXet("The shard lacks the SHA-256 of a file")
         files.append(XetFile(hash_text(take(1)[0][:32]), tuple(segments)))
 
 
 def read_pieces(xorb: Path, start: int = 0, end: int | None = None) -> Iterator[bytes]:
-    """The pieces of a stored xorb from number ``start`` to ``end`` (exclusive), unpacked.
+    """The decompressed chunks ``start`` to ``end`` (exclusive) of a stored xorb.
 
     Raises:
-        BadXet: it is damaged, or has not so many.
+        BadXet: the xorb is corrupt or has fewer chunks.
     """
     with xorb.open("rb") as stream:
         number = 0
@@ -99,29 +99,29 @@ def read_pieces(xorb: Path, start: int = 0, end: int | None = None) -> Iterator[
             if not head and end is None:
                 return
             if len(head) < _PIECE_HEAD or head[0] != 0:
-                raise BadXet("The xorb is damaged, or has fewer pieces than its shard says")
+                raise BadXet("The xorb is corrupt or has fewer chunks than the shard says")
             packed, size = int.from_bytes(head[1:4], "little"), int.from_bytes(head[5:8], "little")
             content = stream.read(packed)
             if len(content) < packed or size > _PIECE_LIMIT:
-                raise BadXet("The xorb is damaged")
+                raise BadXet("The xorb is corrupt")
             if number >= start:
                 yield _unpacked(content, head[4], size)
             number += 1
 
 
 def _unpacked(content: bytes, scheme: int, size: int) -> bytes:
-    """One piece as it is in the file. ``scheme``: 0 as it stands, 1 an LZ4 frame, 2 the same with the bytes sorted by
-    their place in groups of four."""
+    """Decompress one chunk. ``scheme``: 0 is uncompressed, 1 an LZ4 frame, 2 an LZ4 frame of the bytes grouped by their
+    position modulo four."""
     if scheme == 0:
         return content
     if scheme not in (1, 2):
-        raise BadXet(f"A piece is packed in an unknown way ({scheme})")
+        raise BadXet(f"Unknown compression scheme {scheme}")
     import pyarrow
 
     try:
         plain = pyarrow.Codec("lz4").decompress(content, size, asbytes=True)
     except (OSError, pyarrow.ArrowException):
-        raise BadXet("The xorb is damaged") from None
+        raise BadXet("The xorb is corrupt") from None
     if scheme == 1:
         return plain
     sorted_bytes, start = bytearray(size), 0

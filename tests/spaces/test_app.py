@@ -187,7 +187,7 @@ def test_no_connection_is_said(kit: SimpleNamespace, monkeypatch: pytest.MonkeyP
     ("change", "words"),
     [
         ({"schema_version": 1}, "schema version 1"),
-        ({"precision": "float16"}, "begins with the precision 'float16'"),
+        ({"precision": "float16"}, "starts with the precision 'float16'"),
         ({"precisions": []}, "does not list"),
         ({"runtime": "pickle"}, "runtime"),
         ({"layers": {}}, "lacks the key"),

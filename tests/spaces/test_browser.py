@@ -92,7 +92,7 @@ class Visit:
         self.page.get_by_role("button", name="Settings").first.click()
 
     def set_length(self, tokens: int) -> None:
-        field = self.page.get_by_label("number input for Most tokens per answer")
+        field = self.page.get_by_label("number input for Maximum tokens per answer")
         if not field.is_visible():
             self.open_settings()
         field.fill(str(tokens))

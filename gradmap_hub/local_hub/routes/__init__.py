@@ -1,1 +1,1 @@
-"""The routes of the hub, by subject. Each module lists its own in a function ``routes(hub)``."""
+"""The routes of the hub, by subject. Each module defines ``routes(hub)``."""

@@ -1,4 +1,4 @@
-"""Who am I; creating, deleting and setting up repositories."""
+"""whoami; create, move, delete and configure repositories; validate cards."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -87,7 +87,7 @@ def create_repo(call: Call) -> Response:
         raise Forbidden
     url = f"{call.base_url}/{key.address}"
     store = call.hub.store
-    # Asked before the plan: a Space that exists is not refused for lack of money.
+    # Checked before the plan: an existing Space must give 409, not 402.
     if store.exists(key):
         raise _exists(key, url)
     space = _space_settings(payload) if key.type == "space" else None
@@ -98,7 +98,7 @@ def create_repo(call: Call) -> Response:
     except RepoExists:
         raise _exists(key, url) from None
     variables = _variables(payload.get("variables"))
-    # The values of secrets are not kept: nothing here could use them.
+    # The values of secrets are not stored: nothing here uses them.
     secrets = {name: replace(item, value="") for name, item in _variables(payload.get("secrets")).items()}
     if variables or secrets:
         state = store.update(key, lambda old: replace(old, variables=variables, secrets=secrets))
@@ -132,7 +132,7 @@ def update_settings(call: Call) -> Response:
     payload = call.json()
     changes: dict[str, Any] = {}
     if "gated" in payload:
-        # 0 equals False, and would be stored as a mode of its own.
+        # 0 equals False, but would be stored as a mode.
         if payload["gated"] is not False and payload["gated"] not in ("auto", "manual"):
             raise HubError(400, "gated must be 'auto', 'manual' or false")
         changes["gated"] = payload["gated"]
@@ -148,7 +148,7 @@ def update_settings(call: Call) -> Response:
 
 def auth_check(call: Call) -> Response:
     key = call.key()
-    # Any file that is not open to everybody stands for the repository as a whole.
+    # The empty path is not in UNGATED_FILES, so this checks access to the whole repository.
     call.readable(key, "")
     return PlainTextResponse("OK")
 
@@ -176,7 +176,7 @@ def _named_repo(call: Call, payload: Mapping[str, Any]) -> RepoKey:
 
 
 def _repo_type(value: object) -> RepoType:
-    # Clients leave the type out, or send null, for models.
+    # For models, clients omit the type or send null.
     if value in (None, "model"):
         return "model"
     if value == "dataset":
@@ -218,5 +218,5 @@ def _variables(rows: object) -> dict[str, Variable]:
 
 
 def _exists(key: RepoKey, url: str) -> HubError:
-    # With exist_ok the client reads the address from the refusal.
+    # With exist_ok, the client reads the URL from the error.
     return HubError(409, f"You already created this {key.type} repo: {key.id}", body={"url": url})

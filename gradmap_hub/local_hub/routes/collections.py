@@ -1,4 +1,4 @@
-"""Collections: making, listing and reading them, adding to them."""
+"""Create, list and read collections, and add items."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +15,7 @@ from ..shelf import ITEM_TYPES, Collection, Item
 from ..store import now
 
 _TITLE_LIMIT = 60
-#: A list of collections shows no more items of each; the collection itself shows all.
+#: The list shows at most this many items per collection.
 _LISTED_ITEMS = 4
 
 
@@ -42,7 +42,7 @@ def list_collections(call: Call) -> Response:
             continue
         if not wanted or names & set(wanted):
             row = _json(call, collection, items[:_LISTED_ITEMS])
-            # The client numbers them itself, and fails when it is told a number too.
+            # The client sets the position itself and fails if the response contains one.
             rows.append({name: value for name, value in row.items() if name != "position"})
     limit = query.get("limit", "")
     return answer(rows[: int(limit)] if limit.isdecimal() else rows)
@@ -79,7 +79,7 @@ def add_item(call: Call) -> Response:
     if not isinstance(note, str | None):
         raise HubError(400, "note must be a string")
     if not _item_exists(call, item["id"], item["type"]):
-        raise HubError(404, f"There is no {item['type']} {item['id']}")
+        raise HubError(404, f"The {item['type']} {item['id']} does not exist")
     changed = call.hub.shelf.add_item(collection.slug, item["id"], item["type"], note, now())
     return answer(_json(call, changed, _visible_items(call, changed)))
 
@@ -102,7 +102,7 @@ def _visible_items(call: Call, collection: Collection) -> list[Item]:
 
 
 def _item_exists(call: Call, item_id: str, item_type: str) -> bool:
-    """Whether it exists for this caller. Papers are not here, so all of them do."""
+    """Whether the item exists and this caller may see it. Papers are not checked."""
     if item_type == "paper":
         return True
     try:

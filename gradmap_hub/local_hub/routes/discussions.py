@@ -1,4 +1,4 @@
-"""Pull requests as discussions: opening, listing, reading and closing them. Nothing is merged or commented here."""
+"""Pull requests as discussions: open, list, read, close. Merging and comments are not implemented."""
 
 from dataclasses import replace
 from typing import Any
@@ -33,7 +33,7 @@ def list_discussions(call: Call) -> Response:
     key = call.key()
     state = call.visible(key)
     query = call.http.query_params
-    # Newest first. There is nothing but pull requests.
+    # Newest first. All discussions are pull requests.
     found = [pull for pull in reversed(state.pulls) if query.get("author") in (None, pull.author)]
     closed = sum(pull.status == "closed" for pull in found)
     if query.get("status") in ("open", "closed"):
@@ -54,7 +54,7 @@ def create_discussion(call: Call) -> Response:
     if not isinstance(title, str) or len(title.strip()) < 3 or not isinstance(description, str):
         raise HubError(400, "A discussion needs a title of at least three characters and a description")
     if payload.get("pullRequest") is not True:
-        raise HubError(400, "Only pull requests are kept here, no discussions without changes")
+        raise HubError(400, "Only pull requests are supported, not plain discussions")
     pull = call.hub.store.open_pull_request(key, title.strip(), user.name, description)
     return answer({**_row(key, call.hub.store.state(key), pull), "url": _page_url(call, key, pull)})
 
@@ -75,7 +75,7 @@ def get_discussion(call: Call) -> Response:
 
 
 def change_status(call: Call) -> Response:
-    """Close a pull request, or open it again: for who may write to the repository, and for its author."""
+    """Close or reopen a pull request. Allowed for its author and for users with write access."""
     key = call.key()
     user = call.contributor(key)
     pull = _asked(call, call.hub.store.state(key))
@@ -123,7 +123,7 @@ def _row(key: RepoKey, state: RepoState, pull: PullRequest) -> dict[str, Any]:
 
 
 def _events(call: Call, key: RepoKey, state: RepoState, pull: PullRequest) -> list[dict[str, Any]]:
-    """What was said, then the commits that ``main`` does not have, oldest first."""
+    """The description, then the commits that are not in ``main``, oldest first."""
     created = pull.created_at or state.created_at
     store = call.hub.store
     told: dict[str, Any] = {"raw": pull.description, "html": "", "updatedAt": created, "author": {"name": pull.author}}

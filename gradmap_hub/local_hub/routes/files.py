@@ -1,4 +1,4 @@
-"""Downloading files: /resolve/ on the first port, the CDN on the second."""
+"""File downloads: /resolve/ on the main port, LFS content on the CDN port."""
 
 from urllib.parse import quote
 
@@ -43,14 +43,14 @@ def resolve(call: Call) -> Response:
 
 
 def from_cdn(call: Call) -> Response:
-    """The content of an LFS file, for whoever has an address that /resolve/ gave out."""
+    """The content of an LFS file, for anybody with a URL signed by /resolve/."""
     key, oid, query = call.key(), call.param("oid"), call.http.query_params
     if not is_sha256(oid) or not call.hub.signer.allows("download", key, oid, query):
-        raise HubError(403, "The download address is not valid, or no longer")
+        raise HubError(403, "The download URL is invalid or has expired")
     objects = call.hub.store.objects(key)
     size = objects.lfs_size(oid)
     if size is None:
-        raise HubError(404, "There is no such object")
+        raise HubError(404, "Object not found")
     entry = Entry(oid, size, oid)
     return stored_response(call.http, query.get("filename", oid), entry, objects.file(entry))
 
@@ -65,7 +65,7 @@ def _redirect(call: Call, key: RepoKey, path: str, entry: Entry, sha256: str, co
         "X-Linked-Etag": f'"{sha256}"',
         "X-Linked-Size": str(entry.size),
         "Accept-Ranges": "bytes",
-        # The address is one caller's leave to read, for a while.
+        # The URL grants this caller temporary access.
         "Cache-Control": "private, no-store",
     }
     return PlainTextResponse(f"Found. Redirecting to {location}", 302, headers)

@@ -1,4 +1,4 @@
-"""Uploading LFS objects: what to send where, the bytes (whole or in parts), and whether they arrived."""
+"""LFS uploads: the batch API, the content (whole or multipart) and the verification."""
 
 from typing import Any, Protocol
 
@@ -14,7 +14,7 @@ from ..objects import CHUNK
 from ..routing import RouteMaker
 
 _LFS_JSON = "application/vnd.git-lfs+json"
-#: For how long an upload address works, and an upload in parts is kept without any arriving.
+#: The lifetime of an upload URL, and of a multipart upload that receives no parts.
 _UPLOAD_SECONDS = 24 * 3600
 
 
@@ -36,11 +36,11 @@ def routes(hub: Hub) -> list[Route]:
 
 def batch(call: Call) -> Response:
     key = call.key()
-    # Whoever may open a pull request may upload for it; nothing is visible before a commit.
+    # Anybody who may open a pull request may upload; objects are not visible before a commit.
     call.contributor(key)
     payload = call.json()
     if payload.get("operation") != "upload":
-        raise HubError(400, "Only uploads are offered; files are downloaded from /resolve/")
+        raise HubError(400, "Only the upload operation is supported; download files from /resolve/")
     transfers = payload.get("transfers")
     in_parts = isinstance(transfers, list) and "multipart" in transfers
     by_xet = call.hub.xet and isinstance(transfers, list) and "xet" in transfers
@@ -54,7 +54,7 @@ def batch(call: Call) -> Response:
         row: dict[str, Any] = {"oid": oid, "size": size}
         stored = objects.lfs_size(oid) if is_sha256(oid) else None
         if not is_sha256(oid) or size < 0 or stored not in (None, size):
-            row["error"] = {"code": 422, "message": "The oid is not a SHA-256, or the size does not fit it"}
+            row["error"] = {"code": 422, "message": "The oid is not a SHA-256, or the size does not match it"}
         elif stored is None:
             if not by_xet and in_parts and size > call.hub.multipart_bytes:
                 transfer = "multipart"
@@ -87,20 +87,20 @@ async def put_part(call: Call) -> Response:
 
 
 def complete(call: Call) -> Response:
-    # The client shows no token here, although it could.
+    # The client sends no token here.
     key, oid = _signed(call, "complete")
     payload = call.json()
     if payload.get("oid") != oid:
-        raise HubError(400, "The oid is not that of the upload")
+        raise HubError(400, "The oid does not match the upload")
     etags: list[str] = []
     for number, part in enumerate(objects_in(payload, "parts"), 1):
         etag = part.get("etag")
         if part.get("partNumber") != number or not isinstance(etag, str):
-            raise HubError(400, "parts must have a partNumber, from 1 on and in order, and an etag")
+            raise HubError(400, "parts need an etag and a partNumber, numbered from 1 in order")
         etags.append(etag.strip('"'))
     call.hub.store.state(key)
     objects, upload = call.hub.store.objects(key), _upload(call)
-    # A client that did not get the first answer asks again.
+    # A client that lost the first response repeats the request.
     if objects.lfs_size(oid) != upload.plan.size:
         upload.complete(etags, oid, objects.lfs_file(oid))
     return answer({"message": "OK"})
@@ -122,7 +122,7 @@ def _storage_url(call: Call, key: RepoKey, oid: str) -> str:
 
 
 def _upload_in_parts(call: Call, key: RepoKey, oid: str, size: int) -> dict[str, Any]:
-    """The upload action of an object that is sent in parts."""
+    """The upload action of a multipart upload."""
     plan = Plan.for_size(size, call.hub.multipart_bytes)
     upload_id = new_upload_id(call.hub.store.temporary, older_than=_UPLOAD_SECONDS)
     url = _storage_url(call, key, oid)
@@ -139,14 +139,14 @@ def _upload_in_parts(call: Call, key: RepoKey, oid: str, size: int) -> dict[str,
 
 
 def _signed(call: Call, purpose: str) -> tuple[RepoKey, str]:
-    """The repository and the object of a signed address.
+    """The repository and oid of a signed URL.
 
     Raises:
-        HubError: 403, it is not signed for this, or the signature has expired.
+        HubError: 403, the signature is invalid for this purpose or has expired.
     """
     key, oid = call.key(), call.param("oid")
     if not is_sha256(oid) or not call.hub.signer.allows(purpose, key, oid, call.http.query_params):
-        raise HubError(403, "The upload address is not valid, or no longer")
+        raise HubError(403, "The upload URL is invalid or has expired")
     return key, oid
 
 
@@ -161,7 +161,7 @@ class _Writer(Protocol):
 
 
 async def _receive(call: Call, writer: _Writer) -> None:
-    # Hashing and writing go to a worker thread in pieces large enough to be worth the trip.
+    # Hash and write in a worker thread, in chunks large enough to amortise the switch.
     pending = bytearray()
     async for chunk in call.http.stream():
         pending += chunk

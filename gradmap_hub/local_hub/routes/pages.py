@@ -1,4 +1,4 @@
-"""Plain pages for people who open the hub in a browser. No scripts, no forms, everything escaped."""
+"""Plain HTML pages for browsers. No scripts, no forms, everything escaped."""
 
 import html
 from collections.abc import Iterable
@@ -53,13 +53,13 @@ def routes(hub: Hub) -> list[Route]:
 
 
 def index(call: Call) -> Response:
-    parts = ["<h1>Local hub</h1><p class=note>A Hugging Face Hub for rehearsals, on this machine only.</p>"]
+    parts = ["<h1>Local hub</h1><p class=note>A local Hugging Face Hub for rehearsals.</p>"]
     for repo_type, title in _TITLES.items():
         rows: list[str] = []
         for key in call.hub.store.keys(repo_type):
             try:
                 state = _browsable(call, key)
-            except HubError:  # not for this visitor, or deleted since it was listed
+            except HubError:  # not visible, or deleted since it was listed
                 continue
             note = ", ".join(_labels(state))
             rows.append(f"<li><a href='/{quote(key.address)}'>{html.escape(key.id)}</a> <span class=note>{note}</span>")
@@ -94,12 +94,12 @@ def repo_page(call: Call) -> Response:
 
 
 def file_page(call: Call) -> Response:
-    """The content of a file for a browser, which has no token: the rules are those of the pages."""
+    """The content of a file for a browser. Browsers send no token, so the rules of the pages apply."""
     key = call.key()
     path = call.path()
     _browsable(call, key)
     if not call.hub.browse_private:
-        # Without the owner's leave a browser gets what an anonymous client gets.
+        # With browse_private off, a browser has the rights of an anonymous client.
         call.readable(key, path)
     oid = call.hub.store.resolve(key, call.param("revision"))
     entry = call.hub.store.files(key, oid).get(path)

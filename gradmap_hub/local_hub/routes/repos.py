@@ -1,4 +1,4 @@
-"""Reading repositories: info, tree, paths, refs, history. Making branches and tags."""
+"""Repository info, tree, paths, refs and history; branches and tags."""
 
 from collections.abc import Iterable, Sequence
 from itertools import islice
@@ -49,7 +49,7 @@ def list_repos(call: Call) -> Response:
             continue
         try:
             state = call.visible(key)
-        except HubError:  # private to others, or deleted since it was listed
+        except HubError:  # not visible, or deleted since it was listed
             continue
         row = repo_info(call.hub.store, key, state, state.branches["main"])
         rows.append({name: value for name, value in row.items() if query.get("full") or name != "siblings"})
@@ -66,7 +66,7 @@ def info(call: Call) -> Response:
         found["securityRepoStatus"] = {"scansDone": False, "filesWithIssues": []}
     wanted = call.http.query_params.getlist("expand") + call.http.query_params.getlist("expand[]")
     if wanted:
-        # With expand the Hub answers the named fields and nothing else.
+        # With expand, the Hub returns only the listed fields.
         found = {name: value for name, value in found.items() if name in {"_id", "id", *wanted}}
     return answer(found)
 
@@ -174,7 +174,7 @@ def _flag(call: Call, name: str) -> bool:
 
 
 def _page(call: Call, rows: Sequence[_Row]) -> tuple[list[_Row], dict[str, str]]:
-    """One page of rows, and the Link header that leads to the next."""
+    """One page of rows and the Link header of the next page."""
     query = dict(call.http.query_params)
     cursor = query.get("cursor", "0")
     start = int(cursor) if cursor.isdecimal() else 0
@@ -202,7 +202,7 @@ def _commit_row(commit: Commit, formatted: bool) -> dict[str, Any]:
         "authors": [{"user": commit.author, "avatar": ""}],
     }
     if formatted:
-        # Plain text is valid HTML once escaped, and the Hub's own formatting is not documented.
+        # Escaped plain text is valid HTML; the Hub's own formatting is not documented.
         row["formatted"] = {"title": _escaped(commit.title), "message": _escaped(commit.description)}
     return row
 

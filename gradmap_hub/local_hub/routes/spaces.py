@@ -1,4 +1,4 @@
-"""Spaces: variables, secrets, and the runtime with what its owner may do to it."""
+"""Spaces: variables, secrets, runtime, and the owner's control over the runtime."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -47,7 +47,7 @@ def set_variable(call: Call) -> Response:
 
     def change(state: RepoState) -> RepoState:
         if name in state.secrets:
-            raise HubError(400, f"A secret is called {name} already")
+            raise HubError(400, f"A secret named {name} already exists")
         return replace(state, variables={**state.variables, name: variable})
 
     return _variables(call.hub.store.update(key, change).variables)
@@ -63,7 +63,7 @@ def delete_variable(call: Call) -> Response:
 
 
 def get_secrets(call: Call) -> Response:
-    """The names of the secrets. Nobody gets to see their values again."""
+    """The names of the secrets; their values are never returned."""
     key = call.key()
     call.writable(key)
     return answer({name: _row(name, secret) for name, secret in call.hub.store.state(key).secrets.items()})
@@ -76,8 +76,8 @@ def set_secret(call: Call) -> Response:
 
     def change(state: RepoState) -> RepoState:
         if name in state.variables:
-            raise HubError(400, f"A variable is called {name} already")
-        # Nothing here runs the Space, so the value would only be something to leak.
+            raise HubError(400, f"A variable named {name} already exists")
+        # Nothing runs the Space, so the value is not needed and could only leak.
         return replace(state, secrets={**state.secrets, name: replace(secret, value="")})
 
     call.hub.store.update(key, change)
@@ -98,7 +98,7 @@ def runtime(call: Call) -> Response:
     key = call.key()
     call.visible(key)
     found = _runtime(call, key)
-    # This answer is the stage as it was found; the next one is a step further.
+    # The response shows the current stage; the build advances afterwards.
     _change_build(call, key, SpaceBuild.polled)
     return found
 
@@ -153,7 +153,7 @@ def _change_build(call: Call, key: RepoKey, change: Callable[[SpaceBuild], Space
     def changed(state: RepoState) -> RepoState:
         return replace(state, build=change(state.build.of(state.branches["main"])))
 
-    # Being polled again and again must not mean writing again and again.
+    # Repeated polling must not cause repeated writes.
     state = call.hub.store.state(key)
     if changed(state) != state:
         call.hub.store.update(key, changed)
@@ -167,7 +167,7 @@ def _settings(call: Call, key: RepoKey) -> SpaceSettings:
 
 
 def _seconds(value: object) -> int:
-    # -1 stands for never.
+    # -1 means never.
     if not isinstance(value, int) or value < -1:
         raise HubError(400, "The sleep time must be a number of seconds")
     return value
@@ -178,7 +178,7 @@ def _variables(variables: Mapping[str, Variable]) -> Response:
 
 
 def _row(name: str, variable: Variable) -> dict[str, str]:
-    """What can be told about a variable as well as about a secret."""
+    """The fields that variables and secrets have in common."""
     row = {"key": name, "updatedAt": variable.updated_at}
     return {**row, "description": variable.description} if variable.description else row
 

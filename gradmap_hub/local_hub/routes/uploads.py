@@ -1,4 +1,4 @@
-"""Uploading: preupload and commit. LFS objects, between the two, are in :mod:`.lfs`."""
+"""Preupload and commit. The LFS upload between the two is in :mod:`.lfs`."""
 
 import base64
 import binascii
@@ -21,7 +21,7 @@ from ..routing import RouteMaker
 from ..store import AddFile, Change, DeleteFile, DeleteFolder, NewCommit
 
 _PARENT = re.compile(r"[0-9a-fA-F]{5,40}")
-#: One line of a commit carries one regular file in base64.
+#: One line of a commit contains one regular file in base64.
 _LINE_LIMIT = REGULAR_LIMIT * 4 // 3 + 64 * 1024
 
 
@@ -65,7 +65,7 @@ def preupload(call: Call) -> Response:
             "shouldIgnore": is_ignored(ignore, path),
         }
         if path in files:
-            # The client compares this with the hash of its file: SHA-256 for LFS, git's otherwise.
+            # The client compares this with the hash of its file: SHA-256 for LFS, else the git blob id.
             row["oid"] = files[path].etag
         rows.append(row)
     return answer({"files": rows, "commitOid": oid})
@@ -117,7 +117,7 @@ def _proposer(call: Call, key: RepoKey) -> Identity:
 
 
 def _committer(call: Call, key: RepoKey) -> Identity:
-    """The user, who may commit to the revision of this call, or open a pull request with it.
+    """The user, if they may commit to the revision of this call or open a pull request.
 
     Raises:
         RepoNotFound, Unauthorized, Forbidden
@@ -132,7 +132,7 @@ def _committer(call: Call, key: RepoKey) -> Identity:
 
 
 async def _lines(stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """The non-empty lines of a body, one in memory at a time."""
+    """The non-empty lines of a body; holds one line in memory at a time."""
     pending = bytearray()
     async for chunk in stream:
         searched = len(pending)
@@ -175,9 +175,9 @@ def _change(call: Call, key: RepoKey, kind: str, value: dict[str, Any]) -> Chang
                     400,
                     f"Your push was rejected because an LFS pointer pointed to a file that does not exist: {path}",
                 )
-            # Copies of files that are on the Hub already come without a size.
+            # Copies of files that are already on the Hub have no size.
             if value.get("size", size) != size:
-                raise HubError(400, f"{path} is {size} bytes long, not {value['size']}")
+                raise HubError(400, f"{path} has {size} bytes, not {value['size']}")
             return AddFile(check_path(path), lfs_entry(oid, size))
         case "deletedFile":
             return DeleteFile(check_path(path))

@@ -1,7 +1,7 @@
-"""Uploading by xet: leave to do so, and the storage that takes it.
+"""Xet uploads: the write token and the storage.
 
-The storage has tokens of its own, which are good for one repository; a token of the Hub is refused there. What it is
-asked beside these, the client can do without: whether it knows a piece already, another way to send, its telemetry.
+The storage has its own tokens, each valid for one repository, and refuses tokens of the Hub. Optional endpoints
+(deduplication queries, other transfer modes, telemetry) are not implemented; the client works without them.
 """
 
 import base64
@@ -22,11 +22,11 @@ from ..names import PLURALS, RepoKey, is_sha256, parse_repo_id
 from ..routing import RouteMaker
 from ..xet import XORB_LIMIT, BadXet, read_pieces, read_shard
 
-#: Where the storage is, below the address of the hub. A client remembers what it sent to an address: another hub that
-#: listens there some day has none of that, so it has another one.
+#: The path of the storage. A client remembers per URL what it has uploaded, so the path contains the id of the hub:
+#: another hub on the same port must not look like the same storage.
 STORAGE = "/xet/{hub}"
 _TOKEN_SECONDS = 3600
-#: What is signed is not an object, as with LFS, but a repository.
+#: Unlike for LFS, the signature covers a repository, not an object.
 _ANY_OBJECT = ""
 
 
@@ -60,7 +60,7 @@ async def take_xorb(call: Call) -> Response:
     await run_in_threadpool(_repository, call)
     name = call.param("hash")
     if not is_sha256(name):
-        raise BadXet("This is not the hash of a xorb")
+        raise BadXet("Invalid xorb hash")
     store, received = call.hub.store, 0
     target = store.xorb(name)
     draft = store.temporary / os.urandom(16).hex()
@@ -73,7 +73,7 @@ async def take_xorb(call: Call) -> Response:
                 file.write(chunk)
 
         def keep() -> None:
-            for _ in read_pieces(draft):  # before it could take the place of a whole one
+            for _ in read_pieces(draft):  # verify before it can replace a valid xorb
                 pass
             target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(draft, target)
@@ -102,15 +102,16 @@ def take_shard(call: Call) -> Response:
 def _known(call: Call, xorb: str) -> Path:
     path = call.hub.store.xorb(xorb)
     if not path.is_file():
-        raise BadXet(f"There is no xorb {xorb}")
+        raise BadXet(f"Xorb {xorb} not found")
     return path
 
 
 def _repository(call: Call) -> RepoKey:
-    """The repository for which the caller was given leave.
+    """The repository that the token of this call is valid for.
 
     Raises:
-        Unauthorized: not, or not any more.
+        HTTPException: 404, the storage belongs to another hub.
+        Unauthorized: the token is invalid or has expired.
     """
     scheme, _, text = call.http.headers.get("authorization", "").partition(" ")
     if call.param("hub") != call.hub.signer.name:
@@ -121,4 +122,4 @@ def _repository(call: Call) -> RepoKey:
         fields = {name: values[0] for name, values in parse_qs(query).items()}
         if scheme.lower() == "bearer" and call.hub.signer.allows("xet", key, _ANY_OBJECT, fields):
             return key
-    raise Unauthorized("This token is not for the storage, or it has expired")
+    raise Unauthorized("This token is not valid for the storage, or it has expired")
