@@ -10,7 +10,7 @@ import math
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypedDict, TypeVar
 
 from gradmap_hub.errors import UsageError
 
@@ -207,6 +207,26 @@ class PruneConfig(PruneMethod):
         return wanted
 
 
+class MethodOptions(TypedDict, total=False):
+    """The fields of `PruneMethod` as keyword arguments."""
+
+    metric: Metric
+    schedule: Schedule
+    compensation: Compensation
+    site: Site
+    calibration: tuple[str, ...]
+    eval_text: tuple[str, ...]
+    samples: int
+    seq_len: int
+    eval_rows: int
+    dtype: DType
+    seed: int
+    low_memory: bool
+    heal: int
+    device: Device
+    compute: Compute
+
+
 def removals_of_ratio(ratio: float, layer_count: int) -> int:
     """How many of `layer_count` layers a ratio removes: round half up, at least one, at most all but one."""
     return min(max(math.floor(ratio * layer_count + 0.5), 1), layer_count - 1)
@@ -301,6 +321,21 @@ class PublishConfig:
     def __post_init__(self) -> None:
         if self.wait_space < 0:
             raise UsageError(f"--wait-space takes seconds, 0 or more; got {self.wait_space}.")
+
+
+class PublishOptions(TypedDict, total=False):
+    """The fields of `PublishConfig` as keyword arguments."""
+
+    to: str | None
+    space: bool
+    public: bool
+    update: bool
+    create_pr: bool
+    license: str | None
+    license_name: str | None
+    license_link: str | None
+    collection: str | None
+    wait_space: int
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ RULES: dict[str, set[str]] = {
     "data": {"models"},
     "pruning": {"models", "data"},
     "evaluation": {"models", "data", "runtime"},
-    "sweep": {"evaluation"},
+    "sweeping": {"evaluation"},
     "card": {"models"},
     "space": {"models"},
     "exporters": {"models"},
@@ -31,12 +31,13 @@ RULES: dict[str, set[str]] = {
     "serving": {"runtime"},
     "stage_cache": set(),
     "pipeline": {
-        "models", "data", "pruning", "evaluation", "sweep", "card", "space", "exporters", "hub", "local_hub", "runtime",
-        "stage_cache",
+        "models", "data", "pruning", "evaluation", "sweeping", "card", "space", "exporters", "hub", "local_hub",
+        "runtime", "stage_cache",
     },
-    "cli": {"pipeline", "card", "hub", "local_hub", "pruning", "runtime", "serving", "space", "sweep", "models"},
+    "cli": {"pipeline", "card", "hub", "local_hub", "pruning", "runtime", "serving", "space", "sweeping", "models"},
     "__main__": {"cli"},
-    "__init__": set(),
+    "api": {"pipeline", "runtime", "sweeping"},
+    "__init__": {"api"},
 }  # fmt: skip
 # Modules that only these packages may import.
 ONLY = {"hub.publisher": {"hub", "pipeline"}, "stage_cache": {"pipeline"}, "huggingface_hub": {"hub"}}

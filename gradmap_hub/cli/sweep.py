@@ -25,7 +25,7 @@ from gradmap_hub.cli.options import (
 )
 from gradmap_hub.cli.terminal import TerminalReporter
 from gradmap_hub.config import SweepConfig, help_of
-from gradmap_hub.sweep.record import SweepRecord
+from gradmap_hub.sweeping.record import SweepRecord
 
 stdout = Console(soft_wrap=True)
 stderr = Console(stderr=True, soft_wrap=True)
@@ -81,7 +81,7 @@ def sweep(
 
 
 def _print(record: SweepRecord, folder: Path) -> None:
-    from gradmap_hub.sweep.report import TABLE_FILE, columns, recommended, rows, verdict
+    from gradmap_hub.sweeping.report import TABLE_FILE, columns, recommended, rows, verdict
 
     table = Table(title=escape(record.base.name), title_justify="left")
     for head in columns(record):

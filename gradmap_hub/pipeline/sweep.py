@@ -42,9 +42,9 @@ from gradmap_hub.pipeline.texts import EvaluationText, calibrate, calibration_re
 from gradmap_hub.progress import Reporter
 from gradmap_hub.pruning.prune_model import Compensated
 from gradmap_hub.record import HealRecord
-from gradmap_hub.sweep.knee import recommend
-from gradmap_hub.sweep.record import SWEEP_FILE, SWEEP_VERSION, SweepPoint, SweepRecord
-from gradmap_hub.sweep.report import write_report
+from gradmap_hub.sweeping.knee import recommend
+from gradmap_hub.sweeping.record import SWEEP_FILE, SWEEP_VERSION, SweepPoint, SweepRecord
+from gradmap_hub.sweeping.report import write_report
 from gradmap_hub.units import size
 
 if TYPE_CHECKING:

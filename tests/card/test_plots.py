@@ -17,9 +17,9 @@ from gradmap_hub.pruning.candidates import lowest
 from gradmap_hub.pruning.plots import inspect_plot
 from gradmap_hub.pruning.scoring import LayerScores
 from gradmap_hub.record import Base, CalibrationRecord, CompensationRecord, EvaluationRecord, TextPerplexity
-from gradmap_hub.sweep.knee import recommend
-from gradmap_hub.sweep.plots import sweep_plot
-from gradmap_hub.sweep.record import SweepPoint, SweepRecord
+from gradmap_hub.sweeping.knee import recommend
+from gradmap_hub.sweeping.plots import sweep_plot
+from gradmap_hub.sweeping.record import SweepPoint, SweepRecord
 
 COUNT = 30
 GRADIENT = [9000 / (1 + layer) + 40 * abs(layer - 15) + 700 for layer in range(COUNT)]

@@ -23,8 +23,8 @@ from gradmap_hub.pipeline.prune import prune
 from gradmap_hub.pipeline.sweep import sweep
 from gradmap_hub.progress import SilentReporter
 from gradmap_hub.pruning import compensation
-from gradmap_hub.sweep.record import SweepRecord
-from gradmap_hub.sweep.report import PLOT_FILE, TABLE_FILE
+from gradmap_hub.sweeping.record import SweepRecord
+from gradmap_hub.sweeping.report import PLOT_FILE, TABLE_FILE
 
 LAYERS = 5
 QUICK: dict[str, Any] = {"ratio": 0.5, "samples": 6, "seq_len": 32, "eval_rows": 3}

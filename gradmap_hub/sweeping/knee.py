@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from gradmap_hub.sweep.record import Recommendation, SweepPoint
+from gradmap_hub.sweeping.record import Recommendation, SweepPoint
 
 # Ratios between which a curve can bend.
 LEAST_POINTS = 3

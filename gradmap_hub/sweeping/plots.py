@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from gradmap_hub.evaluation.speed import Ratio, Speed
 from gradmap_hub.figures import GRID, KEPT, MUTED, REMOVED, SINGLE, legend, line_handle, log_ticks, save_plot
-from gradmap_hub.sweep.record import SweepPoint, SweepRecord
+from gradmap_hub.sweeping.record import SweepPoint, SweepRecord
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist

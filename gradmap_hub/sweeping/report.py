@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gradmap_hub.evaluation.speed import Ratio
-from gradmap_hub.sweep.record import SweepPoint, SweepRecord
+from gradmap_hub.sweeping.record import SweepPoint, SweepRecord
 
 TABLE_FILE, PLOT_FILE = "sweep.md", "sweep.png"
 
 
 def write_report(record: SweepRecord, folder: Path) -> None:
     """Write the tables, and once all ratios are measured the figure, which would be an earlier sweep's until then."""
-    from gradmap_hub.sweep.plots import sweep_plot
+    from gradmap_hub.sweeping.plots import sweep_plot
 
     folder.mkdir(parents=True, exist_ok=True)
     record.write(folder)

@@ -9,8 +9,8 @@ import pytest
 
 from gradmap_hub.measurements import BeforeAfter
 from gradmap_hub.record import CompensationRecord, EvaluationRecord
-from gradmap_hub.sweep.knee import knee_of, recommend
-from gradmap_hub.sweep.record import SweepPoint
+from gradmap_hub.sweeping.knee import knee_of, recommend
+from gradmap_hub.sweeping.record import SweepPoint
 
 LAYERS = 40
 

@@ -1,0 +1,359 @@
+"""The Python API: one function per command, with the command's own options and defaults.
+
+Import the names from `gradmap_hub`; the heavy packages load when a function is first called. Every function takes a
+`reporter` (see `gradmap_hub.progress.Reporter`) that is told about stages and steps; by default nothing is printed.
+Failures are subclasses of `gradmap_hub.errors.GradmapError`, with `message` and `hint`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Unpack
+
+from gradmap_hub.config import (
+    DEFAULT_CALIBRATION,
+    DEFAULT_EVALUATION,
+    EvaluateConfig,
+    MethodOptions,
+    PruneConfig,
+    PruneMethod,
+    PublishConfig,
+    PublishOptions,
+    PushConfig,
+    SweepConfig,
+)
+from gradmap_hub.progress import Reporter
+from gradmap_hub.record import RunRecord
+
+if TYPE_CHECKING:
+    from gradmap_hub.pipeline.inspect import Inspection
+    from gradmap_hub.pipeline.publish import PushResult
+    from gradmap_hub.runtime import TextModel
+    from gradmap_hub.sweeping.record import SweepRecord
+
+StrPath = str | Path
+
+
+def prune(
+    model: StrPath,
+    output: StrPath,
+    *,
+    ratio: float | None = None,
+    layers: int | None = None,
+    drop: Sequence[int] | None = None,
+    revision: str | None = None,
+    resume: bool = False,
+    reporter: Reporter | None = None,
+    **method: Unpack[MethodOptions],
+) -> RunRecord:
+    """Prune a model into a folder: checkpoint, tokenizer, card and gradmap.json. Publishes nothing.
+
+    Args:
+        model: A Hub id, a local folder, or a .gguf file.
+        output: Folder for the result; new or empty.
+        ratio: Share of the decoder layers to remove; 0.25 if `layers` and `drop` are not given either.
+        layers: Number of decoder layers to remove.
+        drop: Indices of the decoder layers to remove.
+        revision: Branch, tag or commit of the original.
+        resume: Go on with an unfinished run in `output`.
+        method: Fields of `PruneMethod`, such as `calibration=("text.txt",)`, `samples=64`, `heal=20`.
+
+    Returns:
+        The record of the run; `gradmap.json` in `output` holds the same.
+
+    Raises:
+        GradmapError: one of its subclasses says what is wrong.
+
+    Example:
+        >>> from gradmap_hub import prune
+        >>> record = prune("HuggingFaceTB/SmolLM2-135M-Instruct", "small", ratio=0.25)
+        >>> record.removed, record.evaluation.after
+    """
+    from gradmap_hub.pipeline.prune import prune as run
+
+    config = _prune_config(ratio, layers, drop, method)
+    return run(str(model), Path(output), config, revision=revision, resume=resume, reporter=reporter)
+
+
+def inspect(
+    model: StrPath,
+    *,
+    ratios: Sequence[float] = (0.1, 0.25),
+    revision: str | None = None,
+    reporter: Reporter | None = None,
+    **method: Unpack[MethodOptions],
+) -> Inspection:
+    """Score the layers of a model and find what would be removed at each ratio; nothing is written.
+
+    Args:
+        model: A Hub id, a local folder, or a .gguf file.
+        ratios: Shares of the decoder layers.
+        revision: Branch, tag or commit of the model.
+        method: Fields of `PruneMethod`, such as `calibration` and `samples`.
+
+    Returns:
+        `scores`: per layer, every metric; `choices`: per ratio, the layers that a quick ranking would remove.
+
+    Raises:
+        GradmapError: one of its subclasses says what is wrong.
+
+    Example:
+        >>> from gradmap_hub import inspect
+        >>> inspect("HuggingFaceTB/SmolLM2-135M-Instruct", ratios=(0.25,)).choices[0.25].removed
+    """
+    from gradmap_hub.pipeline.inspect import inspect as run
+
+    return run(str(model), PruneMethod(**method), ratios=ratios, revision=revision, reporter=reporter)
+
+
+def push(
+    model: StrPath,
+    *,
+    ratio: float | None = None,
+    layers: int | None = None,
+    drop: Sequence[int] | None = None,
+    output: StrPath | None = None,
+    onnx: bool = True,
+    quantize: Sequence[str] = (),
+    revision: str | None = None,
+    resume: bool = False,
+    publish_options: PublishConfig | None = None,
+    reporter: Reporter | None = None,
+    **method: Unpack[MethodOptions],
+) -> PushResult:
+    """Prune, verify, measure, export, write card and Space, publish both, and verify what was published.
+
+    The Hub and the token are those of huggingface_hub (`HF_ENDPOINT`, `HF_TOKEN`, `hf auth login`).
+
+    Args:
+        model: A Hub id, a local folder, or a .gguf file.
+        ratio: Share of the decoder layers to remove; 0.25 if `layers` and `drop` are not given either.
+        layers: Number of decoder layers to remove.
+        drop: Indices of the decoder layers to remove.
+        output: Folder for the result; by default NAME-gradmap-PERCENT in the working folder.
+        onnx: Export to ONNX with KV cache.
+        quantize: Further ONNX files: int8, int4, genai, fp16.
+        revision: Branch, tag or commit of the original.
+        resume: Go on with an unfinished run in `output`.
+        publish_options: Target, visibility, licence, collection; by default private, under your account.
+        method: Fields of `PruneMethod`.
+
+    Returns:
+        The record, and where model and Space are, with their commits.
+
+    Raises:
+        GradmapError: one of its subclasses says what is wrong.
+
+    Example:
+        >>> from gradmap_hub import PublishConfig, push
+        >>> pushed = push("org/model", ratio=0.25, publish_options=PublishConfig(to="me/model-small"))
+        >>> pushed.model.url
+    """
+    from gradmap_hub.pipeline.push import push as run
+
+    publish_config = publish_options or PublishConfig()
+    config = PushConfig(
+        **{entry.name: getattr(publish_config, entry.name) for entry in fields(PublishConfig)},
+        model=str(model),
+        prune=_prune_config(ratio, layers, drop, method),
+        revision=revision,
+        output=None if output is None else Path(output),
+        onnx=onnx,
+        quantize=tuple(quantize),
+        resume=resume,
+    )
+    return run(config, reporter=reporter)
+
+
+def export(
+    folder: StrPath,
+    formats: Sequence[str] = ("onnx",),
+    *,
+    text: str = DEFAULT_CALIBRATION,
+    keep_failing: bool = False,
+    reporter: Reporter | None = None,
+) -> RunRecord:
+    """Export a pruned folder to ONNX with KV cache, and compare every file with PyTorch.
+
+    Args:
+        folder: A folder made by `prune` or `push`.
+        formats: onnx (float32, Optimum's graph), int8, int4, genai, fp16.
+        text: What the perplexity of formats other than onnx is measured on: a file, or a dataset of the Hub.
+        keep_failing: Keep a quantised file that costs more perplexity than its format may.
+
+    Returns:
+        The record of the folder; its `artifacts` list every file with bytes, sha256 and quality.
+
+    Raises:
+        GradmapError: one of its subclasses says what is wrong.
+
+    Example:
+        >>> from gradmap_hub import export
+        >>> [entry.path for entry in export("small", ["onnx", "int8"], text="notes.txt").artifacts]
+    """
+    from gradmap_hub.pipeline.export import export_folder
+
+    return export_folder(Path(folder), list(formats), text=text, keep_failing=keep_failing, reporter=reporter)
+
+
+def evaluate(
+    folder: StrPath,
+    *,
+    against: str | None = None,
+    text: Sequence[str] = (DEFAULT_EVALUATION,),
+    tasks: Sequence[str] = (),
+    tasks_from: StrPath | None = None,
+    limit: int | None = None,
+    seq_len: int = 512,
+    rows: int = 32,
+    speed: bool = True,
+    reporter: Reporter | None = None,
+) -> RunRecord:
+    """Measure a pruned folder and its original on the same text, tasks and machine; record and card are rewritten.
+
+    Args:
+        folder: A folder made by `prune` or `push`.
+        against: The original, a Hub id or a folder; by default as recorded.
+        text: Texts to measure perplexity and agreement on: files, or datasets of the Hub.
+        tasks: Tasks of lm-evaluation-harness.
+        tasks_from: Folder that holds the documents of the tasks; none is fetched then.
+        limit: Only the first so many documents of each task.
+        seq_len: Tokens per sequence.
+        rows: The most sequences of each text.
+        speed: Measure tokens per second and memory.
+
+    Returns:
+        The record of the folder; `measured` holds the results.
+
+    Raises:
+        GradmapError: one of its subclasses says what is wrong.
+
+    Example:
+        >>> from gradmap_hub import evaluate
+        >>> found = evaluate("small", text=["wiki.txt"]).measured.texts[0]
+        >>> found.pruned / found.original, found.interval
+    """
+    from gradmap_hub.pipeline.evaluate import evaluate_folder
+
+    config = EvaluateConfig(
+        against=against,
+        text=tuple(text),
+        tasks=tuple(tasks),
+        tasks_from=None if tasks_from is None else Path(tasks_from),
+        limit=limit,
+        seq_len=seq_len,
+        rows=rows,
+        speed=speed,
+    )
+    return evaluate_folder(Path(folder), config, reporter=reporter)
+
+
+def sweep(
+    model: StrPath,
+    *,
+    ratios: Sequence[float] = (0.1, 0.2, 0.3),
+    output: StrPath | None = None,
+    revision: str | None = None,
+    speed: bool = True,
+    max_loss: float | None = None,
+    reporter: Reporter | None = None,
+    **method: Unpack[MethodOptions],
+) -> SweepRecord:
+    """Measure quality, size and speed of a model pruned at several ratios, with one scoring pass.
+
+    Args:
+        model: A Hub id, a local folder, or a .gguf file.
+        ratios: Shares of the decoder layers to remove, each between 0 and 1.
+        output: Folder for sweep.json, sweep.md and sweep.png; by default NAME-sweep in the working folder.
+        revision: Branch, tag or commit of the original.
+        speed: Time the pruned model against the original.
+        max_loss: Recommend the largest ratio at which perplexity rises by at most `max_loss` percent, instead of
+            the knee.
+        method: Fields of `PruneMethod`.
+
+    Returns:
+        A point per number of removed layers, and the recommendation.
+
+    Raises:
+        GradmapError: one of its subclasses says what is wrong.
+
+    Example:
+        >>> from gradmap_hub import sweep
+        >>> sweep("HuggingFaceTB/SmolLM2-135M-Instruct", ratios=(0.1, 0.25)).recommendation.ratio
+    """
+    from gradmap_hub.pipeline.sweep import sweep as run
+
+    config = SweepConfig(
+        model=str(model),
+        ratios=tuple(ratios),
+        prune=PruneMethod(**method),
+        revision=revision,
+        output=None if output is None else Path(output),
+        speed=speed,
+        max_loss=max_loss,
+    )
+    return run(config, reporter=reporter)[0]
+
+
+def publish(folder: StrPath, *, reporter: Reporter | None = None, **options: Unpack[PublishOptions]) -> PushResult:
+    """Upload a folder made by `prune` or `push`, with its Space folder if there is one, and verify what was published.
+
+    Args:
+        folder: A folder made by `prune` or `push`.
+        options: Fields of `PublishConfig`: `to`, `space`, `public`, `update`, `create_pr`, `license`, `license_name`,
+            `license_link`, `collection`, `wait_space`.
+
+    Returns:
+        Where model and Space are, with their commits.
+
+    Raises:
+        GradmapError: one of its subclasses says what is wrong.
+
+    Example:
+        >>> from gradmap_hub import publish
+        >>> publish("small", to="me/model-small").model.url
+    """
+    from gradmap_hub.pipeline.publish import publish_folder
+
+    return publish_folder(Path(folder), PublishConfig(**options), reporter=reporter)
+
+
+def load(
+    model: StrPath,
+    *,
+    artifact: str = "auto",
+    provider: str = "auto",
+    threads: int | None = None,
+    context: int | None = None,
+    revision: str | None = None,
+) -> TextModel:
+    """Load the ONNX files of a published folder, or of a repository of the Hub, for text generation. Needs no torch.
+
+    Args:
+        model: A folder with `onnx/`, or a Hub id.
+        artifact: auto, or a file by its precision: int8, int4, fp16, fp32, genai.
+        provider: auto, cpu or cuda.
+        threads: Threads of one step; by default every processor this process may use.
+        context: The most tokens of prompt and answer together.
+        revision: Branch, tag or commit of the repository.
+
+    Raises:
+        GradmapError: one of its subclasses says what is wrong.
+
+    Example:
+        >>> from gradmap_hub import load
+        >>> model = load("me/model-gradmap-25")
+        >>> answer = model.start(model.encode_chat([{"role": "user", "content": "Hello"}]), max_tokens=64)
+        >>> print("".join(answer))
+    """
+    from gradmap_hub.runtime import load as run
+
+    return run(model, artifact=artifact, provider=provider, threads=threads, context=context, revision=revision)
+
+
+def _prune_config(ratio: float | None, layers: int | None, drop: Sequence[int] | None, method: Any) -> PruneConfig:
+    if ratio is None and layers is None and drop is None:
+        ratio = 0.25
+    return PruneConfig(ratio=ratio, layers=layers, drop=None if drop is None else tuple(drop), **method)
