@@ -41,8 +41,8 @@ from gradmap_hub.evaluation.speed import (
     peak_memory,
     take_turns,
 )
-from gradmap_hub.exporters.gate import LIMITS
 from gradmap_hub.exporters.recipes import LADDERS
+from gradmap_hub.formats import FORMATS
 
 PYTORCH = "PyTorch fp32"
 LLAMA_CPP = "llama.cpp "
@@ -218,7 +218,7 @@ def claims(entries: Sequence[Entry]) -> list[tuple[str, str, str]]:
     gated = {
         name: entry
         for name, entry in pruned.items()
-        if name in LADDERS and entry.perplexity <= LIMITS[name].perplexity * eager.perplexity
+        if name in LADDERS and entry.perplexity <= FORMATS[name].limits.perplexity * eager.perplexity
     }
     if gated:
         best = max(gated, key=lambda name: ratio(eager.one, gated[name].one))
@@ -278,7 +278,7 @@ def markdown(entries: Sequence[Entry], settings: Mapping[str, int]) -> str:
 
 
 def main() -> None:
-    from gradmap_hub.runtime.artifacts import cpu_count
+    from gradmap_hub.machine import cpu_count
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.inference", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("folder", type=Path, help="output folder of push or prune")

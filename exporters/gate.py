@@ -15,31 +15,12 @@ from typing import Any
 import numpy as np
 
 from gradmap_hub.exporters.processes import WorkerFailed, call
+from gradmap_hub.formats import Limits
 from gradmap_hub.record import Parity
 
 # Stands for infinity, which JSON cannot represent; no working graph reaches it.
 _WORST = 1e30
 _CHUNK = 64
-
-
-@dataclass(frozen=True)
-class Limits:
-    """`perplexity`: largest ratio to the checkpoint's. `logits`: largest absolute difference, or None for no limit.
-    `greedy`: whether every greedy token must equal PyTorch's."""
-
-    perplexity: float
-    logits: float | None = None
-    greedy: bool = False
-
-
-FLOAT32 = Limits(perplexity=1.001, logits=1e-3, greedy=True)
-LIMITS: dict[str, Limits] = {
-    "onnx": FLOAT32,
-    "genai": FLOAT32,
-    "fp16": Limits(perplexity=1.005),
-    "int8": Limits(perplexity=1.02),
-    "int4": Limits(perplexity=1.10),
-}
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict, TypeVar
 
 from gradmap_hub.errors import UsageError
+from gradmap_hub.formats import quantized
 
 Metric = Literal["auto", "gradient", "taylor", "block-influence", "gradient-window", "cosine-window"]
 Schedule = Literal["oneshot", "iterative"]
@@ -35,8 +36,6 @@ COMPENSATIONS: tuple[str, ...] = ("auto", "projection", "weight", "none")
 DTYPES: tuple[str, ...] = ("auto", "float32", "bfloat16", "float16")
 DEVICES: tuple[str, ...] = ("auto", "cpu", "cuda")
 COMPUTES: tuple[str, ...] = ("auto", "float32", "bfloat16")
-# What is exported beside Optimum's float32 graph.
-QUANTIZED: tuple[str, ...] = ("int8", "int4", "genai", "fp16")
 PRESETS: tuple[str, ...] = ("default", "paper")
 
 # WikiText as the Hub serves it: the default when no text is given.
@@ -358,9 +357,9 @@ class PushConfig(PublishConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        strange = [name for name in self.quantize if name not in QUANTIZED]
+        strange = [name for name in self.quantize if name not in quantized()]
         if strange:
-            raise UsageError(f"--quantize takes {', '.join(QUANTIZED)}; got {strange[0]!r}.")
+            raise UsageError(f"--quantize takes {', '.join(quantized())}; got {strange[0]!r}.")
         if self.quantize and not self.onnx:
             raise UsageError("--quantize makes ONNX files; leave out --no-onnx.")
 

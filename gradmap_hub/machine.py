@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 _VERSIONED = (
     "torch",
@@ -21,9 +22,17 @@ _VERSIONED = (
 
 
 def cpu_count() -> int:
-    """The processors this process may use. macOS and Windows only tell how many there are."""
+    """The processors this process may use: in a container often fewer than the machine has. macOS and Windows only
+    tell how many there are."""
     affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+    count = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        if quota != "max":
+            count = min(count, max(1, round(int(quota) / int(period))))
+    except (OSError, ValueError):  # no cgroup v2
+        pass
+    return count
 
 
 def hardware() -> str:

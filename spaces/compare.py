@@ -52,9 +52,11 @@ class Stored:
 
 @dataclass(frozen=True)
 class Precision:
-    """Both models in one precision. Models are compared only in the same precision."""
+    """Both models in one precision. Models are compared only in the same precision. `file`: the name of the ONNX graph,
+    empty if both run in transformers."""
 
     name: str
+    file: str
     original: Stored
     pruned: Stored
 
@@ -127,7 +129,7 @@ def _stored(content: dict[str, Any]) -> Stored:
 
 def _precisions(content: dict[str, Any]) -> tuple[Precision, ...]:
     found = tuple(
-        Precision(str(entry["name"]), _stored(entry["original"]), _stored(entry["pruned"]))
+        Precision(str(entry["name"]), str(entry["file"] or ""), _stored(entry["original"]), _stored(entry["pruned"]))
         for entry in content["precisions"]
     )
     if content["precision"] not in [entry.name for entry in found]:

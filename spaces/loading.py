@@ -200,7 +200,7 @@ class Loader:
                 repo_id: str, kind: str = kind, revision: str | None = source.revision, path: str = stored.path
             ) -> Path:
                 self._doing = f" Downloading the {kind}."
-                return _download(repo_id, revision, engine.files_to_download(path, precision.name))
+                return _download(repo_id, revision, engine.files_to_download(path, precision))
 
             try:
                 folder = locate(source, stored, role, self._folder, download)
@@ -208,7 +208,7 @@ class Loader:
                     return None
                 self._doing = ""
                 path = "" if stored.where == "space" else stored.path
-                model: Model = engine.load(folder, path, precision.name)
+                model: Model = engine.load(folder, path, precision)
                 warm_up(model)
             except ModelError as error:
                 raise ModelError(f"The {kind} model could not be loaded: {error}") from error

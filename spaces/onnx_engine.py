@@ -14,25 +14,19 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+from compare import Precision
 from prompting import TEXT_FILES, ModelError, TextCodec, read_json
 
-# The graph of each precision; weights too large for one file lie beside it.
-GRAPHS = {"float32": "model.onnx", "int8": "model_int8.onnx", "int4": "model_int4.onnx"}
+# Weights too large for one file lie beside the graph.
 _DATA = "_data"
 
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 _NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
-def _graph_name(precision: str) -> str:
-    if precision not in GRAPHS:
-        raise ModelError(f"compare.json asks for the precision {precision!r}, which is not known.")
-    return GRAPHS[precision]
-
-
-def files_to_download(path: str, precision: str) -> list[str]:
+def files_to_download(path: str, precision: Precision) -> list[str]:
     """The files of a model repository that this engine reads; `path` is the folder of the graph."""
-    graph = f"{path}/{_graph_name(precision)}" if path else _graph_name(precision)
+    graph = f"{path}/{precision.file}" if path else precision.file
     return [graph, graph + _DATA, *TEXT_FILES]
 
 
@@ -49,9 +43,8 @@ def cpu_count() -> int:
     return count
 
 
-def find_graph(folder: Path, path: str, precision: str) -> Path:
+def find_graph(folder: Path, path: str, name: str) -> Path:
     """The graph in the folder named, in onnx/ (a model repository) or beside the tokenizer (an export)."""
-    name = _graph_name(precision)
     for candidate in (folder / path, folder / "onnx", folder):
         if (candidate / name).is_file():
             return candidate / name
@@ -61,8 +54,8 @@ def find_graph(folder: Path, path: str, precision: str) -> Path:
 class OnnxModel:
     """One model: a session and its tokenizer."""
 
-    def __init__(self, folder: Path, path: str = "", precision: str = "float32") -> None:
-        graph = find_graph(folder, path, precision)
+    def __init__(self, folder: Path, path: str, file: str) -> None:
+        graph = find_graph(folder, path, file)
         text_folder = folder if (folder / "tokenizer.json").is_file() else graph.parent
         self.text = TextCodec.from_folder(text_folder)
         config = read_json(text_folder / "config.json")
@@ -142,6 +135,6 @@ def _head_size(config: dict[str, Any]) -> int:
     return int(config.get("hidden_size") or 0) // heads if isinstance(heads, int) and heads else 0
 
 
-def load(folder: Path, path: str = "", precision: str = "float32") -> OnnxModel:
-    """Load the model of a folder in one of the precisions of GRAPHS; `path` is the folder of the graph therein."""
-    return OnnxModel(folder, path, precision)
+def load(folder: Path, path: str, precision: Precision) -> OnnxModel:
+    """Load the model of a folder; `path` is the folder of the graph in it."""
+    return OnnxModel(folder, path, precision.file)

@@ -14,13 +14,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from compare import Precision
 from prompting import ModelError, TextCodec
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def files_to_download(path: str, precision: str) -> list[str]:
+def files_to_download(path: str, precision: Precision) -> list[str]:
     """Patterns for a model repository: safetensors and text only, no pickles and no Python code."""
     return [
         "config.json",
@@ -85,6 +86,6 @@ class TransformersDecoder:
         return output.logits[0, -1].float().cpu().numpy()
 
 
-def load(folder: Path, path: str = "", precision: str = "float32") -> TransformersModel:
+def load(folder: Path, path: str, precision: Precision) -> TransformersModel:
     """Load the model of a folder; `path` is for ONNX graphs and is ignored here."""
-    return TransformersModel(folder, precision)
+    return TransformersModel(folder, precision.name)

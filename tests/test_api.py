@@ -8,7 +8,7 @@ import inspect
 import subprocess
 import sys
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 import pytest
 
@@ -76,9 +76,11 @@ def test_the_page_says_what_the_docstrings_say() -> None:
     assert (ROOT / "docs" / "api.md").read_text(encoding="utf-8") == module.text(), "run: python docs/make_api.py"
 
 
-def test_prune_and_load_as_a_library(tiny_folder: Path, tmp_path: Path) -> None:
+def test_prune_and_load_as_a_library(tiny_folder: Path, tmp_path: Path, text_of: Any) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(text_of(20_000, 1))
     record = gradmap_hub.prune(
-        tiny_folder, tmp_path / "small", layers=1, calibration=(str(calibration_file),), samples=4, seq_len=16, eval_rows=2
+        tiny_folder, tmp_path / "small", layers=1, calibration=(str(text),), samples=8, seq_len=64, eval_rows=2
     )
     assert len(record.removed) == 1 and RunRecord.read(tmp_path / "small") == record
     with pytest.raises(gradmap_hub.GradmapError, match="ONNX"):

@@ -40,13 +40,13 @@ from gradmap_hub.cli.options import (
 from gradmap_hub.cli.terminal import TerminalReporter, inspect_table
 from gradmap_hub.config import (
     DEFAULT_CALIBRATION,
-    QUANTIZED,
     PruneConfig,
     PublishConfig,
     PushConfig,
     help_of,
 )
 from gradmap_hub.errors import GradmapError, UsageError
+from gradmap_hub.formats import quantized
 from gradmap_hub.record import RunRecord
 
 if TYPE_CHECKING:
@@ -262,7 +262,7 @@ def push(
         if record.target is not None:  # published, so that it says what was
             made = {entry.format for entry in record.artifacts}
             onnx = onnx if "onnx" in given else "onnx" in made
-            quantize = quantize if "quantize" in given else ",".join(name for name in QUANTIZED if name in made)
+            quantize = quantize if "quantize" in given else ",".join(name for name in quantized() if name in made)
             space = space if "space" in given else record.space is not None
         if license is None and record.base.license_source == "publisher":
             license = record.base.license
@@ -452,7 +452,7 @@ def export(
     to: Annotated[
         str,
         typer.Option(
-            "--to", help=f"Formats, comma-separated: onnx (float32, Optimum's graph), {', '.join(QUANTIZED)}."
+            "--to", help=f"Formats, comma-separated: onnx (float32, Optimum's graph), {', '.join(quantized())}."
         ),
     ] = "onnx",
     text: Annotated[

@@ -12,7 +12,7 @@ import yaml
 
 from gradmap_hub.config import PruneMethod
 from gradmap_hub.errors import SourceError, UsageError
-from gradmap_hub.formats import GRAPHS
+from gradmap_hub.formats import ONNX, graph_path, in_space
 from gradmap_hub.layout import (
     CARD,
     folder_sizes,
@@ -120,8 +120,8 @@ def own_exports(files: Mapping[str, int]) -> list[str]:
     """The precisions of which a listing has ONNX files like ours. model.onnx is float32 wherever it comes from. What
     others call int8 often rounds activations too, which is not what the pruned model is compared in; so quantised files
     count only in a repository that this program made."""
-    present = [name for name, file in GRAPHS.items() if f"onnx/{file}" in files]
-    return [name for name in present if name == "float32" or FILE_NAME in files]
+    present = [row for row in in_space() if graph_path(row) in files]
+    return [row.precision for row in present if row.name == ONNX or FILE_NAME in files]
 
 
 def _folder_source(path: Path) -> Source:

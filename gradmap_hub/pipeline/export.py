@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 from gradmap_hub import __version__
 from gradmap_hub.config import (
     DEFAULT_CALIBRATION,
-    QUANTIZED,
 )
 from gradmap_hub.data.texts import text_of
 from gradmap_hub.errors import OutputExists, VerificationError
+from gradmap_hub.formats import FORMATS, ONNX
 from gradmap_hub.layout import artifact, work_folder
 from gradmap_hub.models.safetensors_files import read_config
 from gradmap_hub.pipeline.connect import connect
@@ -32,14 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from gradmap_hub.data.rows import Rows
-    from gradmap_hub.exporters.formats import Exported
-
-_TITLES = {
-    "int8": "Exporting to ONNX with 8-bit weights, comparing with PyTorch",
-    "int4": "Exporting to ONNX with 4-bit weights, comparing with PyTorch",
-    "genai": "Exporting GenAI's ONNX graph, comparing with PyTorch",
-    "fp16": "Exporting to ONNX in float16, comparing with PyTorch",
-}
+    from gradmap_hub.exporters.export import Exported
 
 
 def export_checked(
@@ -58,7 +51,7 @@ def export_checked(
     Raises:
         VerificationError: a float32 graph differs from PyTorch, or an exporter failed.
     """
-    from gradmap_hub.exporters import environment, formats
+    from gradmap_hub.exporters import environment, export
 
     environment.prepare(stages.reporter)
     destination, work = folder / "onnx", work_folder(folder) / "export"
@@ -68,14 +61,14 @@ def export_checked(
             exported = _stage(stages, folder, destination, work, name, rows, fit, keep_failing=keep_failing)
             if exported.note:
                 stages.reporter.note(exported.note)
-            if name not in formats.LADDERS and not exported.check.passed:
+            if not FORMATS[name].may_fail and not exported.check.passed:
                 raise VerificationError(
                     f"The {name} export differs from PyTorch: {exported.check.reason}.",
                     hint="It is not published; leave this format out.",
                 )
             artifacts += _artifacts(exported, folder, rows)
     finally:
-        formats.clear(work)
+        export.clear(work)
     return dataclasses.replace(record, artifacts=artifacts, timings=record.timings | stages.timings)
 
 
@@ -123,7 +116,7 @@ def export_original(
     Raises:
         VerificationError: an exporter failed.
     """
-    from gradmap_hub.exporters import environment, formats, genai
+    from gradmap_hub.exporters import environment, export, genai
 
     environment.prepare(stages.reporter)
     found: dict[str, Quality] = {}
@@ -135,7 +128,7 @@ def export_original(
             if exported.files:
                 found[name] = _quality(exported, rows.name, rows.ids.numel())
     finally:
-        formats.clear(work)
+        export.clear(work)
         (destination / genai.CONFIG).unlink(missing_ok=True)  # for another program than the Space
     return found
 
@@ -153,16 +146,17 @@ def _stage(
     of: str = "",
 ) -> Exported:
     from gradmap_hub.data.rows import sha256_of_ids
-    from gradmap_hub.exporters import formats
+    from gradmap_hub.exporters import export
     from gradmap_hub.exporters.recipes import LADDERS
 
+    title = FORMATS[name].title
     destination.mkdir(parents=True, exist_ok=True)
-    optimum = destination / formats.FILE_NAMES["onnx"]
+    optimum = destination / FORMATS[ONNX].file
     return stages.run(
         f"export-{name}-{of}" if of else f"export-{name}",
-        f"The {of}: {_TITLES[name][0].lower()}{_TITLES[name][1:]}" if of else _TITLES[name],
-        formats.Exported,
-        lambda: formats.export(
+        f"The {of}: {title[0].lower()}{title[1:]}" if of else title,
+        export.Exported,
+        lambda: export.export(
             name,
             folder,
             destination,
@@ -186,9 +180,7 @@ def _stage(
 
 
 def _files(destination: Path, name: str) -> list[Path]:
-    from gradmap_hub.exporters import formats
-
-    graph = destination / formats.FILE_NAMES[name]
+    graph = destination / FORMATS[name].file
     return [graph, graph.with_name(graph.name + "_data")]
 
 
@@ -253,19 +245,19 @@ def export_folder(
     Raises:
         GradmapError: a format is unknown, or not for this model; a package or the text is missing; a check failed.
     """
-    from gradmap_hub.exporters.formats import require
+    from gradmap_hub.exporters.export import require
 
     record = RunRecord.read(folder)
     config = read_config(folder / "config.json")
     for name in formats:
         require(name, config)
     hub, reporter = connect(hub, reporter)
-    checked = [name for name in formats if name in QUANTIZED]
+    checked = [name for name in formats if name != ONNX]
     rows = _export_rows(folder, text, hub) if checked else None
     if not folder.is_dir():
         raise OutputExists(f"{folder} is not a folder.")
     stages = Stages(work_folder(folder), reporter, {"version": __version__, "what": "export"})
-    if "onnx" in formats:
+    if ONNX in formats:
         record = export_optimum(folder, record, stages)
     if rows is not None:
         record = export_checked(folder, record, stages, checked, rows, keep_failing=keep_failing)

@@ -15,7 +15,7 @@ from gradmap_hub.config import PublishConfig, PushConfig
 from gradmap_hub.data.texts import check_texts
 from gradmap_hub.errors import SourceError, UnsafeToPublish, UsageError
 from gradmap_hub.evaluation.staleness import without_stale
-from gradmap_hub.formats import GRAPHS
+from gradmap_hub.formats import FORMATS, ONNX, in_space, of_precision
 from gradmap_hub.hub.card_check import is_known_license
 from gradmap_hub.layout import CARD, check_output, default_output, space_folder_of
 from gradmap_hub.measurements import BeforeAfter
@@ -66,10 +66,6 @@ class PublishPlan:
     checks: tuple[Check, ...]
 
 
-# At most so much of the float32 weights, in bytes (docs/onnx.md).
-_QUANTIZED_SHARE = {"int8": 0.4, "int4": 0.4, "genai": 1.05, "fp16": 0.55}
-
-
 def make_plan(config: PushConfig, hub: Hub) -> PushPlan:
     """All checks of a push that need no weights, cheapest first.
 
@@ -90,9 +86,9 @@ def make_plan(config: PushConfig, hub: Hub) -> PushPlan:
     base = checks.licensed(source.base)
     source = replace(source, base=base)
     if config.onnx:
-        from gradmap_hub.exporters.formats import require
+        from gradmap_hub.exporters.export import require
 
-        for name in ("onnx", *config.quantize):
+        for name in (ONNX, *config.quantize):
             require(name, source.config)
     # Checkpoint and its ONNX, each about the original's size in float32.
     float32 = source.weight_bytes * (2 if base.dtype in ("bfloat16", "float16") else 1)
@@ -115,8 +111,8 @@ def _bytes_needed(config: PushConfig, source: Source, targets: Targets, float32:
     """Bytes on disk and bytes to upload, at most. `float32`: those of the original's weights in float32."""
     # The original's own ONNX for the Space, and once more what is published: the fresh copy it is verified against.
     stored = () if targets.space is None else targets.space.stored
-    stored_original = round(float32 * sum(_QUANTIZED_SHARE.get(name, 1.0) for name in stored))
-    quantized = round(float32 * sum(_QUANTIZED_SHARE[name] for name in config.quantize))
+    stored_original = round(float32 * sum(of_precision(name).most_share for name in stored))
+    quantized = round(float32 * sum(FORMATS[name].most_share for name in config.quantize))
     built = source.weight_bytes + (float32 if config.onnx else 0) + quantized
     disk = source.weight_bytes + 2 * built + stored_original
     if config.quantize:
@@ -129,7 +125,8 @@ def _planned_space(config: PushConfig, source: Source, removals: int, float32: i
     """The Space as far as it can be known before any work; None if none was asked for."""
     if not config.space or config.create_pr:
         return None
-    wanted = ["float32", *(name for name in config.quantize if name in GRAPHS)] if config.onnx else []
+    made = (ONNX, *config.quantize) if config.onnx else ()
+    wanted = [row.precision for row in in_space() if row.name in made]
     # What is not a layer stays whole, so the pruned model is at least this large.
     pruned = float32 * (source.layer_count - removals) // source.layer_count
     # A GGUF file's weights are counted at eight times its size, which is the most that they can be.
@@ -247,7 +244,7 @@ def check_space_folder(folder: Path, base: Base) -> None:
     machine alone, or under other terms."""
     if may_be_stored(base):
         return
-    for file in GRAPHS.values():
+    for file in (row.file for row in in_space()):
         if (folder / ORIGINAL_FOLDER / file).is_file():
             terms = "gated" if base.gated else "private" if base.private else f"under the licence {base.license}"
             raise UnsafeToPublish(

@@ -10,8 +10,9 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from gradmap_hub.config import QUANTIZED, PushConfig
+from gradmap_hub.config import PushConfig
 from gradmap_hub.evaluation.staleness import with_earlier
+from gradmap_hub.formats import quantized
 from gradmap_hub.layout import space_folder_of
 from gradmap_hub.pipeline.connect import connect
 from gradmap_hub.pipeline.export import export_checked, export_optimum, remove_exports, remove_onnx
@@ -76,7 +77,7 @@ def _export(run: Run, record: RunRecord, config: PushConfig) -> tuple[RunRecord,
         remove_onnx(run.output)
         return record, _ExportText()
     record = export_optimum(run.output, record, run.stages)
-    remove_exports(run.output, [name for name in QUANTIZED if name not in config.quantize])
+    remove_exports(run.output, [name for name in quantized() if name not in config.quantize])
     if not config.quantize:
         return record, _ExportText()
     held_out, fit = export_rows(run)

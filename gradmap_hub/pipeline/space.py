@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING
 from gradmap_hub import __version__
 from gradmap_hub.config import (
     DEFAULT_CALIBRATION,
-    QUANTIZED,
 )
 from gradmap_hub.errors import GradmapError, SourceError, SpaceImpossible
 from gradmap_hub.evaluation.staleness import without_stale
-from gradmap_hub.formats import GRAPHS
+from gradmap_hub.formats import ONNX, graph_path, in_space, of_precision
 from gradmap_hub.layout import COMPANION_FILES, legal_texts, space_folder_of, work_folder
 from gradmap_hub.models.original import OriginalModel
 from gradmap_hub.models.source import find_source, identity
@@ -70,11 +69,11 @@ def write_space_folder(
     if plan.stored:
         checkpoint, stored = original.checkpoint(), destination / ORIGINAL_FOLDER
         quality = _export(stages, plan, checkpoint, stored, rows, fit)
-        plan = _without(plan, {name for name in plan.stored if name in QUANTIZED and name not in quality})
+        plan = _without(plan, {name for name in plan.stored if of_precision(name).name != ONNX and name not in quality})
         if not plan.precisions:
             return plan
         for name in plan.stored:
-            files = list(stored.glob(f"{GRAPHS[name]}*"))
+            files = list(stored.glob(f"{of_precision(name).file}*"))
             originals[name] = Held(sum(file.stat().st_size for file in files), quality.get(name))
         present = ["config.json", *COMPANION_FILES, *legal_texts(path.name for path in checkpoint.iterdir())]
         companions = {name: checkpoint / name for name in present if (checkpoint / name).is_file()}
@@ -87,7 +86,7 @@ def _export(
 ) -> dict[str, Quality]:
     if "float32" in plan.stored:
         onnx_stage(stages, "onnx-original", "Exporting the original for the Space", checkpoint, stored)
-    quantised = [name for name in plan.stored if name in QUANTIZED]
+    quantised = [name for name in plan.stored if of_precision(name).name != ONNX]
     if not quantised or rows is None:
         return {}
     return export_original(checkpoint, stored, stages, quantised, rows, stages.folder / "export-original", fit=fit)
@@ -102,9 +101,10 @@ def finished_space(folder: Path, record: RunRecord, precisions: Collection[str])
         if (facts["original"]["repo_id"], facts["original"]["revision"]) != (record.base.repo_id, record.base.commit):
             return None
         stored = {entry["name"]: entry["original"]["stored"] == "space" for entry in facts["precisions"]}
+        files = {entry["name"]: str(entry["file"]) for entry in facts["precisions"]}
     except (OSError, ValueError, KeyError, TypeError):  # none, not whole, or of an earlier version
         return None
-    there = {name for name, here in stored.items() if not here or (space / ORIGINAL_FOLDER / GRAPHS[name]).is_file()}
+    there = {name for name, here in stored.items() if not here or (space / ORIGINAL_FOLDER / files[name]).is_file()}
     return space if set(precisions) <= there and (space / "app.py").is_file() else None
 
 
@@ -129,9 +129,9 @@ def _held_by_repository(source: Source) -> dict[str, Held]:
 
     sizes = source.sizes
     return {
-        name: Held(sizes[f"onnx/{file}"] + sizes.get(f"onnx/{file}_data", 0))
-        for name, file in GRAPHS.items()
-        if f"onnx/{file}" in sizes
+        row.precision: Held(sizes[graph_path(row)] + sizes.get(f"{graph_path(row)}_data", 0))
+        for row in in_space()
+        if graph_path(row) in sizes
     }
 
 
@@ -185,13 +185,13 @@ def build_space(
         raise SourceError(
             f"{folder} was made from a local model, {record.base.name}.", hint="Say where it is with --against."
         )
-    names = tuple(name for name in GRAPHS if name in precisions_of(record))
+    names = tuple(precisions_of(record))
     if local and against is None and names and (written := finished_space(folder, record, names)) is not None:
         return written
     source = find_source(model, record.base.commit if against is None else None, hub)
     if not (folder / "onnx" / "model.onnx").is_file():
         record = export_folder(folder, ["onnx"], reporter=reporter)
-        names = tuple(name for name in GRAPHS if name in precisions_of(record))
+        names = tuple(precisions_of(record))
     original = OriginalModel(source, hub, work_folder(folder))
     identified = {"version": __version__, "what": "space", "base": identity(source)}
     stages = Stages(work_folder(folder), reporter, identified)
@@ -203,7 +203,7 @@ def build_space(
     if not plan.precisions:
         raise SpaceImpossible(f"{plan.reason}.")
     rows = None
-    if any(name in plan.stored for name in QUANTIZED):
+    if any(of_precision(name).name != ONNX for name in plan.stored):
         try:
             rows = _export_rows(folder, text, hub)
         except GradmapError as error:

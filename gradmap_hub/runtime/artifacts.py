@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from gradmap_hub.errors import SourceError, UsageError
+from gradmap_hub.formats import FORMATS, graph_path
 
-# File name -> what users call it. In the order of preference on a CPU: int8 costs under 2 % of perplexity and is the
-# fastest that does; int4 costs more than a reader would expect of a small model, so it must be asked for.
-NAMES = {
-    "int8": "model_int8.onnx",
-    "genai": "model_genai.onnx",
-    "fp32": "model.onnx",
-    "fp16": "model_fp16.onnx",
-    "int4": "model_int4.onnx",
-}
-ON_CPU = ("int8", "genai", "fp32", "int4")
-# Graphs of weight-only integers are made for the CPU's kernels; a GPU prefers half precision.
-ON_CUDA = ("fp16", "fp32", "int8", "int4")
 # A session needs the file's bytes, as much again while it repacks the weights, and the cache.
 _MEMORY_FACTOR = 2.0
 
@@ -37,11 +25,11 @@ class Artifact:
 def available_artifacts(sizes: Mapping[str, int]) -> list[Artifact]:
     """The known graphs among files {path: bytes}: in onnx/ as published, or beside the tokenizer."""
     found = []
-    for name, file in NAMES.items():
-        for path in (f"onnx/{file}", file):
+    for row in FORMATS.values():
+        for path in (graph_path(row), row.file):
             if path in sizes:
                 data = sum(sizes.get(path + ending, 0) for ending in ("_data", ".data"))
-                found.append(Artifact(name, path, sizes[path] + data))
+                found.append(Artifact(row.artifact, path, sizes[path] + data))
                 break
     return found
 
@@ -65,9 +53,9 @@ def choose_artifact(
             if wanted in (artifact.name, artifact.path, PurePosixPath(artifact.path).name):
                 return artifact
         raise UsageError(f"There is no artifact {wanted!r} here; there is {names}.")
-    order = ON_CUDA if cuda else ON_CPU
+    ranks = {row.artifact: row.on_cuda if cuda else row.on_cpu for row in FORMATS.values()}
     ranked = sorted(
-        (artifact for artifact in found if artifact.name in order), key=lambda entry: order.index(entry.name)
+        (artifact for artifact in found if ranks[artifact.name] is not None), key=lambda entry: ranks[entry.name] or 0
     )
     free = free_memory() if memory is None else memory
     for artifact in ranked or found:
@@ -94,15 +82,3 @@ def free_memory() -> int | None:
     except (OSError, ValueError):
         pass
     return max(free, 0)
-
-
-def cpu_count() -> int:
-    """The processors this process may use, which in a container is often fewer than the machine has."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
-        if quota != "max":
-            count = min(count, max(1, round(int(quota) / int(period))))
-    except (OSError, ValueError):
-        pass
-    return count

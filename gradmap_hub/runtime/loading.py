@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from gradmap_hub.errors import MissingExtra, SourceError, UsageError
+from gradmap_hub.machine import cpu_count
 from gradmap_hub.models.architectures import dimension
-from gradmap_hub.runtime.artifacts import Artifact, available_artifacts, choose_artifact, cpu_count
+from gradmap_hub.runtime.artifacts import Artifact, available_artifacts, choose_artifact
 from gradmap_hub.runtime.generation import TextModel
 from gradmap_hub.runtime.prompting import TEXT_FILES
 

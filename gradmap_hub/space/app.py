@@ -13,7 +13,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from gradmap_hub.formats import GRAPHS
+from gradmap_hub.formats import in_space, of_precision
 from gradmap_hub.models.safetensors_files import clean_config
 from gradmap_hub.record import Quality, RunRecord
 from gradmap_hub.space.plan import ORIGINAL_FOLDER, SpacePlan, graph_of
@@ -59,9 +59,9 @@ def remove_unwanted(destination: Path, plan: SpacePlan) -> None:
     original = destination / ORIGINAL_FOLDER
     if not plan.stored:
         shutil.rmtree(original, ignore_errors=True)
-    for name, graph in GRAPHS.items():
-        if name not in plan.stored:
-            for file in original.glob(f"{graph}*"):
+    for row in in_space():
+        if row.precision not in plan.stored:
+            for file in original.glob(f"{row.file}*"):
                 file.unlink()
 
 
@@ -171,6 +171,7 @@ def _precision(record: RunRecord, plan: SpacePlan, name: str, original: Held) ->
     stored = name in plan.stored
     return {
         "name": name,
+        "file": of_precision(name).file if plan.runtime == "onnx" else None,
         "original": _held(original, "space" if stored else "hub", ORIGINAL_FOLDER if stored else "onnx"),
         "pruned": _held(pruned, "hub", "onnx"),
     }

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from gradmap_hub.formats import FORMATS, GRAPHS
+from gradmap_hub.formats import in_space, of_precision
 from gradmap_hub.measurements import BeforeAfter
 from gradmap_hub.record import Artifact, Base, RunRecord
 
@@ -21,8 +21,6 @@ REDISTRIBUTABLE = frozenset(
         "cc0-1.0", "isc", "mit", "openmdw-1.0", "unlicense", "wtfpl", "zlib",
     }
 )  # fmt: skip
-# Of float32, at least: 8 (4) bits, and a scale of 32 bits for each 32 weights.
-_LEAST_SHARE = {"int8": 9 / 32, "float32": 1.0, "int4": 5 / 32}
 
 # Within the Space.
 ORIGINAL_FOLDER = "original"
@@ -87,18 +85,19 @@ def plan_space(
     """Decide what the Space runs and where its original comes from.
 
     Args:
-        precisions: those that the pruned model has ONNX files of, keys of GRAPHS; none without ONNX.
+        precisions: those that the pruned model has ONNX files of, as `Format.precision`; none without ONNX.
         float32: bytes of both models' weights in float32, rather too small than too large.
         sizes: bytes of both models' files in a precision, where known better.
     """
-    pairs = {name: _at_least(name, float32) for name in GRAPHS} | dict(sizes or {})
+    names = [row.precision for row in in_space()]
+    pairs = {name: _at_least(name, float32) for name in names} | dict(sizes or {})
     refused: list[str] = []
     chosen: list[str] = []
     used = 0
     # Records from before `exports` say only whether there is model.onnx.
     own = [*base.exports, *(["float32"] if base.has_onnx else [])] if base.repo_id is not None else []
-    stored = [name for name in GRAPHS if name in precisions and name not in own]
-    for name in GRAPHS:
+    stored = [name for name in names if name in precisions and name not in own]
+    for name in names:
         if name not in precisions or (name in stored and not may_be_stored(base)):
             continue
         problem = _too_large(pairs[name], "onnx", hardware, used)
@@ -164,7 +163,7 @@ def _words(chosen: list[str], stored: list[str], base: Base) -> str:
 
 
 def _at_least(name: str, float32: BeforeAfter) -> BeforeAfter:
-    share = _LEAST_SHARE[name]
+    share = of_precision(name).least_share
     return BeforeAfter(round(share * float32.before), round(share * float32.after))
 
 
@@ -182,12 +181,12 @@ def _too_large(pair: BeforeAfter, runtime: Literal["onnx", "transformers"], hard
 def precisions_of(record: RunRecord) -> list[str]:
     """What a finished run has ONNX files in."""
     formats = {entry.format for entry in record.artifacts}
-    return [name for name, kind in FORMATS.items() if kind in formats]
+    return [row.precision for row in in_space() if row.name in formats]
 
 
 def graph_of(record: RunRecord, precision: str) -> tuple[int, Artifact | None]:
     """Bytes of the pruned model's files in a precision, data beside the graph included, and the graph itself."""
-    entries = [entry for entry in record.artifacts if entry.format == FORMATS[precision]]
+    entries = [entry for entry in record.artifacts if entry.format == of_precision(precision).name]
     graph = next((entry for entry in entries if entry.path.endswith(".onnx")), None)
     return sum(entry.bytes for entry in entries), graph
 

@@ -22,11 +22,12 @@ import pytest
 pytest.importorskip("onnxruntime_genai")
 
 from gradmap_hub.errors import MissingExtra, UsageError, VerificationError
-from gradmap_hub.exporters import formats, gate
-from gradmap_hub.exporters.formats import FILE_NAMES, Exported
-from gradmap_hub.exporters.gate import Limits
+from gradmap_hub.exporters import export as formats
+from gradmap_hub.exporters import gate
+from gradmap_hub.exporters.export import Exported
 from gradmap_hub.exporters.graph import Graph
 from gradmap_hub.exporters.session import Session
+from gradmap_hub.formats import FORMATS, Limits
 
 Shop = Callable[..., SimpleNamespace]
 
@@ -46,14 +47,16 @@ def test_each_format_passes_and_is_a_whole_file(shop: Shop, tmp_path: Path, tied
     results = {name: exported(made, name, onnx) for name in ("genai", "fp16", "int8", "int4")}
     for name, result in results.items():
         assert result.check.passed and not result.note, result.check
-        assert result.files == [FILE_NAMES[name]] and result.base == "genai"
-        path = onnx / FILE_NAMES[name]
+        assert result.files == [FORMATS[name].file] and result.base == "genai"
+        path = onnx / FORMATS[name].file
         assert path.stat().st_size == result.bytes and stat.S_IMODE(path.stat().st_mode) == 0o644
         assert result.check.provider == "CPUExecutionProvider" and result.check.greedy_tokens == 256
     assert results["genai"].check.parity().greedy_tokens_equal
     assert results["genai"].check.max_logit_difference_with_past <= 1e-3
     assert abs(results["int8"].check.ratio - 1) < 0.02
-    assert sorted(path.name for path in onnx.iterdir()) == sorted([*FILE_NAMES.values(), "genai_config.json"][1:])
+    assert sorted(path.name for path in onnx.iterdir()) == sorted(
+        [*(row.file for name, row in FORMATS.items() if name != "onnx"), "genai_config.json"]
+    )
     assert json.loads((onnx / "genai_config.json").read_text())["model"]["decoder"]["filename"] == "model_int8.onnx"
     assert not (tmp_path / "model" / "onnx.partial").exists()
     float32 = results["genai"].bytes
@@ -154,14 +157,14 @@ def spoil(path: Path) -> None:
 def test_a_graph_that_does_not_run_fails_in_words(shop: Shop, tmp_path: Path) -> None:
     made = shop(tied=True)
     exported(made, "int8", tmp_path / "onnx")
-    shared = formats._Shared(made.checkpoint, made.work, made.rows, made.fit, None)
+    shared = formats.Shared(made.checkpoint, made.work, made.rows, made.fit, None)
     broken = tmp_path / "broken.onnx"
     broken.write_bytes((tmp_path / "onnx" / "model_int8.onnx").read_bytes()[:-1000])
     result = shared.check(broken, "int8")
     assert not result.passed and "cannot run it" in result.reason
     layers = dataclasses.replace(result)  # the record keeps it: it must be JSON
     json.dumps(dataclasses.asdict(layers), allow_nan=False)
-    other = gate.check(tmp_path / "onnx" / "model_int8.onnx", shared._reference(), shared.rows(), 4, 16, gate.FLOAT32)
+    other = gate.check(tmp_path / "onnx" / "model_int8.onnx", shared._reference(), shared.rows(), 4, 16, Limits(1.001))
     assert not other.passed and "key and value inputs" in other.reason
 
 
@@ -169,7 +172,7 @@ def test_better_settings_are_tried_in_order_and_all_are_told(
     shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = shop(tied=True)
-    monkeypatch.setitem(gate.LIMITS, "int4", Limits(perplexity=0.5))
+    monkeypatch.setitem(FORMATS, "int4", dataclasses.replace(FORMATS["int4"], limits=Limits(perplexity=0.5)))
     result = exported(made, "int4", tmp_path / "onnx")
     expected = [recipe.name for recipe in formats.LADDERS["int4"] if recipe.rounding != "regrid"]  # not from 4 bits
     assert [tried.recipe for tried in result.tries] == expected
@@ -199,7 +202,7 @@ def test_weights_that_come_from_four_bits_lose_nothing_more(shop: Shop, tmp_path
             weights[name] = (low + np.rint((blocks - low) / step) * step).reshape(weight.shape).astype(np.float32)
     save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
     recipe = next(recipe for recipe in formats.LADDERS["int4"] if recipe.rounding == "regrid")
-    shared = formats._Shared(checkpoint, tmp_path / "work", made.rows, None, None)
+    shared = formats.Shared(checkpoint, tmp_path / "work", made.rows, None, None)
     lost = {}
     for tried in (formats.LADDERS["int4"][0], recipe, formats.LADDERS["int8"][0]):
         result = formats._try("int4", tried, shared, tmp_path / "model_int4.onnx")
@@ -237,7 +240,7 @@ def test_optimums_graph_passes_the_same_check_and_leaves_the_others_alone(shop: 
 
 def test_what_is_missing_or_unknown_is_said_first(monkeypatch: pytest.MonkeyPatch) -> None:
     config = {"model_type": "llama", "hidden_size": 64}
-    for name in formats.FORMATS:
+    for name in FORMATS:
         formats.require(name, config)
     with pytest.raises(UsageError, match="formats: onnx, int8, int4, genai"):
         formats.require("gguf", config)
@@ -331,7 +334,8 @@ def test_an_interrupted_export_leaves_nothing_that_looks_whole(
     made = shop(tied=True)
     np.save(tmp_path / "rows.npy", made.rows)
     script = (
-        "import signal, sys, numpy as np\nfrom pathlib import Path\nfrom gradmap_hub.exporters import formats\n"
+        "import signal, sys, numpy as np\nfrom pathlib import Path\n"
+        "from gradmap_hub.exporters import export as formats\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # as the command line does
         "root = Path(sys.argv[1])\n"
         "formats.export('int8', Path(sys.argv[2]), root / 'model' / 'onnx',"

@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("onnxruntime_genai")
 
-from gradmap_hub.exporters import formats
+from gradmap_hub.exporters import export as formats
 
 pytestmark = [pytest.mark.slow, pytest.mark.real]
 

@@ -23,7 +23,8 @@ from gradmap_hub.card.card import CACHE_FROM_GRAPH
 from gradmap_hub.config import PruneConfig
 from gradmap_hub.data.rows import CalibrationRows
 from gradmap_hub.errors import UnsupportedArchitecture, UsageError, VerificationError
-from gradmap_hub.exporters import formats, onnx
+from gradmap_hub.exporters import export as formats
+from gradmap_hub.exporters import onnx
 from gradmap_hub.models import checkpoint
 from gradmap_hub.models.architectures import (
     ARCHITECTURES,

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from gradmap_hub.errors import SourceError, UsageError
+from gradmap_hub.machine import cpu_count
 from gradmap_hub.runtime import Artifact, available_artifacts, choose_artifact
-from gradmap_hub.runtime.artifacts import cpu_count, free_memory
+from gradmap_hub.runtime.artifacts import free_memory
 
 SIZES = {
     "config.json": 1,

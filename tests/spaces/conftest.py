@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from gradmap_hub.formats import FORMATS, GRAPHS
+from gradmap_hub.formats import in_space, of_precision
 from gradmap_hub.measurements import BeforeAfter
 from gradmap_hub.record import Artifact, Base, CalibrationRecord, CompensationRecord, LayerDecision, Quality, RunRecord
 from gradmap_hub.space.plan import SpacePlan
@@ -63,6 +63,7 @@ def precision(name: str, original: int, pruned: int, cost: float | None = None) 
     }  # fmt: skip
     return {
         "name": name,
+        "file": of_precision(name).file,
         "original": {"stored": "space", "path": "original", "bytes": original, "quality": quality},
         "pruned": {"stored": "hub", "path": "onnx", "bytes": pruned, "quality": quality},
     }
@@ -104,10 +105,10 @@ def deploy(folder: Path, tiny: Any, content: dict[str, Any] | None = None) -> Pa
 def record_for(onnx: Path | None = None, **changes: Any) -> RunRecord:
     """The record of a run that made a tiny pruned folder. `onnx`: the folder of its ONNX files, if there are some."""
     artifacts = [
-        Artifact(f"onnx/{file}", (onnx / file).stat().st_size, "0" * 64, FORMATS[name], None,
-                 QUALITY if name != "float32" else None)
-        for name, file in GRAPHS.items()
-        if onnx is not None and (onnx / file).is_file()
+        Artifact(f"onnx/{row.file}", (onnx / row.file).stat().st_size, "0" * 64, row.name, None,
+                 QUALITY if row.precision != "float32" else None)
+        for row in in_space()
+        if onnx is not None and (onnx / row.file).is_file()
     ]  # fmt: skip
     record = RunRecord(
         schema_version=2,
@@ -240,10 +241,18 @@ def running(pair: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[App
         stop_app(app)
 
 
+def load_model(engine: str, folder: Path, name: str = "float32") -> Any:
+    """The model of a folder in one precision, by an engine of the app."""
+    compare = load_module("compare")
+    nothing = compare.Stored("space", "")
+    wanted = compare.Precision(name, of_precision(name).file, nothing, nothing)
+    return load_module(f"{engine}_engine").load(folder, "", wanted)
+
+
 @pytest.fixture(scope="session")
 def kit() -> SimpleNamespace:
     """The helpers above; a conftest.py cannot be imported from under --import-mode=importlib."""
     return SimpleNamespace(
-        load_module=load_module, facts=facts, precision=precision, deploy=deploy, start_app=start_app,
-        stop_app=stop_app, running_app=running_app, App=App,
+        load_module=load_module, load_model=load_model, facts=facts, precision=precision, deploy=deploy,
+        start_app=start_app, stop_app=stop_app, running_app=running_app, App=App,
     )  # fmt: skip

@@ -24,7 +24,7 @@ def prompting(kit: SimpleNamespace) -> Any:
 
 @pytest.fixture(scope="module")
 def model(kit: SimpleNamespace, tiny: Any) -> Any:
-    return kit.load_module("onnx_engine").load(tiny.original_onnx)
+    return kit.load_model("onnx", tiny.original_onnx)
 
 
 def written(generation: Any, model: Any, prompt: str = PROMPT, **settings: Any) -> Any:
@@ -56,7 +56,7 @@ def test_greedy_tokens_are_those_of_transformers(generation: Any, model: Any, ti
 
 
 def test_the_transformers_engine_writes_the_same(kit: SimpleNamespace, generation: Any, model: Any, tiny: Any) -> None:
-    other = kit.load_module("transformers_engine").load(tiny.original)
+    other = kit.load_model("transformers", tiny.original)
     expected = written(generation, model, max_new_tokens=24)
     answer = written(generation, other, max_new_tokens=24)
     assert (answer.token_ids, answer.text) == (expected.token_ids, expected.text)
@@ -172,28 +172,17 @@ def test_several_end_tokens_are_known(prompting: Any, tiny: Any, tmp_path: Path)
 
 @pytest.mark.parametrize(
     ("precision", "words"),
-    [("float32", r"model\.onnx is missing"), ("int8", r"model_int8\.onnx is missing"), ("int2", "not known")],
+    [("float32", r"model\.onnx is missing"), ("int8", r"model_int8\.onnx is missing")],
 )
 def test_missing_files_are_named(
     kit: SimpleNamespace, prompting: Any, tmp_path: Path, precision: str, words: str
 ) -> None:
     with pytest.raises(prompting.ModelError, match=words):
-        kit.load_module("onnx_engine").load(tmp_path, "", precision)
-
-
-def test_the_files_are_those_that_the_exporters_write(kit: SimpleNamespace) -> None:
-    from gradmap_hub.exporters.formats import FILE_NAMES
-    from gradmap_hub.formats import FORMATS, GRAPHS
-    from gradmap_hub.runtime.artifacts import NAMES
-
-    graphs = kit.load_module("onnx_engine").GRAPHS
-    assert graphs == GRAPHS == {name: FILE_NAMES[kind] for name, kind in FORMATS.items()}
-    assert graphs == {name: NAMES["fp32" if name == "float32" else name] for name in graphs}
+        kit.load_model("onnx", tmp_path, precision)
 
 
 def test_eight_bits_say_nearly_the_same(kit: SimpleNamespace, pair: Any) -> None:
-    engine = kit.load_module("onnx_engine")
-    exact, rounded = (engine.load(pair.original_onnx, "", name) for name in ("float32", "int8"))
+    exact, rounded = (kit.load_model("onnx", pair.original_onnx, name) for name in ("float32", "int8"))
     ids = exact.text.encode(PROMPT)
     expected, found = (model.start().step(ids) for model in (exact, rounded))
     error = float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
@@ -210,7 +199,7 @@ def test_the_graphs_of_genai_run_as_well(kit: SimpleNamespace, generation: Any, 
     graph.replace(tmp_path / "model.onnx")
     for data in graph.parent.glob(f"{graph.name}*"):
         data.replace(tmp_path / data.name)
-    model = kit.load_module("onnx_engine").load(tmp_path)
+    model = kit.load_model("onnx", tmp_path)
     assert "position_ids" not in model.plain_inputs
     answer = written(generation, model, max_new_tokens=48)
     assert answer.token_ids == reference(tiny.original, model.text.encode(PROMPT), 48)
@@ -234,7 +223,7 @@ def test_a_finished_answer_holds_no_model(kit: SimpleNamespace, generation: Any,
     import gc
     import weakref
 
-    model = kit.load_module("onnx_engine").load(tiny.original_onnx)
+    model = kit.load_model("onnx", tiny.original_onnx)
     answer = written(generation, model, max_new_tokens=4)
     stopped = generation.begin(model, PROMPT, generation.Settings())
     stopped.stop()
@@ -248,7 +237,7 @@ def test_the_models_take_turns_and_the_ratio_counts_shared_steps(
     kit: SimpleNamespace, generation: Any, model: Any, tiny: Any
 ) -> None:
     compare = kit.load_module("compare")
-    pruned = kit.load_module("onnx_engine").load(tiny.pruned_onnx)
+    pruned = kit.load_model("onnx", tiny.pruned_onnx)
     comparison = compare.start_comparison(compare.Models(model, pruned), PROMPT, generation.Settings(max_new_tokens=8))
     for _ in compare.run(comparison, lambda: False):
         difference = len(comparison.original.seconds) - len(comparison.pruned.seconds)

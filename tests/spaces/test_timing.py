@@ -18,9 +18,9 @@ REQUESTS, WARM_UP, VISIT = 900, 300, 30
 
 def test_a_model_is_as_fast_as_its_copy(kit: SimpleNamespace, slow_model: Path) -> None:
     """Two sessions of the same file, some hundred steps in turn: what the page would say is 1.00."""
-    engine, compare = kit.load_module("onnx_engine"), kit.load_module("compare")
+    compare = kit.load_module("compare")
     settings = kit.load_module("generation").Settings
-    models = compare.Models(engine.load(slow_model), engine.load(slow_model))
+    models = compare.Models(kit.load_model("onnx", slow_model), kit.load_model("onnx", slow_model))
     ratios = []
     for number in range(3):
         comparison = compare.start_comparison(

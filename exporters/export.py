@@ -1,4 +1,4 @@
-"""The export formats of a checkpoint, and `export`, which writes any of them.
+"""`export` writes a checkpoint in any format of `gradmap_hub.formats` and checks the file against PyTorch.
 
 - `onnx`: Optimum's graph, float32 (onnx/model.onnx), for transformers.js and Optimum.
 - `genai`: GenAI's graph, float32 (onnx/model_genai.onnx).
@@ -17,7 +17,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,23 +27,14 @@ import numpy.typing as npt
 
 from gradmap_hub.errors import UsageError, VerificationError
 from gradmap_hub.exporters import gate, genai, onnx
-from gradmap_hub.exporters.gate import LIMITS, GateResult
+from gradmap_hub.exporters.gate import GateResult
 from gradmap_hub.exporters.graph import files_of
 from gradmap_hub.exporters.processes import WorkerFailed, call
 from gradmap_hub.exporters.recipes import GPTQ, LADDERS, LEAST_BLOCK, Recipe
+from gradmap_hub.formats import FORMATS, ONNX, Format
+from gradmap_hub.formats import register as register_format
 from gradmap_hub.models.architectures import dimension
 from gradmap_hub.progress import Reporter, SilentReporter
-
-FORMATS = ("onnx", "int8", "int4", "genai", "fp16")
-FILE_NAMES = {
-    "onnx": onnx.MODEL,
-    "int8": "model_int8.onnx",
-    "int4": "model_int4.onnx",
-    "genai": "model_genai.onnx",
-    "fp16": "model_fp16.onnx",
-}
-# Order of preference for the graph that genai_config.json names: int4 only if there is no other.
-_PREFERRED = ("int8", "genai", "int4")
 
 Rows = npt.NDArray[np.int64]
 
@@ -88,9 +79,9 @@ def require(name: str, config: Mapping[str, Any]) -> None:
     if reason is not None:
         raise UsageError(
             f"This model cannot be exported to {name}: {reason}.",
-            hint="Leave it out; --no-onnx writes only safetensors." if name == "onnx" else None,
+            hint="Leave it out; --no-onnx writes only safetensors." if name == ONNX else None,
         )
-    if name == "onnx" or _base_of(name, config) == "optimum":
+    if name == ONNX or _base_of(name, config) == "optimum":
         onnx.require()
     else:
         genai.require()
@@ -137,7 +128,7 @@ def export(
     reporter = reporter or SilentReporter()
     require(name, json.loads((checkpoint / "config.json").read_text(encoding="utf-8")))
     _remove(destination, name)
-    shared = _Shared(checkpoint, work, rows, fit, optimum)
+    shared = Shared(checkpoint, work, rows, fit, optimum)
     with _partial(destination) as partial:
         if name in LADDERS:
             exported = _export_quantised(name, shared, partial, destination, keep_failing, reporter)
@@ -152,7 +143,7 @@ def clear(work: Path) -> None:
     shutil.rmtree(work, ignore_errors=True)
 
 
-class _Shared:
+class Shared:
     """Files that all formats of one checkpoint share, each created on first use and cached in `work` under the
     checkpoint's fingerprint."""
 
@@ -207,7 +198,7 @@ class _Shared:
         return folder
 
     def check(self, graph: Path, name: str) -> GateResult:
-        return gate.check(graph, self._reference(), self.rows(), self.layers, self.head_size, LIMITS[name])
+        return gate.check(graph, self._reference(), self.rows(), self.layers, self.head_size, FORMATS[name].limits)
 
     def _reference(self) -> Path:
         path = self.folder / "reference.npz"
@@ -225,27 +216,57 @@ class _Shared:
         return path
 
 
-def _export_float(name: str, shared: _Shared, partial: Path, destination: Path, keep_failing: bool) -> Exported:
-    """Export one of the float32 graphs as it was built, or the base graph in float16."""
-    path = partial / FILE_NAMES[name]
-    if name == "fp16":
-        _called("half", {"base": str(shared.base()), "destination": str(path)})
-    elif name == "onnx":
-        for file in onnx.file_names(shared.optimum().parent):
-            _link(file, partial / file.name)
-    else:
-        _called("graph", {"source": str(shared.base()), "destination": str(path)})
+# Writes the graph of one format to a path, with what lies beside it.
+Writer = Callable[["Shared", Path], None]
+
+
+def _write_optimum(shared: Shared, path: Path) -> None:
+    for file in onnx.file_names(shared.optimum().parent):
+        _link(file, path.with_name(file.name))
+
+
+def _write_genai(shared: Shared, path: Path) -> None:
+    _called("graph", {"source": str(shared.base()), "destination": str(path)})
+
+
+def _write_half(shared: Shared, path: Path) -> None:
+    _called("half", {"base": str(shared.base()), "destination": str(path)})
+
+
+# Of the formats that are written in one way; int8 and int4 have recipes instead (recipes.LADDERS).
+_WRITERS: dict[str, Writer] = {ONNX: _write_optimum, "genai": _write_genai, "fp16": _write_half}
+
+
+def register(row: Format, write: Writer) -> None:
+    """Add a format: its row, and the function that writes its graph.
+
+    Raises:
+        ValueError: its name or its file is taken.
+    """
+    register_format(row)
+    _WRITERS[row.name] = write
+
+
+def unregister(name: str) -> None:
+    """Take a registered format out again."""
+    del FORMATS[name], _WRITERS[name]
+
+
+def _export_float(name: str, shared: Shared, partial: Path, destination: Path, keep_failing: bool) -> Exported:
+    """Write the graph of a format without recipes and check it."""
+    path = partial / FORMATS[name].file
+    _WRITERS[name](shared, path)
     result = shared.check(path, name)
     size = sum(file.stat().st_size for file in files_of(path))
     kept = _install(path, destination) if result.passed or keep_failing else []
     note = "" if result.passed else _failure(name, result, bool(kept))
-    base = "optimum" if name == "onnx" else shared.kind
+    base = "optimum" if name == ONNX else shared.kind
     precision = "float16" if name == "fp16" else "float32"
     return Exported(name, kept, size if kept else 0, base, {"precision": precision}, result, note=note)
 
 
 def _export_quantised(
-    name: str, shared: _Shared, partial: Path, destination: Path, keep_failing: bool, reporter: Reporter
+    name: str, shared: Shared, partial: Path, destination: Path, keep_failing: bool, reporter: Reporter
 ) -> Exported:
     """Try the recipes until one passes."""
     tries: list[Try] = []
@@ -253,7 +274,7 @@ def _export_quantised(
     for number, recipe in enumerate(LADDERS[name]):
         folder = partial / str(number)
         folder.mkdir()
-        tried = _try(name, recipe, shared, folder / FILE_NAMES[name])
+        tried = _try(name, recipe, shared, folder / FORMATS[name].file)
         if tried is None:
             continue
         better = _ratio(tried) < min((_ratio(entry) for entry in tries), default=math.inf)
@@ -262,7 +283,7 @@ def _export_quantised(
         if better or tried.check.passed:
             if best is not None:
                 shutil.rmtree(best.parent)
-            best = folder / FILE_NAMES[name]
+            best = folder / FORMATS[name].file
         else:
             shutil.rmtree(folder)
         if tried.check.passed:
@@ -273,7 +294,7 @@ def _export_quantised(
     return Exported(name, kept, winner.bytes if kept else 0, shared.kind, winner.settings, winner.check, tries, note)
 
 
-def _try(name: str, recipe: Recipe, shared: _Shared, path: Path) -> Try | None:
+def _try(name: str, recipe: Recipe, shared: Shared, path: Path) -> Try | None:
     """Quantise with one recipe and check the result; None if the recipe does not apply to these weights."""
     hessians = shared.hessians() if recipe.rounding == GPTQ else None
     done = _called(
@@ -315,7 +336,7 @@ def _summary(tried: Try) -> str:
 
 
 def _failure(name: str, result: GateResult, kept: bool) -> str:
-    advice = " int8 is the better artifact for this model." if name == "int4" else ""
+    advice = f" {FORMATS[name].advice}" if FORMATS[name].advice else ""
     fate = "The file is kept, as requested." if kept else "The file was deleted."
     return f"{name} does not pass its check: {result.reason}. {fate}{advice}"
 
@@ -365,20 +386,21 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _remove(destination: Path, name: str) -> None:
-    for file in files_of(destination / FILE_NAMES[name]):
+    for file in files_of(destination / FORMATS[name].file):
         file.unlink()
 
 
-def _write_genai_config(destination: Path, shared: _Shared) -> None:
+def _write_genai_config(destination: Path, shared: Shared) -> None:
     """Write genai_config.json, which names the graph to load, beside the graphs; remove it if no graph comes from
     GenAI's builder. The other graphs can be loaded with a configuration overlay."""
     path = destination / genai.CONFIG
     path.unlink(missing_ok=True)
     source = shared.folder / "genai" / genai.CONFIG
-    present = [name for name in _PREFERRED if (destination / FILE_NAMES[name]).is_file()]
+    ranked = [(row.in_genai_config, row.file) for row in FORMATS.values() if row.in_genai_config is not None]
+    present = [file for _, file in sorted(ranked) if (destination / file).is_file()]
     if shared.kind != "genai" or not present or not source.is_file():
         return
     config = json.loads(source.read_text(encoding="utf-8"))
-    config["model"]["decoder"]["filename"] = FILE_NAMES[present[0]]
+    config["model"]["decoder"]["filename"] = present[0]
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     path.chmod(0o644)
