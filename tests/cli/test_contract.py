@@ -14,7 +14,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,18 @@ def names_in(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
+def lines(value: Any, path: str = "") -> Iterator[str]:
+    """One line per leaf, so that a failure shows what differs and where."""
+    if isinstance(value, dict):
+        for name, entry in value.items():
+            yield from lines(entry, f"{path}{name}: ")
+    elif isinstance(value, list):
+        for entry in value:
+            yield from lines(entry, path)
+    else:
+        yield f"{path}{value}"
+
+
 def compare(section: str, found: Any) -> None:
     """Compare with a section of the golden file, or write that section anew."""
     golden = read(GOLDEN) if GOLDEN.exists() else {}
@@ -92,7 +104,10 @@ def compare(section: str, found: Any) -> None:
         text = json.dumps(golden | {section: found}, indent=1, sort_keys=True)
         GOLDEN.write_text(text + "\n", encoding="utf-8")
         return
-    assert found == golden[section]
+    recorded, now = set(lines(golden[section])), set(lines(found))
+    missing = [f"- {line}" for line in sorted(recorded - now)]
+    added = [f"+ {line}" for line in sorted(now - recorded)]
+    assert not missing and not added, "\n".join([f"not as in {GOLDEN.name}, {section}:", *missing, *added])
 
 
 @dataclasses.dataclass
@@ -175,8 +190,9 @@ def test_what_takes_longer_has_the_same_keys(records: Records, task_documents: P
 
 
 def test_commands_have_the_same_options(world: Any) -> None:
+    cli = world.cli
     done = subprocess.run(
-        [sys.executable, "-c", INTERFACE], env=world.cli.environment(None, {}), capture_output=True, text=True
+        [sys.executable, "-c", INTERFACE], cwd=cli.home, env=cli.environment(None, {}), capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     compare("commands", json.loads(done.stdout))
