@@ -183,3 +183,11 @@ def _against_hub(root: Path, script: str, tmp_path: Path) -> str:
 
 def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_answer_has_the_recorded_keys(demo: dict[str, Any]) -> None:
+    """Those of push, without the collection that only tests/cli/test_contract.py asks for, and the demo's own."""
+    contract = json.loads((Path(__file__).parent / "golden" / "contract.json").read_text(encoding="utf-8"))
+    pushed = {place for place in contract["shapes"]["answer of push"] if place.isidentifier()}
+    # The fixture adds two keys.
+    assert set(demo) - {"output", "stderr"} == pushed - {"collection"} | set(contract["demo"])
