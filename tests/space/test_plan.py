@@ -15,7 +15,7 @@ import pytest
 from gradmap_hub.errors import UnsafeToPublish
 from gradmap_hub.measurements import BeforeAfter
 from gradmap_hub.models.source import own_exports
-from gradmap_hub.pipeline.publish import check_space_folder
+from gradmap_hub.pipeline.plan import check_space_folder
 from gradmap_hub.pipeline.space import remove_space, terms_of
 from gradmap_hub.record import Artifact, Base, CalibrationRecord, CompensationRecord, LayerDecision, Quality, RunRecord
 from gradmap_hub.space.app import Held, write_space
