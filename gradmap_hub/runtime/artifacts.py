@@ -1,4 +1,4 @@
-"""Which of a folder's ONNX files suits this machine."""
+"""Selects the ONNX file of a folder that suits this machine."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from pathlib import Path, PurePosixPath
 
 from gradmap_hub.errors import SourceError, UsageError
 
-# File name -> what users call it. In the order of preference on a CPU: int8 costs under 2 % of perplexity and is the
-# fastest that does; int4 costs more than a reader would expect of a small model, so it must be asked for.
+# Artifact name -> file name.
 NAMES = {
     "int8": "model_int8.onnx",
     "genai": "model_genai.onnx",
@@ -18,16 +17,18 @@ NAMES = {
     "fp16": "model_fp16.onnx",
     "int4": "model_int4.onnx",
 }
+# Order of preference. On a CPU, int8 is the fastest format that costs under 2 % of perplexity; int4 costs more and is
+# the last choice.
 ON_CPU = ("int8", "genai", "fp32", "int4")
-# Graphs of weight-only integers are made for the CPU's kernels; a GPU prefers half precision.
+# Weight-only integer graphs target the CPU kernels; a GPU prefers half precision.
 ON_CUDA = ("fp16", "fp32", "int8", "int4")
-# A session needs the file's bytes, as much again while it repacks the weights, and the cache.
+# A session needs the bytes of the file, the same again while it repacks the weights, and the KV cache.
 _MEMORY_FACTOR = 2.0
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """One ONNX graph. `path`: within the folder, with forward slashes; `bytes`: graph and external data."""
+    """One ONNX graph. `path`: relative to the folder, with forward slashes; `bytes`: graph plus external data."""
 
     name: str
     path: str
@@ -35,7 +36,7 @@ class Artifact:
 
 
 def available_artifacts(sizes: Mapping[str, int]) -> list[Artifact]:
-    """The known graphs among files {path: bytes}: in onnx/ as published, or beside the tokenizer."""
+    """Return the known graphs among files {path: bytes}, either in onnx/ (as published) or next to the tokenizer."""
     found = []
     for name, file in NAMES.items():
         for path in (f"onnx/{file}", file):
@@ -49,22 +50,24 @@ def available_artifacts(sizes: Mapping[str, int]) -> list[Artifact]:
 def choose_artifact(
     found: Sequence[Artifact], wanted: str = "auto", *, cuda: bool = False, memory: int | None = None
 ) -> Artifact:
-    """The artifact named, or the best for the machine. `memory`: bytes that are free; default: asked of the system.
+    """Return the requested artifact, or with "auto" the best one for this machine.
+
+    `wanted`: "auto", an artifact name, a file name or a path; `memory`: free bytes, default: measured.
 
     Raises:
-        SourceError: there is none, or none that fits into memory.
-        UsageError: the one named is not there.
+        SourceError: the folder has no ONNX graph, or none fits into memory.
+        UsageError: the requested artifact does not exist.
     """
     if not found:
         raise SourceError(
-            "There is no ONNX model in this folder.", hint="Make one with `gradmap-hub export FOLDER --to onnx,int8`."
+            "This folder has no ONNX model.", hint="Create one with `gradmap-hub export FOLDER --to onnx,int8`."
         )
     names = ", ".join(artifact.name for artifact in found)
     if wanted != "auto":
         for artifact in found:
             if wanted in (artifact.name, artifact.path, PurePosixPath(artifact.path).name):
                 return artifact
-        raise UsageError(f"There is no artifact {wanted!r} here; there is {names}.")
+        raise UsageError(f"This folder has no artifact {wanted!r}. Choose one of: {names}.")
     order = ON_CUDA if cuda else ON_CPU
     ranked = sorted(
         (artifact for artifact in found if artifact.name in order), key=lambda entry: order.index(entry.name)
@@ -74,13 +77,13 @@ def choose_artifact(
         if cuda or free is None or artifact.bytes * _MEMORY_FACTOR <= free:
             return artifact
     raise SourceError(
-        f"None of {names} fits into {(free or 0) / 1e9:.1f} GB of free memory.",
-        hint="Free some memory, or name one with --artifact to try anyway.",
+        f"No artifact ({names}) fits into {(free or 0) / 1e9:.1f} GB of free memory.",
+        hint="Free some memory, or select one with --artifact to skip this check.",
     )
 
 
 def free_memory() -> int | None:
-    """Bytes that this process may still take, the cgroup's limit included; None where the system does not say."""
+    """Return the bytes this process may still allocate, within its cgroup limit; None if the system does not say."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         values = dict(line.split(":", 1) for line in lines)
@@ -97,7 +100,7 @@ def free_memory() -> int | None:
 
 
 def cpu_count() -> int:
-    """The processors this process may use, which in a container is often fewer than the machine has."""
+    """Return the number of CPUs this process may use; in a container often fewer than the machine has."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
