@@ -43,7 +43,7 @@ def load(
         raise MissingExtra("Text generation", "cpu")
     for name, value in (("threads", threads), ("context", context)):
         if value is not None and value < 1:
-            raise UsageError(f"--{name} must be at least 1; got {value}.")
+            raise UsageError(f"--{name} must be at least 1, it is {value}.")
     from gradmap_hub.prompting import ModelError, TextCodec, read_json
     from gradmap_hub.runtime.session import CUDA, Session, provider_named
 
@@ -92,7 +92,7 @@ def _local(folder: Path, wanted: str, cuda: bool) -> tuple[Path, Artifact] | Non
 def _remote(repo_id: str, revision: str | None, wanted: str, cuda: bool) -> tuple[Path, Artifact]:
     """Download only the selected graph and the tokenizer files into the Hub cache."""
     if repo_id.count("/") != 1 or repo_id.startswith((".", "/", "~")):
-        raise SourceError(f"There is no folder {repo_id}.", hint="Give a model folder or a Hub id (OWNER/NAME).")
+        raise SourceError(f"There is no folder {repo_id}.", hint="Give a model folder or a Hub id, OWNER/NAME.")
     from gradmap_hub.hub import Hub
 
     hub = Hub()
