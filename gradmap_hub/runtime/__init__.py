@@ -1,4 +1,4 @@
-"""Text from a published folder, with ONNX Runtime and without torch.
+"""Text generation from a published folder on ONNX Runtime, without torch.
 
 from gradmap_hub import runtime
 

@@ -1,4 +1,4 @@
-"""Which of a folder's ONNX files suits this machine."""
+"""Selects the ONNX file of a folder that suits this machine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _MEMORY_FACTOR = 2.0
 
 @dataclass(frozen=True)
 class Artifact:
-    """One ONNX graph. `path`: within the folder, with forward slashes; `bytes`: graph and external data."""
+    """One ONNX graph. `path`: relative to the folder, with forward slashes; `bytes`: graph plus external data."""
 
     name: str
     path: str
@@ -23,7 +23,7 @@ class Artifact:
 
 
 def available_artifacts(sizes: Mapping[str, int]) -> list[Artifact]:
-    """The known graphs among files {path: bytes}: in onnx/ as published, or beside the tokenizer."""
+    """Return the known graphs among files {path: bytes}, either in onnx/ (as published) or next to the tokenizer."""
     found = []
     for row in FORMATS.values():
         for path in (graph_path(row), row.file):
@@ -37,15 +37,17 @@ def available_artifacts(sizes: Mapping[str, int]) -> list[Artifact]:
 def choose_artifact(
     found: Sequence[Artifact], wanted: str = "auto", *, cuda: bool = False, memory: int | None = None
 ) -> Artifact:
-    """The artifact named, or the best for the machine. `memory`: bytes that are free; default: asked of the system.
+    """Return the requested artifact, or with "auto" the best one for this machine.
+
+    `wanted`: "auto", an artifact name, a file name or a path; `memory`: free bytes, default: measured.
 
     Raises:
-        SourceError: there is none, or none that fits into memory.
-        UsageError: the one named is not there.
+        SourceError: the folder has no ONNX graph, or none fits into memory.
+        UsageError: the requested artifact does not exist.
     """
     if not found:
         raise SourceError(
-            "There is no ONNX model in this folder.", hint="Make one with `gradmap-hub export FOLDER --to onnx,int8`."
+            "This folder has no ONNX model.", hint="Create one with `gradmap-hub export FOLDER --to onnx,int8`."
         )
     names = ", ".join(artifact.name for artifact in found)
     if wanted != "auto":
@@ -62,13 +64,13 @@ def choose_artifact(
         if cuda or free is None or artifact.bytes * _MEMORY_FACTOR <= free:
             return artifact
     raise SourceError(
-        f"None of {names} fits into {(free or 0) / 1e9:.1f} GB of free memory.",
-        hint="Free some memory, or name one with --artifact to try anyway.",
+        f"No artifact ({names}) fits into {(free or 0) / 1e9:.1f} GB of free memory.",
+        hint="Free some memory, or select one with --artifact to skip this check.",
     )
 
 
 def free_memory() -> int | None:
-    """Bytes that this process may still take, the cgroup's limit included; None where the system does not say."""
+    """Return the bytes this process may still allocate, within its cgroup limit; None if the system does not say."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         values = dict(line.split(":", 1) for line in lines)

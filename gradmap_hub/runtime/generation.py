@@ -1,4 +1,4 @@
-"""One model, and answers in the making."""
+"""A loaded text model and its running generations."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from gradmap_hub.runtime.prompting import ModelError, TextCodec
 from gradmap_hub.runtime.sampling import Sampler, Sampling
 from gradmap_hub.runtime.stopping import StopText
 
-if TYPE_CHECKING:  # importing it needs ONNX Runtime, which `load` asks for in words
+if TYPE_CHECKING:  # importing it needs ONNX Runtime; `load` reports when it is missing
     from gradmap_hub.runtime.session import Session, Steps
 
-# Prompt tokens read in one step: bounds the logits in memory (tokens x vocabulary) and how long others wait.
+# Prompt tokens per prefill step. Bounds the logits in memory (tokens x vocabulary) and the wait of other generations.
 PREFILL_TOKENS = 256
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
 
 class PromptError(GradmapError):
-    """A prompt that this model cannot take. `tokens` and `limit`, if it is too long."""
+    """The model cannot use this prompt. `tokens` and `limit` are set if it is too long."""
 
     def __init__(self, message: str, *, tokens: int | None = None, limit: int | None = None) -> None:
         super().__init__(message)
@@ -34,7 +34,7 @@ class PromptError(GradmapError):
 
 
 class TextModel:
-    """A loaded model: text in, `Generation` out. Loading it costs; a generation only its cache."""
+    """A loaded model: text in, `Generation` out. The weights are loaded once; a generation adds only its KV cache."""
 
     def __init__(
         self,
@@ -65,18 +65,18 @@ class TextModel:
         return self._codec.ends
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of plain text, with the special tokens that the tokenizer adds by itself.
+        """Return the token ids of plain text, including the special tokens that the tokenizer adds.
 
         Raises:
-            PromptError: nothing is left of it.
+            PromptError: the text has no tokens or cannot be encoded.
         """
         return self._encoded(lambda: self._codec.encode_text(text))
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """Token ids of messages ({"role", "content"}) in the model's chat template, run in a sandbox.
+        """Return the token ids of messages ({"role", "content"}), rendered by the model's chat template in a sandbox.
 
         Raises:
-            PromptError: the model has no template, or it refuses these messages.
+            PromptError: the model has no chat template, or the template rejects these messages.
         """
         return self._encoded(lambda: self._codec.encode_chat(messages))
 
@@ -86,7 +86,7 @@ class TextModel:
         except ModelError as error:
             raise PromptError(str(error)) from error
         except (UnicodeError, OverflowError) as error:
-            raise PromptError(f"This text cannot be encoded: {error}") from error
+            raise PromptError(f"The text cannot be encoded: {error}") from error
 
     def start(
         self,
@@ -98,46 +98,46 @@ class TextModel:
         ignore_end: bool = False,
         room: Callable[[int], Steps] | None = None,
     ) -> Generation:
-        """Begin an answer of at most `max_tokens` tokens, fewer where the context ends; nothing is computed yet.
+        """Create a generation of at most `max_tokens` tokens, fewer if the context ends first. Computes nothing yet.
 
-        `ignore_end`: go on behind the end of the text, for measurements; `room`: gives an empty cache for so many
-        tokens, default one of its own.
+        `ignore_end`: do not stop at end tokens, for benchmarks; `room`: returns an empty KV cache for a number of
+        tokens, default: a cache of its own.
 
         Raises:
-            PromptError: the prompt leaves no room in the context, is empty, or holds what is no token id.
+            PromptError: the prompt is empty, fills the context, or contains an invalid token id; or `max_tokens` < 1.
         """
         count = len(prompt_ids)
         if not count or max_tokens < 1:
-            raise PromptError("There is nothing to do: no prompt, or no token to write.")
+            raise PromptError("There is nothing to generate: give a prompt and at least one token of output.")
         strange = next((token for token in prompt_ids if not 0 <= token < self.vocabulary), None)
         if strange is not None:
-            raise PromptError(f"{strange} is no token id of this model: they go from 0 to {self.vocabulary - 1}.")
+            raise PromptError(f"{strange} is not a token id of this model; valid ids are 0 to {self.vocabulary - 1}.")
         if count >= self.context_length:
             raise PromptError(
-                f"The prompt is {count} tokens long; with room for an answer at most {self.context_length - 1} fit.",
+                f"The prompt is {count} tokens long; shorten it to {self.context_length - 1} tokens or fewer.",
                 tokens=count,
                 limit=self.context_length - 1,
             )
         limit = min(max_tokens, self.context_length - count)
         sampler = Sampler(sampling or Sampling(), list(prompt_ids))
         ends = frozenset() if ignore_end else self.end_ids
-        # Neither the last token written nor the end needs a place in the cache, but a full one is simpler to reason of.
+        # The last token generated needs no place in the cache, but a cache for all tokens is simpler to reason about.
         steps = (room or self._session.start)(count + limit)
         return Generation(steps, self._codec, list(prompt_ids), limit, sampler, stop, ends)
 
     def batch(self, rows: int) -> Batch:
-        """For up to `rows` answers at a time that take their steps together."""
+        """Return a batch that decodes up to `rows` generations together."""
         return Batch(self, self._session, rows)
 
     def losses(self, token_ids: Sequence[int]) -> np.ndarray:
-        """Negative log-likelihood in nats of each token but the first, given those before it: (tokens - 1,) float64.
+        """Return the negative log-likelihood in nats of all tokens but the first: (tokens - 1,) float64.
 
         Raises:
             PromptError: fewer than two tokens, or more than the context holds.
         """
         count = len(token_ids)
         if not 2 <= count <= self.context_length:
-            raise PromptError(f"Between 2 and {self.context_length} tokens can be measured, these are {count}.")
+            raise PromptError(f"Losses need 2 to {self.context_length} tokens; got {count}.")
         steps = self._session.start(count)
         found: list[np.ndarray] = []
         for start in range(0, count, PREFILL_TOKENS):
@@ -147,14 +147,14 @@ class TextModel:
         return np.concatenate(found)
 
     def warm_up(self) -> None:
-        """One step nobody sees: the first run of a session also allocates."""
+        """Run one step and discard it: the first run of a session also allocates memory."""
         answer = self.start([min(self.end_ids, default=0)], max_tokens=1)
         answer.advance()
         answer.close()
 
 
 def negative_log_likelihoods(logits: np.ndarray, token_ids: Sequence[int] | np.ndarray) -> np.ndarray:
-    """Nats of each token under the logits (tokens, vocabulary) before it: (tokens,) float64."""
+    """Return the loss in nats of each token given its logits (tokens, vocabulary): (tokens,) float64."""
     logits = logits.astype(np.float64)
     highest = logits.max(axis=1)
     normaliser = highest + np.log(np.exp(logits - highest[:, None]).sum(axis=1))
@@ -162,9 +162,9 @@ def negative_log_likelihoods(logits: np.ndarray, token_ids: Sequence[int] | np.n
 
 
 class Generation:
-    """An answer in the making. Iterate over it for its text, or call `advance` yourself.
+    """A running generation. Iterate over it for its text, or call `advance` yourself.
 
-    Not thread safe; the generations of one model must be advanced by one thread at a time.
+    Not thread-safe: only one thread at a time may advance the generations of a model.
     """
 
     def __init__(
@@ -189,7 +189,7 @@ class Generation:
         self._limit = limit
         self._sampler = sampler
         self._stop = StopText(stop)
-        # Seconds of the steps alone: while others have their turn, this one's clock stands.
+        # Seconds spent in steps of this generation; steps of other generations do not count.
         self._prompt_seconds = self._token_seconds = 0.0
 
     @property
@@ -202,22 +202,22 @@ class Generation:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Of the tokens after the first, in this generation's own steps."""
+        """Decode speed: tokens after the first, per second of this generation's steps; None before the second token."""
         count = len(self.token_ids) - 1
         return count / self._token_seconds if count > 0 and self._token_seconds > 0 else None
 
     @property
     def row(self) -> Row | None:
-        """Its place in the pool of a `Batch`, while it has one."""
+        """The row of a `Batch` pool that holds the KV cache; None if it has its own."""
         return self._steps if isinstance(self._steps, Row) else None
 
     @property
     def reading(self) -> bool:
-        """Whether a part of the prompt is still to be read."""
+        """Whether the prefill is incomplete."""
         return self._read < len(self._prompt)
 
     def advance(self) -> str:
-        """One step: a part of the prompt, or one token. Returns the text that became final, which may be none."""
+        """Run one step (a part of the prompt, or one token) and return the text that became final; may be empty."""
         if self._steps is None:
             return ""
         began = time.perf_counter()
@@ -233,7 +233,10 @@ class Generation:
         return self.take(logits[-1], began)
 
     def take(self, logits: np.ndarray, began: float) -> str:
-        """The next token, chosen by its logits (vocabulary,), which took since `began` (perf_counter)."""
+        """Sample a token from logits (vocabulary,) and return the text that became final.
+
+        `began`: when the step that computed the logits began (perf_counter seconds).
+        """
         token = self._sampler.take(logits.astype(np.float32))
         seconds = time.perf_counter() - began
         if self.first_token_seconds is None:
@@ -262,19 +265,19 @@ class Generation:
         return final
 
     def cancel(self) -> None:
-        """End it where it stands."""
+        """Stop the generation; the text so far stays."""
         if self.finish_reason is None:
             self.finish_reason = "cancelled"
         self.close()
 
     def close(self) -> None:
-        """Give the cache back; the text stays."""
+        """Free the KV cache; the text stays."""
         steps, self._steps = self._steps, None
         if steps is not None:
             steps.close()
 
     def __iter__(self) -> Iterator[str]:
-        """The text, piece by piece, until the end."""
+        """Yield the text in pieces until the end; leaving the loop early cancels the generation."""
         try:
             while self.finish_reason is None:
                 piece = self.advance()
@@ -285,10 +288,9 @@ class Generation:
 
 
 class Batch:
-    """Answers of one model that take their steps together, as far as the graph allows it: see pool.py. Each gets the
-    tokens that it would get alone.
+    """Generations of one model, decoded together if the graph supports it (see pool.py).
 
-    Not thread safe.
+    Each yields the same tokens as on its own. Not thread-safe.
     """
 
     def __init__(self, model: TextModel, session: Session, rows: int) -> None:
@@ -296,13 +298,20 @@ class Batch:
         self._pool = RowPool(session, rows, model.context_length) if session.batches else None
 
     def start(self, prompt_ids: Sequence[int], **options: Any) -> Generation:
-        """As `TextModel.start`, with its options. Raises IndexError if all rows are taken."""
+        """Create a generation in this batch; options as in `TextModel.start`.
+
+        Raises:
+            IndexError: all rows are in use.
+            PromptError: as in `TextModel.start`.
+        """
         pool = self._pool
         return self._model.start(prompt_ids, room=None if pool is None else lambda _: pool.take(), **options)
 
     def step(self, answers: Sequence[Generation]) -> list[str | Exception]:
-        """One step of each, see `Generation.advance`: those that read their prompt one after the other, those that
-        write in one run. What goes wrong is in the place of the text, and ends no other."""
+        """Run one step of each generation: prefill steps one by one, decode steps in one run of the graph.
+
+        Returns for each the text that became final, or the exception it raised; an exception affects no other.
+        """
         found: dict[Generation, str | Exception] = {}
         writing = [(answer, answer.row) for answer in answers if not answer.reading]
         together = [(answer, row) for answer, row in writing if row is not None]
@@ -312,7 +321,7 @@ class Batch:
             try:
                 logits = self._pool.write([row for _, row in together], tokens)
             except GradmapError:
-                pass  # each alone, below: only the one that cannot will say so
+                pass  # retried one by one below, so that only the failing generation reports the error
             else:
                 for (answer, _), own in zip(together, logits, strict=True):
                     found[answer] = _tried(lambda answer=answer, own=own: answer.take(own, began))

@@ -1,4 +1,4 @@
-"""From a folder or a repository id to a model that answers."""
+"""Loads a text model from a folder or a Hub repository."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from gradmap_hub.runtime.artifacts import Artifact, available_artifacts, choose_
 from gradmap_hub.runtime.generation import TextModel
 from gradmap_hub.runtime.prompting import TEXT_FILES
 
-# Tokens of prompt and answer together, unless the model holds fewer or the user says otherwise: the cache of a request
-# is allocated for all that may come.
+# Default limit of prompt plus output tokens, if the model's own is not lower: KV caches are allocated for all of them.
 DEFAULT_CONTEXT = 4096
 _GRAPH_COMPANIONS = ("_data", ".data")
 
@@ -29,16 +28,17 @@ def load(
     context: int | None = None,
     revision: str | None = None,
 ) -> TextModel:
-    """Load a published folder, or a repository of the Hub by its id, for text generation on ONNX Runtime.
+    """Load a published folder or a Hub repository (by id) for text generation on ONNX Runtime.
 
-    `artifact`: auto, or int8, fp32, ... (see `artifacts`); `provider`: auto, cpu, cuda; `threads`: of one step, default
-    all processors this process may use; `context`: the most tokens of prompt and answer together.
+    `artifact`: "auto", "int8", "fp32", ... (see artifacts.py); `provider`: "auto", "cpu" or "cuda"; `threads`: threads
+    per step, default: all CPUs available to this process; `context`: limit of prompt plus output tokens, default: 4096
+    or the model's limit if lower; `revision`: of a Hub repository.
 
     Raises:
-        MissingExtra: ONNX Runtime is not installed.
-        SourceError: no such folder or repository, or nothing in it that can be run.
-        UsageError: an artifact that is not there, or a number out of range.
-        GradmapError: the provider asked for is not usable.
+        MissingExtra: ONNX Runtime, or its CUDA build, is not installed.
+        SourceError: the folder or repository does not exist, or has no usable ONNX model.
+        UsageError: the artifact does not exist, or a number is out of range.
+        GradmapError: the provider is not usable.
     """
     if importlib.util.find_spec("onnxruntime") is None:
         raise MissingExtra("Text generation", "cpu")
@@ -70,7 +70,7 @@ def load(
 
 
 def _head_size(config: Mapping[str, Any]) -> int:
-    """Of keys and values, as transformers reads it from config.json; 0 if it does not say."""
+    """Return the attention head size, derived from config.json as transformers does; 0 if unknown."""
     stated = config.get("head_dim")
     if isinstance(stated, int):
         return stated
@@ -91,7 +91,7 @@ def _local(folder: Path, wanted: str, cuda: bool) -> tuple[Path, Artifact] | Non
 
 
 def _remote(repo_id: str, revision: str | None, wanted: str, cuda: bool) -> tuple[Path, Artifact]:
-    """Download the chosen graph and the tokenizer, nothing else, into the Hub's cache."""
+    """Download only the selected graph and the tokenizer files into the Hub cache."""
     if repo_id.count("/") != 1 or repo_id.startswith((".", "/", "~")):
         raise SourceError(f"There is no folder {repo_id}.", hint="Give a model folder or a Hub id, OWNER/NAME.")
     from gradmap_hub.hub.client import Hub

@@ -1,11 +1,11 @@
-"""The KV cache of several texts side by side, so that each writes its next token in one step of the graph.
+"""A shared KV cache for several texts, so that one run of the graph decodes a token of each.
 
 For graphs with GroupQueryAttention on a CPU, which write keys and values into the buffers they read. Every layer has
-one buffer (rows, heads, capacity, head size); a text is a row of it. The texts in use are always the first rows: one
-step covers them all, whatever their lengths. It reads every weight once instead of once per text, and gives each text
-the logits that it would get alone.
+one buffer (rows, heads, capacity, head size) with one row per text. The rows in use are always the first ones, so one
+step covers them all, whatever their lengths. A step reads every weight once instead of once per text, and each text
+gets the same logits as on its own.
 
-The operating system commits memory only for what has been written: a row costs what its text has filled.
+The operating system commits memory on first write, so a row costs only what its text has filled.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class RowPool:
-    """Room for `rows` texts of at most `capacity` tokens each. Not thread safe."""
+    """KV cache for `rows` texts of at most `capacity` tokens each. Not thread-safe."""
 
     def __init__(self, session: Session, rows: int, capacity: int) -> None:
         self._session = session
@@ -32,9 +32,13 @@ class RowPool:
         self._buffers: dict[str, np.ndarray] = {}
 
     def take(self) -> Row:
-        """A row for a new text; its `close` gives it back. Raises IndexError if all are taken."""
+        """Return an empty row for a new text; `Row.close` returns it to the pool.
+
+        Raises:
+            IndexError: all rows are in use.
+        """
         if len(self._rows) >= self._most:
-            raise IndexError(f"all {self._most} rows are taken")
+            raise IndexError(f"all {self._most} rows are in use")
         if not self._rows:
             session = self._session
             self._buffers = {
@@ -45,10 +49,11 @@ class RowPool:
         return self._rows[-1]
 
     def write(self, wanted: Sequence[Row], token_ids: Sequence[int]) -> np.ndarray:
-        """One token behind each of these texts; the logits behind it, (texts, vocabulary) in the graph's own type.
+        """Append one token to each of these rows; return the next logits, (rows, vocabulary) in the graph's dtype.
 
-        The step covers the other rows too: there it leaves keys and values behind their end, where the next step of
-        theirs writes its own."""
+        The step covers the other rows too: it writes keys and values past their end, and their next step overwrites
+        them.
+        """
         step = dict(zip((row.index for row in wanted), token_ids, strict=True))
         ends = [min(row.length + 1, self._capacity) for row in self._rows]
         ids = np.array([[step.get(index, 0)] for index in range(len(self._rows))], dtype=np.int64)
@@ -59,7 +64,7 @@ class RowPool:
         return logits[[row.index for row in wanted], -1]
 
     def read(self, row: Row, token_ids: Sequence[int]) -> np.ndarray:
-        """Tokens behind one text; the logits behind each, (tokens, vocabulary)."""
+        """Append tokens to one row; return the logits after each, (tokens, vocabulary) in the graph's dtype."""
         ids = np.array([token_ids], dtype=np.int64)
         mask = np.ones((1, row.length + len(token_ids)), dtype=np.int64)
         logits = self._run(row.index, 1, ids, mask)
@@ -67,7 +72,7 @@ class RowPool:
         return logits[0]
 
     def give_back(self, row: Row) -> None:
-        """The last row moves into the place of one that ends, so that no step covers what is free."""
+        """Free a row. The last row moves into its place, so that steps cover no free rows."""
         last = self._rows.pop()
         if last is not row:
             for buffer in self._buffers.values():
@@ -92,7 +97,7 @@ class RowPool:
 
 
 class Row:
-    """The cache of one text of a pool: `Steps` of a text alone."""
+    """The KV cache of one text in a pool; implements `Steps`."""
 
     def __init__(self, pool: RowPool, index: int) -> None:
         self._pool = pool

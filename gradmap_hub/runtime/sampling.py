@@ -1,4 +1,4 @@
-"""The next token, from the logits of one position."""
+"""Samples the next token from the logits of one position."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from gradmap_hub.errors import UsageError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is taken; the filters apply in this order, as in transformers' `generate`.
+    """Sampling parameters, applied in the order below, as in transformers' `generate`.
 
-    `repetition_penalty` (1 = none) divides positive and multiplies negative logits of tokens that are already there,
-    the prompt's included; `temperature` 0 takes the likeliest token; `top_k` (0 = all), `top_p` and `min_p` (a share of
-    the likeliest token's probability, 0 = none) bound the choice. `seed`: None draws one.
+    `repetition_penalty` (1 = off) divides the positive and multiplies the negative logits of tokens in the prompt and
+    the output so far; `temperature` 0 is greedy (top-1); `top_k` (0 = off), `top_p` (1 = off) and `min_p` (a share of
+    the top-1 probability, 0 = off) limit the candidates. `seed`: None draws a random one.
 
     Raises:
         UsageError: a value outside its range.
@@ -37,23 +37,23 @@ class Sampling:
         _within("min_p", self.min_p, 0.0, 1.0)
         _within("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
         if self.top_k < 0:
-            raise UsageError(f"top_k must not be negative, it is {self.top_k}.")
+            raise UsageError(f"top_k must be at least 0; got {self.top_k}.")
         if self.seed is not None and not 0 <= self.seed < 2**64:
-            raise UsageError(f"seed lies between 0 and 2**64 - 1, it is {self.seed}.")
+            raise UsageError(f"seed must be between 0 and 2**64 - 1; got {self.seed}.")
 
 
-# The first number of tokens that top_p looks among.
+# How many of the most probable tokens top_p sorts at first.
 _NUCLEUS = 128
 
 
 def _within(name: str, value: float, low: float, high: float) -> None:
     if not (math.isfinite(value) and low <= value <= high):
-        raise UsageError(f"{name} lies between {low:g} and {high:g}, it is {value:g}.")
+        raise UsageError(f"{name} must be between {low:g} and {high:g}; got {value:g}.")
 
 
 @dataclass
 class Sampler:
-    """Takes token after token; holds what depends on the tokens before."""
+    """Samples the tokens of one generation; keeps the random state and the tokens seen, for the repetition penalty."""
 
     sampling: Sampling
     prompt_ids: Sequence[int]
@@ -65,7 +65,7 @@ class Sampler:
         self._random = np.random.default_rng(secrets.randbits(64) if seed is None else seed)
 
     def take(self, logits: np.ndarray) -> int:
-        """The next token id. `logits`: (vocabulary,) float32; not changed."""
+        """Return the next token id. `logits`: (vocabulary,) float32, not modified."""
         settings = self.sampling
         if settings.repetition_penalty != 1.0 and self._seen:
             logits = logits.copy()
@@ -81,7 +81,7 @@ class Sampler:
         settings = self.sampling
         candidates = np.arange(len(logits))
         if 0 < settings.top_k < len(logits):
-            # By id, so that a seed gives the same answer on every machine.
+            # Sorted by id, so that a seed gives the same tokens on every machine.
             candidates = np.sort(np.argpartition(logits, -settings.top_k)[-settings.top_k :])
         scaled = logits[candidates].astype(np.float64) / settings.temperature
         weights = np.exp(scaled - scaled.max())
@@ -97,11 +97,13 @@ class Sampler:
 
 
 def _nucleus(weights: np.ndarray, top_p: float) -> np.ndarray:
-    """The places of the largest weights that make up `top_p` of all, largest first, equal ones in order. The one that
-    crosses `top_p` belongs to them, so at least one always does."""
+    """Return the indices of the largest weights that sum to `top_p` of the total, largest first, ties by index.
+
+    The weight that crosses `top_p` is included, so the result is never empty.
+    """
     count, wanted = len(weights), top_p * weights.sum()
     tried = min(_NUCLEUS, count)
-    while True:  # a few hold most of the mass, and sorting a whole vocabulary is slow
+    while True:  # a few tokens hold most of the mass, and sorting the whole vocabulary is slow
         top = np.arange(count) if tried == count else np.argpartition(weights, count - tried)[count - tried :]
         top = top[np.lexsort((top, -weights[top]))]
         mass = np.cumsum(weights[top])

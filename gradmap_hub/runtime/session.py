@@ -1,8 +1,8 @@
-"""One text generation graph in ONNX Runtime, and the decode loop on it with a KV cache.
+"""A text generation graph in ONNX Runtime, run step by step with a KV cache.
 
-Two kinds of graph are known. Optimum's "text-generation-with-past" returns keys and values of all tokens anew with
-every step; they stay in ONNX Runtime's memory and are handed back as they came. Graphs with GroupQueryAttention (made
-by ONNX Runtime GenAI's model builder) write into the buffers they read: allocated once, for as many tokens as may come.
+Two kinds of graph are supported. Optimum's "text-generation-with-past" returns the keys and values of all tokens at
+every step; they stay in ONNX Runtime's memory and are the input of the next step. Graphs with GroupQueryAttention (made
+by ONNX Runtime GenAI's model builder) update their input buffers in place; these are allocated once, at full capacity.
 """
 
 from __future__ import annotations
@@ -23,28 +23,33 @@ _NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
 class Steps(Protocol):
-    """The model with the cache of one text."""
+    """The model with the KV cache of one text."""
 
     def run(self, token_ids: Sequence[int]) -> np.ndarray:
-        """Append the tokens; the logits behind each of them, (tokens, vocabulary) in the graph's own type."""
+        """Append the tokens; return the logits after each, (tokens, vocabulary) in the graph's dtype."""
         ...
 
     def close(self) -> None:
-        """Give the cache back. Called once."""
+        """Free the cache. Called once."""
         ...
 
 
 class Session:
-    """A graph, loaded. `provider`: the execution provider that it really runs on. `head_size`: of keys and values, for
-    graphs that leave it open."""
+    """A loaded graph. `provider`: the execution provider it runs on. `head_size`: of keys and values, used if the graph
+    leaves this dimension dynamic.
+
+    Raises:
+        SourceError: the file cannot be loaded, or is not a text generation graph with a KV cache.
+        GradmapError: the provider is not usable.
+    """
 
     def __init__(self, graph: Path, provider: str, threads: int, head_size: int) -> None:
         self._head_size = head_size
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
-        # Within a step threads wait for each other in a loop, which is faster than being woken; when it ends they
-        # sleep, so that an idle server does not keep the processors busy.
+        # Threads spin within a step, which is faster than waking them, and stop spinning after it, so that an idle
+        # server uses no CPU.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         options.log_severity_level = 3
         try:
@@ -53,10 +58,10 @@ class Session:
             raise SourceError(f"{graph.name} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
         self.provider: str = self._session.get_providers()[0]
         if self.provider != provider:
-            # Without a working CUDA, onnxruntime-gpu falls back in silence.
+            # Without working CUDA, onnxruntime-gpu falls back silently.
             raise GradmapError(
-                f"{provider} is not usable here: ONNX Runtime fell back to {self.provider}.",
-                hint="Check the driver and CUDA libraries, or take --provider cpu.",
+                f"{provider} is not usable on this machine: ONNX Runtime fell back to {self.provider}.",
+                hint="Check the driver and the CUDA libraries, or use --provider cpu.",
             )
         self.device = "cuda" if provider == CUDA else "cpu"
         self.past: dict[str, tuple[list[int | str], type]] = {}
@@ -64,7 +69,7 @@ class Session:
         for value in self._session.get_inputs():
             if value.name.startswith(_PAST):
                 if value.type not in _NUMPY_TYPES:
-                    raise SourceError(f"{graph.name} keeps its cache as {value.type}, which is not supported.")
+                    raise SourceError(f"{graph.name} has a KV cache of dtype {value.type}, which is not supported.")
                 self.past[value.name] = (list(value.shape), _NUMPY_TYPES[value.type])
             else:
                 plain.add(value.name)
@@ -78,12 +83,12 @@ class Session:
         self.shares_buffer = _shares_buffer(self._session)
 
     def start(self, capacity: int) -> Steps:
-        """An empty cache. `capacity`: the most tokens that it must hold."""
+        """Return `Steps` with an empty cache. `capacity`: how many tokens it must hold."""
         return _SharedBuffer(self, capacity) if self.shares_buffer else _Growing(self)
 
     @property
     def batches(self) -> bool:
-        """Whether texts of different length can take a step together (see pool.py)."""
+        """Whether one step can cover texts of different lengths (see pool.py)."""
         open_ended = all(not isinstance(shape[0], int) for shape, _ in self.past.values())
         return self.shares_buffer and self.device == "cpu" and "position_ids" not in self.plain and open_ended
 
@@ -97,7 +102,7 @@ class Session:
             raise GradmapError(f"ONNX Runtime failed: {' '.join(str(error).split())[:300]}") from error
 
     def feeds(self, token_ids: Sequence[int], length: int) -> dict[str, np.ndarray]:
-        """The plain inputs of a step behind `length` tokens; batch 1."""
+        """Return the inputs (int64, batch size 1) of a step after `length` tokens, without the cache."""
         end = length + len(token_ids)
         every = {
             "input_ids": np.array([token_ids], dtype=np.int64),
@@ -107,27 +112,31 @@ class Session:
         return {name: every[name] for name in self.plain}
 
     def cache_shape(self, name: str, rows: int, tokens: int) -> list[int]:
-        """Of a cache tensor: (rows, heads, tokens, head size)."""
+        """Return the shape of a cache tensor: (rows, heads, tokens, head size).
+
+        Raises:
+            SourceError: the graph declares another shape.
+        """
         shape, _ = self.past[name]
-        # A graph may fix any but the tokens.
+        # A graph may fix every dimension except the tokens.
         if len(shape) != 4 or not isinstance(shape[1], int):
-            raise SourceError(f"The cache input {name} has an unknown shape: {shape}.")
+            raise SourceError(f"The cache input {name} has an unsupported shape: {shape}.")
         own = (rows, shape[1], tokens, self._head_size)
         return [given if isinstance(given, int) else size for given, size in zip(shape, own, strict=True)]
 
     def empty(self, name: str, tokens: int) -> ort.OrtValue:
-        """A cache tensor of a batch of one and so many tokens, zeros."""
+        """Return a zero cache tensor for `tokens` tokens, batch size 1."""
         zeros = np.zeros(self.cache_shape(name, 1, tokens), dtype=self.past[name][1])
         return ort.OrtValue.ortvalue_from_numpy(zeros, self.device, 0)
 
     @staticmethod
     def present_of(past: str) -> str:
-        """The output that belongs to a cache input."""
+        """Return the name of the output that matches a cache input."""
         return _PRESENT + past.removeprefix(_PAST)
 
 
 class _Growing:
-    """Past in, present out: what a step returns is what the next one gets."""
+    """The cache outputs of a step are the cache inputs of the next."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
@@ -156,13 +165,13 @@ class _Growing:
 
 
 class _SharedBuffer:
-    """Past and present are one buffer, bound once."""
+    """Cache inputs and outputs share one buffer, bound once."""
 
     def __init__(self, session: Session, capacity: int) -> None:
         self._session = session
         self._length = 0
         self._binding = session.binding()
-        # Outputs come back in the order they are bound.
+        # get_outputs() returns outputs in the order they were bound.
         self._binding.bind_output("logits", "cpu")
         self._buffers = {name: session.empty(name, capacity) for name in session.past}
         for name, buffer in self._buffers.items():
@@ -173,7 +182,7 @@ class _SharedBuffer:
         binding = self._binding
         for name, value in self._session.feeds(token_ids, self._length).items():
             binding.bind_cpu_input(name, value)
-        # Anew for every step: a bound output keeps the shape it had.
+        # Bound again for every step: a bound output keeps its shape.
         binding.bind_output("logits", "cpu")
         self._session.run(binding)
         self._length += len(token_ids)
@@ -185,7 +194,7 @@ class _SharedBuffer:
 
 
 def _shares_buffer(session: ort.InferenceSession) -> bool:
-    """Whether past and present may be one buffer; our exports say so in the graph's metadata."""
+    """Whether cache inputs and outputs may share a buffer; our exports state it in the graph's metadata."""
     return session.get_modelmeta().custom_metadata_map.get("past_present_share_buffer") == "true"
 
 
@@ -194,19 +203,19 @@ def _providers(provider: str) -> list[str]:
 
 
 def provider_named(wanted: str) -> str:
-    """The execution provider for `auto`, `cpu`, `cuda` or its full name.
+    """Return the execution provider for `auto`, `cpu`, `cuda` or a full provider name.
 
     Raises:
-        MissingExtra: CUDA was asked for, and this build of ONNX Runtime has no part in it.
-        GradmapError: a provider that nobody here knows how to drive.
+        MissingExtra: CUDA was requested, but this build of ONNX Runtime does not support it.
+        GradmapError: the provider is not supported.
     """
     there = ort.get_available_providers()
     if wanted == "auto":
-        # A build for GPUs lists CUDA on machines without one.
+        # GPU builds list CUDA even on machines without a GPU.
         return CUDA if CUDA in there and _has_gpu() else CPU
     name = {"cpu": CPU, "cuda": CUDA}.get(wanted.lower(), wanted)
     if name not in (CPU, CUDA):
-        raise GradmapError(f"The execution provider {wanted!r} is not supported; take cpu or cuda.")
+        raise GradmapError(f"The execution provider {wanted!r} is not supported; use cpu or cuda.")
     if name not in there:
         raise MissingExtra("ONNX Runtime on CUDA", "gpu")
     return name

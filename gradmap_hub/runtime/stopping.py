@@ -1,4 +1,4 @@
-"""Stop strings over text that arrives in pieces."""
+"""Finds stop strings in text that arrives in pieces."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 class StopText:
-    """Hands text on as far as it can no longer be the beginning of a stop string."""
+    """Withholds text that may be the beginning of a stop string; passes on the rest."""
 
     def __init__(self, stop: Sequence[str]) -> None:
         self._stop = [text for text in stop if text]
@@ -14,7 +14,7 @@ class StopText:
         self.met = False
 
     def add(self, piece: str) -> str:
-        """What of the text so far has become final; `met` tells whether a stop string was found in it."""
+        """Add a piece and return the text that became final, up to a stop string; `met` is true once one was found."""
         if self.met:
             return ""
         self._held += piece
@@ -28,12 +28,12 @@ class StopText:
         return final
 
     def rest(self) -> str:
-        """What was held back, when nothing more will come."""
+        """Return the withheld text; called after the last piece."""
         final, self._held = self._held, ""
         return final
 
     def _overlap(self, text: str) -> int:
-        """Length of the longest end of what is held that begins `text`."""
+        """Return the length of the longest suffix of the withheld text that is a proper prefix of `text`."""
         for size in range(min(len(text) - 1, len(self._held)), 0, -1):
             if self._held.endswith(text[:size]):
                 return size

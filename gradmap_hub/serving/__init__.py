@@ -1,17 +1,17 @@
 """An HTTP server for one published model: the OpenAI API on ONNX Runtime.
 
-    settings.py   what a server is told                                    leaf
-    problems.py   refusals, in the error format of the OpenAI API          leaf
-    schemas.py    requests and answers, as pydantic models                 leaf
+    settings.py   configuration and limits                                 leaf
+    problems.py   errors, in the format of the OpenAI API                  leaf
+    schemas.py    requests and responses, as pydantic models               leaf
     scheduler.py  one decode thread, slots and a bounded queue; no asyncio, no HTTP
-    delivery.py   one generation as its HTTP request sees it: order, time limit, disconnect
-    prompts.py    from a validated request to token ids and sampling
-    metrics.py    what /metrics shows
-    gate.py       what happens before a route sees a request: host, key, overload, shutdown; counting
+    delivery.py   connects a request to its generation: ordered text, time limit, disconnect
+    prompts.py    converts a validated request to token ids and sampling parameters
+    metrics.py    the metrics of /metrics
+    gate.py       middleware: host, key, overload and shutdown checks; metrics and access log
     openapi.py    /openapi.json
     api.py        the routes
-    protocol.py   HTTP/1.1 with limits for clients that neither send nor read
+    protocol.py   HTTP/1.1 with time limits for slow clients
     server.py     sockets, threads, signals, graceful shutdown
 
-Nothing is imported here: the command line imports this package for its names only.
+This file imports nothing, so that importing the package stays cheap for the command line.
 """

@@ -1,4 +1,4 @@
-"""The routes: what the OpenAI API says, for one model."""
+"""The routes of the server: the OpenAI API for one model."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ from gradmap_hub.serving.scheduler import Engine, Finished, Scheduler
 from gradmap_hub.serving.schemas import ChatRequest, CompletionRequest
 from gradmap_hub.serving.settings import BODY_SECONDS, Settings
 
-# Proxies must neither keep nor gather the events.
+# Proxies must neither cache nor buffer the events.
 _EVENT_HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache",
                   "X-Accel-Buffering": "no"}  # fmt: skip
 
 
 def build_app(engine: Engine, settings: Settings, scheduler: Scheduler, executor: Executor, door: Door) -> Starlette:
-    """The ASGI application.
+    """Build the ASGI application.
 
     Args:
-        engine: the model; only its `encode` methods are called from here, on the executor.
+        engine: the model; the application calls only its `encode` methods, on the executor.
         settings: limits and keys.
-        scheduler: started, with the same engine.
-        executor: for tokenising, one call at a time.
-        door: closed by the server when it shuts down.
+        scheduler: a scheduler of the same engine.
+        executor: runs tokenisation, one call at a time.
+        door: the server closes it at shutdown.
     """
     name = settings.name or engine.name
     metrics = Metrics(engine, scheduler, model=name, slots=settings.slots)
@@ -85,19 +85,19 @@ async def _refused(request: Request, error: Exception) -> Response:
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
-    """What Starlette itself refuses: unknown paths and methods."""
+    """Convert Starlette's own errors (unknown paths and methods) to the OpenAI format."""
     assert isinstance(error, HTTPException)
     if error.status_code == 404:
-        message, code = "There is nothing at this path.", "unknown_url"
+        message, code = "This path does not exist. See /openapi.json for the available paths.", "unknown_url"
     elif error.status_code == 405:
-        message, code = "This path does not have this method.", "method_not_allowed"
+        message, code = "This path does not support this method. See the Allow header.", "method_not_allowed"
     else:
         message, code = error.detail, None
     return ApiError(error.status_code, message, code=code, headers=error.headers).response()
 
 
 class _Routes:
-    """What all routes know, and those that only read."""
+    """The state that all routes share, and the GET routes."""
 
     def __init__(
         self,
@@ -157,7 +157,7 @@ class _Routes:
 
 
 class _Generate:
-    """POST of a request of one kind. An ASGI application rather than a function: it sends as the text comes."""
+    """POST route for one request type. An ASGI application rather than a function, so that it can stream the text."""
 
     def __init__(self, routes: _Routes, kind: type[ChatRequest] | type[CompletionRequest]) -> None:
         self._routes = routes
@@ -181,20 +181,20 @@ class _Generate:
                     text = "".join([piece async for piece in delivery.pieces()])
                     await _answer(shape.whole(text, delivery.finished()))(scope, receive, send)
         except (Disconnected, ClientDisconnect):
-            pass  # nobody is there to be answered
+            pass  # the client has disconnected
 
 
 async def _read(request: Request, limit: int) -> bytes:
-    """The body of a request.
+    """Read the body of a request, at most `limit` bytes.
 
     Raises:
-        ApiError: it is too large (413), too slow (408) or not declared as JSON (415).
+        ApiError: the body is too large (413), too slow (408) or not declared as JSON (415).
     """
-    # A web page may send any other type across origins without asking; this one needs CORS.
+    # Browsers send simple content types across origins without a CORS preflight; application/json requires one.
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise ApiError(415, "Send the request as Content-Type: application/json.", code="unsupported_media_type")
-    too_large = ApiError(413, f"The body is larger than {limit} bytes.", code="body_too_large")
+    too_large = ApiError(413, f"The request body is too large. Send at most {limit} bytes.", code="body_too_large")
     length = request.headers.get("content-length", "")
     if length.isascii() and length.isdigit() and (len(length) > 18 or int(length) > limit):
         raise too_large
@@ -206,17 +206,17 @@ async def _read(request: Request, limit: int) -> bytes:
                 if len(body) > limit:
                     raise too_large
     except TimeoutError:
-        raise ApiError(408, "The body did not arrive in time.", kind="timeout", code="request_timeout",
+        raise ApiError(408, "The request body did not arrive in time. Retry.", kind="timeout", code="request_timeout",
                        headers={"Connection": "close"}) from None  # fmt: skip
     return bytes(body)
 
 
 def _answer(model: BaseModel, status: int = 200) -> Response:
-    # Unset fields are left out, those set to None are null: the OpenAI API tells the two apart.
+    # Unset fields are omitted, fields set to None are null: the OpenAI API distinguishes the two.
     return Response(model.model_dump_json(exclude_unset=True), status, media_type="application/json")
 
 
-# -- shapes of answers ---------------------------------------------------------------------------------------------
+# -- response shapes -----------------------------------------------------------------------------------------------
 
 
 def _usage(finished: Finished) -> schemas.Usage:
@@ -225,7 +225,7 @@ def _usage(finished: Finished) -> schemas.Usage:
 
 
 class _Shape:
-    """The answers to one request: whole, or in events. Every event of a request bears the same id."""
+    """Builds the response to one request, whole or as events. All events of a request have the same id."""
 
     prefix: str
     object: str
@@ -237,7 +237,7 @@ class _Shape:
         self._created = int(time.time())
 
     def head(self) -> list[Any] | None:
-        """Choices of the event that comes before any text."""
+        """Return the choices of the event before any text; None if there is no such event."""
         raise NotImplementedError
 
     def piece(self, text: str) -> list[Any]:
@@ -316,8 +316,8 @@ class _Plain(_Shape):
 
 
 async def _stream(delivery: Delivery, shape: _Shape, send: Send, *, with_usage: bool) -> None:
-    """Send an answer as server-sent events; what goes wrong on the way is an event too, and the last one."""
-    # The field is there in every event once it is asked for, as the OpenAI API has it.
+    """Send a response as server-sent events. An error ends the stream as its last event."""
+    # If usage is requested, every event has the field, as in the OpenAI API.
     extra: dict[str, Any] = {"usage": None} if with_usage else {}
 
     async def event(data: str, more: bool = True) -> None:

@@ -1,4 +1,4 @@
-"""One generation as its HTTP request sees it: in order, within the time limit, given up when the client goes."""
+"""Connects an HTTP request to its generation: ordered text, a time limit, cancellation on disconnect."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ log = logging.getLogger("gradmap_hub.serving")
 
 
 class Disconnected(Exception):
-    """The client has gone; there is nobody to answer."""
+    """The client has disconnected."""
 
 
 class Delivery:
-    """A place in the scheduler, held for as long as the `async with` lasts.
+    """Holds a job of the scheduler for the duration of an `async with` block.
 
     Args:
-        scheduler: where the place is.
-        metrics: told how it ended.
-        receive: of the request, its body already read: what still comes is the disconnect.
-        seconds: time limit for everything, from now.
+        scheduler: admits the job.
+        metrics: records the outcome.
+        receive: of the request; the body is already read, so only the disconnect is left to receive.
+        seconds: time limit of the whole request, from now.
 
-    Raises (on entering):
-        ApiError: 429, there is no place; 503, the server has stopped.
+    Raises:
+        ApiError: on entry; 429 if slots and queue are full, 503 if the server has stopped.
     """
 
     def __init__(self, scheduler: Scheduler, metrics: Metrics, receive: Receive, seconds: float) -> None:
@@ -83,11 +83,11 @@ class Delivery:
         )
 
     async def prepare(self, executor: Executor, make: Callable[[], Work]) -> None:
-        """Make the work elsewhere, then wait for a slot and until decoding has begun.
+        """Run `make` on the executor, then wait until the generation has a slot and starts.
 
         Raises:
-            ApiError: `make` raised it, or decoding could not begin.
-            Disconnected: meanwhile the client went.
+            ApiError: `make` raised it, the time limit passed, or the generation could not start.
+            Disconnected: the client disconnected.
         """
         making = asyncio.get_running_loop().run_in_executor(executor, make)
         making.add_done_callback(lambda _: self._changed.set())
@@ -95,7 +95,7 @@ class Delivery:
             while not making.done():
                 await self._wait()
         except BaseException:
-            making.cancel()  # does not happen at all if it has not begun
+            making.cancel()  # has an effect only before it starts
             raise
         try:
             work = making.result()
@@ -111,7 +111,12 @@ class Delivery:
         self._check()
 
     async def pieces(self) -> AsyncIterator[str]:
-        """The text as it becomes final; ends with the generation. Raises as `prepare`."""
+        """Yield the text as it becomes final, until the generation ends.
+
+        Raises:
+            ApiError: the generation failed, or the time limit passed.
+            Disconnected: the client disconnected.
+        """
         while True:
             ended = self.job.ended
             text = self.job.take()
@@ -123,7 +128,7 @@ class Delivery:
             await self._wait()
 
     def finished(self) -> Finished:
-        """How the generation ended, once `pieces` has."""
+        """Return how the generation ended; call it after `pieces` is exhausted."""
         finished = self.job.finished
         assert finished is not None
         return finished
@@ -138,16 +143,21 @@ class Delivery:
         if isinstance(error, Stopped):
             raise stopping()
         self._outcome = "error"
-        if isinstance(error, GradmapError):  # a prompt that the engine refuses after all
+        if isinstance(error, GradmapError):  # the engine rejects the prompt
             raise ApiError(400, error.message, param="prompt", code="invalid_value")
         log.error("A generation failed", exc_info=error)
         raise internal()
 
     async def _wait(self) -> None:
-        """Until something has changed."""
+        """Wait until the state of the job changes.
+
+        Raises:
+            ApiError: 504, the time limit passed.
+            Disconnected: the client disconnected.
+        """
         try:
             left = self._deadline - time.monotonic()
-            if left <= 0:  # also when there is something new all the time
+            if left <= 0:  # also if changes arrive continuously
                 raise TimeoutError
             async with asyncio.timeout(left):
                 await self._changed.wait()
@@ -162,5 +172,5 @@ class Delivery:
         while (await self._receive())["type"] != "http.disconnect":
             pass
         self._gone = True
-        self.job.cancel()  # here and now: the request may be held up in sending
+        self.job.cancel()  # immediately: the request may be blocked in sending
         self._changed.set()

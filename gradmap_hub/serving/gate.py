@@ -1,6 +1,6 @@
-"""What happens to a request before a route sees it, and what is noted once it is answered.
+"""Middleware: checks requests before they reach a route; records metrics and the access log afterwards.
 
-Refusals under load are made here, before a body is read: they must stay cheap when everything else is busy.
+It refuses requests under overload before their body is read, so that refusals stay cheap.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ HEALTH = "/health"
 READY = "/ready"
 METRICS = "/metrics"
 OPENAPI = "/openapi.json"
-_NO_ANSWER = 499  # as nginx calls it: the client went before there was one
+_NO_ANSWER = 499  # nginx's code: the client disconnected before the response
 _GENERATING = {CHAT, COMPLETIONS}
 _OPEN = {HEALTH, READY}
 _ROUTES = _GENERATING | _OPEN | {MODELS, METRICS, OPENAPI}
@@ -36,22 +36,22 @@ _LOCAL_NAMES = {"localhost", "127.0.0.1", "::1"}
 
 
 def route_of(path: str) -> str:
-    """The route for metrics and the log: one of a few, whatever the path."""
+    """Return the route name for metrics and the log: one of a fixed set, whatever the path."""
     if path in _ROUTES:
         return path
     return MODELS + "/{id}" if path.startswith(MODELS + "/") else "other"
 
 
 class Door:
-    """What the gate and the server share: whether new work is let in, and how much is under way."""
+    """State shared by the gate and the server: whether new requests are accepted, and how many are in progress."""
 
     def __init__(self) -> None:
         self.closing = False  # set from another thread, once
-        self.under_way = 0  # requests, the sending of the answer included; changed by the event loop only
+        self.under_way = 0  # requests until the response is sent; changed by the event loop only
 
 
 class Gate:
-    """ASGI middleware around the routes."""
+    """ASGI middleware around the routes: host, key, overload and shutdown checks."""
 
     def __init__(self, app: ASGIApp, settings: Settings, scheduler: Scheduler, metrics: Metrics, door: Door) -> None:
         self._app = app
@@ -59,7 +59,7 @@ class Gate:
         self._scheduler = scheduler
         self._metrics = metrics
         self._door = door
-        # Only on loopback: elsewhere the names under which the machine is known are not ours to guess.
+        # Only on loopback: elsewhere we do not know the names of the machine.
         names = {*_LOCAL_NAMES, settings.host, *settings.allow_hosts}
         self._hosts = {name.lower() for name in names} if settings.loopback else None
         self._key = None if settings.api_key is None else settings.api_key.encode("ascii")
@@ -86,7 +86,7 @@ class Gate:
             else:
                 await self._app(scope, receive, counting_send)
         except Exception:
-            if status != _NO_ANSWER:  # an answer has begun: only the end of the connection can say that it is cut short
+            if status != _NO_ANSWER:  # the response has begun: only closing the connection signals the failure
                 raise
             log.exception("A request failed")
             await internal().response()(scope, receive, counting_send)
@@ -96,7 +96,11 @@ class Gate:
             access_log.info("%s %s %d %.3f s", scope["method"][:10], route, status, time.monotonic() - started)
 
     def _check(self, scope: Scope, route: str) -> None:
-        """Raises ApiError for what is refused unread."""
+        """Check a request before its body is read.
+
+        Raises:
+            ApiError: 400, invalid host; 401, invalid key; 429, overload; 503, shutdown.
+        """
         headers = Headers(scope=scope)
         self._check_host(headers)
         if self._key is not None and route not in _OPEN:
@@ -110,7 +114,7 @@ class Gate:
                 raise overloaded(self._scheduler.retry_seconds())
 
     def _check_host(self, headers: Headers) -> None:
-        """A web page can point a name of its own at 127.0.0.1 and have the browser talk to us (DNS rebinding)."""
+        """Prevent DNS rebinding: a web page can resolve its own host name to 127.0.0.1 and reach this server."""
         if self._hosts is None:
             return
         hosts = headers.getlist("host")
@@ -121,7 +125,7 @@ class Gate:
         if name is None or name not in self._hosts:
             raise ApiError(
                 400,
-                "The Host header does not name this machine. Use localhost, or allow the name with --allow-host.",
+                "The Host header does not name this machine. Use localhost, or serve with --allow-host NAME.",
                 code="invalid_host",
             )
 
@@ -132,9 +136,9 @@ class Gate:
             self._metrics.refused("unauthorized")
             raise ApiError(
                 401,
-                "Incorrect API key. Send it as `Authorization: Bearer KEY`."
+                "The API key is incorrect. Send it as `Authorization: Bearer KEY`."
                 if given
-                else "An API key is needed. Send it as `Authorization: Bearer KEY`.",
+                else "The API key is missing. Send it as `Authorization: Bearer KEY`.",
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": 'Bearer realm="gradmap-hub"'},
             )

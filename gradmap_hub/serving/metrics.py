@@ -1,4 +1,4 @@
-"""What /metrics shows. Labels have few values, whatever clients send: memory does not grow with requests."""
+"""The metrics of /metrics. Labels take values from fixed sets, so that memory does not grow with requests."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SPEEDS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 
 
 class Metrics:
-    """The counters of one server, in a registry of its own: two servers in a process do not meet."""
+    """The metrics of one server, in its own registry, so that one process can run several servers."""
 
     def __init__(self, engine: Engine, scheduler: Scheduler, *, model: str, slots: int) -> None:
         self._registry = registry = CollectorRegistry()
@@ -24,24 +24,24 @@ class Metrics:
         Gauge(
             "gradmap_model_info", "The served model; always 1", ["model", "artifact", "provider"], registry=registry
         ).labels(model, engine.artifact, engine.provider).set(1)
-        Gauge("gradmap_slots", "Generations that can run at the same time", registry=registry).set(slots)
-        Gauge("gradmap_slots_active", "Generations that run", registry=registry).set_function(lambda: scheduler.active)
+        Gauge("gradmap_slots", "Maximum number of concurrent generations", registry=registry).set(slots)
+        Gauge("gradmap_slots_active", "Running generations", registry=registry).set_function(lambda: scheduler.active)
         Gauge("gradmap_queue_depth", "Requests waiting for a slot", registry=registry).set_function(
             lambda: scheduler.waiting
         )
         self._requests = Counter("gradmap_requests", "HTTP requests answered", ["route", "status"], registry=registry)
-        self._refused = Counter("gradmap_refused", "Requests refused unread", ["reason"], registry=registry)
+        self._refused = Counter("gradmap_refused", "Requests refused with unread body", ["reason"], registry=registry)
         self._generations = Counter("gradmap_generations", "Generations ended", ["outcome"], registry=registry)
-        self._prompt = Counter("gradmap_prompt_tokens", "Prompt tokens read", registry=registry)
+        self._prompt = Counter("gradmap_prompt_tokens", "Prompt tokens of all generations", registry=registry)
         self._completion = Counter("gradmap_completion_tokens", "Tokens generated", registry=registry)
         self._first = Histogram(
             "gradmap_time_to_first_token_seconds",
-            "From admission to the first token, waiting included",
+            "Time from admission to the first token, queueing included",
             buckets=_SECONDS,
             registry=registry,
         )
         self._speed = Histogram(
-            "gradmap_tokens_per_second", "Decoding speed of one generation", buckets=_SPEEDS, registry=registry
+            "gradmap_tokens_per_second", "Decode speed of a generation", buckets=_SPEEDS, registry=registry
         )
 
     def answered(self, route: str, status: int) -> None:

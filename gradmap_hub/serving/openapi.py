@@ -1,4 +1,4 @@
-"""/openapi.json: OpenAPI 3.1, generated from the models that requests are checked with."""
+"""/openapi.json: OpenAPI 3.1, generated from the pydantic models that validate requests."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from gradmap_hub.serving import gate, schemas
 
 _REFERENCE = "#/components/schemas/{model}"
 _REFUSALS = {
-    400: "The request cannot be meant, or asks for something that is not supported.",
+    400: "The request has an invalid argument or uses an unsupported feature.",
     401: "The API key is missing or wrong.",
-    404: "No such model or path.",
-    405: "The path does not have this method.",
+    404: "The model or path does not exist.",
+    405: "The path does not support this method.",
     408: "The body did not arrive in time.",
     413: "The body is too large.",
     415: "The body is not declared as JSON.",
     429: "All slots and the queue are full; see Retry-After.",
-    500: "The server had an error.",
+    500: "Internal server error; see the server log.",
     503: "The server is shutting down; see Retry-After.",
-    504: "The answer was not finished in time.",
+    504: "The response was not finished in time.",
 }
 _GENERATION = (400, 401, 404, 408, 413, 415, 429, 500, 503, 504)
 
 
 def document(model: str) -> dict[str, Any]:
-    """The description of a server that has this model."""
+    """Return the OpenAPI document of a server for this model."""
     requests: tuple[type[BaseModel], ...] = (schemas.ChatRequest, schemas.CompletionRequest)
     answers: tuple[type[BaseModel], ...] = (
         schemas.ChatCompletion,
@@ -46,7 +46,7 @@ def document(model: str) -> dict[str, Any]:
         ref_template=_REFERENCE,
     )
     components = described["$defs"]
-    for kind in requests:  # the one value that is not answered with 404
+    for kind in requests:  # any other value gets 404
         components[kind.__name__]["properties"]["model"] = {"type": "string", "enum": [model]}
     return {
         "openapi": "3.1.0",
@@ -71,12 +71,12 @@ def document(model: str) -> dict[str, Any]:
                     ],
                 }
             },
-            gate.HEALTH: {"get": _state("health", "Whether the process works.", schemas.Health)},
-            gate.READY: {"get": _state("ready", "Whether requests are taken.", schemas.Ready)},
+            gate.HEALTH: {"get": _state("health", "Whether the decode thread is alive.", schemas.Health)},
+            gate.READY: {"get": _state("ready", "Whether the server accepts requests.", schemas.Ready)},
             gate.METRICS: {
                 "get": {
                     "operationId": "metrics",
-                    "summary": "For Prometheus.",
+                    "summary": "Metrics in Prometheus format.",
                     "responses": {
                         "200": {"description": "Metrics.", "content": {"text/plain": {"schema": {"type": "string"}}}},
                         **_refusals((400, 401)),
@@ -108,8 +108,8 @@ def _generation(name: str, asked: type[BaseModel], answer: type[BaseModel], even
         "requestBody": {"required": True, "content": {"application/json": _json(asked)}},
         "responses": {
             "200": {
-                "description": f"The answer; with stream: true, server-sent events that hold a {event.__name__} each, "
-                "then [DONE].",
+                "description": "The response; with stream: true, server-sent events, "
+                f"each with a {event.__name__}, then [DONE].",
                 "content": {"application/json": _json(answer), "text/event-stream": {}},
             },
             **_refusals(_GENERATION),
@@ -123,7 +123,7 @@ def _reading(name: str, summary: str, answer: type[BaseModel], refusals: Sequenc
 
 
 def _state(name: str, summary: str, answer: type[BaseModel]) -> dict[str, Any]:
-    """For probes: no key, and 503 has the body of 200."""
+    """Describe a probe route: it needs no key, and 503 has the same body as 200."""
     described = _reading(name, summary, answer, (400,))
     responses = described["responses"]
     return {**described, "security": [], "responses": {**responses, "503": responses["200"]}}

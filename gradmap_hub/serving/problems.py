@@ -1,4 +1,4 @@
-"""Refusals, in the error format of the OpenAI API: {"error": {"message", "type", "param", "code"}}."""
+"""Errors in the format of the OpenAI API: {"error": {"message", "type", "param", "code"}}."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ SERVER = "server_error"
 
 
 class ApiError(Exception):
-    """A request that is answered with an error.
+    """An error response.
 
-    `message` is for whoever wrote the request; `param` names the field it is about, as `messages[0].content`.
+    `status`: HTTP status; `message`: for the author of the request; `kind`: the type of the OpenAI API; `param`: the
+    invalid field, such as `messages[0].content`; `code`: machine-readable; `headers`: of the response.
     """
 
     def __init__(
@@ -43,10 +44,10 @@ class ApiError(Exception):
 
 
 def overloaded(retry_seconds: int) -> ApiError:
-    """All slots and all places in the queue are taken."""
+    """Return the 429 for full slots and a full queue."""
     return ApiError(
         429,
-        f"All slots and the queue are full. Try again in {retry_seconds} s.",
+        f"All slots and the queue are full. Retry in {retry_seconds} s.",
         kind="rate_limit_error",
         code="queue_full",
         headers={"Retry-After": str(retry_seconds)},
@@ -54,26 +55,31 @@ def overloaded(retry_seconds: int) -> ApiError:
 
 
 def stopping() -> ApiError:
-    """The server is shutting down; whoever balances the load should ask another one."""
+    """Return the 503 for a server that is shutting down; load balancers should use another one."""
     return ApiError(
-        503, "The server is shutting down.", kind=SERVER, code="shutting_down", headers={"Retry-After": "5"}
+        503, "The server is shutting down. Retry.", kind=SERVER, code="shutting_down", headers={"Retry-After": "5"}
     )
 
 
 def too_slow(seconds: float) -> ApiError:
-    return ApiError(504, f"The answer was not finished within {seconds:g} s.", kind="timeout", code="request_timeout")
+    return ApiError(
+        504,
+        f"The response was not finished within {seconds:g} s. Request fewer tokens or retry later.",
+        kind="timeout",
+        code="request_timeout",
+    )
 
 
 def unknown_model(asked: str, served: str) -> ApiError:
     shown = asked if len(asked) <= 100 else asked[:97] + "..."
     return ApiError(
         404,
-        f"The model `{shown}` does not exist here; this server has `{served}`.",
+        f"The model `{shown}` does not exist. This server serves `{served}`.",
         param="model",
         code="model_not_found",
     )
 
 
 def internal() -> ApiError:
-    """Says nothing of the cause: that is in the log, and not for clients."""
-    return ApiError(500, "The server had an error while answering. See its log.", kind=SERVER, code="internal_error")
+    """Return the 500. The cause is in the server log only; clients must not see it."""
+    return ApiError(500, "Internal server error. See the server log.", kind=SERVER, code="internal_error")

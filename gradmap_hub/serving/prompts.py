@@ -1,4 +1,4 @@
-"""From a validated request to what the engine takes: token ids, sampling, stop strings, most tokens."""
+"""Converts a validated request to engine input: token ids, sampling parameters, stop strings, token limit."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from gradmap_hub.serving.problems import ApiError
 from gradmap_hub.serving.scheduler import Engine, Work
 from gradmap_hub.serving.schemas import ChatRequest, CompletionRequest
 
-_COMPLETION_TOKENS = 16  # the default of /v1/completions in the OpenAI API; a chat goes on to the end of the context
+_COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions; a chat is limited by the context only
 
 
 def work_for(engine: Engine, asked: ChatRequest | CompletionRequest) -> Work:
-    """Tokenise and check. Slow for a long prompt: not for the event loop.
+    """Tokenise and check the prompt. Slow for long prompts: do not call it on the event loop.
 
     Raises:
-        ApiError: 400, the prompt cannot be used.
+        ApiError: 400, the prompt is empty, too long, or rejected by the chat template.
     """
     if isinstance(asked, ChatRequest):
         param, ids = "messages", _chat_ids(engine, asked)
@@ -24,12 +24,13 @@ def work_for(engine: Engine, asked: ChatRequest | CompletionRequest) -> Work:
         param, ids = "prompt", _prompt_ids(engine, asked)
         wanted = asked.max_tokens or _COMPLETION_TOKENS
     if not ids:
-        raise ApiError(400, "The prompt has no tokens.", param=param, code="invalid_value")
+        raise ApiError(400, "The prompt has no tokens. Send a non-empty one.", param=param, code="invalid_value")
     room = engine.context_length - len(ids)
     if room < 1:
         raise ApiError(
             400,
-            f"The prompt has {len(ids)} tokens; the context is {engine.context_length} tokens, the answer included.",
+            f"The prompt has {len(ids)} tokens; prompt and output share a context of {engine.context_length} tokens. "
+            "Shorten the prompt.",
             param=param,
             code="context_length_exceeded",
         )
@@ -42,7 +43,7 @@ def work_for(engine: Engine, asked: ChatRequest | CompletionRequest) -> Work:
 
 
 def _chat_ids(engine: Engine, asked: ChatRequest) -> list[int]:
-    # What OpenAI calls developer is the system role in the templates of open models.
+    # OpenAI's developer role is the system role in the chat templates of open models.
     turns = [
         {"role": "system" if turn.role == "developer" else turn.role, "content": turn.text} for turn in asked.messages
     ]
@@ -70,7 +71,7 @@ def _prompt_ids(engine: Engine, asked: CompletionRequest) -> list[int]:
 def _sampling(asked: ChatRequest | CompletionRequest) -> Sampling:
     temperature = 1.0 if asked.temperature is None else asked.temperature
     top_p = 1.0 if asked.top_p is None else asked.top_p
-    if top_p == 0:  # nothing but the likeliest token
+    if top_p == 0:  # greedy
         temperature, top_p = 0.0, 1.0
     return Sampling(
         temperature=temperature,
@@ -78,7 +79,7 @@ def _sampling(asked: ChatRequest | CompletionRequest) -> Sampling:
         top_p=top_p,
         min_p=asked.min_p or 0.0,
         repetition_penalty=1.0 if asked.repetition_penalty is None else asked.repetition_penalty,
-        seed=None if asked.seed is None else asked.seed % 2**63,  # generators take no negative ones
+        seed=None if asked.seed is None else asked.seed % 2**63,  # NumPy's generator takes no negative seeds
     )
 
 

@@ -1,6 +1,6 @@
-"""HTTP/1.1 as uvicorn speaks it, with an end to patience: for a head that does not come, for an answer not read.
+"""uvicorn's HTTP/1.1 with time limits: for clients that send no request head, or do not read the response.
 
-A generation never waits for its client, so neither can hold a slot; but connections are not without end either.
+Such clients cannot hold a slot, since a generation never waits for its client; but they would hold a connection.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from gradmap_hub.serving.settings import HEAD_SECONDS, STALL_SECONDS
 
 
 class PatientProtocol(H11Protocol):
-    """One connection."""
+    """One connection, closed if the client stalls for `HEAD_SECONDS` or `STALL_SECONDS`."""
 
     _head_timer: asyncio.TimerHandle | None = None
     _stall_timer: asyncio.TimerHandle | None = None
@@ -34,7 +34,7 @@ class PatientProtocol(H11Protocol):
         super().data_received(data)
         if self.cycle is not None and not self.cycle.response_complete:
             self._head_timer = _cancelled(self._head_timer)
-        else:  # part of a head, or the rest of a body that nobody wanted
+        else:  # part of a request head, or the rest of a refused body
             self._expect_head()
 
     def pause_writing(self) -> None:
@@ -47,7 +47,7 @@ class PatientProtocol(H11Protocol):
         self._stall_timer = _cancelled(self._stall_timer)
 
     def send_400_response(self, msg: str) -> None:
-        """What is not HTTP is refused in the same format as everything else."""
+        """Send the error for invalid HTTP in the same format as all other errors."""
         try:
             body = json.dumps(ApiError(400, msg, code="invalid_http").body()).encode()
             head = h11.Response(
@@ -61,7 +61,7 @@ class PatientProtocol(H11Protocol):
             )
             for event in (head, h11.Data(data=body), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
-        except h11.LocalProtocolError:  # an answer is under way; it ends here
+        except h11.LocalProtocolError:  # a response has begun; it ends here
             pass
         self.transport.close()
 

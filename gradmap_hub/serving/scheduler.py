@@ -1,8 +1,8 @@
 """Slots and a bounded queue around one decode thread. No asyncio and no HTTP here.
 
-The one thread takes rounds: in each, every active generation gets one token, or reads a part of its prompt. Those that
-write do so together where the graph allows it, and each gets the tokens that it would get alone, whatever else runs.
-Whoever asks for more than slots and queue hold is refused at once rather than kept waiting for an unknown time.
+The thread works in rounds: in each, every active generation decodes one token or prefills a part of its prompt. Decode
+steps run as one batch if the graph supports it; each generation yields the same tokens as on its own. Requests beyond
+slots and queue are refused immediately instead of waiting for an unknown time.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("gradmap_hub.serving")
 
-_FIRST_GUESS_SECONDS = 2.0  # how long a generation takes, before one has been seen
+_FIRST_GUESS_SECONDS = 2.0  # assumed duration of a generation before the first one ends
 _SMOOTHING = 0.2  # weight of the latest generation in the mean duration
 _MAX_RETRY_SECONDS = 60  # clients such as openai-python ignore a longer Retry-After
 
 
 class Answer(Protocol):
-    """A generation of `gradmap_hub.runtime`; stepped by one thread."""
+    """Interface of a `gradmap_hub.runtime.Generation`; used by the decode thread only."""
 
     @property
     def prompt_tokens(self) -> int: ...
@@ -43,18 +43,18 @@ class Answer(Protocol):
 
 
 class Batch(Protocol):
-    """A `gradmap_hub.runtime.generation.Batch`."""
+    """Interface of a `gradmap_hub.runtime.generation.Batch`."""
 
     def start(
         self, prompt_ids: Sequence[int], *, max_tokens: int, sampling: Sampling = ..., stop: Sequence[str] = ()
     ) -> Any: ...
     def step(self, answers: Sequence[Any]) -> list[str | Exception]:
-        """The text that became final in one step of each `Answer`, or what went wrong with it."""
+        """Run one step of each `Answer`; return the text that became final, or the exception, for each."""
         ...
 
 
 class Engine(Protocol):
-    """What is needed of a `gradmap_hub.runtime.TextModel`."""
+    """Interface of a `gradmap_hub.runtime.TextModel`, as far as the server uses it."""
 
     @property
     def name(self) -> str: ...
@@ -72,20 +72,20 @@ class Engine(Protocol):
 
 
 class Busy(Exception):
-    """Slots and queue are full; `retry_seconds` is about how long the queue takes to be worked off."""
+    """Slots and queue are full; `retry_seconds`: estimated time until the queue is empty."""
 
     def __init__(self, retry_seconds: int) -> None:
-        super().__init__(f"full for about {retry_seconds} s")
+        super().__init__(f"Slots and queue are full. Retry in {retry_seconds} s.")
         self.retry_seconds = retry_seconds
 
 
 class Stopped(Exception):
-    """The scheduler has ended, and with it every job that was not done."""
+    """The scheduler has stopped; it ends all unfinished jobs with this error."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """One generation to be made."""
+    """The input of one generation. `prompt`: token ids; `max_tokens`: limit of the output; `stop`: stop strings."""
 
     prompt: Sequence[int]
     max_tokens: int
@@ -95,7 +95,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Finished:
-    """How a generation ended by itself."""
+    """The result of a generation that was not cancelled. `tokens_per_second`: decode speed, None below two tokens."""
 
     reason: Literal["stop", "length"]
     prompt_tokens: int
@@ -111,11 +111,10 @@ class _State(Enum):
 
 
 class Job:
-    """A place in the scheduler, from admission to the end of the generation.
+    """A request in the scheduler, from admission to the end of the generation.
 
-    The attributes are written by the decode thread and may be read by any. `wake` is called on the decode thread
-    whenever there is something new; it must return at once. Text is complete once `ended` is true: read `ended`
-    first, then `take()`.
+    The decode thread writes the attributes; any thread may read them. The decode thread calls `wake` after every
+    change; it must not block. The text is complete once `ended` is true: read `ended` first, then call `take()`.
     """
 
     def __init__(self, scheduler: Scheduler, wake: Callable[[], None]) -> None:
@@ -129,7 +128,7 @@ class Job:
         self.pieces: deque[str] = deque()
         self.cancelled = False
         self.started = False
-        self.first_token_seconds: float | None = None  # from admission: what the client waited
+        self.first_token_seconds: float | None = None  # from admission, queueing included
         self.prompt_tokens = 0
         self.completion_tokens = 0
         self.finished: Finished | None = None
@@ -140,22 +139,22 @@ class Job:
         return self.finished is not None or self.error is not None
 
     def take(self) -> str:
-        """The text that became final since the last call."""
+        """Return the text that became final since the last call."""
         taken: list[str] = []
         while self.pieces:
             taken.append(self.pieces.popleft())
         return "".join(taken)
 
     def begin(self, work: Work) -> None:
-        """Wait for a slot, then decode.
+        """Queue the job for a slot; does not block. Called once.
 
         Raises:
-            Stopped: the scheduler has ended.
+            Stopped: the scheduler has stopped.
         """
         self._scheduler.enqueue(self, work)
 
     def cancel(self) -> None:
-        """Give the place back: at once if it has no slot yet, after the current step otherwise. Idempotent."""
+        """Cancel the job: immediately if it has no slot yet, otherwise after the current step. Idempotent."""
         self._scheduler.withdraw(self)
 
 
@@ -163,9 +162,9 @@ class Scheduler:
     """Runs the generations of one engine.
 
     Args:
-        engine: what its `batch` returns is used by the decode thread only.
-        slots: generations stepped in every round.
-        queue: jobs admitted beyond those.
+        engine: the model; its batch is used by the decode thread only.
+        slots: maximum number of concurrent generations.
+        queue: maximum number of further jobs that wait for a slot.
     """
 
     def __init__(self, engine: Engine, *, slots: int, queue: int) -> None:
@@ -173,7 +172,7 @@ class Scheduler:
         self._slots = slots
         self._capacity = slots + queue
         self._changed = threading.Condition()
-        # All four under `_changed`. What is admitted and neither queued nor active is being prepared.
+        # All four are guarded by `_changed`. Jobs admitted, but neither queued nor active, are being prepared.
         self._admitted = 0
         self._queued: deque[Job] = deque()
         self._active: list[Job] = []
@@ -181,7 +180,7 @@ class Scheduler:
         self._mean_seconds = _FIRST_GUESS_SECONDS
         self._thread = threading.Thread(target=self._run, name="decode", daemon=True)
 
-    # What other threads call
+    # Called by other threads
 
     def start(self) -> None:
         self._thread.start()
@@ -205,16 +204,16 @@ class Scheduler:
         return self._admitted >= self._capacity
 
     def retry_seconds(self) -> int:
-        """How long the queue, as it stands, takes to be worked off at the recent speed: 1 to 60 s."""
+        """Return the estimated time until the queue is empty, from recent durations: 1 to 60 s."""
         seconds = self._mean_seconds * max(1, self.waiting) / self._slots
         return min(_MAX_RETRY_SECONDS, max(1, math.ceil(seconds)))
 
     def admit(self, wake: Callable[[], None]) -> Job:
-        """Take a place. The caller must end it: by `Job.begin` and the end of the generation, or by `Job.cancel`.
+        """Admit a job. The caller must call `Job.begin` or `Job.cancel`, otherwise its place is never freed.
 
         Raises:
-            Busy: there is none.
-            Stopped: the scheduler has ended.
+            Busy: slots and queue are full.
+            Stopped: the scheduler has stopped.
         """
         with self._changed:
             if self._stopping:
@@ -230,7 +229,7 @@ class Scheduler:
             if self._stopping:
                 raise Stopped
             if job.state is not _State.PREPARING:
-                raise RuntimeError("A job begins once")
+                raise RuntimeError("Job.begin was called twice, or after cancel. Admit a new job.")
             job.work = work
             job.state = _State.QUEUED
             self._queued.append(job)
@@ -250,14 +249,14 @@ class Scheduler:
             self._admitted -= 1
 
     def stop(self, seconds: float = 10.0) -> None:
-        """End every job with `Stopped`, then the thread; waits for the step under way. Idempotent."""
+        """End every job with `Stopped`, then the thread; wait at most `seconds` for the current step. Idempotent."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
         if self._thread.is_alive():
             self._thread.join(seconds)
 
-    # The decode thread
+    # Called by the decode thread
 
     def _run(self) -> None:
         while self._next_round():
@@ -269,7 +268,7 @@ class Scheduler:
             self._end(job, error=Stopped())
 
     def _next_round(self) -> bool:
-        """Fill free slots from the queue, sleep while there is nothing to do; False once the scheduler stops."""
+        """Wait for work and fill free slots from the queue; return False once the scheduler stops."""
         with self._changed:
             while not (self._stopping or self._queued or self._active):
                 self._changed.wait()
@@ -281,7 +280,7 @@ class Scheduler:
             return not self._stopping
 
     def _is_started(self, job: Job) -> bool:
-        """Whether the job takes a step in this round; one that is new or cancelled does not."""
+        """Start a new job or end a cancelled one; return True for any other job, which takes a step in this round."""
         if job.cancelled:
             self._end(job)
             return False
@@ -303,12 +302,12 @@ class Scheduler:
     def _step_all(self, answers: Sequence[Answer | None]) -> Sequence[str | Exception]:
         try:
             return self._batch.step(answers) if answers else []
-        except Exception as error:  # a batch says what is wrong with whom; this is a fault of its own
+        except Exception as error:  # a batch returns the errors of its generations; this is another one
             log.exception("A round failed")
             return [error] * len(answers)
 
     def _deliver(self, job: Job, piece: str | Exception) -> None:
-        """What a step of a job gave. Whatever goes wrong ends this job and no other."""
+        """Store the result of a step. An error ends this job only."""
         answer = job.answer
         assert answer is not None
         if isinstance(piece, Exception):
@@ -331,7 +330,7 @@ class Scheduler:
     def _end(
         self, job: Job, *, reason: Literal["stop", "length", "cancelled"] | None = None, error: Exception | None = None
     ) -> None:
-        """Free the slot, then tell whoever waits: a client that has its answer finds the slot free."""
+        """Free the slot, then wake the request: a client with a complete response finds the slot free."""
         answer, job.answer = job.answer, None
         speed = None
         if answer is not None:
@@ -340,7 +339,7 @@ class Scheduler:
                 if answer.finish_reason is None:
                     answer.cancel()
                 answer.close()
-            except Exception:  # the slot must be freed all the same
+            except Exception:  # the slot must be freed anyway
                 log.exception("A generation could not be closed")
         with self._changed:
             if job in self._active:
@@ -362,5 +361,5 @@ class Scheduler:
     def _wake(job: Job) -> None:
         try:
             job.wake()
-        except Exception:  # the event loop has gone: nobody waits for this any more
-            log.debug("Nobody to wake", exc_info=True)
+        except Exception:  # the event loop is closed: no request waits for this job
+            log.debug("The event loop of a finished job is closed", exc_info=True)

@@ -1,8 +1,7 @@
-"""Requests and answers of the OpenAI API, as far as this server goes.
+"""Requests and responses of the OpenAI API, as far as this server supports it.
 
-Requests are strict: a number in quotes is refused, not guessed at. Fields that ask for something the server cannot do
-are declared here with the one value that asks for nothing, so that they are refused by name; fields that are not
-declared are ignored (`user`, `metadata`, `store`, ...).
+Requests are strict: a number in quotes is an error. Unsupported features are declared with their neutral value only, so
+that the error names the field; undeclared fields (`user`, `metadata`, `store`, ...) are ignored.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 from gradmap_hub.serving.problems import ApiError
 from gradmap_hub.serving.settings import MAX_MESSAGES, MAX_STOP_CHARACTERS, MAX_STOPS
 
-_TAG = "~"  # marks the names of union branches in the location of an error; they are no part of the parameter
+_TAG = "~"  # prefix of union branch names in pydantic's error locations; not part of the parameter name
 _MAX_TOKENS = 2**31 - 1
 _MAX_PROMPT_IDS = 1_000_000
 
@@ -93,10 +92,10 @@ class TextFormat(_Request):
 
 
 class _Generation(_Request):
-    """What chat and plain completions have in common."""
+    """Fields of both chat and text completions."""
 
     model: str
-    max_tokens: MaxTokens = Field(None, description="Most tokens to generate; never beyond the context.")
+    max_tokens: MaxTokens = Field(None, description="Maximum tokens to generate; also limited by the context.")
     temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(None, description="Default 1; 0 is greedy.")
     top_p: Annotated[float, Field(ge=0, le=1)] | None = Field(None, description="Default 1 (off).")
     top_k: Annotated[int, Field(ge=0, le=_MAX_TOKENS)] | None = Field(None, description="Extension. Default 0 (off).")
@@ -108,7 +107,7 @@ class _Generation(_Request):
     stop: Stop | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    # Only these values are possible; see `_REFUSED`.
+    # Only the neutral value is supported; see `_REFUSED`.
     n: One = None
     presence_penalty: Zero = None
     frequency_penalty: Zero = None
@@ -119,7 +118,7 @@ class ChatRequest(_Generation):
     """POST /v1/chat/completions"""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
-    max_completion_tokens: MaxTokens = Field(None, description="Goes before max_tokens.")
+    max_completion_tokens: MaxTokens = Field(None, description="Overrides max_tokens.")
     logprobs: Literal[False] | None = None
     top_logprobs: Zero = None
     tools: Nothing = None
@@ -144,22 +143,22 @@ class CompletionRequest(_Generation):
 
 
 _REFUSED = {
-    "n": "n must be 1: this server gives one choice a request.",
-    "best_of": "best_of must be 1: this server gives one choice a request.",
+    "n": "n must be 1: this server returns one choice per request.",
+    "best_of": "best_of must be 1: this server returns one choice per request.",
     "echo": "echo is not supported.",
-    "suffix": "suffix is not supported: the model only goes on with a text.",
+    "suffix": "suffix is not supported: the model only continues a text.",
     "logprobs": "logprobs are not supported.",
     "top_logprobs": "logprobs are not supported.",
     "logit_bias": "logit_bias is not supported.",
-    "presence_penalty": "presence_penalty is not supported; see repetition_penalty.",
-    "frequency_penalty": "frequency_penalty is not supported; see repetition_penalty.",
+    "presence_penalty": "presence_penalty is not supported; use repetition_penalty.",
+    "frequency_penalty": "frequency_penalty is not supported; use repetition_penalty.",
     "tools": "Tools are not supported.",
     "tool_choice": "Tools are not supported.",
     "tool_calls": "Tools are not supported.",
     "functions": "Function calling is not supported.",
     "function_call": "Function calling is not supported.",
-    "response_format": "The only response_format is text.",
-    "modalities": "The only modality is text.",
+    "response_format": "response_format must be text.",
+    "modalities": 'modalities must be ["text"].',
     "audio": "Audio is not supported.",
     "prediction": "prediction is not supported.",
     "web_search_options": "Web search is not supported.",
@@ -169,14 +168,14 @@ Asked = TypeVar("Asked", bound=_Generation)
 
 
 def parse(kind: type[Asked], body: bytes) -> Asked:
-    """Read a request body.
+    """Parse and validate a request body.
 
     Raises:
-        ApiError: 400, with the parameter that is wrong.
+        ApiError: 400; names the invalid parameter.
     """
     try:
-        # Checked before validation, since fields that are ignored must be JSON too: no NaN, no lone surrogates, no
-        # nesting without end.
+        # Before validation, since ignored fields must be valid JSON too: no NaN, no lone surrogates, no excessive
+        # nesting.
         pydantic_core.from_json(body, allow_inf_nan=False, cache_strings="none")
     except ValueError as error:
         raise ApiError(400, f"The body is not valid JSON: {error}.", code="invalid_json") from None
@@ -185,12 +184,12 @@ def parse(kind: type[Asked], body: bytes) -> Asked:
     except ValidationError as error:
         raise _problem(error) from None
     if asked.stream_options is not None and not asked.stream:
-        raise ApiError(400, "stream_options is only for stream: true.", param="stream_options", code="invalid_value")
+        raise ApiError(400, "stream_options needs stream: true.", param="stream_options", code="invalid_value")
     return asked
 
 
 def _problem(error: ValidationError) -> ApiError:
-    """The first thing that is wrong, in one line."""
+    """Convert the first validation error to a message of one line."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     places = [place for place in first["loc"] if not (isinstance(place, str) and place.startswith(_TAG))]
     param = ""
@@ -204,17 +203,17 @@ def _problem(error: ValidationError) -> ApiError:
     if first["type"] == "missing":
         return ApiError(400, f"Missing required parameter: {param}.", param=param, code="missing_required_parameter")
     if places[-1] == "type" and "content" in places:
-        return ApiError(400, f"{param}: the only kind of content is text.", param=param, code="unsupported_value")
+        return ApiError(400, f"{param}: content parts must be text.", param=param, code="unsupported_value")
     code = "invalid_type" if first["type"].endswith("_type") else "invalid_value"
     said = first["msg"].replace(" after validation", "")
     return ApiError(400, f"{param}: {said[:1].lower()}{said[1:]}.", param=param, code=code)
 
 
-# -- answers -------------------------------------------------------------------------------------------------------
+# -- responses -----------------------------------------------------------------------------------------------------
 
 
 class Usage(BaseModel):
-    """Tokens of a request and its answer."""
+    """Number of tokens of a request and its response."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -238,7 +237,7 @@ class ChatChoice(BaseModel):
 
 
 class ChatCompletion(BaseModel):
-    """The answer to a chat request."""
+    """The response to a chat request."""
 
     id: str
     object: Literal["chat.completion"]
@@ -261,7 +260,7 @@ class ChunkChoice(BaseModel):
 
 
 class ChatChunk(BaseModel):
-    """One event of a streamed chat answer."""
+    """One event of a streamed chat response."""
 
     id: str
     object: Literal["chat.completion.chunk"]
@@ -279,7 +278,7 @@ class TextChoice(BaseModel):
 
 
 class TextCompletion(BaseModel):
-    """The answer to a completion request, and each event of a streamed one."""
+    """The response to a completion request, and each event of a streamed one."""
 
     id: str
     object: Literal["text_completion"]
@@ -325,6 +324,6 @@ class Problem(BaseModel):
 
 
 class ProblemAnswer(BaseModel):
-    """What every refusal looks like."""
+    """The body of every error response."""
 
     error: Problem

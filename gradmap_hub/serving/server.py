@@ -1,6 +1,6 @@
-"""Starting and stopping: sockets, threads, signals.
+"""Starts and stops the server: sockets, threads, signals.
 
-Three threads: the main one waits for signals, one runs the event loop (uvicorn), one decodes.
+It uses three threads: the main thread waits for signals, one runs the event loop (uvicorn), one decodes.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from gradmap_hub.serving.settings import Settings
 log = logging.getLogger("gradmap_hub.serving")
 
 _START_SECONDS = 30.0
-_FAREWELL_SECONDS = 2  # for what is still to be sent once nothing is decoded any more
+_FAREWELL_SECONDS = 2  # to send the remaining responses after decoding has stopped
 _LOOK_SECONDS = 0.02
 
 
 class Server:
-    """One model behind HTTP.
+    """An HTTP server for one model.
 
     Args:
         engine: a loaded `gradmap_hub.runtime.TextModel`.
@@ -44,7 +44,7 @@ class Server:
         self._settings = settings
         self._door = Door()
         self._scheduler = Scheduler(engine, slots=settings.slots, queue=settings.queue)
-        # One at a time: a tokeniser is fast, and what else runs needs the cores.
+        # One at a time: tokenisation is fast, and decoding needs the cores.
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenise")
         self._app = build_app(engine, settings, self._scheduler, self._executor, self._door)
         self._uvicorn: uvicorn.Server | None = None
@@ -53,33 +53,33 @@ class Server:
 
     @property
     def url(self) -> str:
-        """The address, without a trailing slash.
+        """The address of the server, without a trailing slash.
 
         Raises:
             RuntimeError: the server is not running.
         """
         if self._port is None:
-            raise RuntimeError("The server is not running")
+            raise RuntimeError("The server is not running. Call start() first.")
         host = self._settings.host
         return f"http://{f'[{host}]' if ':' in host else host}:{self._port}"
 
     @property
     def scheduler(self) -> Scheduler:
-        """For those who want to know how many slots are taken."""
+        """The scheduler, to read the number of active and waiting jobs."""
         return self._scheduler
 
     def start(self) -> None:
-        """Listen, and return once requests are answered. A server starts once.
+        """Start the threads and return once the server answers requests. A server can start only once.
 
         Raises:
-            GradmapError: the address cannot be bound to.
+            GradmapError: the server cannot listen on the address, or did not start in time.
         """
         listener = _listen(self._settings.host, self._settings.port)
         config = uvicorn.Config(
             self._app,
             http=PatientProtocol,
             log_config=None,
-            log_level="error",  # clients that do not speak HTTP are no news
+            log_level="error",  # uvicorn warns about every client that sends invalid HTTP
             access_log=False,
             lifespan="off",
             server_header=False,
@@ -95,13 +95,13 @@ class Server:
         while not server.started:
             if not thread.is_alive() or time.monotonic() > deadline:
                 self.stop()
-                raise GradmapError("The HTTP server did not start.")
+                raise GradmapError("The HTTP server did not start. See the log.")
             time.sleep(0.005)
 
     def drain(self, seconds: float, at_once: threading.Event | None = None) -> bool:
-        """Refuse new work and wait until what is under way has been answered; False if the time was not enough.
+        """Refuse new requests and wait for those in progress; return whether all finished within `seconds`.
 
-        The listener stays open meanwhile, so that new requests get a 503 they can act upon.
+        The listener stays open meanwhile, so that new requests get a 503. `at_once`: ends the wait when set.
         """
         self._door.closing = True
         deadline = time.monotonic() + seconds
@@ -112,7 +112,7 @@ class Server:
         return not self._door.under_way
 
     def stop(self) -> None:
-        """End everything: generations that still run end with an error, connections are closed. Idempotent."""
+        """Stop the server: end running generations with an error and close all connections. Idempotent."""
         self._door.closing = True
         self._scheduler.stop()
         server, thread = self._uvicorn, self._thread
@@ -126,14 +126,16 @@ class Server:
         self._port = None
 
     def serve_forever(self, started: Callable[[str], None]) -> None:
-        """Serve until SIGINT or SIGTERM, then finish what is under way (at most `drain` seconds; a second signal ends
-        at once) and return. Call it from the main thread: signals reach no other.
+        """Serve until SIGINT or SIGTERM, then finish the requests in progress and return.
+
+        Finishing takes at most `Settings.drain` seconds; a second signal stops the server immediately. Call it from the
+        main thread, since Python allows signal handlers there only.
 
         Args:
-            started: called with the address as soon as requests are answered and signals are handled.
+            started: called with the address once the server answers requests and handles signals.
 
         Raises:
-            GradmapError: the address cannot be bound to, or the server died.
+            GradmapError: the server cannot listen on the address, or ended unexpectedly.
         """
         asked, at_once = threading.Event(), threading.Event()
 
@@ -144,14 +146,14 @@ class Server:
         try:
             self.start()
             started(self.url)
-            # The timeout is for Windows, where a wait without one cannot be interrupted.
+            # On Windows, a wait without a timeout cannot be interrupted.
             while not asked.wait(0.5):
                 if self._thread is None or not self._thread.is_alive():
-                    raise GradmapError("The HTTP server ended unexpectedly.")
+                    raise GradmapError("The HTTP server ended unexpectedly. See the log.")
             under_way = self._door.under_way
-            log.info("Stopping; %d requests under way are finished first.", under_way)
+            log.info("Shutting down after %d requests in progress.", under_way)
             if not self.drain(self._settings.drain, at_once):
-                log.warning("%d requests were cut short.", self._door.under_way)
+                log.warning("%d requests were cancelled at shutdown.", self._door.under_way)
         finally:
             self.stop()
             for number, handler in before.items():
@@ -168,10 +170,10 @@ class Server:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """Bound here rather than by uvicorn: the port is known at once, and so is what is wrong with it.
+    """Return a socket bound to the address. Bound here and not by uvicorn, to know the port and report errors.
 
     Raises:
-        GradmapError: no such address here, or the port is taken.
+        GradmapError: this machine does not have the address, or the port is in use.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
@@ -179,16 +181,18 @@ def _listen(host: str, port: int) -> socket.socket:
         )[0]
         listener = socket.socket(family, kind, protocol)
     except OSError as error:
-        raise GradmapError(f"The server cannot listen on {host}: {error.strerror or error}.") from error
+        raise GradmapError(
+            f"The server cannot listen on {host}: {error.strerror or error}.", hint="Check --host."
+        ) from error
     try:
         if os.name == "posix":
-            # A server that was just stopped leaves its port waiting for stray packets.
+            # The port of a server that has just stopped stays in TIME_WAIT for a while.
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
     except OSError as error:
         listener.close()
         raise GradmapError(
             f"The server cannot listen on {host} port {port}: {error.strerror or error}.",
-            hint="Choose another port with --port; 0 takes any free one.",
+            hint="Choose another port with --port; 0 selects a free one.",
         ) from error
     return listener

@@ -1,4 +1,4 @@
-"""What a server is told. One place for every limit, its unit and its default."""
+"""Configuration of a server: every limit with its unit and default."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 
 from gradmap_hub.errors import UsageError
 
-MAX_MESSAGES = 1024  # in one chat request
-MAX_STOPS = 4  # as the OpenAI API
+MAX_MESSAGES = 1024  # per chat request
+MAX_STOPS = 4  # as in the OpenAI API
 MAX_STOP_CHARACTERS = 512
 BODY_SECONDS = 30.0  # for a request body to arrive
 HEAD_SECONDS = 30.0  # for the head of a request to arrive
-STALL_SECONDS = 30.0  # for a client to read something of what is waiting for it
+STALL_SECONDS = 30.0  # for a client to read from a blocked response
 
 
 @dataclass(frozen=True)
@@ -21,20 +21,20 @@ class Settings:
 
     Args:
         host: address to bind to.
-        port: 0 takes any free one.
-        slots: generations that are decoded at the same time, in turns.
-        queue: requests that may wait for a slot; those beyond are refused with 429.
-        timeout: seconds for a request, waiting included.
-        drain: seconds that running and waiting requests are given at shutdown.
-        max_body: bytes of a request body.
-        name: the model id that clients must give; None takes the engine's.
-        api_key: what clients must send as a bearer token; None asks for none.
-        allow_origins: origins whose web pages may call the server from a browser (CORS); none by default.
-        allow_hosts: further names in the Host header, for a server on loopback behind a proxy.
-        log_requests: one line per request on stderr.
+        port: 0 selects a free one.
+        slots: maximum number of concurrent generations.
+        queue: maximum number of requests that wait for a slot; further ones get 429.
+        timeout: seconds per request, queueing included.
+        drain: seconds to finish running and waiting requests at shutdown.
+        max_body: maximum size of a request body, in bytes.
+        name: the model id that clients must send; None: the name of the engine.
+        api_key: the bearer token that clients must send; None: no authentication.
+        allow_origins: origins of web pages that may call the server (CORS); empty: none.
+        allow_hosts: further names accepted in the Host header, for a server on loopback behind a proxy.
+        log_requests: log one line per request to stderr.
 
     Raises:
-        UsageError: a number that cannot be meant.
+        UsageError: invalid argument.
     """
 
     host: str = "127.0.0.1"
@@ -55,7 +55,7 @@ class Settings:
             if not getattr(self, name) >= least:
                 raise UsageError(f"{name} must be at least {least}; got {getattr(self, name)}.")
         if not 0 < self.timeout < float("inf"):
-            raise UsageError(f"timeout must be a positive number of seconds; got {self.timeout}.")
+            raise UsageError(f"timeout must be a positive, finite number of seconds; got {self.timeout}.")
         if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable() and self.api_key):
             raise UsageError("The API key must be one line of printable ASCII characters.")
 

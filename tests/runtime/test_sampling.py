@@ -20,7 +20,7 @@ def drawn(sampling: Sampling, count: int = 4000, prompt: tuple[int, ...] = ()) -
     return np.bincount(taken, minlength=len(LOGITS)) / count
 
 
-def test_zero_temperature_takes_the_likeliest() -> None:
+def test_zero_temperature_is_greedy() -> None:
     assert [Sampler(Sampling(seed=seed), []).take(LOGITS) for seed in range(5)] == [1] * 5
 
 

@@ -35,7 +35,7 @@ def body(kit: Any, prompt: str = PROMPTS[0], tokens: int = 500, stream: bool = T
 
 
 @pytest.mark.parametrize("which", ["model", "batching"])
-def test_64_streams_say_what_each_says_alone(
+def test_64_concurrent_requests_say_what_each_says_alone(
     which: str, request: pytest.FixtureRequest, kit: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = request.getfixturevalue(which)
