@@ -190,9 +190,9 @@ def test_compare_json_says_what_is_shown_and_what_it_costs(written: Path) -> Non
     here = {"stored": "space", "path": "original"}
     there = {"stored": "hub", "path": "onnx"}
     assert facts["precisions"] == [
-        {"name": "int8", "original": here | {"bytes": 170, "quality": cost},
+        {"name": "int8", "file": "model_int8.onnx", "original": here | {"bytes": 170, "quality": cost},
          "pruned": there | {"bytes": 130, "quality": cost}},
-        {"name": "float32", "original": here | {"bytes": 600, "quality": None},
+        {"name": "float32", "file": "model.onnx", "original": here | {"bytes": 600, "quality": None},
          "pruned": there | {"bytes": 500, "quality": None}},
     ]  # fmt: skip
     # And the app reads it.
