@@ -115,6 +115,15 @@ class VerificationError(GradmapError):
     """The saved model or an export does not compute what it should. Nothing is published."""
 
 
+class MemoryNotMeasured(GradmapError):
+    """The process whose peak memory is measured died. `reason`: its last line on stderr, or the signal."""
+
+    def __init__(self, backend: str, reason: str) -> None:
+        super().__init__(f"Memory of {backend} was not measured: {reason}")
+        self.backend = backend
+        self.reason = reason
+
+
 class SpaceImpossible(GradmapError):
     """There is nothing that a comparison Space of the two models could run."""
 

@@ -14,8 +14,8 @@ class BeforeAfter:
 
 @dataclass(frozen=True)
 class Contamination:
-    """Rows of an evaluation text that share 13 lower-cased words in a row with a calibration row. `rows`: how many of
-    `of`; None: not checked, `reason` says why. `texts`: the calibration texts they were found in."""
+    """Sequences of an evaluation text with a 13-gram overlap (lower-cased words) with a calibration sequence. `rows`:
+    how many of `of`; None: not checked, for `reason`. `texts`: the calibration texts they overlap with."""
 
     rows: int | None
     of: int
@@ -28,10 +28,23 @@ class Contamination:
 
 
 @dataclass(frozen=True)
+class TextMetric:
+    """Mean of a metric over the predicted tokens of a text, with its 95% bootstrap interval over sequences. `title`:
+    heading on card and terminal; `share`: shown as a percentage."""
+
+    name: str
+    title: str
+    value: float
+    interval: list[float]
+    share: bool = False
+
+
+@dataclass(frozen=True)
 class MeasuredText:
-    """Both models on the same rows of one text. Perplexity as in `TextPerplexity`; `agreement`: share of positions
-    where both find the same token likeliest; `divergence`: mean KL(original || pruned), nats per token. Each interval
-    is the 95% bootstrap interval over rows, that of perplexity of the ratio pruned / original."""
+    """Both models on the same sequences of one text. Perplexity as in `TextPerplexity`; `agreement`: share of positions
+    with the same top-1 token; `divergence`: mean KL(original || pruned), nats per token; `further`: all other metrics,
+    in JSON only if there are any. Each interval is the 95% bootstrap interval over sequences; that of perplexity is of
+    the ratio pruned / original."""
 
     name: str
     sha256: str
@@ -46,12 +59,23 @@ class MeasuredText:
     divergence: float
     divergence_interval: list[float]
     contamination: Contamination | None = None
+    further: list[TextMetric] = field(default_factory=list)
+
+    @property
+    def metrics(self) -> list[TextMetric]:
+        """All metrics that compare the two models, as card and terminal list them."""
+        return [
+            TextMetric("agreement", "Top-1 agreement", self.agreement, self.agreement_interval, share=True),
+            TextMetric("divergence", "KL divergence, nats per token", self.divergence, self.divergence_interval),
+            *self.further,
+        ]
 
 
 @dataclass(frozen=True)
 class MeasuredMetric:
     """One metric of one task. `interval`: 95% bootstrap interval over documents of pruned - original, empty for
-    metrics that are no mean over documents. `retention`: 100 pruned / original, None where that says nothing."""
+    metrics that are not a mean over documents; `retention`: 100 pruned / original, None for those or if original is
+    0."""
 
     name: str
     original: float
@@ -63,8 +87,8 @@ class MeasuredMetric:
 @dataclass(frozen=True)
 class MeasuredTask:
     """Both models on the same documents of one task of lm-evaluation-harness, zero-shot. `sha256`: of the documents,
-    prompts and targets in order; `dataset` and `config`: where the harness has it from; `source`: where these
-    documents came from; `documents` of `total`: fewer where there was a limit. `main`: the metric to look at."""
+    prompts and targets in order; `dataset` and `config`: the harness' source; `source`: the source of these documents;
+    `documents` of `total`: fewer with a limit; `main`: name of the main metric."""
 
     name: str
     version: str
@@ -85,8 +109,8 @@ class MeasuredTask:
 
 @dataclass(frozen=True)
 class FilePerplexity:
-    """Of an ONNX file on one text, on the rows of the `MeasuredText` of that name; `interval`: of the ratio to the
-    checkpoint's."""
+    """Of an ONNX file on the sequences of the `MeasuredText` of that name; `interval`: of the ratio to the checkpoint's
+    perplexity."""
 
     text: str
     perplexity: float
@@ -95,7 +119,8 @@ class FilePerplexity:
 
 @dataclass(frozen=True)
 class MeasuredFile:
-    """An ONNX file on ONNX Runtime. `sha256`: of the graph; `data_sha256`: of the weights beside it, if there are."""
+    """An ONNX file on ONNX Runtime. `sha256`: of the graph; `data_sha256`: of the weight file next to it, empty if it
+    has none."""
 
     path: str
     bytes: int
@@ -116,7 +141,7 @@ class Rate:
 @dataclass(frozen=True)
 class MeasuredSpeed:
     """`model`: original or pruned; `backend`: "PyTorch" or the path of an ONNX file. `memory`: peak resident bytes of a
-    process with this backend alone; None where it was not measured (on a GPU, or where the system does not tell)."""
+    process with this backend alone; None if not measured (on a GPU, not on Linux, or the process died)."""
 
     model: str
     backend: str
@@ -128,7 +153,7 @@ class MeasuredSpeed:
 
 @dataclass(frozen=True)
 class Sample:
-    """What both models write after a prompt, greedily."""
+    """Greedy answers of both models to a prompt."""
 
     prompt: str
     original: str
@@ -137,9 +162,9 @@ class Sample:
 
 @dataclass(frozen=True)
 class Measured:
-    """What `evaluate` found. It holds for the weights whose sum is `weights_sha256` (see `source.weights_sha256`) and
-    for ONNX files of the sums in `files`; `freshness` drops it where the folder holds others. `original`: what it was
-    compared with, `original_commit` on the Hub or `original_sha256` of its weights."""
+    """Results of `evaluate`, valid for weights with the checksum `weights_sha256` (of `layout.weights_sha256`) and ONNX
+    files with the checksums in `files`; `evaluation.staleness` drops them otherwise. `original`: the model compared
+    with, identified by `original_commit` on the Hub or `original_sha256` of its weights."""
 
     gradmap_hub: str
     weights_sha256: str

@@ -324,7 +324,12 @@ def read_record(path: Path) -> RunRecord:
 
 def to_json(value: Any) -> str:
     """A dataclass as indented JSON; NaN and infinity are refused rather than written."""
-    return json.dumps(dataclasses.asdict(value), indent=2, ensure_ascii=False, allow_nan=False)
+    return json.dumps(as_data(value), indent=2, ensure_ascii=False, allow_nan=False)
+
+
+def as_data(value: Any) -> dict[str, Any]:
+    """A dataclass as plain data. The key `further` is left out if it is empty."""
+    return dataclasses.asdict(value, dict_factory=lambda pairs: {k: v for k, v in pairs if v or k != "further"})
 
 
 def from_json(kind: type[T], data: Any) -> T:

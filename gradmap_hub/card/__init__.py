@@ -1,1 +1,1 @@
-"""The model card: text, figures, and results in the Hub's format."""
+"""The model card: text, figures, and results in the formats of the Hub."""

@@ -1,8 +1,8 @@
 """RunRecord -> the model card: README.md with its YAML front matter, and its plots (drawn by `plots`).
 
-Everything comes from the record, nothing from the clock, the network or the weights, so that the same record gives the
-same bytes. Strings a user chose (model, licence and text names, the command) are escaped by default: the template can
-only print a string that was escaped, or that a filter here marked as `Safe`.
+The card depends on the record alone, not on clock, network or weights: the same record gives the same bytes. Strings
+from users (model, licence and text names, the command) are escaped by default: the template only prints strings that
+were escaped, or that a filter marked as `Safe`.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from gradmap_hub.card.results import (
 )
 from gradmap_hub.figures import save_plot
 from gradmap_hub.layout import CARD
+from gradmap_hub.measurements import TextMetric
 from gradmap_hub.record import (
     GROWN,
     SWAPPED,
@@ -48,12 +49,12 @@ LAYERS_PLOT = "assets/layers.png"
 SHIFT_PLOT = "assets/shift.png"
 CALIBRATION_KIND = "calibration (held out)"
 HUB = "https://huggingface.co"
-# Of these types Optimum's ORTModelForCausalLM makes an empty cache of another shape than the graph wants.
+# Model types for which Optimum's ORTModelForCausalLM creates an empty cache of another shape than that of the graph.
 CACHE_FROM_GRAPH = frozenset({"gemma2", "phi3"})
 
 
 def write_card(record: RunRecord, folder: Path) -> list[Path]:
-    """Write README.md and its plots into `folder` and return the files written."""
+    """Write README.md, its plots and .eval_results into `folder`; returns the files written."""
     plots = {LAYERS_PLOT: layers_plot}
     if record.compensation.shift_layers:
         plots[SHIFT_PLOT] = shift_plot
@@ -79,11 +80,11 @@ def card_text(record: RunRecord) -> str:
 
 
 def front_matter(record: RunRecord) -> dict[str, Any]:
-    """The metadata the Hub reads, as plain data. A key without a known value is left out."""
+    """The metadata of the card as plain data. Keys without a known value are left out."""
     base = record.base
     data: dict[str, Any] = {}
     if base.repo_id:
-        # The Hub knows adapter, merge, quantized and finetune; none of them means pruned. The text says so.
+        # The Hub has adapter, merge, quantized and finetune, and none for pruning; the text explains it.
         data |= {"base_model": one_line(base.repo_id), "base_model_relation": "finetune"}
     if base.license:
         data["license"] = one_line(base.license)
@@ -117,12 +118,12 @@ def _tags(record: RunRecord) -> list[str]:
     return tags
 
 
-# --- what the template sees ---------------------------------------------------------------------------------------
+# --- context of the template ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One line of the table of layers. `position` is the index in the pruned model, `-` for a removed layer."""
+    """A row of the table of layers. `position`: index in the pruned model, `-` for a removed layer."""
 
     layer: LayerDecision
     position: str
@@ -175,15 +176,15 @@ def _context(record: RunRecord) -> dict[str, Any]:
 
 
 def _repeat_command(record: RunRecord) -> str:
-    """The command that makes the same again from the record."""
+    """The command that reproduces the run from its record."""
     model = "" if record.base.repo_id else " MODEL"
-    if record.target is None:  # made by prune: there is nothing to publish again
+    if record.target is None:  # made by prune, not published
         return f"gradmap-hub prune{model} OUTPUT --from gradmap.json"
     return f"gradmap-hub push{model} --from gradmap.json"
 
 
 def _local_texts(record: RunRecord, *uses: str) -> list[str]:
-    """The names of texts that were files of the first machine; a data set is recorded with its commit."""
+    """The names of texts that were local files; the name of a data set ends with its commit."""
     settings = record.settings or {}
     names = [str(name) for use in uses for name in settings.get(use, ())]
     return list(dict.fromkeys(name for name in names if not re.search(r"@[0-9a-f]{40}$", name)))
@@ -194,7 +195,7 @@ def _texts(record: RunRecord) -> list[TextPerplexity]:
 
 
 def _onnx_files(record: RunRecord) -> list[Artifact]:
-    """The graphs and the weight files beside them (model.onnx_data)."""
+    """The graphs and their external weight files (model.onnx_data)."""
     return [artifact for artifact in record.artifacts if ".onnx" in PurePosixPath(artifact.path).suffix]
 
 
@@ -209,27 +210,27 @@ def _main_graph(graphs: Sequence[Artifact]) -> PurePosixPath | None:
 
 
 def _chosen(record: RunRecord) -> Candidate | None:
-    """The candidate set that was removed; None if the set was given by the user and never ranked."""
+    """The candidate set that was removed; None if the user chose the layers."""
     wanted = sorted(record.removed)
     return next((candidate for candidate in record.candidates if sorted(candidate.removed) == wanted), None)
 
 
 def _finalists(record: RunRecord) -> list[tuple[Candidate, float]]:
-    """The candidates whose corrections were fitted, and their loss after them; none if the run fitted none."""
+    """The candidates for which compensation was fitted, with their loss after it."""
     if record.compensation.loss_after is None:
         return []
     return [(entry, entry.corrected) for entry in record.candidates if entry.corrected is not None]
 
 
 def _only(record: RunRecord) -> SiteCorrection | None:
-    """The correction, if the record tells of exactly one; records of earlier versions do not list them."""
+    """The only correction of the record, else None; records of earlier versions do not list corrections."""
     corrections = record.compensation.corrections
     return corrections[0] if len(corrections) == 1 else None
 
 
 def _treatment(record: RunRecord) -> Safe:
-    """What was done to the weights that stayed, as the table of perplexities calls it; empty if nothing was."""
-    done = {"corrected": record.compensation.applied, "healed": record.heal is not None and record.heal.applied}
+    """What changed the kept weights, for the heading of the perplexity table; empty if nothing."""
+    done = {"compensated": record.compensation.applied, "healed": record.heal is not None and record.heal.applied}
     return Safe(" + ".join(name for name, applied in done.items() if applied))
 
 
@@ -243,8 +244,7 @@ def _layer_rows(record: RunRecord) -> list[LayerRow]:
 
 
 def _quality(texts: Sequence[TextPerplexity]) -> str | None:
-    """How the published model's perplexity compares, such as "38% to 95% higher"; None if nothing
-    was measured, or something that has no finite value."""
+    """The change of perplexity, such as "38% to 95% higher"; None if not measured or not finite."""
     ratios = [text.compensated / text.original for text in texts]
     if not ratios or not all(math.isfinite(ratio) for ratio in ratios):
         return None
@@ -261,24 +261,24 @@ def _change_size(change: float) -> str:
     return f"{abs(change):.1%}" if abs(change) < 0.1 else f"{abs(change):,.0%}"
 
 
-# --- formatting: each filter is total, and none prints `None` or `nan` --------------------------------------------
+# --- filters: each is total, and none prints `None` or `nan` --------------------------------------------
 
 
 class Safe(str):
-    """Markdown that may go into the page as it stands."""
+    """Markdown that is printed unchanged."""
 
     __slots__ = ()
 
 
 def escape(text: str) -> Safe:
-    """Text that Markdown shows literally, in a paragraph, a heading and a table cell."""
+    """Text that Markdown shows literally in a paragraph, a heading or a table cell."""
     line = one_line(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     line = re.sub(r"([\\`*\[\]|~#$!{}])", r"\\\1", line)
     return Safe(re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\_", line))  # a_b is no emphasis
 
 
 def code(text: str) -> Safe:
-    """Inline code. Backticks cannot hold every text in a table cell (a pipe ends it), so odd ones become HTML."""
+    """Inline code. A pipe ends a table cell even within backticks, so texts with special characters become HTML."""
     line = one_line(text)
     if re.fullmatch(r"[\w./:@=+,()<>\- ]+", line) and line.isascii():
         return Safe(f"`{line}`")
@@ -286,7 +286,7 @@ def code(text: str) -> Safe:
 
 
 def codes(texts: Sequence[str]) -> Safe:
-    """Several of them, with commas."""
+    """Inline code, separated by commas."""
     return Safe(", ".join(map(code, texts)))
 
 
@@ -299,12 +299,12 @@ def fenced(text: str, language: str = "") -> Safe:
 
 
 def literal(text: str) -> Safe:
-    """A Python string literal; on one line whatever the text holds."""
+    """A Python string literal on one line."""
     return Safe(json.dumps(one_line(text), ensure_ascii=False))
 
 
 def link(text: str, url: str) -> Safe:
-    """A Markdown link; only the text where the address is not an http(s) one."""
+    """A Markdown link; only the text if the URL is not http(s)."""
     if urlsplit(url).scheme not in ("http", "https"):
         return escape(text)
     return Safe(f"[{escape(text)}]({quote(one_line(url), safe=':/?#@&=+,;%~')})")
@@ -339,6 +339,13 @@ def ratio(value: float) -> str:
     return f"{value:.4f}" if math.isfinite(value) else "not finite"
 
 
+def with_interval(metric: TextMetric) -> str:
+    """The value of a metric and its interval, such as `41.3% (40.0% to 43.0%)`."""
+    shown = percent if metric.share else number
+    low, high = map(shown, metric.interval)
+    return f"{shown(metric.value)} ({low} to {high})"
+
+
 def loss(value: float) -> str:
     """Nats per token."""
     return f"{value:.4f}" if math.isfinite(value) else "not finite"
@@ -360,7 +367,7 @@ def change(after: float, before: float) -> str:
 
 
 def less_than(after: int, before: int) -> str:
-    """A decrease in words, such as `21.1% fewer`."""
+    """A change, such as `21.1% fewer`."""
     share = abs(1 - after / before) if before else 0.0
     return f"{share:.1%} {'fewer' if after <= before else 'more'}"
 
@@ -381,7 +388,7 @@ def duration(seconds: float) -> str:
 
 
 def part_word(part: str) -> str:
-    """`mlp` or `attention`, as the text calls it."""
+    """`mlp` or `attention` as printed."""
     return {"mlp": "MLP"}.get(part, part)
 
 
@@ -403,7 +410,7 @@ def plural(count: int, word: str) -> str:
 
 
 def _finalize(value: Any) -> str:
-    """Runs on everything the template prints: strings are escaped, and what has no words of its own is refused."""
+    """Applied to everything the template prints: escapes strings and refuses values that need a filter."""
     if isinstance(value, Safe):
         return value
     if isinstance(value, str):
@@ -427,7 +434,7 @@ def _environment() -> Environment:
     escaping = (code, codes, fenced, link, literal)
     wording = (
         change, duration, less_than, loss, number, part_word, percent, plural, points, ranges, rate, ratio, size, small,
-        strength,
+        strength, with_interval,
     )  # fmt: skip
     environment.filters |= {function.__name__: function for function in (*escaping, *wording)}
     environment.filters["count"] = lambda value: f"{value:,}"

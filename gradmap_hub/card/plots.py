@@ -1,6 +1,6 @@
-"""The figures of the model card: what each layer scored, and how the mean hidden state shifts.
+"""The figures of the model card: score of each layer, and shift of the mean hidden state.
 
-matplotlib is imported when something is drawn.
+matplotlib is imported when a figure is drawn.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def layers_plot(record: RunRecord, figure: Figure) -> None:
-    """One bar per decoder layer: its gradient score, and whether it went."""
+    """One bar per decoder layer: its gradient score, and whether it was removed."""
     axes = figure.add_subplot()
     scores = [layer.score for layer in record.layers]
     indices = [layer.index for layer in record.layers]
@@ -47,7 +47,7 @@ def layers_plot(record: RunRecord, figure: Figure) -> None:
 
 
 def shift_plot(record: RunRecord, figure: Figure) -> None:
-    """Relative mean shift after each kept layer, before any correction; removed layers as shaded gaps."""
+    """Relative mean shift after each kept layer, before compensation; removed layers are shaded gaps."""
     compensation = record.compensation
     axes = figure.add_subplot()
     percents = [100 * value for value in compensation.relative_shift]
@@ -57,15 +57,15 @@ def shift_plot(record: RunRecord, figure: Figure) -> None:
     top = max(percents)
     axes.set_ylim(0, top * 1.22 or 1)
     gone = f"{len(record.removed)} layer{'s' if len(record.removed) > 1 else ''}"
-    axes.set_title(f"With {gone} gone, the mean hidden state shifts by up to {top:.0f}%")
+    axes.set_title(f"With {gone} removed, the mean hidden state shifts by up to {top:.0f}%")
     axes.set_ylabel("relative mean shift (%)")
     layer_axis(axes, len(record.layers))
     marks = _mark_corrected(axes, record, dict(zip(compensation.shift_layers, percents, strict=True)))
-    legend(axes, [patch("kept layer, before correction", KEPT), patch("removed layer", REMOVED_AREA), *marks])
+    legend(axes, [patch("kept layer, before compensation", KEPT), patch("removed layer", REMOVED_AREA), *marks])
 
 
 def corrected_layers(record: RunRecord) -> list[int]:
-    """The layers whose weights carry a correction; records of earlier versions tell of one at most."""
+    """The layers with corrected weights; records of earlier versions name one at most."""
     compensation = record.compensation
     if not compensation.applied:
         return []

@@ -1,7 +1,7 @@
-"""What `evaluate` measured, as the Hub reads it: entries of the card's model index, and files in .eval_results/.
+"""Results of `evaluate` in the formats of the Hub: entries of the card's model index, and files in .eval_results/.
 
-The format of the files is https://huggingface.co/docs/hub/eval-results, which version 0.36 of the client knows nothing
-of. A score goes there only if it is the benchmark's: every document, and from where the harness has them.
+The files follow https://huggingface.co/docs/hub/eval-results, which huggingface_hub 0.36 does not support. Only scores
+of the whole benchmark are written: all documents, from the source that the harness uses.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _HUB = "https://huggingface.co"
 
 
 def one_line(text: str) -> str:
-    """Whitespace collapsed and control characters dropped: a table row or a heading stays one line."""
+    """The text without line breaks and control characters, for table rows and headings."""
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
@@ -33,7 +33,7 @@ def one_line(text: str) -> str:
 
 
 def measured_results(record: RunRecord) -> list[dict[str, Any]]:
-    """Entries of the model index for what was measured: the published model on each task and text."""
+    """Entries of the model index: the pruned model on each task and text that was measured."""
     if record.measured is None:
         return []
     results = [entry for task in record.measured.tasks if (entry := _task_result(task))["metrics"]]
@@ -45,12 +45,12 @@ def measured_results(record: RunRecord) -> list[dict[str, Any]]:
 
 
 def is_measured(record: RunRecord, name: str) -> bool:
-    """Whether a text of this name is among what was measured."""
+    """Whether `evaluate` measured a text of this name."""
     return record.measured is not None and any(text.name == name for text in record.measured.texts)
 
 
 def perplexity_result(name: str, value: float) -> dict[str, Any]:
-    """One entry: the published model on one text."""
+    """Entry of one text."""
     metric = {"type": "perplexity", "name": "Token perplexity", "value": round(value, 4)}
     return {"task": dict(_TASK), "dataset": _dataset(name), "metrics": [metric]}
 
@@ -81,12 +81,12 @@ def _dataset(name: str) -> dict[str, str]:
     return {"name": name, "type": re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "text"}
 
 
-# -- what the card shows ---------------------------------------------------------------------------------------------
+# -- for the card ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class TaskMean:
-    """The main metrics of several tasks, each weighing the same."""
+    """Unweighted mean of the main metrics of several tasks."""
 
     tasks: int
     original: float
@@ -98,7 +98,7 @@ class TaskMean:
 
 
 def task_mean(tasks: Sequence[MeasuredTask]) -> TaskMean | None:
-    """Over those whose main metric is an accuracy; None if that is not several."""
+    """Over the tasks whose main metric is an accuracy; None for fewer than two."""
     mains = [task.main_metric for task in tasks if is_accuracy(task.main_metric)]
     if len(mains) < 2:
         return None
@@ -107,7 +107,7 @@ def task_mean(tasks: Sequence[MeasuredTask]) -> TaskMean | None:
 
 
 def is_benchmark(task: MeasuredTask) -> bool:
-    """Whether the score is the benchmark's: all of its documents, as the harness has them."""
+    """Whether all documents were used, from the source of the harness."""
     return task.documents == task.total and task.source == task.dataset
 
 
@@ -119,7 +119,7 @@ def is_accuracy(metric: MeasuredMetric) -> bool:
 
 
 def write_results(record: RunRecord, folder: Path) -> list[Path]:
-    """Write .eval_results/TASK.yaml for every task that was measured whole, and take away those of earlier ones."""
+    """Write .eval_results/TASK.yaml for every task measured as a benchmark; delete those of earlier evaluations."""
     place = folder / RESULTS_FOLDER
     wanted = {f"{task.name}.yaml": _benchmark(task, record) for task in _whole(record)}
     for path in place.glob("*.yaml"):
@@ -137,14 +137,14 @@ def write_results(record: RunRecord, folder: Path) -> list[Path]:
 
 
 def _whole(record: RunRecord) -> list[MeasuredTask]:
-    """The tasks whose score is the benchmark's."""
+    """The tasks that are benchmarks with an accuracy as main metric."""
     tasks = record.measured.tasks if record.measured else []
     return [
         task
         for task in tasks
         if is_benchmark(task)
         and is_accuracy(task.main_metric)
-        and re.fullmatch(r"\w+", task.name, re.ASCII)  # it becomes a file name, and a record may come from anybody
+        and re.fullmatch(r"\w+", task.name, re.ASCII)  # it becomes a file name, and records are not trusted
     ]
 
 

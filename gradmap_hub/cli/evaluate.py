@@ -1,9 +1,8 @@
-"""`gradmap-hub evaluate`: a finished folder beside its original."""
+"""`gradmap-hub evaluate`: measure a finished folder and its original."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +14,7 @@ from rich.table import Table
 from gradmap_hub.cli.terminal import TerminalReporter
 from gradmap_hub.config import EvaluateConfig, help_of
 from gradmap_hub.measurements import Measured, MeasuredMetric, MeasuredTask
-from gradmap_hub.record import RunRecord
+from gradmap_hub.record import RunRecord, as_data
 
 stdout = Console(soft_wrap=True)
 stderr = Console(stderr=True, soft_wrap=True)
@@ -45,7 +44,7 @@ def evaluate(
 ) -> None:
     """Measure FOLDER and its original: perplexity, agreement, tasks, ONNX files, speed. Record and card are rewritten.
 
-    What was measured once for the same weights and settings is not measured again, also after an interruption."""
+    Results are cached by weights and settings, so an interrupted evaluation continues where it stopped."""
     from gradmap_hub.pipeline.evaluate import evaluate_folder
 
     config = EvaluateConfig(
@@ -70,9 +69,9 @@ def evaluate(
 
 
 def evaluation_json(record: RunRecord, folder: Path) -> dict[str, Any]:
-    """The JSON answer. `perplexity` and `data` are those of the first text; `texts` holds them all."""
+    """The JSON answer. `perplexity` and `data` are of the first text; `texts` has all."""
     measured = record.measured
-    if measured is None:  # what was measured is no longer there: the files changed under the run
+    if measured is None:  # the files changed during the evaluation
         return {"folder": str(folder), "perplexity": None, "tasks": {}, "data": None, "reason": record.measured_note}
     first = measured.texts[0]
     return {
@@ -85,17 +84,17 @@ def evaluation_json(record: RunRecord, folder: Path) -> dict[str, Any]:
             "sequence_length": first.sequence_length,
             "sha256": first.sha256,
         },
-        "texts": [asdict(text) for text in measured.texts],
-        "files": [asdict(entry) for entry in measured.files],
-        "speed": [asdict(entry) for entry in measured.speed],
-        "samples": [asdict(sample) for sample in measured.samples],
+        "texts": [as_data(text) for text in measured.texts],
+        "files": [as_data(entry) for entry in measured.files],
+        "speed": [as_data(entry) for entry in measured.speed],
+        "samples": [as_data(sample) for sample in measured.samples],
         "weights_sha256": measured.weights_sha256,
         "original": {
             "name": measured.original,
             "commit": measured.original_commit,
             "weights_sha256": measured.original_sha256,
         },
-        "bytes": asdict(measured.bytes),
+        "bytes": as_data(measured.bytes),
         "harness": measured.harness,
         "settings": measured.settings,
         "precision": measured.precision,
@@ -105,7 +104,7 @@ def evaluation_json(record: RunRecord, folder: Path) -> dict[str, Any]:
 
 
 def _task_json(task: MeasuredTask) -> dict[str, Any]:
-    """`interval` is that of the main metric, pruned - original."""
+    """`interval` is of the main metric, pruned - original."""
     return {
         "original": {metric.name: metric.original for metric in task.metrics},
         "pruned": {metric.name: metric.pruned for metric in task.metrics},
@@ -134,11 +133,12 @@ def _print(record: RunRecord) -> None:
             f"{text.pruned:.2f}",
             rf"x {text.pruned / text.original:.3f} \[{text.interval[0]:.3f}, {text.interval[1]:.3f}]",
         )
-        table.add_row("  same likeliest token", "", f"{100 * text.agreement:.1f} %", "")
-        table.add_row("  divergence, nats per token", "", f"{text.divergence:.3f}", "")
+        for entry in text.metrics:
+            value = f"{100 * entry.value:.1f} %" if entry.share else f"{entry.value:.3f}"
+            table.add_row(escape(f"  {entry.title}"), "", value, "")
         if text.contamination is not None and text.contamination.rows:
             shared = text.contamination
-            table.add_row("  rows that share words with calibration", "", f"{shared.rows} of {shared.of}", "")
+            table.add_row("  sequences with 13-gram overlap with calibration", "", f"{shared.rows} of {shared.of}", "")
     for task in measured.tasks:
         for metric in task.metrics:
             table.add_row(escape(f"{task.name}, {metric.name}"), *_metric_cells(metric, task))
@@ -171,12 +171,12 @@ def _add_files(measured: Measured, table: Table) -> None:
                 escape(f"{entry.path}, {found.text}"),
                 "",
                 f"{found.perplexity:.2f}",
-                rf"of the checkpoint \[{low:.4f}, {high:.4f}]",
+                rf"x checkpoint \[{low:.4f}, {high:.4f}]",
             )
 
 
 def _speed_table(measured: Measured) -> Table:
-    table = Table("tokens per second", "batch", "reads", "writes", "peak memory", title_justify="left")
+    table = Table("tokens per second", "batch", "prefill", "decode", "peak memory", title_justify="left")
     for entry in measured.speed:
         rates = [rf"{rate.median:,.1f} \[{rate.low:,.1f}, {rate.high:,.1f}]" for rate in (entry.prefill, entry.decode)]
         peak = f"{entry.memory / 1e6:,.0f} MB" if entry.memory is not None else "-"

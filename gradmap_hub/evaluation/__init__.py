@@ -1,1 +1,1 @@
-"""What is measured on a finished model, and whether a measurement still describes its files."""
+"""Measurements of a finished model and its original, and whether they are still valid for its files."""

@@ -1,15 +1,19 @@
-"""`evaluate`: how fast everything that can be run reads and writes, and how much memory it takes."""
+"""Prefill and decode speed and peak memory of both models in PyTorch and of every ONNX file."""
 
 from __future__ import annotations
 
-import subprocess
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
+
+from gradmap_hub.errors import MemoryNotMeasured
+from gradmap_hub.evaluation.measurement import ORIGINAL, PRUNED, Context, Step
 from gradmap_hub.evaluation.speed import (
     NEW_TOKENS,
+    PROMPT_TOKENS,
     PYTORCH,
     ROUNDS,
     Backend,
@@ -19,12 +23,14 @@ from gradmap_hub.evaluation.speed import (
     peak_memory,
     take_turns,
 )
+from gradmap_hub.machine import hardware
 from gradmap_hub.measurements import MeasuredSpeed, Rate
-from gradmap_hub.progress import Reporter
+
+BATCH = 8  # of PyTorch, besides 1
 
 
 class Runnable(NamedTuple):
-    """`model`: original or pruned; `backend`: PYTORCH or the path of an ONNX file."""
+    """`model`: ORIGINAL or PRUNED; `backend`: PYTORCH or the path of an ONNX file."""
 
     model: str
     backend: str
@@ -33,9 +39,10 @@ class Runnable(NamedTuple):
 
 @dataclass(frozen=True)
 class Peaks:
-    """Peak resident bytes of each backend, None where that says nothing."""
+    """Peak resident bytes of each backend, None where not measured; `notes` give the reasons of those that failed."""
 
     bytes: list[int | None]
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -43,58 +50,96 @@ class Speeds:
     entries: list[MeasuredSpeed]
 
 
-def memory(
-    backends: Sequence[Runnable],
-    folders: Mapping[str, Path],
-    prompt_tokens: int,
-    precision: tuple[Any, str],
-    reporter: Reporter,
-) -> Peaks:
-    """Each backend in a process of its own, one at a time. `folders`: of each model; `precision`: data type and device
-    of PyTorch, whose memory on a GPU is not seen."""
-    dtype, device = precision
-    threads = _threads()
-    reporter.total(len(backends))
-    found: list[int | None] = []
+def settings(context: Context) -> dict[str, int]:
+    """Prompt and new tokens, rounds."""
+    return {"prompt": min(PROMPT_TOKENS, context.config.seq_len), "new_tokens": NEW_TOKENS, "rounds": ROUNDS}
+
+
+def runnables(context: Context) -> list[Runnable]:
+    eager = [Runnable(which, PYTORCH, batch) for which in (ORIGINAL, PRUNED) for batch in (1, BATCH)]
+    return eager + [Runnable(PRUNED, graph.path, 1) for graph in context.graphs]
+
+
+def steps(context: Context) -> list[Step[Any]]:
+    if not context.config.speed:
+        return []
+    inputs = {
+        "backends": runnables(context),
+        "files": [[graph.path, graph.sha256, graph.data_sha256] for graph in context.graphs],
+        "hardware": hardware(),
+        "threads": torch.get_num_threads(),
+        **settings(context),
+    }
+    both = (ORIGINAL, PRUNED)
+    return [
+        Step(
+            "memory",
+            "Memory, one process per backend",
+            Peaks,
+            lambda: memory(context, runnables(context)),
+            weights=both,
+            inputs=inputs,
+            describe=lambda found: f"{len(found.notes)} not measured" if found.notes else "",
+            final=lambda found: not found.notes,
+        ),
+        Step(
+            "speed",
+            f"Speed, {ROUNDS} rounds in turn",
+            Speeds,
+            lambda: speed(context, runnables(context)),
+            weights=both,
+            inputs=inputs,
+        ),
+    ]
+
+
+def result(context: Context, found: Mapping[str, Any]) -> list[MeasuredSpeed]:
+    if not context.config.speed:
+        return []
+    for note in found["memory"].notes:
+        context.reporter.note(note)
+    pairs = zip(found["speed"].entries, found["memory"].bytes, strict=True)
+    return [dataclasses.replace(entry, memory=peak) for entry, peak in pairs]
+
+
+def memory(context: Context, backends: Sequence[Runnable]) -> Peaks:
+    """Peak memory of each backend in its own process, one at a time. PyTorch on a GPU is not measured."""
+    models = context.models
+    context.reporter.total(len(backends))
+    found = Peaks([])
     for which, backend, batch in backends:
-        if backend == PYTORCH and device != "cpu":
-            found.append(None)
-        else:
+        peak = None
+        if backend != PYTORCH or models.device == "cpu":
             try:
                 peak = peak_memory(
-                    folders[which],
+                    models.folders[which],
                     backend,
-                    threads,
+                    torch.get_num_threads(),
                     batch=batch,
-                    dtype=str(dtype).removeprefix("torch."),
-                    prompt_tokens=prompt_tokens,
+                    dtype=str(models.dtype).removeprefix("torch."),
+                    prompt_tokens=settings(context)["prompt"],
                 )
-            except subprocess.CalledProcessError:  # killed for want of memory, say: everything else is measured
-                peak = None
-            found.append(peak)
-        reporter.advance()
-    return Peaks(found)
+            except MemoryNotMeasured as error:
+                found.notes.append(f"{which.capitalize()}, batch {batch}: {error.message}")
+        found.bytes.append(peak)
+        context.reporter.advance()
+    return found
 
 
-def speed(
-    backends: Sequence[Runnable],
-    load: Callable[[str], Any],
-    folder: Path,
-    prompt: Sequence[int],
-    reporter: Reporter,
-) -> Speeds:
-    """All backends in one process, in turns. `load` gives original or pruned model; `folder` holds the ONNX files."""
+def speed(context: Context, backends: Sequence[Runnable]) -> Speeds:
+    """All backends, loaded in this process, in turns on the first sequence of the first text."""
+    prompt = context.texts[0].ids[0, : settings(context)["prompt"]].tolist()
     models: dict[str, Any] = {}
     opened: list[Backend] = []
     for which, backend, batch in backends:
         if backend != PYTORCH:
-            opened.append(OnnxRuntime(folder, backend, _threads(), NEW_TOKENS, batch))
+            opened.append(OnnxRuntime(context.folder, backend, torch.get_num_threads(), NEW_TOKENS, batch))
             continue
         if which not in models:
-            models[which] = load(which)
+            models[which] = context.models.load(which)
         opened.append(Eager(models[which], batch))
-    reporter.total(len(backends) * (ROUNDS + 1))
-    times = take_turns(opened, prompt, done=reporter.advance)
+    context.reporter.total(len(backends) * (ROUNDS + 1))
+    times = take_turns(opened, prompt, done=context.reporter.advance)
     return Speeds(
         [
             MeasuredSpeed(
@@ -105,12 +150,6 @@ def speed(
             for backend, timed in zip(backends, times, strict=True)
         ]
     )
-
-
-def _threads() -> int:
-    import torch
-
-    return torch.get_num_threads()
 
 
 def _rate(tokens: int, seconds: Sequence[float]) -> Rate:

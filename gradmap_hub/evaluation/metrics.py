@@ -1,21 +1,20 @@
-"""Two models on the same rows that calibration never saw: token perplexity, agreement, divergence, and their intervals.
+"""Two models on the same held-out sequences: token perplexity, metrics of one against the other, bootstrap intervals.
 
-With N the negative log-likelihood per predicted token (nats), rows r and positions t that predict a token:
+With N the negative log-likelihood per predicted token (nats), sequences r and positions t that predict a token:
 
     perplexity          exp(mean_r N_r)
     top-1 agreement     mean_t [argmax p_t = argmax q_t]            p: original, q: pruned
-    divergence          mean_t sum_v p_t(v) (log p_t(v) - log q_t(v))
+    KL divergence       mean_t sum_v p_t(v) (log p_t(v) - log q_t(v))
 
-Agreement and divergence need both distributions, of which each position has as many numbers as there are tokens. What
-is kept of the original is one step earlier and exact: its states behind the final norm (tokens, d) and its output head,
-from which its logits are formed again, chunk by chunk, beside those of the other model. So the two models are never in
-memory together.
+A metric needs both distributions at every position. The original is reduced to its states after the final norm
+(tokens, d) and its output head; its logits are recomputed from them, chunk by chunk, next to those of the pruned model.
+The two models are never in memory together.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,23 +23,23 @@ from torch import Tensor, nn
 from gradmap_hub.models.decoder import LOGIT_CHUNK, Decoder
 
 BOOTSTRAP_DRAWS = 2000
-# Draws x values that exist at once; a task has up to ten thousand documents.
+# Most draws x values in memory at once; a task has up to ten thousand documents.
 _DRAWN_AT_ONCE = 1 << 22
 
 
 def perplexity(losses: Sequence[float]) -> float:
-    """exp(mean); every row has the same number of predicted tokens."""
+    """exp(mean) of the mean NLL of each sequence; all sequences predict the same number of tokens."""
     return math.exp(math.fsum(losses) / len(losses))
 
 
 def ratio_interval(original: Sequence[float], changed: Sequence[float], seed: int = 0) -> list[float]:
-    """95% interval of perplexity(changed) / perplexity(original): paired bootstrap over rows."""
+    """95% interval of perplexity(changed) / perplexity(original): paired bootstrap over sequences."""
     difference = torch.tensor(changed, dtype=torch.float64) - torch.tensor(original, dtype=torch.float64)
     return [math.exp(end) for end in _mean_interval(difference, seed)]
 
 
 def difference_interval(original: Sequence[float], changed: Sequence[float], seed: int = 0) -> list[float]:
-    """95% interval of mean(changed) - mean(original): paired bootstrap over rows or documents."""
+    """95% interval of mean(changed) - mean(original): paired bootstrap over sequences or documents."""
     difference = torch.tensor(changed, dtype=torch.float64) - torch.tensor(original, dtype=torch.float64)
     return _mean_interval(difference, seed)
 
@@ -62,19 +61,35 @@ def _mean_interval(values: Tensor, seed: int) -> list[float]:
     return [float(low), float(high)]
 
 
+# Log-probabilities (tokens, vocabulary) float32 of the original and of the pruned model at positions that predict a
+# token, and those tokens (tokens,) int64 -> one value per position (tokens,). The arguments must not be changed.
+Metric = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def top1_agreement(original: Tensor, pruned: Tensor, targets: Tensor) -> Tensor:
+    """1 where both models have the same top-1 token, else 0."""
+    del targets
+    return original.argmax(-1) == pruned.argmax(-1)
+
+
+def kl_divergence(original: Tensor, pruned: Tensor, targets: Tensor) -> Tensor:
+    """KL(original || pruned) in nats."""
+    del targets
+    return original.exp().mul_(original - pruned).sum(-1).clamp_(min=0)  # in place: these tensors are the largest
+
+
 @dataclass(frozen=True)
-class Compared:
-    """Per row: mean NLL of the model, share of positions where it agrees with the reference, mean divergence."""
+class Comparison:
+    """Per sequence: mean NLL of the pruned model, and the mean of each metric under its name."""
 
     losses: list[float]
-    agreement: list[float]
-    divergence: list[float]
+    metrics: dict[str, list[float]]
 
 
 def reference_states(
     decoder: Decoder, ids: Tensor, rows_done: Callable[[int], None] = lambda _rows: None
 ) -> tuple[list[float], Tensor]:
-    """Mean NLL of each row of `ids` (rows, tokens), and the states behind the final norm (rows, tokens, d)."""
+    """Mean NLL of each sequence of `ids` (rows, tokens), and the states after the final norm (rows, tokens, d)."""
     losses: list[float] = []
     states: list[Tensor] = []
     with torch.no_grad():
@@ -91,39 +106,33 @@ def compare_rows(
     ids: Tensor,
     states: Tensor,
     output: nn.Linear,
+    metrics: Mapping[str, Metric],
     rows_done: Callable[[int], None] = lambda _rows: None,
-) -> Compared:
-    """The model against the reference whose `states` (rows, tokens, d) and `output` embedding these are, on `ids`."""
-    found = Compared([], [], [])
-    head = decoder.head_of(output.to(decoder.device))
+) -> Comparison:
+    """Compare a model with a reference on `ids` (rows, tokens).
+
+    Args:
+        states: Of the reference, after its final norm (rows, tokens, d).
+        output: Output embedding of the reference.
+        metrics: Name -> metric.
+        rows_done: Called with 1 after each sequence.
+    """
+    found = Comparison([], {name: [] for name in metrics})
+    reference_head = decoder.head_of(output.to(decoder.device))
     with torch.no_grad():
         for row, reference in zip(ids.split(1), states, strict=True):
-            hidden = decoder.run(decoder.embed(row), range(decoder.count))
+            hidden = decoder.norm(decoder.run(decoder.embed(row), range(decoder.count)))[0]
             targets = row[0, 1:].to(decoder.device)
-            values = _compare(decoder.head, decoder.norm(hidden)[0], head, reference.to(decoder.device), targets)
-            for kept, value in zip((found.losses, found.agreement, found.divergence), values, strict=True):
-                kept.append(value)
+            loss, sums = 0.0, dict.fromkeys(metrics, 0.0)
+            for start in range(0, len(targets), LOGIT_CHUNK):
+                part = slice(start, min(start + LOGIT_CHUNK, len(targets)))
+                original = reference_head(reference[part].to(decoder.device)).float().log_softmax(-1)
+                pruned = decoder.head(hidden[part]).float().log_softmax(-1)
+                loss -= float(pruned.gather(-1, targets[part].unsqueeze(-1)).double().sum())
+                for name, metric in metrics.items():
+                    sums[name] += float(metric(original, pruned, targets[part]).double().sum())
+            found.losses.append(loss / len(targets))
+            for name, total in sums.items():
+                found.metrics[name].append(total / len(targets))
             rows_done(1)
     return found
-
-
-def _compare(
-    head: Callable[[Tensor], Tensor],
-    states: Tensor,
-    reference_head: Callable[[Tensor], Tensor],
-    reference: Tensor,
-    targets: Tensor,
-) -> tuple[float, float, float]:
-    """Mean NLL, share of equal likeliest tokens and mean divergence over the positions of a row that predict one of
-    its tokens. `states`, `reference`: (tokens, d) of the two models; `targets`: (tokens - 1,)."""
-    count = len(targets)
-    loss, equal, total = 0.0, 0, 0.0
-    for start in range(0, count, LOGIT_CHUNK):
-        part = slice(start, min(start + LOGIT_CHUNK, count))
-        wanted = reference_head(reference[part]).float().log_softmax(-1)
-        found = head(states[part]).float().log_softmax(-1)
-        loss -= float(found.gather(-1, targets[part].unsqueeze(-1)).double().sum())
-        equal += int((wanted.argmax(-1) == found.argmax(-1)).sum())
-        found.neg_().add_(wanted)  # log p - log q, in place: these are the biggest tensors of all
-        total += float(wanted.exp_().mul_(found).sum(-1).clamp_(min=0).double().sum())
-    return loss / count, equal / count, total / count

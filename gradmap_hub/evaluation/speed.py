@@ -1,12 +1,13 @@
-"""How fast a model reads a prompt and writes tokens, and the memory it takes: PyTorch eager, and ONNX files as
-`generate` and `serve` step them.
+"""Prefill and decode speed and peak memory of a model: PyTorch eager, and ONNX files as run by `generate` and `serve`.
 
-For speed, backends are loaded once in one process and take turns, round by round, so that what slows the machine down
-for a while slows all of them. For memory, each has a process of its own.
+For speed, all backends are loaded in one process and take turns, round by round: a slow phase of the machine affects
+all of them. For memory, each backend has its own process.
 """
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import statistics
 import subprocess
 import sys
@@ -19,6 +20,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from gradmap_hub.errors import MemoryNotMeasured
+
 if TYPE_CHECKING:
     from gradmap_hub.runtime import Generation
 
@@ -29,7 +32,7 @@ PYTORCH = "PyTorch"
 @dataclass(frozen=True)
 class Ratio:
     """Tokens per second of the original and of the pruned model, which took turns: medians over the rounds. `ratio`:
-    median of pruned over original round by round, `spread` its lowest and highest value."""
+    median over the rounds of pruned / original; `spread`: its lowest and highest value."""
 
     original: float
     pruned: float
@@ -39,7 +42,7 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Speed:
-    """`prefill`: reading `prompt_tokens` at once; `decode`: then writing `new_tokens` one by one with the KV cache."""
+    """`prefill`: `prompt_tokens` in one pass; `decode`: then `new_tokens` one by one with the KV cache."""
 
     prefill: Ratio
     decode: Ratio
@@ -52,7 +55,7 @@ class Speed:
 
 
 class Backend(Protocol):
-    """A loaded model that reads a prompt and then writes greedy tokens, one by one."""
+    """A loaded model. `read` prefills a prompt; each `write` decodes one greedy token and returns it."""
 
     def read(self, ids: Sequence[int]) -> None: ...
 
@@ -64,7 +67,7 @@ class Backend(Protocol):
 
 
 class Eager:
-    """transformers, with its own KV cache; `batch` equal rows at a time."""
+    """transformers with its own KV cache, on `batch` equal sequences."""
 
     def __init__(self, model: Any, batch: int = 1) -> None:
         import torch
@@ -75,7 +78,7 @@ class Eager:
 
     @staticmethod
     def load(folder: Path, threads: int, *, batch: int = 1, dtype: str = "float32") -> Eager:
-        """In `dtype`. `threads` are those of the whole process."""
+        """`threads`: set for the whole process; `dtype`: name of a torch dtype."""
         import torch
         from transformers import AutoModelForCausalLM
 
@@ -105,8 +108,8 @@ class Eager:
 
 
 class OnnxRuntime:
-    """One artifact, as `generate` steps it or, `batch` equal rows at a time, as `serve` does. `most`: the most tokens
-    that it will write after a prompt."""
+    """One ONNX file, run as `generate` does, or with `batch` > 1 equal sequences as `serve` does. `most`: the maximum
+    number of tokens written after a prompt."""
 
     def __init__(self, folder: Path, artifact: str, threads: int, most: int, batch: int = 1) -> None:
         from gradmap_hub import runtime
@@ -144,7 +147,7 @@ class OnnxRuntime:
 
 @dataclass
 class Timed:
-    """Seconds per round of reading the prompt and of writing."""
+    """Seconds per round."""
 
     prefill: list[float] = field(default_factory=list)
     decode: list[float] = field(default_factory=list)
@@ -159,10 +162,13 @@ def take_turns(
     within: Sequence[Callable[[], AbstractContextManager[None]]] | None = None,
     done: Callable[[], None] = lambda: None,
 ) -> list[Timed]:
-    """Every backend once in every round, after one that does not count: the first run of each pays for allocations.
-    Every other round goes backwards, so that none always runs behind the same one.
+    """Run every backend once per round, after a warm-up. Every other round runs in reverse, so that no backend always
+    follows the same one.
 
-    `within`: what each backend runs in. `done` is called after each turn, that of warming up included."""
+    Args:
+        within: Context manager of each backend, entered for each of its turns.
+        done: Called after each turn, warm-up included.
+    """
     settings = within or [nullcontext] * len(backends)
     for backend, setting in zip(backends, settings, strict=True):
         with setting():
@@ -189,7 +195,7 @@ def against_original(
     new_tokens: int = NEW_TOKENS,
     done: Callable[[], None] = lambda: None,
 ) -> Speed:
-    """`model` in PyTorch as it is, and within `pruned()`, which makes it the pruned model for a while."""
+    """`model` in PyTorch as it is, and inside `pruned()`, which turns it into the pruned model temporarily."""
     import torch
 
     backend, parameter = Eager(model), next(model.parameters())
@@ -235,20 +241,35 @@ def peak_memory(
     prompt_tokens: int = PROMPT_TOKENS,
     new_tokens: int = NEW_TOKENS,
 ) -> int | None:
-    """Bytes: the most that a process of its own had resident which loaded one backend, read a prompt and wrote, its
-    libraries included. `backend`: PYTORCH or the path of an ONNX file in `folder`. None where the system does not tell.
+    """Peak resident bytes of a separate process that loads one backend, prefills and decodes; libraries are included.
+    None where the system does not report it (only Linux does).
+
+    Args:
+        backend: PYTORCH or the path of an ONNX file in `folder`.
 
     Raises:
-        subprocess.CalledProcessError: the backend does not run.
+        MemoryNotMeasured: the process failed or was killed.
     """
     numbers = [str(number) for number in (threads, batch, prompt_tokens, new_tokens)]
     command = [sys.executable, "-m", "gradmap_hub.evaluation.speed", str(folder.resolve()), backend, dtype, *numbers]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        raise MemoryNotMeasured(backend, lines[-1] if lines and done.returncode > 0 else _exit_text(done.returncode))
+    said = done.stdout.split()
     return int(said[-1]) if said else None
 
 
+def _exit_text(code: int) -> str:
+    if code > 0:
+        return f"its process exited with status {code}"
+    with contextlib.suppress(ValueError):
+        return f"its process was killed by {signal.Signals(-code).name}"
+    return f"its process was killed by signal {-code}"
+
+
 def _peak_of_this_process() -> int | None:
-    """Bytes. The peak of getrusage is no use: on Linux a new process begins with that of the one that started it."""
+    """Bytes. Not from getrusage: on Linux a new process inherits the peak of its parent there."""
     try:
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     except OSError:
@@ -257,7 +278,7 @@ def _peak_of_this_process() -> int | None:
 
 
 def _answer_once(folder: Path, name: str, dtype: str, threads: int, batch: int, prompt: int, new: int) -> None:
-    """What `peak_memory` asks its process to do."""
+    """The process of `peak_memory`: prints its peak."""
     backend: Backend = (
         Eager.load(folder, threads, batch=batch, dtype=dtype)
         if name == PYTORCH

@@ -1,4 +1,4 @@
-"""An evaluation is of the files it was made on. Where a folder holds others, it is dropped, with a word why."""
+"""An evaluation is valid for the files it measured. It is dropped, with the reason, if the folder holds others."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ _AGAIN = "measure again with gradmap-hub evaluate"
 
 
 def folder_sha256(folder: Path) -> str:
-    """One sum over the safetensors files directly in a folder."""
+    """One checksum over the safetensors files directly in a folder."""
     return weights_sha256(folder.glob("*.safetensors"))
 
 
 def data_file(graph: Path) -> Path | None:
-    """The weights beside an ONNX graph that does not hold them itself."""
+    """The external weight file of an ONNX graph; None if it has none."""
     return next((path for ending in ("_data", ".data") if (path := Path(f"{graph}{ending}")).is_file()), None)
 
 
 def without_stale(record: RunRecord, folder: Path) -> RunRecord:
-    """The record without measurements of files that are not in the folder; `measured_note` says what was dropped."""
+    """The record without measurements of files that the folder does not hold; `measured_note` says what was dropped."""
     measured = record.measured
     if measured is None:
         return record
@@ -39,8 +39,8 @@ def without_stale(record: RunRecord, folder: Path) -> RunRecord:
 
 
 def with_earlier(record: RunRecord, folder: Path) -> RunRecord:
-    """A record that was just made, with what an earlier one of the same folder had measured. A run that is resumed
-    writes its record anew; whether the measurements still hold is for `without_stale` to say."""
+    """A new record with the measurements of the folder's earlier one, as after a resumed run; pass the result to
+    `without_stale`."""
     try:
         earlier = read_record(folder / FILE_NAME)
     except (FileNotFoundError, SourceError):

@@ -1,7 +1,7 @@
-"""Tasks of lm-evaluation-harness on a model in memory: its prompts, its metrics, its definitions; only the documents
-may come from a folder instead of the Hub.
+"""Tasks of lm-evaluation-harness on a model in memory, zero-shot, with its definitions, prompts and metrics. The
+documents are from the Hub or from a folder.
 
-Every result keeps one number per document, so that two models are compared on the same ones. Zero-shot.
+Results keep one value per document, so that two models can be compared on the same documents.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from torch import nn
 
 from gradmap_hub.errors import CalibrationError, MissingExtra, SourceError, UsageError
 
-# Sequences per pass: the float32 log-probabilities of a batch are what memory it takes.
+# Sequences per pass; the float32 log-probabilities of a batch take most of the memory.
 BATCH = 8
-# The filter that the harness applies when a task names none.
+# The filter of the harness for tasks that name none.
 _FILTER = "none"
 
 
 @dataclass(frozen=True)
 class Task:
-    """`definition`: within the harness' own tasks; `split`: the one it evaluates on; `main`: the metric to look at,
-    acc_norm where the task has it; `keys`: what every document holds."""
+    """`definition`: path in the harness' tasks; `split`: evaluated on; `main`: main metric, acc_norm if the task has
+    it; `keys`: required in every document."""
 
     name: str
     definition: str
@@ -49,7 +49,7 @@ class Task:
 
     @property
     def file(self) -> str:
-        """The documents, where a folder holds them."""
+        """Name of the file with the documents in a local folder."""
         return f"{self.name}.{self.split}.jsonl"
 
 
@@ -76,15 +76,15 @@ TASKS = {
         Task("wikitext", "wikitext/wikitext.yaml", "test", "word_perplexity", ("page",)),
     )
 }
-# The suite of the paper, by one name.
+# The tasks of the paper: `--tasks paper`.
 PAPER = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
-# Means over documents of what is right or wrong; others are aggregated in their own ways.
+# Metrics that are means over documents of 0 or 1.
 ACCURACIES = ("acc", "acc_norm")
 
 
 @dataclass(frozen=True)
 class MetricResult:
-    """`value` as the harness aggregates it; `per_document`: of accuracies, in the order of documents, else empty."""
+    """`value`: as the harness aggregates it; `per_document`: for accuracies, in the order of documents, else empty."""
 
     name: str
     value: float
@@ -98,8 +98,8 @@ class MetricResult:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """One model on one task. `documents` of `total` were used; `sha256`: of those documents with their prompts and
-    targets, in order; `dataset`, `config`, `split`: where the harness itself has them from."""
+    """One model on one task. `documents` of `total` were used; `sha256`: of these documents with their prompts and
+    targets, in order; `dataset`, `config`, `split`: the source that the harness uses."""
 
     name: str
     version: str
@@ -116,10 +116,10 @@ class TaskResult:
 
 
 def chosen(names: Sequence[str]) -> tuple[str, ...]:
-    """The tasks named, each once; `paper` stands for seven.
+    """The named tasks, each once; `paper` stands for seven.
 
     Raises:
-        UsageError: a name that is not known here.
+        UsageError: an unknown task.
     """
     wanted = [task for name in names for task in (PAPER if name == "paper" else (name,))]
     strange = next((name for name in wanted if name not in TASKS), None)
@@ -129,11 +129,11 @@ def chosen(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def check(names: Sequence[str], documents: Path | None) -> None:
-    """Look at everything that can be wrong before a model is loaded.
+    """Check the tasks before a model is loaded.
 
     Raises:
         MissingExtra: the harness is not installed.
-        CalibrationError: documents are not there, are too few, or do not hold what the task reads.
+        CalibrationError: documents are missing, too few, or lack a key that the task reads.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise MissingExtra("Tasks of lm-evaluation-harness", "eval")
@@ -152,7 +152,7 @@ def check(names: Sequence[str], documents: Path | None) -> None:
 
 def _check_documents(path: Path, task: Task) -> None:
     count = 0
-    # Not splitlines(): JSON strings may hold other characters that it takes for line ends.
+    # Not splitlines(): it also splits at other characters, which JSON strings may contain.
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
         if not line.strip():
             continue
@@ -183,15 +183,20 @@ def run_tasks(
     started: Callable[[int], None] = lambda _sequences: None,
     advanced: Callable[[int], None] = lambda _sequences: None,
 ) -> dict[str, TaskResult]:
-    """Task -> result, of a model as it stands. `documents`: the folder they are in, without network; None: the
-    harness fetches them. `limit`: the first so many of each. `started` is told how many sequences will be read.
+    """Task -> result of a model.
+
+    Args:
+        documents: Folder of the documents, used offline; None: the harness fetches them.
+        limit: Only the first N documents of each task.
+        started: Called with the number of sequences of each task.
+        advanced: Called with the number of sequences of each batch.
 
     Raises:
         SourceError: the documents cannot be loaded.
     """
     with _quiet(offline=documents is not None), tempfile.TemporaryDirectory(prefix="gradmap-tasks-") as folder:
         write_definitions(Path(folder), names, documents)
-        # Imported where it is used: it takes seconds and is optional. As Any: decorators hide its signatures.
+        # Imported here because it is optional and takes seconds; Any, because decorators hide its signatures.
         lm_eval: Any = importlib.import_module("lm_eval")
         manager: Any = importlib.import_module("lm_eval.tasks")
         definitions = manager.TaskManager(include_path=folder, include_defaults=False)
@@ -202,8 +207,8 @@ def run_tasks(
             num_fewshot=0,
             limit=limit,
             log_samples=True,
-            bootstrap_iters=0,  # intervals are ours, from the documents
-            # Nothing is drawn; the generators of the process are left alone.
+            bootstrap_iters=0,  # ours are computed from the documents
+            # Nothing is random; None leaves the generators of the process unchanged.
             random_seed=None,
             numpy_random_seed=None,
             torch_random_seed=None,
@@ -215,7 +220,7 @@ def _load(manager: Any, names: Sequence[str]) -> list[Any]:
     """The task objects, with their documents."""
     try:
         return [task for name in names for task in manager.load([name])["tasks"].values()]
-    except Exception as error:  # of datasets, pyarrow, requests and the Hub's client: no common base class
+    except Exception as error:  # from datasets, pyarrow, requests or huggingface_hub: no common base class
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise SourceError(
             f"The documents of {', '.join(names)} cannot be loaded: {said[:300]}",
@@ -229,11 +234,11 @@ def _language_model(
     huggingface: Any = importlib.import_module("lm_eval.models.huggingface")
 
     class Reporting(huggingface.HFLM):
-        """The harness' own, which tells how far it is."""
+        """The harness' model with progress."""
 
         def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: Any = None) -> Any:
             del disable_tqdm
-            # Continuations of one token behind the same context are read in one pass.
+            # One-token continuations of the same context share a pass.
             started(len({(*context, *continuation[:-1]) for _, context, continuation in requests}))
             return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
 
@@ -242,8 +247,8 @@ def _language_model(
             advanced(len(inps))
             return logits
 
-    # The harness may give a tokenizer a padding token; ours stays as it is. Log-probabilities of a model in bfloat16
-    # are summed in float32: rounded to three digits, they would decide between answers by chance.
+    # A copy, because the harness may set a padding token. Log-probabilities are summed in float32 even for bfloat16
+    # models: rounded to three digits, they would select answers by chance.
     return Reporting(
         pretrained=model,
         tokenizer=copy.deepcopy(tokenizer),
@@ -280,17 +285,17 @@ def _result(name: str, result: Any) -> TaskResult:
 
 
 def _own_folder() -> Path:
-    """The harness' own task definitions."""
+    """Folder of the harness' task definitions."""
     spec = importlib.util.find_spec("lm_eval.tasks")
     assert spec is not None and spec.origin is not None
     return Path(spec.origin).parent
 
 
 def _origin(task: Task) -> tuple[str, str | None]:
-    """Data set and configuration that the harness' definition names."""
+    """Data set and configuration in the harness' definition."""
 
     class Loader(yaml.SafeLoader):
-        """Functions of the definition are of no use here."""
+        """Reads `!function` as a string."""
 
     Loader.add_constructor("!function", lambda _loader, node: node.value)
     path = _own_folder() / task.definition
@@ -305,8 +310,8 @@ def _origin(task: Task) -> tuple[str, str | None]:
 
 
 def write_definitions(folder: Path, names: Sequence[str], documents: Path | None) -> None:
-    """One definition per task into `folder`: the harness' own, which it can also be given with --include_path; with
-    `documents`, on these files."""
+    """Write one definition per task into `folder`, also usable as --include_path of `lm_eval`. It includes the harness'
+    definition; with `documents`, it reads these files."""
     own = _own_folder()
     for name in names:
         task = TASKS[name]
@@ -315,7 +320,7 @@ def write_definitions(folder: Path, names: Sequence[str], documents: Path | None
             definition |= {
                 "dataset_path": "json",
                 "dataset_name": None,
-                # What `datasets` makes of the file goes with the folder, not into the user's cache.
+                # Converted files are deleted with the folder instead of staying in the user's cache.
                 "dataset_kwargs": {
                     "data_files": {"test": str((documents / task.file).resolve())},
                     "cache_dir": str(folder / "cache"),
@@ -333,7 +338,7 @@ def _no_bar(bar: Any, *args: Any, **kwargs: Any) -> Any:
 
 @contextmanager
 def _quiet(*, offline: bool) -> Iterator[None]:
-    """No bars and of the harness' log only errors; with `offline`, no look at the Hub. As before afterwards."""
+    """Without progress bars and logs below errors; with `offline`, without the Hub. Restores everything afterwards."""
     names = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE") if offline else ()
     before = {name: os.environ.get(name) for name in names}
     os.environ.update(dict.fromkeys(names, "1"))

@@ -1,4 +1,4 @@
-"""The rows that a finished folder was calibrated on, drawn again from its record, to look for them in other texts."""
+"""Redraws the calibration sequences of a finished folder from its record, to find overlaps with other texts."""
 
 from __future__ import annotations
 
@@ -19,16 +19,43 @@ if TYPE_CHECKING:
 
     from gradmap_hub.data.rows import Rows
     from gradmap_hub.hub.client import Hub
+    from gradmap_hub.models.original import OriginalModel
 
 _DRAWING = ("samples", "seq_len", "eval_rows", "seed")
+# For the record; the message of the error may contain a local path.
+_NOT_AVAILABLE = "the calibration texts are not available, or are not the recorded ones"
+_OTHER_ROWS = "the calibration sequences drawn here differ from the recorded ones"
 
 
-# What goes on record: the failure itself may hold a path of this machine.
-_NOT_AT_HAND = "the calibration texts are not at hand, or are not the recorded ones"
-_OTHER_ROWS = "the calibration rows drawn here are not those of the record"
+def compare_with_calibration(
+    folder: Path,
+    record: RunRecord,
+    original: OriginalModel,
+    texts: Sequence[Rows],
+    names: Sequence[str],
+    reporter: Reporter,
+    hub: Hub,
+) -> list[Contamination]:
+    """Per text, its sequences with a 13-gram overlap with calibration sequences, or why that was not checked.
+
+    The calibration texts are searched in `folder`, in the working folder and next to each text; on the Hub if the
+    original or a text is from there.
+
+    Args:
+        texts: Sequences of each text.
+        names: The texts as given on the command line.
+    """
+    reporter.start("Comparing with the calibration text")
+    local = [name for name in names if is_local_text(name)]
+    places = [folder, Path.cwd(), *(Path(name).expanduser().parent for name in local)]
+    online = original.source.base.commit is not None or len(local) < len(names)
+    found = _find_contamination(record, texts, original.tokenizer(), places, hub=hub, reporter=reporter, online=online)
+    checked = [entry.rows for entry in found if entry.rows is not None]
+    reporter.finish(f"{sum(checked)} sequences with 13-gram overlap" if checked else "not checked")
+    return found
 
 
-def find_contamination(
+def _find_contamination(
     record: RunRecord,
     texts: Sequence[Rows],
     tokenizer: Any,
@@ -38,17 +65,15 @@ def find_contamination(
     reporter: Reporter,
     online: bool,
 ) -> list[Contamination]:
-    """Per text, its rows that share words with the calibration rows, or why that was not checked. The calibration
-    texts are looked for in `places`, and on the Hub if `online`."""
     from gradmap_hub.data.contamination import shared_rows
 
     try:
         drawn = _calibration(record, tokenizer, places, hub=hub, online=online)
     except GradmapError as error:
-        reporter.note(f"Not checked whether the texts hold calibration rows: {error.message}")
-        return [Contamination(None, len(rows.ids), _NOT_AT_HAND) for rows in texts]
+        reporter.note(f"Contamination by calibration sequences was not checked: {error.message}")
+        return [Contamination(None, len(rows.ids), _NOT_AVAILABLE) for rows in texts]
     if drawn is None:
-        reporter.note(f"Not checked whether the texts hold calibration rows: {_OTHER_ROWS}.")
+        reporter.note(f"Contamination by calibration sequences was not checked: {_OTHER_ROWS}.")
         return [Contamination(None, len(rows.ids), _OTHER_ROWS) for rows in texts]
     calibration = {name: tokenizer.batch_decode(ids.tolist()) for name, ids in drawn.items()}
     found: list[Contamination] = []
@@ -63,18 +88,18 @@ def find_contamination(
 def _calibration(
     record: RunRecord, tokenizer: Any, places: Sequence[Path], *, hub: Hub, online: bool
 ) -> dict[str, Tensor] | None:
-    """Rows by text; those that chose between layers, which are of all texts, under a name of their own. None if other
-    rows come of the texts than those on record.
+    """Sequences by text, and those that chose the layers, which are of all texts, under one further name. None if the
+    sequences drawn differ from the recorded ones.
 
     Raises:
-        GradmapError: the texts are not at hand, or are others.
+        GradmapError: the texts are not available, or differ from the recorded ones.
     """
     from gradmap_hub.data.rows import split_rows
 
     sources = find_calibration(record, places)
     remote = next((source for source in sources if not is_local_text(source)), None)
     if remote is not None and not online:
-        raise CalibrationError(f"The calibration text {remote} is on the Hub, which was not asked for anything else.")
+        raise CalibrationError(f"The calibration text {remote} is on the Hub, and this evaluation is offline.")
     recorded = record.settings or {}
     try:
         settings = PruneMethod(**{name: recorded[name] for name in _DRAWING})
@@ -91,5 +116,5 @@ def _calibration(
     )
     if rows.sha256 != record.calibration.sha256:
         return None
-    chosen = f"{', '.join(source.name for source in rows.sources)}: rows that chose the layers"
+    chosen = f"{', '.join(source.name for source in rows.sources)}: sequences that chose the layers"
     return {source.name: source.ids for source in rows.sources} | {chosen: rows.selection}

@@ -330,7 +330,7 @@ def test_golden() -> None:
 
 def reproduction(record: RunRecord) -> str:
     """The part of the page about making it again."""
-    return card_text(record).partition("## How to reproduce it\n")[2].partition("\n| | |")[0]
+    return card_text(record).partition("## Reproduction\n")[2].partition("\n| | |")[0]
 
 
 def test_how_to_make_it_again() -> None:
@@ -338,14 +338,14 @@ def test_how_to_make_it_again() -> None:
     text = reproduction(record)
     assert text.startswith("\n```bash\ngradmap-hub push --from gradmap.json\n```\n")
     assert record.command in text and "--revision" not in text
-    assert "`c4.txt` is not published here" in text and "say where with `--eval-text`." in text
+    assert "`c4.txt` is not published here" in text and "give the path with `--eval-text`." in text
     assert "wikitext" not in text
     own = reproduction(variants()["own texts"])
-    assert "`a.txt`, <code>" in own and "are not published here: put them beside" in own
-    assert "say where with `--calibration`, `--eval-text`." in own
-    assert "started with" not in reproduction(variants()["made again"])
+    assert "`a.txt`, <code>" in own and "are not published here: put them next to" in own
+    assert "give the path with `--calibration`, `--eval-text`." in own
+    assert "The command of this run" not in reproduction(variants()["made again"])
     local = reproduction(variants()["local base"])
-    assert "gradmap-hub prune MODEL OUTPUT --from gradmap.json" in local and "the place of `MODEL`" in local
+    assert "gradmap-hub prune MODEL OUTPUT --from gradmap.json" in local and "replace `MODEL` by" in local
     # A record of before does not hold the settings: only the command is known.
     before = reproduction(variants()["earlier version"])
     assert "--from" not in before and f"--revision {record.base.commit}" in before
@@ -418,28 +418,29 @@ def assert_tables_whole(text: str) -> None:
 def test_wording_follows_the_facts() -> None:
     pages = {name: card_text(record) for name, record in variants().items()}
     assert "78% to 91% higher" in pages["full"] and "21.1% fewer parameters" in pages["full"]
-    assert "No correction was applied" in pages["not applied"] and "Pruned + corrected" not in pages["not applied"]
+    assert "No compensation was applied" in pages["not applied"] and "Pruned + compensated" not in pages["not applied"]
     assert "no correction lowered the held-out loss" in pages["not applied"]
-    assert "3 linear corrections folded into weights" in pages["full"] and "## The corrections" in pages["full"]
-    assert "One correction" not in pages["full"] and "from 4.2513 to 3.7402 nats per token in all" in pages["full"]
+    assert "3 weight matrices corrected in closed form" in pages["full"] and "3 weight matrices were" in pages["full"]
+    assert "One weight" not in pages["full"] and "from 4.2513 to 3.7402 nats per token in total" in pages["full"]
     assert "| 18 | 12 | attention | weight | 0.03 | 3.9127 | 3.8011 |" in pages["full"]
     assert "| 27 | attention | weight | 0.03 | 3.7399 |" in pages["full"]
-    assert "into MLP down projections and attention output projections." in pages["full"]
-    assert "into MLP down projections.\n" in pages["MLPs only"]
+    assert "corrected: MLP down projections and attention output projections." in pages["full"]
+    assert "corrected: MLP down projections.\n" in pages["MLPs only"]
     for name, part in (("one correction", "MLP down"), ("one correction, attention", "attention output")):
-        assert "one linear correction folded" in pages[name] and "## The correction\n" in pages[name]
-        assert f"One correction was fitted and folded into the {part} projection of layer 18 (index 12" in pages[name]
-        assert "corrections were" not in pages[name]
+        assert "one weight matrix corrected in closed form" in pages[name]
+        assert f"One weight matrix was corrected: the {part} projection of layer 18 (index 12" in pages[name]
+        assert "matrices were" not in pages[name]
     assert "down projection of layer 18 (index 12 here)" in pages["earlier version"]
-    assert "| Why this one | lowest held-out loss |" in pages["earlier version"]
-    assert "After correction" not in pages["earlier version"] and "swapping" not in pages["earlier version"]
-    assert "After correction" not in pages["no correction"] and "`block-influence`, was removed" in pages["full"]
+    assert "| Reason | lowest held-out loss |" in pages["earlier version"]
+    assert "After compensation" not in pages["earlier version"] and "swapping" not in pages["earlier version"]
+    assert "After compensation" not in pages["no correction"] and "`block-influence`, was removed" in pages["full"]
     assert "2 from rankings, and 1 made from the best of them by adding or swapping single layers" in pages["full"]
     assert "12 to 19 | 4.8044 | - | |" in pages["full"]
-    assert "lowest loss, `block-influence`, was taken" in pages["one finalist"]
-    assert "The set `block-influence` was taken" in pages["not the lowest"]
+    assert "lowest loss, `block-influence`, was removed" in pages["one finalist"]
+    assert "The set `block-influence` was removed" in pages["not the lowest"]
     assert "stage 2 of GradMAP" in pages["projection"] and "goes beyond" not in pages["projection"]
-    assert "was not measured" in pages["pruning only"] and "not read back" in pages["pruning only"]
+    for words in ("was not measured", "was not compared with the model in memory"):
+        assert words in pages["pruning only"]
     assert "model-index" not in pages["pruning only"] and "model-index" not in pages["no texts"]
     assert "path/to/smollm2-135m-gradmap-27" in pages["pruning only"]
     assert "52.90" in pages["no texts"] and "31.44" in pages["no texts"]
@@ -449,22 +450,22 @@ def test_wording_follows_the_facts() -> None:
     assert "base_model" not in pages["local base"] and "finetune" not in pages["local base"]
     assert "not from the Hub" in pages["local base"] and "--revision" not in pages["local base"]
     assert "does not" not in pages["full"] and "do not match" in pages["failed checks"]
-    assert "not the work of pruning alone" in pages["other dtype"]
+    assert "not due to pruning alone" in pages["other dtype"]
     assert "was not compared" in pages["no parity"]
     measured = pages["measured"]
-    assert "Of c4.txt, 2 of 32 rows (6.2%) share 13 words in a row with calibration rows (c4.txt)" in measured
-    assert "No row of c4.txt shares" in measured and "was not checked: c4.txt." in measured
+    assert "In c4.txt, 2 of 32 sequences (6.2%) have a 13-gram overlap with the calibration text (c4.txt)" in measured
+    assert "No sequence of c4.txt has a 13-gram overlap" in measured and "was not checked: c4.txt." in measured
     assert "| 38.51 | 73.70 | 1.80 to 2.00 | 41.3% (40.0% to 43.0%) | 1.21 (1.10 to 1.30) |" in measured
     assert "| c4.txt | 20 of 500 | acc | 60.0% | 55.0% | -5.0 (-20.0 to +10.0) | 91.7% |" in measured
     assert "| piqa | 1,838 | acc | 0.0% | 50.0% | +50.0 (+10.0 to +90.0) | - |" in measured
     assert "| wikitext | 62 | word_perplexity | 61.20 | 190.00 | +210.5% | - |" in measured
-    assert "| mean of 2 | | acc_norm, or acc where a task has no other | 55.0% | 40.0% | -15.0 | 72.7% |" in measured
+    assert "| mean of 2 | | acc_norm, or acc if the task has no acc_norm | 55.0% | 40.0% | -15.0 | 72.7% |" in measured
     assert "1.0040 to 1.0070" in measured and "| 8 | 1,204 (1,100 to 1,300) | 51.2 (50.0 to 52.0) |" in measured
     assert "Safety and bias were not evaluated" in measured and "2 threads" in measured
     alone = pages["measured, text alone"]
     assert "lm-evaluation-harness" not in alone and "Tasks, safety and bias were not evaluated" in alone
     assert "One was dropped." in pages["measured, one file dropped"]
-    assert "other weights is not shown." in pages["stale"] and "Measured on the finished" not in pages["stale"]
+    assert "other weights is not shown." in pages["stale"] and "## Evaluation" not in pages["stale"]
     for name in ("no onnx", "pruning only"):
         assert "onnx" not in pages[name].lower(), name
 

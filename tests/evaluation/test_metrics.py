@@ -14,14 +14,17 @@ from gradmap_hub.evaluation import metrics as evaluation_module
 from gradmap_hub.evaluation.metrics import (
     compare_rows,
     difference_interval,
+    kl_divergence,
     mean_interval,
     perplexity,
     ratio_interval,
     reference_states,
+    top1_agreement,
 )
 from gradmap_hub.models import decoder as decoder_module
 
 TOKENS = 40
+METRICS = {"agreement": top1_agreement, "divergence": kl_divergence}
 
 
 def plain_perplexity(model: Any, ids: torch.Tensor) -> float:
@@ -136,11 +139,11 @@ def test_agreement_and_divergence_equal_a_plain_comparison(
     assert losses == decoder.losses(ids) and states.shape == (3, TOKENS, decoder.output.in_features)
     pruned = prune_copy(model, (1, 3))
     done: list[int] = []
-    found = compare_rows(decoder_of(pruned, TOKENS), ids, states, decoder.output, done.append)
+    found = compare_rows(decoder_of(pruned, TOKENS), ids, states, decoder.output, METRICS, done.append)
     agreement, divergence = plain_comparison(model, pruned, ids)
-    assert found.agreement == pytest.approx(agreement)
-    assert found.divergence == pytest.approx(divergence, rel=1e-4)
+    assert found.metrics["agreement"] == pytest.approx(agreement)
+    assert found.metrics["divergence"] == pytest.approx(divergence, rel=1e-4)
     assert found.losses == pytest.approx(decoder.losses(ids, [0, 2, 4]), rel=1e-6)
-    assert max(found.agreement) < 1 and min(found.divergence) > 0 and len(done) == 3
-    same = compare_rows(decoder, ids, states, decoder.output)
-    assert same.agreement == [1.0] * 3 and max(same.divergence) < 1e-6
+    assert max(found.metrics["agreement"]) < 1 and min(found.metrics["divergence"]) > 0 and len(done) == 3
+    same = compare_rows(decoder, ids, states, decoder.output, METRICS)
+    assert same.metrics["agreement"] == [1.0] * 3 and max(same.metrics["divergence"]) < 1e-6

@@ -22,9 +22,11 @@ pytest.importorskip("lm_eval")
 pytest.importorskip("onnxruntime")
 
 from gradmap_hub.card.card import card_text, write_card
+from gradmap_hub.cli import evaluate as command
 from gradmap_hub.config import EvaluateConfig, PruneConfig
-from gradmap_hub.errors import CalibrationError, SourceError, UsageError
+from gradmap_hub.errors import CalibrationError, MemoryNotMeasured, SourceError, UsageError
 from gradmap_hub.evaluation import staleness as freshness
+from gradmap_hub.evaluation import texts
 from gradmap_hub.evaluation.speed import PYTORCH, peak_memory
 from gradmap_hub.evaluation.staleness import folder_sha256, with_earlier, without_stale
 from gradmap_hub.hub.card_check import check_card
@@ -182,6 +184,46 @@ def test_memory_is_not_that_of_the_process_that_asks(world: SimpleNamespace) -> 
     assert peak is not None and peak < 400e6 < held.nbytes
 
 
+def fake_python(path: Path, script: str) -> str:
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [("echo loading >&2; kill -9 $$", "killed by SIGKILL"), ("echo one >&2; echo two >&2; exit 3", ": two"),
+     ("exit 3", "exited with status 3")],
+)  # fmt: skip
+def test_a_memory_process_that_dies_is_a_typed_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, reason: str
+) -> None:
+    monkeypatch.setattr(sys, "executable", fake_python(tmp_path / "python", script))
+    with pytest.raises(MemoryNotMeasured) as caught:
+        peak_memory(tmp_path, PYTORCH, 1)
+    assert caught.value.message.startswith("Memory of PyTorch was not measured: ")
+    assert caught.value.message.endswith(reason)
+
+
+def test_the_evaluation_goes_on_without_the_memory_of_a_killed_backend(
+    world: SimpleNamespace, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The backend of the ONNX file is killed; a later evaluation tries it again."""
+    script = 'case "$*" in *onnx/model.onnx*) kill -9 $$;; *) echo 4096;; esac'
+    monkeypatch.setattr(sys, "executable", fake_python(copy.with_name("python"), script))
+    (copy.with_name("small.work") / "evaluate-memory.json").unlink()
+    heard = Heard()
+    measured = evaluate_folder(copy, world.config, reporter=heard).measured
+    assert measured is not None and [entry.memory for entry in measured.speed] == [4096] * 4 + [None]
+    assert [entry.prefill for entry in measured.speed] == [entry.prefill for entry in world.measured.speed]
+    (note,) = [note for note in heard.notes if "Memory" in note]
+    assert note == ("Pruned, batch 1: Memory of onnx/model.onnx was not measured: its process was killed by SIGKILL")
+    assert "4.1 kB |" in (copy / "README.md").read_text()
+    monkeypatch.setattr(sys, "executable", fake_python(copy.with_name("python"), "echo 8192"))
+    again = evaluate_folder(copy, world.config).measured
+    assert again is not None and {entry.memory for entry in again.speed} == {8192}
+
+
 def test_what_it_was_measured_on_is_on_record(world: SimpleNamespace) -> None:
     measured = world.measured
     assert RunRecord.read(world.folder) == world.record
@@ -226,6 +268,51 @@ def test_interrupted_it_leaves_the_record_and_goes_on(world: SimpleNamespace, co
     assert record.measured is not None and record.measured.tasks[:3] == world.measured.tasks
 
 
+def in_top5(original: torch.Tensor, pruned: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Whether the original's top-1 token is among the five of the pruned model."""
+    del targets
+    return (pruned.topk(5).indices == original.argmax(-1, keepdim=True)).any(-1)
+
+
+def test_a_metric_from_outside(
+    world: SimpleNamespace, copy: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: Any
+) -> None:
+    """A row of `METRICS` is enough: record, JSON answer, card and terminal have it."""
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.setattr(texts, "METRICS", [*texts.METRICS, texts.Metric("in_top5", in_top5, "In top 5", share=True)])
+    config = dataclasses.replace(world.config, text=world.config.text[:1], tasks=(), tasks_from=None, limit=None,
+                                 speed=False)  # fmt: skip
+    heard = Heard()
+    record = evaluate_folder(copy, config, reporter=heard)
+    assert "Original on other.txt" in heard.reused and "Pruned on other.txt" in heard.computed
+    assert record.measured is not None and RunRecord.read(copy) == record
+    (text,), (before, _) = record.measured.texts, world.measured.texts
+    (metric,) = text.further
+    assert dataclasses.replace(text, further=[]) == before
+
+    rows = rows_of(world.root / "other.txt", tokenizer, ROWS)
+    with torch.no_grad():
+        original, pruned = (
+            AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(rows).logits[:, :-1]
+            for folder in (world.original, world.folder)
+        )
+    expected = float(in_top5(original, pruned, rows[:, 1:]).double().mean())
+    assert (metric.name, metric.value) == ("in_top5", pytest.approx(expected, abs=0.01))
+    assert metric.interval[0] <= metric.value <= metric.interval[1] and metric.value > text.agreement
+
+    (recorded,) = json.loads((copy / FILE_NAME).read_text())["measured"]["texts"]
+    assert recorded["further"][0]["title"] == "In top 5"
+    assert command.evaluation_json(record, copy)["texts"] == [recorded]
+    assert "| In top 5 |" in (copy / "README.md").read_text()
+    with command.stdout.capture() as shown:
+        command._print(record)
+    assert "In top 5" in shown.get() and "Top-1 agreement" in shown.get()
+    # Without such a row there is no key.
+    (plain, _) = json.loads((world.folder / FILE_NAME).read_text())["measured"]["texts"]
+    assert plain.keys() == recorded.keys() - {"further"}
+
+
 def change_a_byte(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
@@ -234,13 +321,13 @@ def change_a_byte(path: Path) -> None:
 
 def test_other_weights_other_hash_and_nothing_stale_is_shown(world: SimpleNamespace, copy: Path) -> None:
     page = (copy / "README.md").read_text()
-    assert "Measured on the finished files" in page and "arc_easy" in page
+    assert "## Evaluation" in page and "arc_easy" in page
     change_a_byte(copy / "model.safetensors")
     stale = without_stale(RunRecord.read(copy), copy)
     assert stale.measured is None and "other weights" in stale.measured_note
     write_card(stale, copy)
     page = (copy / "README.md").read_text()
-    assert "Measured on the finished files" not in page and "arc_easy" not in page
+    assert "## Evaluation" not in page and "arc_easy" not in page
     assert "An evaluation of other weights is not shown" in page
     heard = Heard()
     measured = evaluate_folder(copy, dataclasses.replace(world.config, tasks=(), tasks_from=None, limit=None,
@@ -299,8 +386,8 @@ def test_card_and_metadata(world: SimpleNamespace) -> None:
         "4 of 6",
         "acc_norm",
         "Safety and bias were not evaluated",
-        "`wikitext` came from local files",
-        "No row of other.txt shares 13 words",
+        "`wikitext` are from local files",
+        "No sequence of other.txt has a 13-gram overlap",
     ):
         assert words in text, words
     assert "| mean of 2 |" in text and "`onnx/model.onnx`" in text
@@ -342,12 +429,14 @@ def test_calibration_rows_in_a_text_are_named(world: SimpleNamespace, copy: Path
     assert found is not None and found.rows is not None and 0 < found.rows < found.of and found.share
     assert found.texts[0] == "calibration.txt"
     page = (copy / "README.md").read_text()
-    assert f"{found.rows} of {found.of} rows" in page and "share 13 words in a row with calibration rows" in page
+    assert (
+        f"{found.rows} of {found.of} sequences" in page and "have a 13-gram overlap with the calibration text" in page
+    )
     copy.with_name("calibration.txt").write_text("another text")
     heard = Heard()
     again = evaluate_folder(copy, config, reporter=heard).measured
     assert again is not None and again.texts[0].contamination is not None
-    assert again.texts[0].contamination.rows is None and "not at hand" in again.texts[0].contamination.reason
+    assert again.texts[0].contamination.rows is None and "not available" in again.texts[0].contamination.reason
     assert "was not checked" in (copy / "README.md").read_text() and any(
         "sha256 differs" in note for note in heard.notes
     )

@@ -1,0 +1,72 @@
+"""The greedy answers of both models to the same prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from gradmap_hub.evaluation.measurement import ORIGINAL, PRUNED, Context, Step
+from gradmap_hub.evaluation.speed import Backend, Eager
+from gradmap_hub.measurements import Sample
+
+TOKENS = 48
+
+
+@dataclass(frozen=True)
+class Answers:
+    texts: list[str]
+
+
+def steps(context: Context) -> list[Step[Answers]]:
+    return [_answers(context, which) for which in (ORIGINAL, PRUNED)]
+
+
+def _answers(context: Context, which: str) -> Step[Answers]:
+    def compute() -> Answers:
+        model: Any = context.models.decoder(which).model
+        backend, ends = Eager(model), _end_tokens(model)
+        context.reporter.total(len(context.prompts))
+        texts: list[str] = []
+        for prompt in context.prompts:
+            texts.append(greedy_answer(backend, context.tokenizer, prompt, ends))
+            context.reporter.advance()
+        return Answers(texts)
+
+    return Step(
+        f"{which}-samples",
+        f"{which.capitalize()} answers {len(context.prompts)} prompts",
+        Answers,
+        compute,
+        weights=(which,),
+        inputs={"prompts": list(context.prompts), "tokens": TOKENS},
+        loads=which,
+    )
+
+
+def result(context: Context, found: Mapping[str, Any]) -> list[Sample]:
+    answers = [found[f"{which}-samples"].texts for which in (ORIGINAL, PRUNED)]
+    return [Sample(*texts) for texts in zip(context.prompts, *answers, strict=True)]
+
+
+def greedy_answer(backend: Backend, tokenizer: Any, prompt: str, ends: set[int]) -> str:
+    """At most `TOKENS` tokens after the prompt, which is in the chat template if the tokenizer has one.
+
+    Args:
+        ends: Token ids that end an answer.
+    """
+    if tokenizer.chat_template:
+        messages = [{"role": "user", "content": prompt}]
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    else:
+        ids = tokenizer(prompt)["input_ids"]
+    backend.read(ids)
+    answer: list[int] = []
+    while len(answer) < TOKENS and (token := backend.write()) not in ends:
+        answer.append(token)
+    return tokenizer.decode(answer, skip_special_tokens=True).strip()
+
+
+def _end_tokens(model: Any) -> set[int]:
+    ends = model.generation_config.eos_token_id
+    return set(ends) if isinstance(ends, list) else set() if ends is None else {int(ends)}
