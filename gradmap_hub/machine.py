@@ -1,4 +1,4 @@
-"""What computes: the machine, and the versions of the packages that may show in a result."""
+"""The machine and the versions of packages that can affect a result."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _VERSIONED = (
 
 
 def cpu_count() -> int:
-    """The processors this process may use. macOS and Windows only tell how many there are."""
+    """CPUs available to this process; on macOS and Windows all CPUs of the machine."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
 
@@ -31,7 +31,7 @@ def hardware() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of the packages whose version may show in a result."""
+    """Version of Python and of the installed packages that can affect a result, by name."""
     found = {"python": platform.python_version()}
     for name in _VERSIONED:
         try:

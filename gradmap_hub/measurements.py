@@ -1,4 +1,4 @@
-"""What `evaluate` measured: the part of gradmap.json that describes a finished folder and its original."""
+"""The results of `evaluate`: the part of gradmap.json that compares a model folder with its original."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class BeforeAfter:
 
 @dataclass(frozen=True)
 class Contamination:
-    """Rows of an evaluation text that share 13 lower-cased words in a row with a calibration row. `rows`: how many of
-    `of`; None: not checked, `reason` says why. `texts`: the calibration texts they were found in."""
+    """Sequences of an evaluation text with a 13-gram overlap (lower-cased words) with a calibration sequence. `rows`:
+    how many of `of`; None: not checked, for this `reason`. `texts`: the calibration texts with the overlap."""
 
     rows: int | None
     of: int
@@ -29,9 +29,9 @@ class Contamination:
 
 @dataclass(frozen=True)
 class MeasuredText:
-    """Both models on the same rows of one text. Perplexity as in `TextPerplexity`; `agreement`: share of positions
-    where both find the same token likeliest; `divergence`: mean KL(original || pruned), nats per token. Each interval
-    is the 95% bootstrap interval over rows, that of perplexity of the ratio pruned / original."""
+    """Both models on the same sequences of one text. Perplexity as in `TextPerplexity`; `agreement`: share of positions
+    with the same top-1 token; `divergence`: mean KL(original || pruned), nats per token. Intervals are 95% bootstrap
+    intervals over sequences; that of perplexity is for the ratio pruned / original."""
 
     name: str
     sha256: str
@@ -51,7 +51,7 @@ class MeasuredText:
 @dataclass(frozen=True)
 class MeasuredMetric:
     """One metric of one task. `interval`: 95% bootstrap interval over documents of pruned - original, empty for
-    metrics that are no mean over documents. `retention`: 100 pruned / original, None where that says nothing."""
+    metrics that are not a mean over documents. `retention`: 100 pruned / original, None where it is meaningless."""
 
     name: str
     original: float
@@ -63,8 +63,8 @@ class MeasuredMetric:
 @dataclass(frozen=True)
 class MeasuredTask:
     """Both models on the same documents of one task of lm-evaluation-harness, zero-shot. `sha256`: of the documents,
-    prompts and targets in order; `dataset` and `config`: where the harness has it from; `source`: where these
-    documents came from; `documents` of `total`: fewer where there was a limit. `main`: the metric to look at."""
+    prompts and targets in order; `dataset` and `config`: the harness' data set; `source`: the source of these
+    documents; `documents` of `total`: fewer with a limit. `main`: the name of the headline metric."""
 
     name: str
     version: str
@@ -85,8 +85,8 @@ class MeasuredTask:
 
 @dataclass(frozen=True)
 class FilePerplexity:
-    """Of an ONNX file on one text, on the rows of the `MeasuredText` of that name; `interval`: of the ratio to the
-    checkpoint's."""
+    """Perplexity of an ONNX file on the sequences of the `MeasuredText` named `text`; `interval`: 95% bootstrap
+    interval of its ratio to the checkpoint's."""
 
     text: str
     perplexity: float
@@ -95,7 +95,7 @@ class FilePerplexity:
 
 @dataclass(frozen=True)
 class MeasuredFile:
-    """An ONNX file on ONNX Runtime. `sha256`: of the graph; `data_sha256`: of the weights beside it, if there are."""
+    """An ONNX file on ONNX Runtime. `sha256`: of the graph; `data_sha256`: of its external weights, else empty."""
 
     path: str
     bytes: int
@@ -116,7 +116,7 @@ class Rate:
 @dataclass(frozen=True)
 class MeasuredSpeed:
     """`model`: original or pruned; `backend`: "PyTorch" or the path of an ONNX file. `memory`: peak resident bytes of a
-    process with this backend alone; None where it was not measured (on a GPU, or where the system does not tell)."""
+    process with this backend alone; None if not measured (on a GPU, or if the system does not report it)."""
 
     model: str
     backend: str
@@ -128,7 +128,7 @@ class MeasuredSpeed:
 
 @dataclass(frozen=True)
 class Sample:
-    """What both models write after a prompt, greedily."""
+    """Greedy continuations of a prompt by both models."""
 
     prompt: str
     original: str
@@ -137,9 +137,9 @@ class Sample:
 
 @dataclass(frozen=True)
 class Measured:
-    """What `evaluate` found. It holds for the weights whose sum is `weights_sha256` (see `source.weights_sha256`) and
-    for ONNX files of the sums in `files`; `freshness` drops it where the folder holds others. `original`: what it was
-    compared with, `original_commit` on the Hub or `original_sha256` of its weights."""
+    """The results of `evaluate`. They hold for the weights with `weights_sha256` (see `layout.weights_sha256`) and for
+    the ONNX files with the hashes in `files`; `evaluation.staleness` drops them if the folder has others. `original`:
+    the model compared with, identified by `original_commit` on the Hub or `original_sha256` of its weights."""
 
     gradmap_hub: str
     weights_sha256: str

@@ -21,7 +21,7 @@ from gradmap_hub.layout import (
     disk_words,
 )
 from gradmap_hub.measurements import BeforeAfter
-from gradmap_hub.models.architectures import correction_skipped
+from gradmap_hub.models.architectures import compensation_skipped
 from gradmap_hub.models.source import (
     Source,
     check_family,
@@ -142,7 +142,7 @@ def make_plan(config: PushConfig, hub: Hub, publisher: Publisher) -> PushPlan:
     check_disk(output, disk)
     upload = (float32 if config.prune.dtype == "float32" else source.weight_bytes) + built - source.weight_bytes
     upload += stored_original
-    skipped = correction_skipped(source.architecture, source.config)
+    skipped = compensation_skipped(source.architecture, source.config)
     checks = (
         Check("account", f"{account.name}, token of role {account.role or 'unknown'}"),
         *found,

@@ -537,12 +537,12 @@ def correct(run: Run, rows: CalibrationRows, selected: Selected) -> Corrected:
 
     def compute() -> Corrected:
         from gradmap_hub.pruning.candidates import finalists
-        from gradmap_hub.pruning.compensation import correct_best, with_shift
+        from gradmap_hub.pruning.compensation import compensate_best, with_shift
 
         correction_file.unlink(missing_ok=True)
         decoder, config = run.decoder(), run.config
         sets = finalists(selected.candidates, config.compensation != "none")
-        corrected, place, record, overrides = correct_best(decoder, rows, sets, config, run.reporter)
+        corrected, place, record, overrides = compensate_best(decoder, rows, sets, config, run.reporter)
         winner = corrected[place]
         record = with_shift(decoder, rows, winner.removed, record, config, run.reporter)
         _save_overrides(overrides, correction_file)
@@ -689,9 +689,10 @@ def _write_streamed(
     run: Run, removed: Sequence[int], overrides: Mapping[tuple[int, str], Any], dtype: Any
 ) -> tuple[VerificationRecord, BeforeAfter]:
     """The same without a model in memory: from file to file, and both ends streamed for the comparison."""
-    from gradmap_hub.models.streaming import key_report, open_streamed, pruned_logits, write_pruned
+    from gradmap_hub.models.streaming import key_report, open_streamed, pruned_logits
     from gradmap_hub.pruning.removal import parameter_count
     from gradmap_hub.pruning.verification import probe_ids, verify
+    from gradmap_hub.pruning.writing import write_pruned
 
     source, architecture = run.checkpoint(), run.source.architecture
     after = write_pruned(source, run.output, architecture, removed, overrides, dtype)
