@@ -25,8 +25,10 @@ from gradmap_hub.config import Compensation, PruneConfig
 from gradmap_hub.data.rows import Rows
 from gradmap_hub.models.decoder import Decoder
 from gradmap_hub.progress import SilentReporter
-from gradmap_hub.pruning.compensation import ATTENTION, MLP, Overrides, Site, fit_correction, sites_at_gaps
+from gradmap_hub.pruning.compensation import Overrides, fit_compensation
 from gradmap_hub.pruning.heal import heal
+from gradmap_hub.pruning.residual import ATTENTION, MLP
+from gradmap_hub.pruning.sites import Site, sites_at_gaps
 
 DEFAULT = "default"
 STRENGTHS = (0.03, 0.003, 0.001, 0.0003)
@@ -99,7 +101,7 @@ def main() -> None:
         config = PruneConfig(drop=tuple(removed), samples=len(rows.fit), compensation=variant.kind)
         strengths = None if variant.strength is None else [variant.strength]
         started = time.perf_counter()
-        _, overrides = fit_correction(
+        _, overrides = fit_compensation(
             decoder, rows, removed, config, SilentReporter(), sites=variant.sites, strengths=strengths
         )  # fmt: skip
         seconds = time.perf_counter() - started

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from gradmap_hub.data.rows import Rows, evaluation_rows, sha256_of_ids, split_rows
 from gradmap_hub.data.texts import Text, read_text
-from gradmap_hub.models.architectures import architecture_of
 from gradmap_hub.models.checkpoint import cast_parameters
 from gradmap_hub.models.decoder import Decoder
+from gradmap_hub.models.support import architecture_of
 from gradmap_hub.pipeline import demo
 from gradmap_hub.progress import SilentReporter
 

@@ -31,7 +31,8 @@ from torch import Tensor
 
 from gradmap_hub.layout import WEIGHTS_INDEX
 from gradmap_hub.models.architectures import ARCHITECTURES
-from gradmap_hub.models.streaming import PlannedTensor, open_streamed, write_pruned, write_safetensors
+from gradmap_hub.models.streaming import open_streamed
+from gradmap_hub.pruning.writing import PlannedTensor, write_pruned, write_safetensors
 
 _LLAMA = ARCHITECTURES["llama"]
 _STORED = torch.bfloat16
@@ -357,8 +358,8 @@ def in_memory(folder: Path, rows: int, tokens: int) -> dict[str, Any]:
     import transformers.models.llama.modeling_llama  # noqa: F401
 
     from gradmap_hub.models import decoder as decoder_module
-    from gradmap_hub.models.architectures import architecture_of
     from gradmap_hub.models.checkpoint import load_model
+    from gradmap_hub.models.support import architecture_of
     from gradmap_hub.pruning.scoring import score_layers
 
     sampler = Sampler()

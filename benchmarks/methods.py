@@ -40,7 +40,7 @@ from gradmap_hub.data.rows import CalibrationRows, Rows
 from gradmap_hub.models.decoder import Decoder
 from gradmap_hub.progress import SilentReporter
 from gradmap_hub.pruning.candidates import candidates, finalists, stems
-from gradmap_hub.pruning.compensation import Overrides, correct_best, fit_correction
+from gradmap_hub.pruning.compensation import Overrides, compensate_best, fit_compensation
 from gradmap_hub.pruning.scoring import iterative_removals, score_layers
 from gradmap_hub.pruning.search import search_layers
 from gradmap_hub.record import Candidate, CompensationRecord
@@ -271,7 +271,7 @@ def ours(decoder: Decoder, pool: Tensor, config: PruneConfig, count: int, *, sco
         found = search_layers(decoder, rows.selection, sets, stems=grown, swaps=config.swaps)
     with Meter(decoder, len(pool)) as correcting:
         sets = finalists(found, config.compensation != "none")
-        corrected, place, record, overrides = correct_best(decoder, rows, sets, config, SilentReporter())
+        corrected, place, record, overrides = compensate_best(decoder, rows, sets, config, SilentReporter())
         winner = corrected[place]
     return Ours(list(winner.removed), winner, record, overrides, choosing.cost, correcting.cost)
 
@@ -478,7 +478,7 @@ def fitted_patch(decoder: Decoder, pool: Tensor, kind: str, removed: Sequence[in
     if kind in (STAGE_2, DEFAULT, PAPER, ONE_SHOT, ITERATIVE):
         rows = split_pool(pool)
         config = our_config(DEFAULT if kind == STAGE_2 else kind, len(removed), len(rows.fit))
-        record, overrides = fit_correction(decoder, rows, sorted(removed), config, SilentReporter())
+        record, overrides = fit_compensation(decoder, rows, sorted(removed), config, SilentReporter())
         return Patch(parameters=overrides), _sites(record)
     if kind == "Prune&Comp":
         return magnitude_rescale(decoder, pool, removed, one_by_one=True), []

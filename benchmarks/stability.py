@@ -27,7 +27,8 @@ from gradmap_hub.data.texts import read_text
 from gradmap_hub.models.decoder import Decoder
 from gradmap_hub.pipeline.demo import CALIBRATION
 from gradmap_hub.pruning.candidates import lowest, lowest_window
-from gradmap_hub.pruning.scoring import LayerScores, score_layers
+from gradmap_hub.pruning.scores import LayerScores
+from gradmap_hub.pruning.scoring import score_layers
 
 MIXTURE = "mixture"
 

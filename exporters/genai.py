@@ -15,13 +15,13 @@ from typing import Any
 
 from gradmap_hub.errors import MissingExtra, VerificationError
 from gradmap_hub.exporters.processes import WorkerFailed, call
+from gradmap_hub.models.architectures import ARCHITECTURES
 from gradmap_hub.models.transformers_compat import has_5
 
 MODEL = "model.onnx"
 CONFIG = "genai_config.json"
 # A key of the graph's metadata that gradmap_hub.runtime reads.
 SHARED_BUFFER = "past_present_share_buffer"
-_MODEL_TYPES = ("gemma", "llama", "mistral", "phi3", "qwen2", "qwen3")
 _ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh")
 
 
@@ -46,7 +46,8 @@ def unsupported(config: Mapping[str, Any]) -> str | None:
     rotary embeddings) would pass them.
     """
     kind = str(config.get("model_type"))
-    if kind not in _MODEL_TYPES:
+    row = ARCHITECTURES.get(kind)
+    if row is None or not row.genai:
         return f"the builder does not know model type {kind!r}"
     activation = config.get("hidden_activation") or config.get("hidden_act") or "silu"
     if activation not in _ACTIVATIONS:

@@ -16,6 +16,7 @@ from typing import Any
 from gradmap_hub.errors import MissingExtra, VerificationError
 from gradmap_hub.exporters import environment
 from gradmap_hub.exporters.processes import WorkerFailed, call
+from gradmap_hub.models.architectures import ARCHITECTURES
 from gradmap_hub.models.safetensors_files import clean_config
 from gradmap_hub.models.transformers_compat import has_5
 from gradmap_hub.record import Parity
@@ -25,15 +26,6 @@ MODEL_DATA = "model.onnx_data"
 # The graph and the files that ONNX Runtime's loaders need beside it; tokenizer files stay at the top of the repository.
 _KEPT = (MODEL, MODEL_DATA, "config.json", "generation_config.json")
 PARITY_LIMIT = 1e-3
-# Model types that Optimum (optimum-onnx 0.1) can export; docs/architectures.md lists those that pass the parity check.
-_MODEL_TYPES = (
-    "arcee", "bloom", "cohere", "falcon", "gemma", "gemma2", "gemma3_text", "glm", "gpt2", "gpt_neo", "gpt_neox",
-    "gpt_oss", "gptj", "granite", "helium", "llama", "mistral", "mpt", "nemotron", "olmo", "olmo2", "opt",
-    "phi", "phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3", "stablelm",
-)  # fmt: skip
-# Optimum exports these, but incorrectly. DeepSeek V3 branches on whether any token is routed to an expert, and the
-# trace fixes the branches of the example input: logits differ by more than 1. Without the branch the graph is correct.
-_WRONG = ("deepseek_v3",)
 PROMPTS = (
     "The capital of France is",
     "Water boils at a lower temperature on a mountain because",
@@ -45,10 +37,12 @@ GREEDY_TOKENS = 16
 def unsupported(config: Mapping[str, Any]) -> str | None:
     """The reason why Optimum cannot export a model with this config.json, or None. Decided without reading weights."""
     kind = str(config.get("model_type"))
-    variant = "" if kind in _WRONG else _variant_reason(kind, config)
+    row = ARCHITECTURES.get(kind)
+    correct = None if row is None else row.optimum
+    variant = "" if correct is False else _variant_reason(kind, config)
     if variant is not None:
         return f"Optimum's export of {kind!r}{variant} fails or differs from PyTorch"
-    return None if kind in _MODEL_TYPES else f"Optimum does not know model type {kind!r}"
+    return None if correct else f"Optimum does not know model type {kind!r}"
 
 
 def _variant_reason(kind: str, config: Mapping[str, Any]) -> str | None:

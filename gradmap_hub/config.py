@@ -1,6 +1,6 @@
-"""What a run is asked to do: frozen, validated when built, with the help text of each option beside it.
+"""The settings of a run: frozen, validated on construction, each with its help text.
 
-The command line reads the help texts from here (`help_of`), so that they are written once.
+The command line reads the help texts from here (`help_of`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import Any, Literal, TypedDict, TypeVar
 from gradmap_hub.errors import UsageError
 from gradmap_hub.formats import quantized
 
-Metric = Literal["auto", "gradient", "taylor", "block-influence", "gradient-window", "cosine-window"]
 Schedule = Literal["oneshot", "iterative"]
 Compensation = Literal["auto", "projection", "weight", "none"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -23,14 +22,16 @@ Site = Literal["auto", "around-gaps", "largest-shift"]
 Device = Literal["auto", "cpu", "cuda"]
 Compute = Literal["auto", "float32", "bfloat16"]
 
-METRICS: tuple[str, ...] = (
+# Values of --metric: auto, and the names in `pruning.candidates.RANKINGS`; `pruning.candidates.register` adds to both.
+METRICS: list[str] = [
     "auto",
     "gradient",
     "taylor",
     "block-influence",
     "gradient-window",
+    "taylor-window",
     "cosine-window",
-)
+]
 SCHEDULES: tuple[str, ...] = ("oneshot", "iterative")
 COMPENSATIONS: tuple[str, ...] = ("auto", "projection", "weight", "none")
 DTYPES: tuple[str, ...] = ("auto", "float32", "bfloat16", "float16")
@@ -38,9 +39,9 @@ DEVICES: tuple[str, ...] = ("auto", "cpu", "cuda")
 COMPUTES: tuple[str, ...] = ("auto", "float32", "bfloat16")
 PRESETS: tuple[str, ...] = ("default", "paper")
 
-# WikiText as the Hub serves it: the default when no text is given.
+# The default text: WikiText on the Hub.
 DEFAULT_CALIBRATION = "Salesforce/wikitext:wikitext-2-raw-v1/train"
-# What `evaluate` measures on by default.
+# The default text of `evaluate`.
 DEFAULT_EVALUATION = "Salesforce/wikitext:wikitext-2-raw-v1/test"
 
 
@@ -64,25 +65,24 @@ class PruneMethod:
         UsageError: a value outside its range.
     """
 
-    metric: Metric = _option(
+    metric: str = _option(
         "auto",
         "How layers are chosen. auto: several rankings of one scoring pass propose sets, the best window is tried with "
-        "every further layer, and the held-out loss decides. "
-        "gradient: GradMAP's gradient L1. Others: taylor, block-influence, gradient-window, cosine-window.",
+        "every further layer, and the held-out loss decides. gradient: GradMAP's gradient L1. Others: taylor, "
+        "block-influence, gradient-window, taylor-window, cosine-window.",
     )
     schedule: Schedule = _option(
         "oneshot", "oneshot: one backward pass, then all removals. iterative: one backward pass per removal."
     )
     compensation: Compensation = _option(
         "auto",
-        "What is fitted and folded at a site. projection: P on the output (the paper). weight, which auto means: the "
-        "output weight itself, a ridge regression with more unknowns. none: nothing.",
+        "What is fitted and folded at a site. projection: P on the output (the paper). weight (auto): the output "
+        "weight itself, a ridge regression with more unknowns. none: no compensation.",
     )
     site: Site = _option(
         "auto",
-        "Where the correction goes. largest-shift: the layer whose mean hidden state moved most (the paper). "
-        "auto: the MLP before every gap. around-gaps: also attention and MLP behind it. Each as far as it lowers the "
-        "held-out loss.",
+        "Where to compensate. largest-shift: the layer whose mean hidden state moved most (the paper). auto: the MLP "
+        "before every gap. around-gaps: also attention and MLP after it. Only sites that lower held-out loss are kept.",
     )
     calibration: tuple[str, ...] = _option(
         (DEFAULT_CALIBRATION,),
@@ -90,30 +90,30 @@ class PruneMethod:
         "owner/name[:config[/split]].",
     )
     eval_text: tuple[str, ...] = _option(
-        (), "Further text to measure perplexity on, never used for calibration; repeatable. Same forms."
+        (), "Further text to measure perplexity on, not used for calibration; repeatable. Same forms."
     )
     samples: int = _option(
-        32, "Calibration rows for the compensation; a quarter of them, at least 4, score the layers."
+        32, "Calibration sequences for the compensation; a quarter of them, at least 4, score the layers."
     )
-    seq_len: int = _option(512, "Tokens per row.")
-    eval_rows: int = _option(12, "Held-out rows per evaluation text.")
-    dtype: DType = _option("auto", "Number format of the written weights. auto: that of the original.")
-    seed: int = _option(0, "Seed of the choice of rows.")
+    seq_len: int = _option(512, "Tokens per sequence.")
+    eval_rows: int = _option(12, "Held-out sequences per evaluation text.")
+    dtype: DType = _option("auto", "Dtype of the written weights. auto: that of the original.")
+    seed: int = _option(0, "Seed of the choice of sequences.")
     low_memory: bool = _option(
         False,
-        "Map the weights from disk and stream them layer by layer, forward and backward: about three layers in memory "
-        "however deep the model. Same result; slower where the disk is.",
+        "Stream the weights from disk layer by layer, forward and backward: about three layers in memory at any depth. "
+        "Same result; slower if the disk is slow.",
     )
     heal: int = _option(
         0,
-        "Steps of a short distillation from the original after the correction: weights of the layers around the gaps, "
-        "one row a step, kept only where it lowers the held-out loss. 0: none.",
+        "Steps of a short distillation from the original after the compensation: it trains the layers around the gaps, "
+        "one sequence per step, and is kept only if it lowers the held-out loss. 0: none.",
     )
-    device: Device = _option("auto", "Where to compute. auto: CUDA if there is a GPU, else the CPU.")
+    device: Device = _option("auto", "Where to compute. auto: CUDA if a GPU is available, else the CPU.")
     compute: Compute = _option(
         "auto",
-        "Number format of the computation. auto: bfloat16 for models stored in it where the machine is fast at it, "
-        "else float32.",
+        "Dtype of the computation. auto: bfloat16 for models stored in it if the machine supports it natively, else "
+        "float32.",
     )
 
     def __post_init__(self) -> None:
@@ -132,7 +132,7 @@ class PruneMethod:
             if getattr(self, name) < least:
                 raise UsageError(f"--{name.replace('_', '-')} must be at least {least}; got {getattr(self, name)}.")
         if self.low_memory and self.device == "cuda":
-            raise UsageError("--low-memory streams the weights through the CPU; leave out --device cuda.")
+            raise UsageError("--low-memory computes on the CPU; leave out --device cuda.")
         if self.heal and self.low_memory:
             raise UsageError("--heal trains weights in memory; leave out --low-memory or --heal.")
         if not self.calibration:
@@ -140,23 +140,23 @@ class PruneMethod:
 
     @property
     def scoring_rows(self) -> int:
-        """Rows of the backward pass: it costs three forwards a row and its ranking settles early."""
+        """Sequences of the backward pass, which costs three forward passes each; its ranking converges early."""
         return max(4, self.samples // 4) if self.samples >= 4 else self.samples
 
     @property
     def shift_rows(self) -> int:
-        """Rows of the mean shift, a first moment: a few are enough."""
+        """Sequences for the mean shift. It is a first moment, so a few are enough."""
         return max(2, self.scoring_rows // 2)
 
     @property
     def selection_rows(self) -> int:
-        """Held-out rows that decide between candidates and between ridge strengths."""
+        """Held-out sequences that decide between candidates and between ridge strengths."""
         return max(4, self.samples // 4)
 
     @property
     def swaps(self) -> bool:
-        """Whether the search exchanges single layers of the best set. Only where nothing is corrected: swaps scatter
-        the gaps, and what they gained before the correction they lost after it (docs/method.md)."""
+        """Whether the search exchanges single layers of the best set. Only without compensation: swaps scatter the
+        gaps, and compensation reverses their gain (docs/method.md)."""
         return self.metric == "auto" and self.schedule == "oneshot" and self.compensation == "none"
 
 
@@ -175,7 +175,7 @@ class PruneConfig(PruneMethod):
     def __post_init__(self) -> None:
         asked = [value for value in (self.ratio, self.layers, self.drop) if value is not None]
         if len(asked) != 1:
-            raise UsageError("Say how much to remove with exactly one of --ratio, --layers and --drop.")
+            raise UsageError("Give exactly one of --ratio, --layers and --drop.")
         if self.ratio is not None and (not math.isfinite(self.ratio) or not 0 < self.ratio < 1):
             raise UsageError(f"--ratio must lie between 0 and 1, both excluded; got {self.ratio:g}.")
         if self.layers is not None and self.layers < 1:
@@ -185,10 +185,10 @@ class PruneConfig(PruneMethod):
         super().__post_init__()
 
     def removals(self, layer_count: int) -> int:
-        """How many of `layer_count` layers go: round half up, at least one, at most all but one.
+        """How many of `layer_count` layers to remove: round half up, at least one, at most all but one.
 
         Raises:
-            UsageError: more layers asked for than can go.
+            UsageError: it would remove all layers, or a layer that the model does not have.
         """
         if self.ratio is not None:
             return removals_of_ratio(self.ratio, layer_count)
@@ -199,17 +199,17 @@ class PruneConfig(PruneMethod):
                 )
             wanted = len(self.drop)
         else:
-            assert self.layers is not None  # __post_init__ saw to it
+            assert self.layers is not None  # checked by __post_init__
             wanted = self.layers
         if wanted >= layer_count:
-            raise UsageError(f"Cannot remove {wanted} of {layer_count} layers: at least one must stay.")
+            raise UsageError(f"Cannot remove {wanted} of {layer_count} layers: at least one must remain.")
         return wanted
 
 
 class MethodOptions(TypedDict, total=False):
     """The fields of `PruneMethod` as keyword arguments."""
 
-    metric: Metric
+    metric: str
     schedule: Schedule
     compensation: Compensation
     site: Site
@@ -235,34 +235,34 @@ Method = TypeVar("Method", bound=PruneMethod)
 
 
 def paper_preset(config: Method) -> Method:
-    """The paper's own setting: gradient ranking, one projection at the layer of the largest mean shift."""
+    """The paper's setting: gradient ranking, one projection at the layer of the largest mean shift."""
     return dataclasses.replace(config, metric="gradient", compensation="projection", site="largest-shift")
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """What to measure on a finished folder and its original.
+    """What to measure on a pruned model and its original.
 
     Raises:
         UsageError: a value outside its range.
     """
 
-    against: str | None = _option(None, "The original: a Hub id or a folder. Default: as recorded.")
+    against: str | None = _option(None, "The original: a Hub id or a folder. Default: the recorded one.")
     text: tuple[str, ...] = _option(
         (DEFAULT_EVALUATION,),
         "Text to measure perplexity and agreement on; repeatable. A .txt or .jsonl file (key `text`), or a Hub dataset "
         "as owner/name[:config[/split]].",
     )
     tasks: tuple[str, ...] = _option(
-        (), "Tasks of lm-evaluation-harness, comma-separated; `paper` means the seven of the paper."
+        (), "Tasks of lm-evaluation-harness, comma-separated; `paper`: the seven of the paper."
     )
     tasks_from: Path | None = _option(
         None,
-        "Folder that holds the documents of the tasks, NAME.SPLIT.jsonl in the harness' field names; none is fetched.",
+        "Folder with the documents of the tasks as NAME.SPLIT.jsonl, in the harness' field names; none is downloaded.",
     )
-    limit: int | None = _option(None, "Only the first so many documents of each task.")
-    seq_len: int = _option(512, "Tokens per row.")
-    rows: int = _option(32, "The most rows of each text, spread evenly over it.")
+    limit: int | None = _option(None, "Use only the first N documents of each task.")
+    seq_len: int = _option(512, "Tokens per sequence.")
+    rows: int = _option(32, "Maximum number of sequences of each text, spread evenly over it.")
     speed: bool = _option(True, "Measure tokens per second.")
 
     def __post_init__(self) -> None:
@@ -273,16 +273,17 @@ class EvaluateConfig:
         if not self.text:
             raise UsageError("--text needs at least one text.")
         if self.tasks_from is not None and not self.tasks:
-            raise UsageError("--tasks-from says where documents are; say which tasks with --tasks.")
+            raise UsageError("--tasks-from needs --tasks.")
         if self.limit is not None and not self.tasks:
             raise UsageError("--limit is for tasks; name them with --tasks, or limit the text with --rows.")
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What a run that repeats an earlier one must find again, or it would make another model; None: anything will do.
+    """What must be unchanged for a run to reproduce an earlier one; None is not checked.
 
-    `commit`: of the original on the Hub. `weights_sha256`: of a local original. `rows_sha256`: of the calibration rows.
+    `commit`: of the original on the Hub. `weights_sha256`: of a local original. `rows_sha256`: of the token ids of the
+    calibration sequences.
     """
 
     commit: str | None = None
@@ -292,7 +293,7 @@ class Expected:
 
 @dataclass(frozen=True)
 class PublishConfig:
-    """Where a model that is built goes, and what is allowed there.
+    """Where to publish a built model, and what is allowed there.
 
     Raises:
         UsageError: a number outside its range.
@@ -303,23 +304,22 @@ class PublishConfig:
     public: bool = _option(False, "Make both repositories public, after everything is verified.")
     update: bool = _option(False, "Replace an earlier push of the same model to the same target, in one commit.")
     create_pr: bool = _option(
-        False, "Propose the model to a repository of somebody else (--to) as a pull request; no Space, nothing else."
+        False, "Propose the model to somebody else's repository (--to) as a pull request, without a Space."
     )
-    license: str | None = _option(None, "Licence id for the card, when the original states none.")
-    license_name: str | None = _option(None, "Name of the licence, with --license other or an original that says so.")
-    license_link: str | None = _option(None, "Where that licence stands: an address, or a file such as LICENSE.")
+    license: str | None = _option(None, "Licence id for the card, if the original states none.")
+    license_name: str | None = _option(None, "Name of the licence, if its id is `other`.")
+    license_link: str | None = _option(None, "Text of that licence: a URL, or a file such as LICENSE.")
     collection: str | None = _option(
         None,
-        "Also add model and Space to this collection, OWNER/SLUG or [OWNER/]TITLE; one that is not there is created, "
-        "private.",
+        "Also add model and Space to this collection, OWNER/SLUG or [OWNER/]TITLE; a missing one is created, private.",
     )
     wait_space: int = _option(
-        300, "Seconds to wait for the published Space to build and start; it goes on without us. 0: do not look."
+        300, "Seconds to wait for the published Space to build and start, which continues on the Hub. 0: do not wait."
     )
 
     def __post_init__(self) -> None:
         if self.wait_space < 0:
-            raise UsageError(f"--wait-space takes seconds, 0 or more; got {self.wait_space}.")
+            raise UsageError(f"--wait-space must be at least 0 seconds; got {self.wait_space}.")
 
 
 class PublishOptions(TypedDict, total=False):
@@ -339,7 +339,7 @@ class PublishOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class PushConfig(PublishConfig):
-    """What is pruned, and where the result goes. `repeats`: what must be found again (`--from`)."""
+    """What to prune, and where the result goes. `repeats`: what must be unchanged (`--from`)."""
 
     model: str = _option("", "A Hub id (org/model), a local folder, or a .gguf file.")
     prune: PruneConfig = field(default_factory=lambda: PruneConfig(ratio=0.25))
@@ -348,11 +348,11 @@ class PushConfig(PublishConfig):
     onnx: bool = _option(True, "Export to ONNX with KV cache.")
     quantize: tuple[str, ...] = _option(
         (),
-        "Further ONNX files, comma-separated: int8 (weights in 8 bits), int4, genai. Each is compared with PyTorch; "
-        "one that costs more than 2 % (int8) or 10 % (int4) of perplexity is not published.",
+        "Further ONNX files, comma-separated: int8 (weights in 8 bits), int4, genai. Each is compared with PyTorch; a "
+        "file that raises perplexity by more than 2 % (int8) or 10 % (int4) is not published.",
     )
-    resume: bool = _option(False, "Go on with an unfinished run in the output folder.")
-    trust_remote_code: bool = _option(False, "Not available yet: models that need their own code are refused.")
+    resume: bool = _option(False, "Continue an unfinished run in the output folder.")
+    trust_remote_code: bool = _option(False, "Not supported: models that need their own code are refused.")
     repeats: Expected | None = None
 
     def __post_init__(self) -> None:
@@ -361,7 +361,7 @@ class PushConfig(PublishConfig):
         if strange:
             raise UsageError(f"--quantize takes {', '.join(quantized())}; got {strange[0]!r}.")
         if self.quantize and not self.onnx:
-            raise UsageError("--quantize makes ONNX files; leave out --no-onnx.")
+            raise UsageError("--quantize writes ONNX files; leave out --no-onnx.")
 
 
 @dataclass(frozen=True)
@@ -369,7 +369,7 @@ class SweepConfig:
     """What is measured at which ratios, each pruned by the method `prune`.
 
     Raises:
-        UsageError: no ratio, one that is not between 0 and 1, or a bound that cannot be.
+        UsageError: no ratio, a ratio that is not between 0 and 1, or a negative bound.
     """
 
     model: str = _option("", help_of(PushConfig, "model"))
@@ -380,10 +380,10 @@ class SweepConfig:
     revision: str | None = _option(None, help_of(PushConfig, "revision"))
     output: Path | None = _option(None, "Folder for sweep.json, sweep.md and sweep.png; default: NAME-sweep here.")
     speed: bool = _option(
-        True, "Time the pruned model against the original, reading a prompt and writing (PyTorch, batch 1)."
+        True, "Measure prefill and decode speed of the pruned model against the original (PyTorch, batch 1)."
     )
     max_loss: float | None = _option(
-        None, "Recommend the largest ratio at which perplexity rises by at most so many percent, instead of the knee."
+        None, "Recommend the largest ratio at which perplexity rises by at most N percent, instead of the knee."
     )
 
     def __post_init__(self) -> None:
@@ -396,19 +396,19 @@ class SweepConfig:
             raise UsageError(f"--max-loss takes a percentage, 0 or more; got {self.max_loss:g}.")
 
     def ratios_by_count(self, layer_count: int) -> dict[int, list[float]]:
-        """How many of `layer_count` layers go, ascending -> the ratios asked for that come to it."""
+        """Number of removed layers of `layer_count`, ascending -> the ratios that round to it."""
         found: dict[int, list[float]] = {}
         for ratio in sorted(set(self.ratios)):
             found.setdefault(removals_of_ratio(ratio, layer_count), []).append(ratio)
         return found
 
     def push_command(self, ratio: float) -> str:
-        """The command line that makes and publishes the model at this ratio, with the options that the sweep had."""
+        """The command line that prunes and publishes at this ratio, with the options of the sweep."""
         words = ["gradmap-hub", "push", self.model, "--ratio", str(ratio)]
         words += ["--revision", self.revision] if self.revision else []
         by_default = PruneMethod()
         paper = paper_preset(by_default)
-        if self.prune.site == paper.site:  # no option of its own
+        if self.prune.site == paper.site:  # it has no option
             words += ["--preset", "paper"]
             by_default = paper
         for entry in dataclasses.fields(PruneMethod):

@@ -1,6 +1,6 @@
-"""Every failure a user can meet. One class per cause, facts as attributes, phrased once by the command line.
+"""All expected failures: one class per cause, with its facts as attributes.
 
-`message` is one line that says what is wrong; `hint`, if any, says what to do next. Neither ever holds a token.
+`message` is one line that says what is wrong; `hint`, if any, says what to do next. Neither ever contains a token.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ class GradmapError(Exception):
 
 
 class UsageError(GradmapError):
-    """An argument that cannot be meant (exit status 2)."""
+    """An invalid argument (exit status 2)."""
 
 
 class SourceError(GradmapError):
@@ -24,35 +24,35 @@ class SourceError(GradmapError):
 
 
 class RepositoryNotFound(SourceError):
-    """No such repository on the Hub, or it is private and the token does not open it."""
+    """The Hub has no such repository, or it is private and the token cannot read it."""
 
     def __init__(self, repo_id: str, *, hint: str | None = None) -> None:
         super().__init__(
-            f"There is no model {repo_id} on the Hub that you can see.",
+            f"There is no model {repo_id} on the Hub that you can access.",
             hint=hint or "Check the spelling; for a private model, log in with `hf auth login` or set HF_TOKEN.",
         )
         self.repo_id = repo_id
 
 
 class RevisionNotFound(SourceError):
-    """The repository exists, the branch, tag or commit does not."""
+    """The repository exists, but not the branch, tag or commit."""
 
     def __init__(self, repo_id: str, revision: str) -> None:
         super().__init__(
             f"{repo_id} has no revision {revision!r}.",
-            hint="Give a branch, a tag or a commit of that repository.",
+            hint="Give a branch, tag or commit of that repository.",
         )
         self.repo_id = repo_id
         self.revision = revision
 
 
 class GatedRepository(SourceError):
-    """The metadata is public, the weights are not ours to read."""
+    """The metadata is public, but the token may not read the weights."""
 
     def __init__(self, repo_id: str, url: str) -> None:
         super().__init__(
-            f"Access to the weights of {repo_id} is restricted and your token has not been granted it.",
-            hint=f"Ask for access on {url}, then run the same command again.",
+            f"Access to the weights of {repo_id} is restricted, and your token does not have it.",
+            hint=f"Request access at {url}, then run the same command again.",
         )
         self.repo_id = repo_id
 
@@ -69,15 +69,15 @@ class UnsupportedArchitecture(SourceError):
 
 
 class BrokenCheckpointError(SourceError):
-    """Weights that are missing, cut short, or in a format that is never loaded (pickle)."""
+    """Weights that are missing, truncated, or in a format that is never loaded (pickle)."""
 
 
 class RemoteCodeRefused(SourceError):
-    """The repository wants its own Python code to be executed."""
+    """The model needs Python code from its repository."""
 
 
 class OutputExists(GradmapError):
-    """The output folder already holds something."""
+    """The output folder is not empty."""
 
 
 class CalibrationError(GradmapError):
@@ -85,12 +85,12 @@ class CalibrationError(GradmapError):
 
 
 class DiskTooSmall(GradmapError):
-    """Not enough room for what is about to be written."""
+    """Not enough free disk space for the output."""
 
     def __init__(self, path: str, needed: int, free: int) -> None:
         super().__init__(
             f"Not enough disk space at {path}: about {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free.",
-            hint="Free some space, or choose another place with --output (and HF_HOME for downloads).",
+            hint="Free some space, or choose another folder with --output (and HF_HOME for downloads).",
         )
         self.needed = needed
         self.free = free
@@ -108,11 +108,11 @@ class MissingExtra(GradmapError):
 
 
 class ExportEnvironmentError(GradmapError):
-    """The environment that exports run in, beside transformers 5, is not there and cannot be made."""
+    """The separate environment for exports, needed with transformers 5, is missing and cannot be created."""
 
 
 class VerificationError(GradmapError):
-    """The saved model or an export does not compute what it should. Nothing is published."""
+    """The saved model or an export differs from the model in memory. Nothing is published."""
 
 
 class MemoryNotMeasured(GradmapError):
@@ -125,78 +125,78 @@ class MemoryNotMeasured(GradmapError):
 
 
 class SpaceImpossible(GradmapError):
-    """There is nothing that a comparison Space of the two models could run."""
+    """A comparison Space has no files of the two models that it could run."""
 
 
 class HubError(GradmapError):
-    """The Hub refused or could not be reached."""
+    """The Hub refused a request or is unreachable."""
 
 
 class NotLoggedIn(HubError):
-    """There is no token, or the Hub does not accept it."""
+    """There is no token, or the Hub rejects it."""
 
 
 class NotAllowed(HubError):
-    """The token is valid but may not do this."""
+    """The token is valid but lacks the permission."""
 
 
 class PaymentRequired(HubError):
-    """What was asked needs a paid plan, or more storage than the account has."""
+    """The request needs a paid plan, or more storage than the account has."""
 
 
 class TargetExists(HubError):
-    """The target repository holds something that is not this push."""
+    """The target repository has content from something other than this push."""
 
 
 class TargetPublic(HubError):
-    """The target repository is there and public, and nobody said that what is uploaded may be."""
+    """The target repository is public, and --public was not given."""
 
     def __init__(self, repo_id: str) -> None:
         super().__init__(
-            f"{repo_id} is public: what is uploaded to it is visible to everybody at once. Nothing was uploaded.",
-            hint="Say --public if that is meant, make the repository private, or choose another name with --to.",
+            f"{repo_id} is public: everybody would see the upload at once. Nothing was uploaded.",
+            hint="Add --public if you want that, make the repository private, or choose another name with --to.",
         )
         self.repo_id = repo_id
 
 
 class TargetChanged(HubError):
-    """Somebody else committed to the target between our look at it and our commit."""
+    """Somebody else committed to the target after it was checked."""
 
     def __init__(self, repo_id: str, url: str) -> None:
         super().__init__(
-            f"Somebody else committed to {repo_id} while it was published; their commit stands, ours was not made.",
-            hint=f"Look at {url}/commits/main, then run the same command again: with --update if this is to replace "
-            "what is there, or with another name in --to.",
+            f"Somebody else committed to {repo_id} during the upload; their commit stands, ours was not made.",
+            hint=f"Look at {url}/commits/main, then run the same command again: with --update to replace the content, "
+            "or with another name in --to.",
         )
         self.repo_id = repo_id
 
 
 class TargetGone(HubError):
-    """The target repository was there a moment ago, and the Hub finds it no more."""
+    """The target repository disappeared during the run."""
 
 
 class CollectionNotFound(HubError):
-    """There is no such collection, and what was given is no title to make one of."""
+    """There is no such collection, and the argument is not a title for a new one."""
 
 
 class HubConflict(HubError):
-    """The Hub is in the middle of something else with the same repository (409)."""
+    """Another operation on the same repository is in progress (409)."""
 
 
 class RateLimited(HubError):
-    """The Hub asks to be left alone for longer than we wait."""
+    """The Hub requests a longer pause than we wait."""
 
 
 class PublishInterrupted(HubError):
-    """The upload did not finish; everything built is still on disk."""
+    """The upload did not finish; all files are still on disk."""
 
 
 class LicenseUnknown(GradmapError):
-    """The base model states no licence, so nothing can be published in its name."""
+    """The base model states no licence, so nothing can be published."""
 
 
 class CardInvalid(GradmapError):
-    """The YAML header of a README.md that was to be published is not one that the Hub would take."""
+    """The Hub would reject the YAML header of a README.md."""
 
     def __init__(self, path: str, problems: tuple[str, ...], *, hint: str | None = None) -> None:
         super().__init__(f"The header of {path} is not valid: {problems[0]}. Nothing was uploaded.", hint=hint)
@@ -205,7 +205,7 @@ class CardInvalid(GradmapError):
 
 
 class UnsafeToPublish(GradmapError):
-    """A file that was to be published holds something private, or is of a kind that is never published."""
+    """A file contains something private, or is of a type that is never published."""
 
     def __init__(self, path: str, what: str, *, hint: str) -> None:
         super().__init__(f"{path} {what}. Nothing was uploaded.", hint=hint)

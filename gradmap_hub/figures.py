@@ -1,6 +1,6 @@
-"""How our figures look, and what they are drawn with; each package draws its own with these.
+"""The style of our figures, and helpers to draw them; each package draws its own figures.
 
-matplotlib is imported when something is drawn: it takes most of a second, and no other command needs it.
+matplotlib is imported only when a figure is drawn: the import takes most of a second.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ LOG_RANGE = 15.0
 
 
 def save_plot(draw: Callable[[Figure], None], path: Path, height: float = 5.2) -> None:
-    """A figure 12 inches wide, as PNG, the same bytes for the same drawing."""
+    """Save a figure 12 inches wide as PNG. The same drawing gives the same bytes."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -55,7 +55,7 @@ def save_plot(draw: Callable[[Figure], None], path: Path, height: float = 5.2) -
         figure.set_layout_engine(ConstrainedLayoutEngine(w_pad=0.16, h_pad=0.16))
         FigureCanvasAgg(figure)
         draw(figure)
-        # Without the version of matplotlib in the file, the bytes depend on the pixels alone.
+        # The file would contain the version of matplotlib; without it the bytes depend only on the pixels.
         figure.savefig(path, format="png", metadata={"Software": None})
 
 
@@ -88,14 +88,14 @@ def legend(axes: Axes, handles: Sequence[Artist]) -> None:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Round values within an axis, two to nine of them."""
+    """Two to nine round values within an axis."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for digits in ((1, 1.5, 2, 3, 5, 7), (1, 2, 5), (1,)) if high > 2.5 * low else ():
         ticks = [digit * 10.0**decade for decade in decades for digit in digits]
         found = [tick for tick in ticks if low <= tick <= high]
         if 3 <= len(found) <= 9:
             return found
-    if high > 2.5 * low:  # too long an axis for those
+    if high > 2.5 * low:  # several decades
         tens = [10.0**decade for decade in decades if low <= 10.0**decade <= high]
         return tens[:: math.ceil(len(tens) / 8)]
     step = next(

@@ -1,4 +1,4 @@
-"""Where a run puts things: the model folder, its work folder, its Space folder; and whether there is room."""
+"""Names of files in a model folder, its work folder and its Space folder; checks of disk space and output; hashes."""
 
 from __future__ import annotations
 
@@ -18,8 +18,12 @@ from gradmap_hub.record import (
 
 
 def check_output(output: Path, resume: bool, mark: Path | None = None) -> None:
-    """Raises OutputExists: the folder holds something, and it is not to be resumed or not a run of ours (which has
-    the folder `mark`): going on in it would publish what somebody else put there."""
+    """Refuse a non-empty output folder, unless `resume` is set and the folder is from an earlier run of ours (which has
+    the folder `mark`): other files in it would be published.
+
+    Raises:
+        OutputExists: the folder is refused.
+    """
     if output.exists() and not output.is_dir():
         raise OutputExists(f"{output} is a file.", hint="Choose another --output.")
     if not output.exists() or not any(output.iterdir()):
@@ -28,22 +32,22 @@ def check_output(output: Path, resume: bool, mark: Path | None = None) -> None:
     if resume and ours:
         return
     raise OutputExists(
-        f"The folder {output} is not empty; nothing in it was touched.",
-        hint="Add --resume to go on with the run that made it, or choose another folder."
+        f"The folder {output} is not empty; it was left unchanged.",
+        hint="Add --resume to continue the run that created it, or choose another folder."
         if ours
         else "Choose another folder.",
     )
 
 
 def check_disk(output: Path, needed: int) -> None:
-    """Raises DiskTooSmall: less free space than `needed` bytes where `output` will be."""
+    """Raises DiskTooSmall: the file system of `output` has less than `needed` bytes free."""
     free = free_bytes(output)
     if free < needed:
         raise DiskTooSmall(str(_existing(output)), needed, free)
 
 
 def free_bytes(path: Path) -> int:
-    """The free space where a path is, or will be."""
+    """Free bytes on the file system of a path, which need not exist."""
     return shutil.disk_usage(_existing(path)).free
 
 
@@ -52,7 +56,7 @@ def disk_words(needed: int, path: Path) -> str:
 
 
 def _existing(path: Path) -> Path:
-    """The path, or the nearest folder above it that exists."""
+    """The path, or its nearest existing parent."""
     place = path.absolute()
     while not place.exists():
         place = place.parent
@@ -60,7 +64,7 @@ def _existing(path: Path) -> Path:
 
 
 def default_output(model: str, config: PruneConfig) -> Path:
-    """NAME-gradmap-25 in the working folder."""
+    """NAME-gradmap-25 in the current folder."""
     name = Path(model).stem if model.endswith(".gguf") else Path(model).name
     if config.ratio is not None:
         how_much = f"{math.floor(config.ratio * 100 + 0.5)}"
@@ -74,7 +78,7 @@ def work_folder(output: Path) -> Path:
 
 
 def space_folder_of(output: Path) -> Path:
-    """The Space folder beside a model folder."""
+    """The Space folder next to a model folder."""
     return output.with_name(output.name + "-space")
 
 
@@ -89,7 +93,7 @@ def artifact(path: Path, root: Path, kind: str, parity: Parity | None = None) ->
 CARD = "README.md"
 
 
-# Results of benchmarks, as the Hub reads them.
+# Folder of evaluation results that the Hub reads.
 RESULTS_FOLDER = ".eval_results"
 
 
@@ -105,7 +109,7 @@ WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 
 
-# Copied byte for byte from the original to the result; re-saving a tokenizer changes it.
+# Copied byte for byte from the original, because saving a tokenizer again changes it.
 TOKENIZER_FILES = (
     "tokenizer.json",
     TOKENIZER_CONFIG,
@@ -134,12 +138,12 @@ def _is_legal_text(name: str) -> bool:
 
 
 def folder_sizes(folder: Path) -> dict[str, int]:
-    """{relative path: bytes} of every file below `folder`."""
+    """{relative path: bytes} of all files below `folder`."""
     return {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
 
 
 def weights_sha256(paths: Iterable[Path]) -> str:
-    """One sum over weight files, whatever they are called."""
+    """One hash over weight files, independent of their names."""
     return hashlib.sha256("\n".join(sorted(map(sha256_of, paths))).encode()).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""What computes: the machine, and the versions of the packages that may show in a result."""
+"""The machine and the versions of packages that can affect a result."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def hardware() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of the packages whose version may show in a result."""
+    """Version of Python and of the installed packages that can affect a result, by name."""
     found = {"python": platform.python_version()}
     for name in _VERSIONED:
         try:

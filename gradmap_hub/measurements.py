@@ -1,4 +1,4 @@
-"""What `evaluate` measured: the part of gradmap.json that describes a finished folder and its original."""
+"""The results of `evaluate`: the part of gradmap.json that compares a model folder with its original."""
 
 from __future__ import annotations
 

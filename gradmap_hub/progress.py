@@ -1,4 +1,4 @@
-"""How long work reports itself. The library only calls these; the command line draws them."""
+"""Progress of long work. The library calls a `Reporter`; the command line draws it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ class Reporter(Protocol):
         ...
 
     def total(self, steps: int, *, unit: str = "") -> None:
-        """The running stage has this many steps; `unit` "bytes" if that is what they are."""
+        """The running stage has this many steps; `unit` is "bytes" if the steps are bytes."""
         ...
 
     def advance(self, steps: int = 1) -> None:
-        """So many steps of the running stage are done."""
+        """This many further steps of the running stage are done."""
         ...
 
     def finish(self, note: str = "", *, reused: bool = False) -> None:
@@ -25,7 +25,7 @@ class Reporter(Protocol):
         ...
 
     def note(self, text: str) -> None:
-        """One line worth reading that is not a stage."""
+        """A line of information that is not a stage."""
         ...
 
 

@@ -1,6 +1,6 @@
-"""The RunRecord: everything a run decided and measured, one JSON file (gradmap.json) per model folder.
+"""The RunRecord: all decisions and measurements of a run, one JSON file (gradmap.json) per model folder.
 
-The command line, the card and the Space read nothing else.
+The command line, the card and the Space read only this file.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from gradmap_hub.measurements import BeforeAfter, Measured
 
 T = TypeVar("T")
 
-# 2: `settings`, all that decides a run.
+# 2: adds `settings`.
 SCHEMA_VERSION = 2
 FILE_NAME = "gradmap.json"
 
 
 @dataclass(frozen=True)
 class Base:
-    """The original model. `commit` is None for a local folder or file; `weights_sha256` is that of a local one (see
-    `source.weights_sha256`), and None for a model from the Hub, whose commit says it."""
+    """The original model. A model from the Hub has a `commit`; a local folder or file has a `weights_sha256` (see
+    `layout.weights_sha256`)."""
 
     name: str
     repo_id: str | None = None
     revision: str | None = None
     commit: str | None = None
     license: str | None = None
-    # "original": carried over from its card; "publisher": stated with --license, because its card has none.
+    # "original": from its card; "publisher": given with --license because the card states none.
     license_source: str = "original"
     license_name: str | None = None
     license_link: str | None = None
@@ -43,16 +43,16 @@ class Base:
     model_type: str = ""
     dtype: str = ""
     has_onnx: bool = False
-    # Precisions (see spaceplan.GRAPHS) of which its repository has ONNX files that are like ours.
+    # Precisions (see formats.GRAPHS) of the ONNX files in its repository that are comparable to ours.
     exports: list[str] = field(default_factory=list)
     weights_sha256: str | None = None
-    # Whether transformers 4.57 cannot read it as it lies in its repository.
+    # Whether transformers 4.57 cannot read the files of its repository.
     needs_5: bool = False
 
 
 @dataclass(frozen=True)
 class LayerDecision:
-    """One decoder layer: `score` is the gradient L1 norm (see scoring.py), whatever ranking won."""
+    """One decoder layer: `score` is its gradient L1 norm (see `pruning.scoring`), whichever ranking won."""
 
     index: int
     score: float
@@ -60,15 +60,15 @@ class LayerDecision:
     reason: str
 
 
-# What the name of a set ends in that came from another by exchanging single layers.
+# Suffixes of the names of sets that the search derived from another set.
 SWAPPED = ", swapped"
 GROWN = " and one more"
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One set of layers that was tried on held-out rows. `loss` in nats per token, without compensation; `corrected`
-    with it, for the sets whose corrections were fitted."""
+    """One set of layers that was tried on held-out sequences. `loss` in nats per token without compensation;
+    `corrected`: with it, for the sets for which it was fitted."""
 
     name: str
     removed: list[int]
@@ -78,7 +78,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class TextSource:
-    """A text that was used. `rows` of `sequence_length` tokens; sha256 of the whole text read."""
+    """A calibration text: number of sequences (`rows`) used; sha256 of the whole text read."""
 
     name: str
     sha256: str
@@ -87,6 +87,8 @@ class TextSource:
 
 @dataclass(frozen=True)
 class CalibrationRecord:
+    """The calibration text. `samples` sequences of `sequence_length` tokens; `sha256` of their token ids."""
+
     source: str
     samples: int
     tokens: int
@@ -99,7 +101,8 @@ class CalibrationRecord:
 
 @dataclass(frozen=True)
 class Trial:
-    """One correction that was tried. `strength` is lambda over the mean Gram diagonal; `loss` on held-out rows."""
+    """One tried compensation. `site`: the layer (original index); `strength`: lambda over the mean Gram diagonal;
+    `loss`: on held-out sequences, in nats per token."""
 
     site: int
     kind: str
@@ -109,8 +112,8 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class SiteCorrection:
-    """One correction that was applied: to the attention or MLP output (`part`) of a layer (original index)."""
+class SiteCompensation:
+    """One applied compensation, at the attention or MLP output (`part`) of a layer (original index)."""
 
     layer: int
     part: str
@@ -123,9 +126,9 @@ class SiteCorrection:
 
 @dataclass(frozen=True)
 class CompensationRecord:
-    """Stage 2. `kind`, `site`, `strength` and `ridge` are those of the correction that gained most; `corrections` holds
-    them all, in the order of the stream. `shift` and `relative_shift` are indexed like `shift_layers` (original indices
-    of kept layers)."""
+    """Stage 2. `kind`, `site`, `strength` and `ridge` are those of the site that gained most; `corrections` has all
+    applied sites in the order of the stream. `shift` and `relative_shift` are indexed like `shift_layers` (original
+    indices of kept layers)."""
 
     applied: bool
     kind: str | None = None
@@ -139,13 +142,13 @@ class CompensationRecord:
     shift: list[float] = field(default_factory=list)
     relative_shift: list[float] = field(default_factory=list)
     trials: list[Trial] = field(default_factory=list)
-    corrections: list[SiteCorrection] = field(default_factory=list)
+    corrections: list[SiteCompensation] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class HealCheck:
-    """One look at the held-out rows after so many steps: `loss` on them, and `divergence`, the mean since the last look
-    of what is minimised, KL(original || pruned) on the fitting rows; both in nats per token."""
+    """A check after `step` steps: `loss` on held-out sequences, and `divergence`, the mean since the last check of the
+    training objective, KL(original || pruned) on the fitting sequences; both in nats per token."""
 
     step: int
     divergence: float
@@ -154,8 +157,8 @@ class HealCheck:
 
 @dataclass(frozen=True)
 class HealRecord:
-    """The distillation after stage 2, if one was asked for. `steps` of one row each; `rate`: peak learning rate;
-    losses on held-out rows; `layers`: those trained (original indices), empty if that was not kept."""
+    """The optional distillation after stage 2. `steps` of one sequence each; `rate`: peak learning rate; losses on
+    held-out sequences; `layers`: the trained ones (original indices), empty if the result was discarded."""
 
     applied: bool
     steps: int
@@ -169,7 +172,7 @@ class HealRecord:
 
 @dataclass(frozen=True)
 class VerificationRecord:
-    """The saved folder, read back by plain transformers in a fresh object."""
+    """The saved folder, loaded again with plain transformers."""
 
     keys_match: bool
     max_logit_difference: float
@@ -179,8 +182,8 @@ class VerificationRecord:
 
 @dataclass(frozen=True)
 class TextPerplexity:
-    """Token perplexity on one text: exp(mean NLL) over non-overlapping rows; `interval` is the 95% bootstrap
-    interval (over rows) of compensated / original."""
+    """Token perplexity on one text: exp(mean NLL) over non-overlapping sequences; `interval` is the 95% bootstrap
+    interval (over sequences) of compensated / original."""
 
     name: str
     kind: str
@@ -192,7 +195,7 @@ class TextPerplexity:
     pruned: float
     compensated: float
     interval: list[float] = field(default_factory=list)
-    # Of its rows, counted from 0, those that share 13 words in a row with a calibration row; None: not looked at.
+    # Its sequences, counted from 0, with a 13-gram overlap with a calibration sequence; None: not checked.
     contaminated: list[int] | None = None
 
 
@@ -208,7 +211,7 @@ class EvaluationRecord:
 
 @dataclass(frozen=True)
 class Parity:
-    """An export against PyTorch: largest absolute logit differences and whether greedy tokens agree."""
+    """An export compared with PyTorch: largest absolute logit differences, and whether greedy tokens are equal."""
 
     max_logit_difference: float
     max_logit_difference_with_past: float
@@ -218,8 +221,8 @@ class Parity:
 
 @dataclass(frozen=True)
 class Quality:
-    """What a quantised export costs: token perplexity of the graph on ONNX Runtime and of the checkpoint in float32, on
-    the same rows. `recipe`: the settings that won; `base`: whose graph, "genai" or "optimum"."""
+    """The cost of a quantised export: token perplexity of the graph on ONNX Runtime and of the checkpoint in float32,
+    on the same sequences. `recipe`: the selected settings; `base`: the quantised graph, "genai" or "optimum"."""
 
     perplexity: float
     checkpoint_perplexity: float
@@ -245,10 +248,10 @@ class Artifact:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """See DESIGN: this is the contract between stages and with whoever reads the published repository.
+    """The contract between stages and with readers of the published repository.
 
-    `settings`: the fields of PruneConfig as the run used them, with what "auto" came to on that machine and texts by
-    their recorded names; None in records of version 1. With `base` it is all that `--from` needs."""
+    `settings`: the fields of PruneConfig as the run used them, with "auto" resolved and texts by their recorded names;
+    None in records of version 1. `--from` needs only `settings` and `base`."""
 
     schema_version: int
     gradmap_hub: str
@@ -277,7 +280,7 @@ class RunRecord:
     hardware: str = ""
     heal: HealRecord | None = None
     settings: dict[str, Any] | None = None
-    # What `evaluate` measured, and in a few words why an earlier measurement is gone.
+    # The result of `evaluate`; the note says why an earlier result was dropped.
     measured: Measured | None = None
     measured_note: str = ""
 
@@ -298,7 +301,7 @@ class RunRecord:
         """Read `folder`/gradmap.json.
 
         Raises:
-            SourceError: there is none, or it is not one.
+            SourceError: it is missing or is not a record.
         """
         try:
             return read_record(folder / FILE_NAME)
@@ -310,11 +313,11 @@ class RunRecord:
 
 
 def read_record(path: Path) -> RunRecord:
-    """A record, whatever the file is called.
+    """A record from a file of any name.
 
     Raises:
         FileNotFoundError: there is no such file.
-        SourceError: it is not a record.
+        SourceError: the file is not a record.
     """
     try:
         return from_json(RunRecord, json.loads(path.read_text(encoding="utf-8")))
@@ -323,7 +326,11 @@ def read_record(path: Path) -> RunRecord:
 
 
 def to_json(value: Any) -> str:
-    """A dataclass as indented JSON; NaN and infinity are refused rather than written."""
+    """A dataclass as indented JSON.
+
+    Raises:
+        ValueError: it contains NaN or infinity.
+    """
     return json.dumps(as_data(value), indent=2, ensure_ascii=False, allow_nan=False)
 
 
@@ -333,7 +340,7 @@ def as_data(value: Any) -> dict[str, Any]:
 
 
 def from_json(kind: type[T], data: Any) -> T:
-    """Rebuild a (nested) dataclass from decoded JSON; keys a newer version added are ignored."""
+    """A (nested) dataclass from decoded JSON; unknown keys, as of newer versions, are ignored."""
     hints = typing.get_type_hints(kind)
     known = {entry.name for entry in dataclasses.fields(kind)}  # pyright: ignore[reportArgumentType]
     return kind(**{name: _decode(hints[name], value) for name, value in data.items() if name in known})

@@ -1,7 +1,7 @@
-"""Resumable work: the result of each stage on disk, reused while its inputs are the same.
+"""Resumable work: the result of each stage is on disk and reused while its inputs are unchanged.
 
-Results are small JSON files in a folder beside the output (`OUTPUT.work/`). A stage's key hashes its own inputs and
-the keys of the stages before it, so that a change upstream recomputes everything downstream and nothing else.
+Results are small JSON files in a folder next to the output (`OUTPUT.work/`). A stage's key hashes its inputs and the
+keys of the stages before it, so that a change recomputes the later stages and nothing else.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from gradmap_hub.record import from_json, to_json
 
 T = TypeVar("T")
 
-# A stage of fewer seconds has not used memory that is worth a quarter of a second of looking for garbage.
+# Seconds below which a stage is not worth a garbage collection, which takes a quarter of a second.
 _LONG_ENOUGH = 1.0
 
 
 class Stages:
-    """The stages of one run, in order. `timings` holds the seconds each took when it was computed."""
+    """The stages of one run, in order. `timings`: seconds each took when it was computed."""
 
     def __init__(self, folder: Path, reporter: Reporter, identity: Mapping[str, Any]) -> None:
         self.folder = folder
@@ -39,9 +39,8 @@ class Stages:
         folder.mkdir(parents=True, exist_ok=True)
 
     def branch(self, name: str = "", label: str = "") -> Stages:
-        """Stages that go on from here: what is done in them changes nothing for the stages of other branches, nor for
-        those that follow here. With a `name`, results (in a folder of that name) and timings are their own. `label`
-        stands before the titles."""
+        """A branch of the stages from here on: its keys do not affect other branches or later stages of this object.
+        With a `name`, it has its own results (in a folder of that name) and timings. `label` prefixes the titles."""
         other = copy.copy(self)
         if name:
             other.folder, other.timings = self.folder / name, {}
@@ -62,7 +61,7 @@ class Stages:
     ) -> T:
         """Return the stored result of stage `name`, or compute and store it.
 
-        `files` are what the stage writes; it is computed again when one of them is gone or has changed size.
+        `files`: the files that the stage writes; if one is missing or has another size, the stage is computed again.
         """
         self._key = _digest({"before": self._key, "stage": name, "inputs": dict(inputs or {})})
         self.reporter.start(f"{self._label}{title}")
@@ -72,7 +71,7 @@ class Stages:
             self.timings[name] = stored["seconds"]
             self.reporter.finish(describe(result), reused=True)
             return result
-        # Gone before the files change: an interrupted stage must not leave an older result that seems to describe them.
+        # Deleted before the files change: after an interruption, an older result must not seem to describe them.
         (self.folder / f"{name}.json").unlink(missing_ok=True)
         started = time.monotonic()
         result = compute()
@@ -88,7 +87,7 @@ class Stages:
         )
         partial = self.folder / f"{name}.json.partial"
         partial.write_text(text, encoding="utf-8")
-        os.replace(partial, self.folder / f"{name}.json")  # a stage is done or not, never half
+        os.replace(partial, self.folder / f"{name}.json")  # atomic: a stage is never half done
         self.reporter.finish(describe(result))
         if seconds >= _LONG_ENOUGH:
             _give_memory_back()
@@ -111,8 +110,8 @@ def _digest(value: Any) -> str:
 
 
 def _give_memory_back() -> None:
-    """Return what a stage freed to the operating system. glibc keeps it otherwise, and the next stage may be a child
-    process (the ONNX export) that needs it."""
+    """Return freed memory to the operating system. glibc would keep it, and the next stage may be a child process (the
+    ONNX export) that needs it."""
     gc.collect()
-    with contextlib.suppress(OSError, AttributeError):  # another libc has nothing to trim
+    with contextlib.suppress(OSError, AttributeError):  # not glibc
         ctypes.CDLL(None).malloc_trim(0)

@@ -1,4 +1,4 @@
-"""How numbers are written for people."""
+"""Human-readable numbers."""
 
 from __future__ import annotations
 

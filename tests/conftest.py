@@ -282,8 +282,8 @@ def decoder_of() -> Callable[..., Any]:
     """A Decoder over a model for rows of so many tokens."""
 
     def make(model: Any, tokens: int) -> Any:
-        from gradmap_hub.models.architectures import architecture_of
         from gradmap_hub.models.decoder import Decoder
+        from gradmap_hub.models.support import architecture_of
 
         return Decoder(model, architecture_of(model.config.to_dict()), tokens)
 
@@ -344,7 +344,7 @@ def prune_copy() -> Callable[..., Any]:
     def prune(model: Any, removed: Sequence[int] = REMOVED) -> Any:
         import copy
 
-        from gradmap_hub.models.architectures import architecture_of
+        from gradmap_hub.models.support import architecture_of
         from gradmap_hub.pruning.removal import remove_layers
 
         pruned = copy.deepcopy(model)

@@ -33,9 +33,11 @@ class Trap:
 
 
 ARCHITECTURES = "gradmap_hub/models/architectures.py"
+SLICING = "gradmap_hub/models/slicing.py"
+SUPPORT = "gradmap_hub/models/support.py"
 PRUNING = "gradmap_hub/pruning/removal.py"
 RESIDUAL = "gradmap_hub/pruning/residual.py"
-STREAMING = "gradmap_hub/models/streaming.py"
+SKELETON = "gradmap_hub/models/skeleton.py"
 VERIFICATION = "gradmap_hub/pruning/verification.py"
 _FAMILIES = "tests/models/test_families.py"
 _PRUNING = "tests/pruning/test_removal.py"
@@ -86,17 +88,17 @@ TRAPS = (
         (f"{_PRUNING}::test_verification_sees_two_layers_sharing_a_cache_slot",),
     ),
     Trap(
-        "number of layers", ARCHITECTURES, "    result.num_hidden_layers = len(kept)\n", "",
+        "number of layers", SLICING, "    result.num_hidden_layers = len(kept)\n", "",
         _pruned("llama", "gpt2", "gpt_neo", "mpt"),
     ),
     # --- lists and rules by index
     Trap(
-        "sliding and full attention (layer_types)", ARCHITECTURES,
+        "sliding and full attention (layer_types)", SLICING,
         "setattr(result, name, [value[index] for index in kept])", "pass",
         _pruned("gemma2", "gemma3_text", "gpt_oss", "cohere2", "olmo3", "exaone4", "ministral", "qwen2", "smollm3"),
     ),
     Trap(
-        "types of layers that Qwen 2 and 3 derive from the index", ARCHITECTURES,
+        "types of layers that Qwen 2 and 3 derive from the index", SLICING,
         "    result.num_hidden_layers = len(kept)\n",
         "    result.num_hidden_layers = len(kept)\n"
         '    result = type(config)(**{**result.to_dict(), "layer_types": None})\n',
@@ -107,14 +109,14 @@ TRAPS = (
         "max_window_layers", ARCHITECTURES, 'leading=("max_window_layers",),', "", _pruned("qwen2_moe"),
     ),
     Trap(
-        "layers without rotary embedding (SmolLM 3)", ARCHITECTURES, '_NOT_PER_LAYER = (',
+        "layers without rotary embedding (SmolLM 3)", SLICING, '_NOT_PER_LAYER = (',
         '_NOT_PER_LAYER = ("no_rope_layers", ', _pruned("smollm3"),
     ),
     Trap(
         "kinds of attention of GPT-Neo", ARCHITECTURES, 'run_lengths="attention_types",', "", _pruned("gpt_neo"),
     ),
     Trap(
-        "lists as long as the layers that are about something else", ARCHITECTURES, "and not name.endswith(", "and (",
+        "lists as long as the layers that are about something else", SLICING, "and not name.endswith(", "and (",
         (f"{_FAMILIES}::test_lists_of_another_meaning_are_not_sliced",),
     ),
     Trap(
@@ -126,12 +128,12 @@ TRAPS = (
         'dropped=("num_nextn_predict_layers",),', "", _pruned("deepseek_v3"),
     ),
     Trap(
-        "sparse layers of Qwen MoE (decoder_sparse_step, mlp_only_layers)", ARCHITECTURES, "    if row.sparse:",
+        "sparse layers of Qwen MoE (decoder_sparse_step, mlp_only_layers)", SLICING, "    if row.sparse:",
         "    if False:", _pruned("qwen2_moe", "qwen3_moe"),
     ),
     # --- what is refused
     Trap(
-        "Gemma 3n, hybrids, cross-attention, Llama 4, Qwen3-Next", ARCHITECTURES, "_REFUSED.get(model_type, ",
+        "Gemma 3n, hybrids, cross-attention, Llama 4, Qwen3-Next", SUPPORT, "_REFUSED.get(model_type, ",
         "({}).get(model_type, ",
         _refused(
             "gemma3n_text-share keys and values", "jamba-period", "bamba-recurrent state", "lfm2-recurrent state",
@@ -140,7 +142,7 @@ TRAPS = (
         ),
     ),
     Trap(
-        "types that nobody has looked at (Gemma 4, FlexOlmo, AFMoE, GLM MoE)", ARCHITECTURES,
+        "types that nobody has looked at (Gemma 4, FlexOlmo, AFMoE, GLM MoE)", SUPPORT,
         "row = ARCHITECTURES.get(model_type)", 'row = ARCHITECTURES.get(model_type, ARCHITECTURES["llama"])',
         (*_refused(*(f"{kind}-not known to be safe" for kind in ("gemma4_text", "flex_olmo", "afmoe", "glm4_moe"))),
          "tests/cli/test_errors.py::test_architectures[config0-words0]"),
@@ -151,7 +153,7 @@ TRAPS = (
         (f"{_FAMILIES}::test_settings_that_depend_on_the_depth_are_refused"
          "[gpt2-scale_attn_by_inverse_layer_idx-index of the layer]",),
     ),
-    # --- the correction
+    # --- the compensation
     Trap(
         "transposed weights of Conv1D, fitted", RESIDUAL,
         "weight = linear.weight if isinstance(linear, nn.Linear) else linear.weight.T", "weight = linear.weight",
@@ -203,7 +205,7 @@ TRAPS = (
         _folded("exaone4-mlp"),
     ),
     Trap(
-        "a norm behind the MLP (GLM-4)", ARCHITECTURES, 'mlp_norm="post_mlp_layernorm", ', "",
+        "a norm behind the MLP (GLM-4)", ARCHITECTURES, 'mlp_norm="post_mlp_layernorm",', "",
         (f"{_FAMILIES}::test_the_fit_through_a_norm_holds_its_rms_and_solves_for_its_gain[glm4]", *_folded("glm4-mlp")),
     ),
     Trap(
@@ -217,12 +219,12 @@ TRAPS = (
     ),
     # --- tied embeddings
     Trap(
-        "the tie", ARCHITECTURES, "    result.num_hidden_layers = len(kept)\n",
+        "the tie", SLICING, "    result.num_hidden_layers = len(kept)\n",
         "    result.num_hidden_layers = len(kept)\n    result.tie_word_embeddings = False\n",
         (f"{_FAMILIES}::test_tied_embeddings_stay_tied_and_are_no_part_of_any_score",),
     ),
     Trap(
-        "the tie, streamed", STREAMING, "if model.config.tie_word_embeddings else set()", "if False else set()",
+        "the tie, streamed", SKELETON, "if model.config.tie_word_embeddings else set()", "if False else set()",
         ("tests/models/test_streaming.py::test_the_written_checkpoint_is_that_of_the_path_in_memory[llama-True]",),
     ),
     Trap(
@@ -234,7 +236,7 @@ TRAPS = (
     # --- other tools
     Trap(
         "patterns that GenAI's builder takes from the index (Gemma, gpt-oss)", "exporters/genai.py",
-        '_MODEL_TYPES = (', '_MODEL_TYPES = ("gemma2", "gemma3_text", "gpt_oss", ',
+        "not row.genai:", 'not (row.genai or kind in ("gemma2", "gemma3_text", "gpt_oss")):',
         tuple(f"{_BUILDER}[changes{number}-{kind}]"
               for number, kind in ((10, "gemma2"), (11, "gemma3_text"), (12, "gpt_oss"))),
     ),

@@ -33,6 +33,7 @@ from gradmap_hub.card.results import (
 from gradmap_hub.figures import save_plot
 from gradmap_hub.layout import CARD
 from gradmap_hub.measurements import TextMetric
+from gradmap_hub.models.architectures import ARCHITECTURES
 from gradmap_hub.record import (
     GROWN,
     SWAPPED,
@@ -40,7 +41,7 @@ from gradmap_hub.record import (
     Candidate,
     LayerDecision,
     RunRecord,
-    SiteCorrection,
+    SiteCompensation,
     TextPerplexity,
 )
 
@@ -49,8 +50,6 @@ LAYERS_PLOT = "assets/layers.png"
 SHIFT_PLOT = "assets/shift.png"
 CALIBRATION_KIND = "calibration (held out)"
 HUB = "https://huggingface.co"
-# Model types for which Optimum's ORTModelForCausalLM creates an empty cache of another shape than that of the graph.
-CACHE_FROM_GRAPH = frozenset({"gemma2", "phi3"})
 
 
 def write_card(record: RunRecord, folder: Path) -> list[Path]:
@@ -158,7 +157,7 @@ def _context(record: RunRecord) -> dict[str, Any]:
         "treatment": _treatment(record),
         "graphs": graphs,
         "main_graph": _main_graph(graphs),
-        "cache_from_graph": record.base.model_type in CACHE_FROM_GRAPH,
+        "cache_from_graph": _cache_from_graph(record.base.model_type),
         "onnx_files": _onnx_files(record),
         "quality_known": any(entry.quality for entry in record.artifacts),
         "calibration_kind": CALIBRATION_KIND,
@@ -209,6 +208,11 @@ def _main_graph(graphs: Sequence[Artifact]) -> PurePosixPath | None:
     return paths[0] if paths else None
 
 
+def _cache_from_graph(model_type: str) -> bool:
+    row = ARCHITECTURES.get(model_type)
+    return row is not None and row.cache_from_graph
+
+
 def _chosen(record: RunRecord) -> Candidate | None:
     """The candidate set that was removed; None if the user chose the layers."""
     wanted = sorted(record.removed)
@@ -222,7 +226,7 @@ def _finalists(record: RunRecord) -> list[tuple[Candidate, float]]:
     return [(entry, entry.corrected) for entry in record.candidates if entry.corrected is not None]
 
 
-def _only(record: RunRecord) -> SiteCorrection | None:
+def _only(record: RunRecord) -> SiteCompensation | None:
     """The only correction of the record, else None; records of earlier versions do not list corrections."""
     corrections = record.compensation.corrections
     return corrections[0] if len(corrections) == 1 else None

@@ -1,7 +1,7 @@
-"""Whether an evaluation text holds what was calibrated on: 13 lower-cased words in a row, the same in both.
+"""13-gram overlap of lower-cased words between evaluation and calibration text.
 
-Thirteen words is the length that GPT-3's report (arXiv 2005.14165, appendix C) looked for, and that the harness uses.
-A row counts as a whole: one run of shared words, and the model may have been fitted to it.
+13 words is the length used in GPT-3's report (arXiv 2005.14165, appendix C) and in lm-evaluation-harness. A sequence
+with a single shared 13-gram counts as contaminated.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ _WORD = re.compile(r"\w+")
 
 
 def runs_of_words(text: str) -> Iterator[tuple[str, ...]]:
-    """Every run of 13 words of a text, in small letters; none if it is shorter."""
+    """All 13-grams of lower-cased words of a text; none if it is shorter."""
     words = _WORD.findall(text.lower())
     return zip(*(words[start:] for start in range(WORDS)), strict=False)
 
 
 def shared_rows(rows: Sequence[str], calibration: Iterable[str]) -> list[int]:
-    """The indices of `rows` that share a run of words with a row of `calibration`."""
+    """The indices of `rows` that share a 13-gram with a text of `calibration`."""
     seen = {run for text in calibration for run in runs_of_words(text)}
     return [index for index, text in enumerate(rows) if any(run in seen for run in runs_of_words(text))]

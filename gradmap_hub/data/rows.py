@@ -1,8 +1,8 @@
-"""Text -> rows of tokens, split so that nothing is measured on what was fitted.
+"""Text -> sequences of tokens, split so that fitting, selection and evaluation never share a sequence.
 
-Every text is tokenised whole and cut into non-overlapping rows. The last rows of a calibration text are held out for
-evaluation before anything is drawn; from the rest a seeded draw takes the fitting rows (the first of them also score
-the layers) and then the selection rows, which decide between candidates.
+Each text is tokenised as a whole and cut into non-overlapping sequences ("rows"). The last ones of a calibration text
+are held out for evaluation. From the rest a seeded draw takes the fitting sequences (the first of them also score the
+layers) and then the selection sequences, which decide between candidates.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from gradmap_hub.errors import CalibrationError
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of one text: ids (n, seq_len) int64."""
+    """Sequences of one text: ids (n, seq_len) int64; `sha256` of the whole text."""
 
     name: str
     sha256: str
@@ -30,8 +30,8 @@ class Rows:
 
 @dataclass(frozen=True)
 class CalibrationRows:
-    """`fit` (n, seq_len) for scoring and compensation, `selection` (m, seq_len) for decisions, and per calibration
-    text the rows `held_out` for evaluation. The three never overlap."""
+    """`fit` (n, seq_len) for scoring and compensation, `selection` (m, seq_len) for decisions, both int64, and per
+    calibration text the sequences `held_out` for evaluation. The three are disjoint. `sources`: `fit` per text."""
 
     fit: Tensor
     selection: Tensor
@@ -40,7 +40,7 @@ class CalibrationRows:
 
     @property
     def sha256(self) -> str:
-        """Hash of the token ids that were fitted, in order."""
+        """Hash of the token ids of `fit`, in order."""
         return sha256_of_ids(self.fit)
 
 
@@ -50,8 +50,8 @@ def sha256_of_ids(ids: Tensor) -> str:
 
 
 def tokenize(text: Text, tokenizer: Any, seq_len: int) -> Rows:
-    """Cut a text into rows of `seq_len` tokens, each begun as the tokenizer begins a text: models that were trained
-    with <bos> before everything (Gemma, Llama) predict far worse without it. An incomplete last row is dropped."""
+    """Cut a text into sequences of `seq_len` tokens. Each starts with the tokenizer's initial special tokens: models
+    trained with <bos> (Gemma, Llama) predict far worse without it. An incomplete last sequence is dropped."""
     ids = tokenizer(text.content, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
     start = torch.tensor(_start(tokenizer), dtype=torch.long)
     own = seq_len - len(start)
@@ -61,7 +61,7 @@ def tokenize(text: Text, tokenizer: Any, seq_len: int) -> Rows:
 
 
 def _start(tokenizer: Any) -> list[int]:
-    """The special tokens before a text; most tokenizers have none, or one."""
+    """The special tokens that the tokenizer puts before a text; usually none or one."""
     word = tokenizer("a", add_special_tokens=False)["input_ids"]
     ids = tokenizer("a")["input_ids"]
     return ids[: next((place for place in range(len(ids)) if ids[place : place + len(word)] == word), 0)]
@@ -77,15 +77,15 @@ def split_rows(
     held_out: int,
     seed: int,
 ) -> CalibrationRows:
-    """Draw the rows of a run, an equal share from each text.
+    """Draw the sequences of a run, an equal share from each text.
 
     Raises:
-        CalibrationError: a text is too short, saying how many tokens it has and needs, or is given twice.
+        CalibrationError: a text is too short or is given twice.
     """
     if len({text.sha256 for text in texts}) < len(texts):
         raise CalibrationError(
-            "The same calibration text is given twice; its rows would be fitted and held out at once.",
-            hint="Give each text once; every text gets an equal share of the rows.",
+            "The same calibration text is given twice; its sequences would be both fitted and held out.",
+            hint="Give each text once; every text gets an equal share of the sequences.",
         )
     generator = torch.Generator().manual_seed(seed)
     fit: list[Tensor] = []
@@ -100,9 +100,9 @@ def split_rows(
         needed = fit_share + selection_share + held_share
         if len(rows.ids) < needed:
             raise CalibrationError(
-                f"The calibration text {text.name} is too short: {len(rows.ids) * seq_len:,} tokens in rows of "
+                f"The calibration text {text.name} is too short: {len(rows.ids) * seq_len:,} tokens in sequences of "
                 f"{seq_len}, {needed * seq_len:,} needed.",
-                hint="Give a longer text, or fewer or shorter rows with --samples, --eval-rows, --seq-len.",
+                hint="Give a longer text, or fewer or shorter sequences with --samples, --eval-rows, --seq-len.",
             )
         usable = len(rows.ids) - held_share
         order = torch.randperm(usable, generator=generator)
@@ -110,12 +110,12 @@ def split_rows(
         select.append(rows.ids[order[fit_share : fit_share + selection_share]])
         held.append(Rows(text.name, text.sha256, rows.ids[usable:]))
         sources.append(Rows(text.name, text.sha256, fit[-1]))
-    # Interleaved, so that the first rows (which score the layers) hold every text.
+    # Interleaved, so that the first sequences, which score the layers, include every text.
     return CalibrationRows(_interleave(fit), _interleave(select), held, sources)
 
 
 def evaluation_rows(text: Text, tokenizer: Any, *, seq_len: int, rows: int) -> Rows:
-    """`rows` rows spread evenly over a text.
+    """`rows` sequences spread evenly over a text.
 
     Raises:
         CalibrationError: the text is too short.
@@ -125,14 +125,14 @@ def evaluation_rows(text: Text, tokenizer: Any, *, seq_len: int, rows: int) -> R
         raise CalibrationError(
             f"The evaluation text {text.name} is too short: {len(cut.ids) * seq_len:,} tokens, "
             f"{rows * seq_len:,} needed.",
-            hint="Give a longer text, or fewer or shorter rows with --eval-rows, --seq-len.",
+            hint="Give a longer text, or fewer or shorter sequences with --eval-rows, --seq-len.",
         )
     step = len(cut.ids) // rows
     return Rows(cut.name, cut.sha256, cut.ids[::step][:rows])
 
 
 def _share(total: int, parts: int, index: int) -> int:
-    """`total` split over `parts` as evenly as whole numbers allow; never zero."""
+    """The integer share of part `index` when `total` is split evenly over `parts`; at least 1."""
     return max(1, total // parts + (1 if index < total % parts else 0))
 
 

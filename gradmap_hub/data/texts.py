@@ -1,4 +1,4 @@
-"""Calibration and evaluation text: a file here, or a data set on the Hub."""
+"""Calibration and evaluation text: a local file or a data set on the Hub."""
 
 from __future__ import annotations
 
@@ -7,31 +7,29 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from gradmap_hub.config import PruneMethod
 from gradmap_hub.errors import CalibrationError
 
-if TYPE_CHECKING:  # torch is only imported once there is something to compute
-    from gradmap_hub.data.texts import Text
-
-
 _TEXT_SUFFIXES = (".txt", ".jsonl", ".utf8", ".raw", ".md")
+# Enough for thousands of sequences; a larger text is truncated.
+MAX_CHARACTERS = 24_000_000
 
 
 def is_local_text(source: str) -> bool:
-    """Whether a calibration or evaluation source means a file here rather than a data set on the Hub."""
+    """Whether a calibration or evaluation source is a local file rather than a data set on the Hub."""
     path = Path(source).expanduser()
     return path.exists() or source.startswith((".", "/", "~")) or path.suffix in _TEXT_SUFFIXES
 
 
 def check_texts(config: PruneMethod) -> None:
-    """Raises CalibrationError: a text file is not there."""
+    """Raises CalibrationError: a text file of the run does not exist."""
     check_text_files((*config.calibration, *config.eval_text))
 
 
 def check_text_files(sources: Iterable[str]) -> None:
-    """Raises CalibrationError: a text file is not there."""
+    """Raises CalibrationError: a text file does not exist."""
     for source in sources:
         if is_local_text(source) and not Path(source).expanduser().is_file():
             raise CalibrationError(
@@ -41,7 +39,7 @@ def check_text_files(sources: Iterable[str]) -> None:
 
 @dataclass(frozen=True)
 class Text:
-    """A named text, read."""
+    """A text with its name; `sha256` of its content."""
 
     name: str
     content: str
@@ -49,10 +47,10 @@ class Text:
 
 
 def read_text(path: Path, name: str | None = None) -> Text:
-    """Read a .jsonl (key `text`), .parquet (column `text`) or plain UTF-8 text file.
+    """Read a .jsonl (key `text`), .parquet (column `text`) or plain UTF-8 text file, up to MAX_CHARACTERS.
 
     Raises:
-        CalibrationError: missing, empty, not text, or without the expected key.
+        CalibrationError: the file is missing, empty, not text, or lacks the key.
     """
     try:
         if path.suffix == ".parquet":
@@ -69,33 +67,27 @@ def read_text(path: Path, name: str | None = None) -> Text:
         raise CalibrationError(f"{path} is not a UTF-8 text file: {error}") from error
     content = content[:MAX_CHARACTERS]
     if not content.strip():
-        raise CalibrationError(f"{path} holds no text.")
+        raise CalibrationError(f"{path} contains no text.")
     return Text(name or path.name, content, hashlib.sha256(content.encode()).hexdigest())
 
 
 class DatasetHub(Protocol):
-    """What is asked of a Hub here; `gradmap_hub.hub.client.Hub` answers it."""
+    """The Hub client, as far as needed here; `gradmap_hub.hub.client.Hub` implements it."""
 
     def fetch_dataset_text(self, source: str) -> tuple[list[Path], str]: ...
 
 
 def text_of(source: str, hub: DatasetHub) -> Text:
-    """A local file, or the first file of a data set of the Hub, which is far more than is needed."""
-    from gradmap_hub.data.texts import read_text
-
+    """The text of a local file, or of the first file of a data set on the Hub, which is more than enough."""
     if is_local_text(source):
         return read_text(Path(source).expanduser())
     paths, name = hub.fetch_dataset_text(source)
     return read_text(paths[0], name)
 
 
-# Enough for thousands of rows; a larger text is cut here.
-MAX_CHARACTERS = 24_000_000
-
-
 def _read_jsonl(path: Path) -> str:
     texts: list[str] = []
-    # Not splitlines(): JSON strings may hold U+2028 and other characters that it takes for line ends.
+    # Not splitlines(): it also splits at U+2028 and other characters that JSON strings may contain.
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
         if not line.strip():
             continue
@@ -103,7 +95,7 @@ def _read_jsonl(path: Path) -> str:
             text = str(json.loads(line)["text"])
         except (ValueError, KeyError, TypeError):
             raise CalibrationError(f"{path} line {number} is not a JSON object with the key `text`.") from None
-        texts.append(text.encode("utf-8", "replace").decode("utf-8"))  # a lone surrogate (\\ud800) is no text
+        texts.append(text.encode("utf-8", "replace").decode("utf-8"))  # a lone surrogate (\\ud800) cannot be encoded
     return "\n\n".join(texts)
 
 

@@ -1,4 +1,4 @@
-"""Reads and writes checkpoints in transformers' own form, as safetensors."""
+"""Load and save checkpoints with transformers, as safetensors."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def save_checkpoint(model: Any, folder: Path, dtype: torch.dtype) -> None:
     model.config._name_or_path = ""
     # save_pretrained rejects inconsistent generation settings; the original's file is copied unchanged.
     model.generation_config = GenerationConfig()
-    # Files of an earlier save (a single file or other shards) would be loaded, or counted, together with the new ones.
+    # Files of an earlier save would be loaded, or counted, together with the new ones.
     for path in (*folder.glob("*.safetensors"), folder / "model.safetensors.index.json"):
         path.unlink(missing_ok=True)
     try:
@@ -47,8 +47,8 @@ def save_checkpoint(model: Any, folder: Path, dtype: torch.dtype) -> None:
 
 
 def copy_companions(source: Path, folder: Path, names: Sequence[str]) -> None:
-    """Copy tokenizer, chat template, generation config and legal texts byte for byte; tokenizer_config.json goes
-    through `copy_tokenizer_config`."""
+    """Copy tokenizer, chat template, generation config and legal texts byte for byte, except tokenizer_config.json (see
+    `copy_tokenizer_config`)."""
     for name in names:
         if name == TOKENIZER_CONFIG and (source / name).is_file():
             copy_tokenizer_config(source / name, folder / name)
@@ -57,8 +57,7 @@ def copy_companions(source: Path, folder: Path, names: Sequence[str]) -> None:
 
 
 def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Any, dict[str, Any]]:
-    """Load a checkpoint as a causal LM in evaluation mode with parameters in `dtype`; also returns transformers'
-    loading report.
+    """A checkpoint as a causal LM in evaluation mode with parameters in `dtype`, and transformers' loading report.
 
     Raises:
         BrokenCheckpointError: transformers cannot read it, or keys are missing, unexpected or mismatched.

@@ -1,8 +1,8 @@
 """Run any subset of a model's decoder layers, from any hidden state, without touching the model.
 
-Scoring, selection, compensation and evaluation all ask the same thing of a model: "the residual stream after these
-layers", "the loss of that stream". Each layer is called exactly as the model itself calls it: its keyword arguments
-(rotary embeddings, attention mask, positions) are captured once for a row length and replayed.
+Scoring, selection, compensation and evaluation all need the residual stream after some layers, and its loss. Each
+layer is called exactly as the model itself calls it: its keyword arguments (rotary embeddings, attention mask,
+positions) are captured once per sequence length and replayed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from gradmap_hub.errors import UsageError
 from gradmap_hub.models.architectures import Architecture
 
-# Positions whose logits exist at once: the logits of a large vocabulary are the biggest tensor of a forward pass.
+# Positions whose logits exist at once: with a large vocabulary, logits are the largest tensor of a forward pass.
 LOGIT_CHUNK = 256
 
 
@@ -28,10 +28,10 @@ class _Captured(Exception):
 
 
 class Decoder:
-    """A causal LM seen as embedding -> layers -> final norm -> head, for rows of one fixed length.
+    """A causal LM as embedding -> layers -> final norm -> head, for sequences of one fixed length.
 
-    Shapes: ids (batch, tokens) int64; hidden states (batch, tokens, d); layer indices are those of `model`.
-    Rows are full (no padding), so the captured attention arguments hold for every row.
+    Shapes: ids (batch, tokens) int64; hidden states (batch, tokens, d); layer indices are those of `model`. Sequences
+    have no padding, so the captured attention arguments hold for all of them.
     """
 
     def __init__(self, model: nn.Module, architecture: Architecture, tokens: int) -> None:
@@ -43,7 +43,7 @@ class Decoder:
         self.output: nn.Module = model.get_output_embeddings()  # pyright: ignore
         self.head = self.head_of(self.output)
         self.device: torch.device = self.output.weight.device  # pyright: ignore
-        # Recording outputs patches the layers until a pass ends, and those here do not end; a config may ask for it.
+        # Off even if the config sets them: recording outputs patches the layers until a pass ends, but ours abort.
         self._quiet = {"use_cache": False, "output_hidden_states": False, "output_attentions": False}
         if hasattr(model.config, "output_router_logits"):
             self._quiet["output_router_logits"] = False
@@ -55,8 +55,8 @@ class Decoder:
 
     @property
     def rows_per_pass(self) -> int:
-        """Rows to carry through the layers together: 1 when the layers are in memory (least activation memory),
-        more when fetching a layer is what costs."""
+        """Sequences to carry through the layers together: 1 if the layers are in memory (least activation memory), more
+        if fetching a layer is expensive."""
         return 1
 
     @contextmanager
@@ -69,30 +69,30 @@ class Decoder:
         return self.layers[index].get_submodule(self.architecture.mlp_output)  # pyright: ignore
 
     def put(self, index: int, values: Mapping[str, Tensor]) -> None:
-        """Give parameters of a layer new values, for good."""
+        """Set parameters of a layer permanently."""
         for name, value in values.items():
             self.layers[index].get_parameter(name).data = value.to(self.device)
 
     def head_of(self, output: nn.Module) -> Callable[[Tensor], Tensor]:
-        """Normed hidden states -> logits with another output embedding of the same family and configuration."""
+        """The function from normed hidden states to logits for an output embedding of this family and config."""
         return _head(output, self.architecture, self.model.config)
 
     @contextmanager
     def replaced(self, index: int, values: Mapping[str, Tensor]) -> Iterator[None]:
-        """Use other values for some parameters of a layer for a while. The model is as before afterwards."""
+        """Replace parameters of a layer while the context lasts."""
         with parameters_replaced(self.layers[index], values):
             yield
 
     def _capture_arguments(self) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-        """What the model gives each layer beside the hidden states. No layer computes anything: each hands on its
-        input, and the last one leaves."""
+        """The arguments of each layer besides the hidden states. The layers are stubs that return their input; the last
+        one aborts the pass."""
         captured: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
         def hand_on(hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
             captured.append((args, kwargs))
             if len(captured) == len(self.layers):
                 raise _Captured
-            # Some models take the hidden states out of a tuple, others give the next layer whatever came back.
+            # Some models take the hidden states out of a tuple, others pass the layer's output on unchanged.
             return hidden_states if isinstance(hidden_states, tuple) else (hidden_states,)
 
         for layer in self.layers:
@@ -109,7 +109,7 @@ class Decoder:
         return captured
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Hidden states before the first layer, with whatever scaling the family applies."""
+        """Hidden states before the first layer, with the family's scaling of embeddings."""
         result: list[Tensor] = []
 
         def leave(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -138,7 +138,7 @@ class Decoder:
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
-        """No parameter takes part in autograd for a while, except in `backward`."""
+        """Exclude all parameters from autograd while the context lasts, except in `backward`."""
         trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.model.requires_grad_(False)
         try:
@@ -150,11 +150,11 @@ class Decoder:
     def backward(
         self, hidden: Tensor, index: int, gradient: Tensor, reduce: Callable[[str, nn.Parameter], None]
     ) -> Tensor:
-        """One layer's backward pass, its activations computed anew from its input.
+        """One layer's backward pass, with its activations recomputed from its input.
 
-        `hidden`: the layer's input; `gradient`: dL/d(output); both (batch, tokens, d). `reduce(name, matrix)` is
-        called for each weight matrix when its gradient `matrix.grad` exists; it is freed right after, so that only
-        one is alive at a time. Norm gains and biases are left out: tiny, and differently scaled. Returns dL/d(input).
+        `hidden`: the layer's input; `gradient`: dL/d(output); both (batch, tokens, d). `reduce(name, matrix)` is called
+        for each weight matrix once `matrix.grad` exists, which is freed right after, so that only one gradient is alive
+        at a time. Norm gains and biases are excluded: they are few and scaled differently. Returns dL/d(input).
         """
         with self.layer(index) as module, torch.enable_grad():
             handles = []
@@ -185,7 +185,7 @@ class Decoder:
         return hidden
 
     def carry(self, states: list[Tensor], layers: Iterable[int]) -> None:
-        """Run `layers` over many rows at once, in place: each layer is fetched once for all of them."""
+        """Run `layers` on many sequences, in place: each layer is fetched once for all of them."""
         with torch.no_grad():
             for layer in layers:
                 with self.layer(layer):
@@ -193,9 +193,9 @@ class Decoder:
                         states[index] = self.step(hidden, layer)
 
     def row_losses(self, hidden: Tensor, ids: Tensor) -> Tensor:
-        """Mean next-token negative log-likelihood of each row, in nats: (batch,) float32.
+        """Mean next-token negative log-likelihood of each sequence, in nats: (batch,) float32.
 
-        `hidden` is the residual stream after the last layer; the logits are formed in chunks of positions.
+        `hidden` is the residual stream after the last layer; logits are computed in chunks of positions.
         """
         total = torch.zeros(len(ids), device=self.device)
         for start, wanted in self._chunks(ids):
@@ -206,13 +206,13 @@ class Decoder:
     def losses(
         self, ids: Tensor, layers: Sequence[int] | None = None, rows_done: Callable[[int], None] = lambda _rows: None
     ) -> list[float]:
-        """Mean NLL (nats per token) of each row of `ids` (n, tokens) with only `layers` active (default: all)."""
+        """Mean NLL (nats per token) of each sequence of `ids` (n, tokens) with only `layers` active (default: all)."""
         return self.losses_of(ids, [range(self.count) if layers is None else layers], rows_done)[0]
 
     def losses_of(
         self, ids: Tensor, sets: Sequence[Sequence[int]], rows_done: Callable[[int], None] = lambda _rows: None
     ) -> list[list[float]]:
-        """`losses` for several sets of active layers; the layers that all of them begin with run once."""
+        """`losses` for several sets of active layers; their common first layers run once."""
         start = sum(1 for _ in takewhile(lambda layers: len(set(layers)) == 1, zip(*sets, strict=False)))
         found: list[list[float]] = [[] for _ in sets]
         for group in ids.split(self.rows_per_pass):
@@ -230,7 +230,7 @@ class Decoder:
     def loss_gradient(self, hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         """`row_losses` and the gradient of their sum with respect to `hidden`, (batch, tokens, d).
 
-        Each chunk of logits becomes its own gradient in place, softmax - one-hot, and is freed before the next.
+        Each chunk of logits is turned into its gradient in place (softmax - one-hot) and freed before the next.
         """
         inputs = hidden.detach().requires_grad_(True)
         total = torch.zeros(len(ids), device=self.device)
@@ -258,8 +258,8 @@ class Decoder:
 def _exponentiated(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Token losses (batch, chunk) in nats, exp(logits - max) float32 and their sums (batch, chunk, 1).
 
-    In place where the logits are float32: they are the biggest tensor of a pass, and a second one of their size costs
-    more than the arithmetic.
+    In place if the logits are float32: they are the largest tensor of a pass, and a copy costs more than the
+    arithmetic.
     """
     shifted = logits.float()
     shifted -= shifted.amax(dim=-1, keepdim=True)
@@ -270,12 +270,12 @@ def _exponentiated(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Ten
 
 
 def is_matrix(name: str, parameter: nn.Parameter) -> bool:
-    """Whether a parameter of a layer is a weight matrix, or one for each expert; the experts' biases are not."""
+    """Whether a parameter of a layer is a weight matrix or a stack of them for experts, and not a stack of biases."""
     return parameter.ndim >= 2 and not name.endswith("bias")
 
 
 def _final_norm(model: nn.Module, architecture: Architecture) -> nn.Module:
-    """What stands between the last layer and the head. Some models of a family go without one or the other part."""
+    """The modules between the last layer and the head; some models of a family lack one of them."""
     parts = [_submodule(model, path) for path in (architecture.final_norm, architecture.after_norm) if path is not None]
     present = [part for part in parts if part is not None]
     return present[0] if len(present) == 1 else nn.Sequential(*present)
@@ -287,7 +287,7 @@ def _submodule(model: nn.Module, path: str) -> nn.Module | None:
 
 
 def _head(output: nn.Module, architecture: Architecture, config: Any) -> Callable[[Tensor], Tensor]:
-    """Logits of normed hidden states, with whatever the family does to them behind the head."""
+    """The function from normed hidden states to logits, with the family's scaling and capping."""
     names = (architecture.logit_multiplier, architecture.logit_divisor, architecture.logit_cap)
     multiplier, divisor, cap = (getattr(config, name) if name is not None else None for name in names)
     if multiplier is divisor is cap is None:
@@ -299,7 +299,7 @@ def _head(output: nn.Module, architecture: Architecture, config: Any) -> Callabl
             logits = logits * multiplier
         if divisor is not None:
             logits = logits / divisor
-        # The scaling comes last, as in the models: what is behind it may be overwritten, the tangent's output may not.
+        # Scaled last, as in the models: callers may overwrite the product, but autograd needs the output of tanh.
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
     return head
@@ -312,7 +312,7 @@ def _reduce_and_free(reduce: Callable[[str, nn.Parameter], None], name: str, par
 
 @contextmanager
 def parameters_replaced(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
-    """Use other values for some of a module's parameters for a while. The module is as before afterwards."""
+    """Replace some of a module's parameters while the context lasts."""
     originals = {name: module.get_parameter(name).data for name in values}
     try:
         for name, value in values.items():
@@ -324,15 +324,15 @@ def parameters_replaced(module: nn.Module, values: Mapping[str, Tensor]) -> Iter
 
 
 def choose_precision(compute: str, device: str, stored: str, *, streamed: bool) -> tuple[torch.dtype, str]:
-    """Data type and device of a computation on weights stored as `stored` ("bfloat16", ...), for the options of
-    `PruneConfig`. bfloat16 is only for weights stored in it: others would be rounded, and rounded weights written.
+    """Dtype and device of a computation on weights stored as `stored` ("bfloat16", ...), for the options of
+    `PruneConfig`. bfloat16 is only for weights stored in it: others would be rounded, and written rounded.
 
     Raises:
-        UsageError: no such device here, or bfloat16 for weights that have more digits.
+        UsageError: the device is missing, or bfloat16 is requested for weights of another dtype.
     """
     cuda = torch.cuda.is_available()
     if device == "cuda" and not cuda:
-        raise UsageError("--device cuda: PyTorch sees no CUDA device here. Use --device cpu.")
+        raise UsageError("--device cuda: PyTorch finds no CUDA device. Use --device cpu.")
     chosen = "cuda" if cuda and device != "cpu" and not streamed else "cpu"
     if compute == "bfloat16" and stored != "bfloat16":
         raise UsageError(

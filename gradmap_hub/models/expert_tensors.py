@@ -1,5 +1,5 @@
-"""A tensor of the model that is several in a checkpoint, or has another name there: transformers 5 holds the weights of
-all experts in one tensor (experts, outputs, inputs), where files go on to have those of each expert on their own.
+"""Tensors of the model that a checkpoint splits or names differently: transformers 5 holds the weights of all experts
+in one tensor (experts, outputs, inputs), while checkpoints have one tensor per expert.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from torch import Tensor
 
 from gradmap_hub.models.architectures import Architecture
 
-# A row of names for each expert, which stand above each other; one row with one name if it is only called otherwise.
+# One row of names per expert, concatenated along the outputs; a single row with a single name for a renamed tensor.
 Parts = tuple[tuple[str, ...], ...]
 Shape = tuple[int, ...]
 
 
 def parts_of(architecture: Architecture, name: str, experts: int) -> Parts | None:
-    """What a checkpoint may have for the tensor `name` of the model, whose first dimension is `experts`."""
+    """The names in a checkpoint for the model's tensor `name`, whose first dimension is `experts`; None if the same."""
     prefix, inner, stored = "", name, architecture.stored
     if name.startswith(f"{architecture.layers}."):
         number, _, inner = name.removeprefix(f"{architecture.layers}.").partition(".")
@@ -35,7 +35,7 @@ def flat(parts: Parts) -> list[str]:
 
 
 def whole(values: Sequence[Sequence[Tensor]]) -> Tensor:
-    """(experts, outputs, inputs) of the parts; the part itself if there is one."""
+    """The tensor (experts, outputs, inputs) made of the parts; a single part itself."""
     if len(values) == len(values[0]) == 1:
         return values[0][0]
     return torch.stack([torch.cat(list(row)) for row in values])
@@ -48,7 +48,7 @@ def whole_shape(shapes: Sequence[Sequence[Shape]]) -> Shape:
 
 
 def split(value: Tensor, shapes: Sequence[Sequence[Shape]]) -> list[list[Tensor]]:
-    """The parts, of these shapes, of which `whole` makes the value."""
+    """The inverse of `whole`, for parts of these shapes."""
     if len(shapes) == len(shapes[0]) == 1:
         return [[value]]
     return [list(one.split([shape[0] for shape in row])) for one, row in zip(value, shapes, strict=True)]

@@ -1,8 +1,8 @@
-"""A .gguf file as a model source: dequantise it once into an ordinary Hugging Face folder.
+"""A .gguf file as a model source: dequantise it once into a Hugging Face folder.
 
-transformers reads the weights right but guesses parts of the tokenizer (for llama-architecture files with a
-byte-level BPE it sets eos = bos, adds a BOS the model never saw and loses the digit split). The file's own
-metadata says better, so it decides here.
+transformers reads the weights correctly but guesses parts of the tokenizer (for llama-architecture files with a
+byte-level BPE it sets eos = bos, adds a BOS the model never saw and loses the digit split). The file's metadata is
+correct and overrides it here.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from gradmap_hub.errors import BrokenCheckpointError, SourceError
 from gradmap_hub.models.safetensors_files import clean_config
 from gradmap_hub.models.transformers_compat import has_5
 
-# llama.cpp names the pre-tokenizer in `tokenizer.ggml.pre`; these are byte-level BPE variants whose
-# splitting rule is known exactly. Others keep what transformers derived.
+# llama.cpp names the pre-tokenizer in `tokenizer.ggml.pre`; the splitting rules of these byte-level BPE variants are
+# known exactly. Others keep the pre-tokenizer of transformers.
 _DIGITS_THEN_BYTES = {"smollm", "codeshell", "refact", "starcoder", "command-r"}
 _BYTES_ONLY = {"gpt-2", "default"}
 
@@ -30,7 +30,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
     Raises:
         SourceError: the file does not exist.
-        BrokenCheckpointError: it is not a readable GGUF file, or is cut short.
+        BrokenCheckpointError: it is not a readable GGUF file, or is truncated.
     """
     from gguf import GGUFReader
 
@@ -87,7 +87,7 @@ def convert_gguf(path: Path, folder: Path) -> None:
 
 
 def _unpacked() -> dict[str, Any]:
-    """What has transformers 5 dequantise the weights, as 4.57 always does, instead of keeping them in their blocks."""
+    """Arguments that make transformers 5 dequantise the weights, as 4.57 always does."""
     if not has_5():
         return {}
     from transformers import GgufConfig  # pyright: ignore - of transformers 5
@@ -96,7 +96,7 @@ def _unpacked() -> dict[str, Any]:
 
 
 def _forget_quantization(model: Any) -> None:
-    """transformers 5 goes on to call the dequantised model quantised, and refuses to save it."""
+    """transformers 5 still marks the dequantised model as quantised, and refuses to save it."""
     for holder, name in (
         (model, "hf_quantizer"),
         (model, "quantization_method"),
@@ -144,7 +144,7 @@ def _mend_tokenizer(tokenizer: Any, metadata: dict[str, Any]) -> None:
 
 
 def _mend_tokenizer_config(path: Path) -> None:
-    """Make AutoTokenizer take tokenizer.json as it stands, instead of rebuilding it as a Llama tokenizer."""
+    """Make AutoTokenizer load tokenizer.json unchanged, instead of rebuilding it as a Llama tokenizer."""
     config = json.loads(path.read_text(encoding="utf-8"))
     for stale in (
         "add_bos_token",
@@ -160,7 +160,7 @@ def _mend_tokenizer_config(path: Path) -> None:
     ):
         config.pop(stale, None)
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    # The generic class would add token_type_ids, which `generate` refuses.
+    # The generic class would add token_type_ids, which `generate` rejects.
     config["model_input_names"] = ["input_ids", "attention_mask"]
     config["clean_up_tokenization_spaces"] = False
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -168,8 +168,8 @@ def _mend_tokenizer_config(path: Path) -> None:
 
 @contextlib.contextmanager
 def _read_once() -> Iterator[None]:
-    """transformers reads the whole header anew for config, weights and tokenizer, vocabulary and merges included; that
-    is most of a small model's conversion. Here all share one reader of a file."""
+    """Share one reader per file. transformers reads the whole header, with vocabulary and merges, once each for config,
+    weights and tokenizer, which is most of the time for a small model."""
     import gguf
 
     reader, made = gguf.GGUFReader, dict[str, Any]()
@@ -188,7 +188,7 @@ def _read_once() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """transformers draws its own GGUF progress bar and legacy-tokenizer warning; neither helps a reader."""
+    """Suppress transformers' own GGUF progress bar and its legacy-tokenizer warning."""
     from transformers.utils import logging as transformers_logging
 
     verbosity = transformers_logging.get_verbosity()

@@ -1,4 +1,4 @@
-"""What a model source holds, and whether it can be used, judged from names, sizes and headers alone."""
+"""The files of a model source, checked by names, sizes and headers alone."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 @dataclass(frozen=True)
 class Files:
-    """The files of a source worth fetching: `weights` (with the index, if sharded) and `companions`."""
+    """The files to fetch from a source: `weights` (with the index, if sharded) and `companions`."""
 
     weights: tuple[str, ...]
     companions: tuple[str, ...]
@@ -36,11 +36,11 @@ class Files:
 
 
 def choose_files(sizes: Mapping[str, int]) -> Files:
-    """Pick safetensors weights and companion files out of a listing {path: bytes}.
+    """Select safetensors weights and companion files from a listing {path: bytes}.
 
     Raises:
-        SourceError: there is no model.
-        BrokenCheckpointError: only pickled weights.
+        SourceError: there are no weights.
+        BrokenCheckpointError: there are only pickled weights.
     """
     top = {name: size for name, size in sizes.items() if "/" not in name}
     companions = tuple(name for name in top if name in COMPANION_FILES or _is_legal_text(name))
@@ -52,11 +52,11 @@ def choose_files(sizes: Mapping[str, int]) -> Files:
             return Files((WEIGHTS_INDEX, *shards), companions, sum(top[name] for name in shards))
     if any(name.endswith(_PICKLES) for name in top):
         raise BrokenCheckpointError(
-            "The weights are pickle files, which can run code when loaded; they are never opened.",
+            "The weights are pickle files, which can run code when loaded, and are never opened.",
             hint="Use a revision with model.safetensors, or convert the checkpoint to safetensors first.",
         )
     raise SourceError(
-        "There are no safetensors weights (model.safetensors) in it.",
+        "The source has no safetensors weights (model.safetensors).",
         hint="Give a causal language model in safetensors format, or a .gguf file.",
     )
 
@@ -65,7 +65,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """A config.json.
 
     Raises:
-        SourceError: missing or not JSON.
+        SourceError: it is missing or not JSON.
     """
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -82,9 +82,8 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def clean_config(path: Path) -> None:
-    """Rewrite a config.json that is to be published without what belongs to where it came from: a path of the machine
-    that built it, at worst, and code that is not copied and not needed. It says what it says to transformers 4.57 and 5
-    alike, unless only 5 has words for it."""
+    """Rewrite a config.json for publication: without local paths and references to code that is not copied, and in the
+    form that transformers 4.57 and 5 both read, unless only 5 can express it."""
     config = in_both_forms(json.loads(path.read_text(encoding="utf-8")))
     for key in ("_name_or_path", "_model_name_or_path", "auto_map"):
         config.pop(key, None)
@@ -92,14 +91,14 @@ def clean_config(path: Path) -> None:
 
 
 def in_both_forms(config: dict[str, Any]) -> dict[str, Any]:
-    """A config.json as either generation of transformers reads it; unchanged if only 5 has words for it."""
+    """A config.json in the form that transformers 4.57 and 5 both read; unchanged if only 5 can express it."""
     with contextlib.suppress(NotInBothForms):
         return both_read_config(config)
     return config
 
 
 def copy_tokenizer_config(source: Path, target: Path) -> None:
-    """Copy a tokenizer_config.json byte for byte, unless transformers 4.57 could not read it so."""
+    """Copy a tokenizer_config.json byte for byte, or translate it if transformers 4.57 cannot read it."""
     config = read_config(source)
     translated = both_read_tokenizer_config(config)
     if translated == config:
@@ -109,8 +108,8 @@ def copy_tokenizer_config(source: Path, target: Path) -> None:
 
 
 def readable(folder: Path, stand_in: Path) -> Path:
-    """A model folder whose config and tokenizer either generation of transformers reads: the folder itself, or, if 5
-    has saved it in its own way, `stand_in`, which then holds the two files translated and links to all others."""
+    """A model folder whose config and tokenizer transformers 4.57 and 5 both read: the folder itself, or, if 5 saved it
+    in its own form, `stand_in`, which then has the two files translated and links to all others."""
     config, tokenizer = read_config(folder / CONFIG), folder / TOKENIZER_CONFIG
     saved = read_config(tokenizer) if tokenizer.is_file() else {}
     if in_both_forms(config) == config and both_read_tokenizer_config(saved) == saved:
@@ -121,7 +120,7 @@ def readable(folder: Path, stand_in: Path) -> Path:
             _link(path.resolve(), stand_in / path.name)
     for name, translated in ((CONFIG, in_both_forms(config)), (TOKENIZER_CONFIG, both_read_tokenizer_config(saved))):
         if (folder / name).is_file():
-            (stand_in / name).unlink()  # a link: what it points to is not ours to write
+            (stand_in / name).unlink()  # a link: its target must not change
             text = json.dumps(translated, indent=2, ensure_ascii=False) + "\n"
             (stand_in / name).write_text(text, encoding="utf-8")
     return stand_in
@@ -130,7 +129,7 @@ def readable(folder: Path, stand_in: Path) -> Path:
 def _link(source: Path, target: Path) -> None:
     try:
         os.symlink(source, target)
-    except OSError:  # not on every file system, nor for every user of Windows
+    except OSError:  # some file systems, and most users of Windows
         shutil.copyfile(source, target)
 
 
@@ -138,7 +137,7 @@ def check_weights(folder: Path, files: Files) -> None:
     """Read the header of every safetensors file and compare it with the file's size and the index.
 
     Raises:
-        BrokenCheckpointError: cut short, overlong, unreadable, or a shard or tensor is missing.
+        BrokenCheckpointError: a file is truncated, too long or unreadable, or a shard or tensor is missing.
     """
     present: set[str] = set()
     for name in files.weights:
@@ -147,20 +146,20 @@ def check_weights(folder: Path, files: Files) -> None:
     if WEIGHTS_INDEX in files.weights:
         index = read_config(folder / WEIGHTS_INDEX).get("weight_map")
         if not isinstance(index, dict) or not index or not all(isinstance(shard, str) for shard in index.values()):
-            raise BrokenCheckpointError(f"{WEIGHTS_INDEX} does not say which shard holds which tensor.")
+            raise BrokenCheckpointError(f"{WEIGHTS_INDEX} does not map tensors to shards.")
         missing = [shard for shard in set(index.values()) if not (folder / shard).is_file()]
         if missing:
             raise BrokenCheckpointError(f"The shard {sorted(missing)[0]} named in {WEIGHTS_INDEX} is missing.")
         lost = sorted(set(index) - present)
         if lost:
-            raise BrokenCheckpointError(f"{WEIGHTS_INDEX} names the tensor {lost[0]}, which no shard holds.")
+            raise BrokenCheckpointError(f"{WEIGHTS_INDEX} names the tensor {lost[0]}, which no shard contains.")
 
 
 def read_safetensors_header(path: Path) -> dict[str, Any]:
     """The tensor table of a safetensors file: {name: {dtype, shape, data_offsets}}.
 
     Raises:
-        BrokenCheckpointError: the file is not whole.
+        BrokenCheckpointError: the file is truncated or damaged.
     """
     size = path.stat().st_size
     try:

@@ -1,4 +1,4 @@
-"""What MODEL is: a Hub id, a folder or a .gguf file, judged from config and listing; no weight is read."""
+"""Resolve MODEL: a Hub id, a folder or a .gguf file, by its config and file listing; no weight is read."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from gradmap_hub.layout import (
     CARD,
     folder_sizes,
 )
-from gradmap_hub.models.architectures import Architecture, architecture_of, dimension
+from gradmap_hub.models.architectures import Architecture, dimension
 from gradmap_hub.models.safetensors_files import Files, check_weights, choose_files, in_both_forms, read_config
+from gradmap_hub.models.support import architecture_of
 from gradmap_hub.models.transformers_compat import needs_5
 from gradmap_hub.record import (
     FILE_NAME,
@@ -27,7 +28,7 @@ from gradmap_hub.record import (
 
 
 class RemoteFiles(Protocol):
-    """A model repository at one commit. `files`: {path: bytes}; `card`: the header of its README."""
+    """A model repository at one commit. `files`: {path: bytes}; `card`: the YAML header of its README."""
 
     @property
     def commit(self) -> str: ...
@@ -42,20 +43,20 @@ class RemoteFiles(Protocol):
 
 
 class ModelHub(Protocol):
-    """What is asked of a Hub here; `gradmap_hub.hub.client.Hub` answers it."""
+    """The Hub client, as far as needed here; `gradmap_hub.hub.client.Hub` implements it."""
 
     def model(self, repo_id: str, revision: str | None) -> RemoteFiles: ...
     def fetch(self, repo_id: str, commit: str, names: Sequence[str]) -> Path: ...
 
 
-# The block between the two lines of dashes that a README.md begins with.
+# The YAML header of a README.md, between two lines of dashes.
 _HEADER = re.compile(r"\A---[ \t]*\r?\n(.*?)\r?\n---[ \t]*\r?(?:\n|\Z)", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Source:
-    """A model source, judged from its config and listing; no weight has been read. Exactly one of `folder` (local),
-    `gguf` (local file) and `base.commit` (Hub) says where the weights are."""
+    """A resolved model source. Exactly one of `folder` (local), `gguf` (local file) and `base.commit` (Hub) locates the
+    weights, which have not been read. `sizes`: {path: bytes} on the Hub; `config`: the content of config.json."""
 
     base: Base
     architecture: Architecture
@@ -117,9 +118,8 @@ def find_source(model: str, revision: str | None, hub: ModelHub) -> Source:
 
 
 def own_exports(files: Mapping[str, int]) -> list[str]:
-    """The precisions of which a listing has ONNX files like ours. model.onnx is float32 wherever it comes from. What
-    others call int8 often rounds activations too, which is not what the pruned model is compared in; so quantised files
-    count only in a repository that this program made."""
+    """The precisions in which a listing has ONNX files comparable to ours. model.onnx is always float32. The int8 files
+    of others often quantise activations too, so quantised files count only in repositories created by this program."""
     present = [row for row in in_space() if graph_path(row) in files]
     return [row.precision for row in present if row.name == ONNX or FILE_NAME in files]
 
@@ -142,7 +142,7 @@ def _folder_source(path: Path) -> Source:
 
 
 def _card_header(path: Path) -> dict[str, Any]:
-    """The YAML header of a model card; empty if there is no readable one."""
+    """The YAML header of a model card; empty if it is missing or invalid."""
     try:
         found = _HEADER.match(path.read_text(encoding="utf-8"))
         header = yaml.safe_load(found[1]) if found else None
@@ -179,15 +179,15 @@ def _gguf_source(path: Path) -> Source:
 
 def _depth(config: Mapping[str, Any]) -> int:
     depth = dimension(config, "num_hidden_layers")
-    assert depth is not None  # architecture_of saw to it
+    assert depth is not None  # checked by architecture_of
     return depth
 
 
 def check_family(source: Source, config: PruneMethod) -> None:
-    """Raises UsageError: an option that is not for models of this type."""
+    """Raises UsageError: an option that this model type does not support."""
     reason = source.architecture.unstreamed
     if config.low_memory and reason is not None:
-        raise UsageError(f"--low-memory is not for models of type {source.architecture.model_type!r}: {reason}.")
+        raise UsageError(f"--low-memory does not support models of type {source.architecture.model_type!r}: {reason}.")
 
 
 def _dtype_of(config: dict[str, Any]) -> str:
@@ -196,7 +196,7 @@ def _dtype_of(config: dict[str, Any]) -> str:
 
 
 def _card_facts(card: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a card's header goes into the record, checked for its type: anybody may have written it."""
+    """The entries of a card's header for the record, without values of a wrong type: anybody may have written it."""
     texts = {name: card.get(name) for name in ("license", "license_name", "license_link")}
     facts: dict[str, Any] = {name: value if isinstance(value, str) else None for name, value in texts.items()}
     return facts | {"language": _languages(card.get("language"))}
@@ -209,7 +209,7 @@ def _languages(value: Any) -> list[str]:
 
 
 def identity(source: Source) -> dict[str, Any]:
-    """What makes two sources the same for a resumed run."""
+    """What identifies a source for a resumed run."""
     if source.base.commit:
         return {"repo": source.base.repo_id, "commit": source.base.commit}
     paths = (

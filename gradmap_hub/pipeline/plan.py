@@ -19,7 +19,7 @@ from gradmap_hub.formats import FORMATS, ONNX, in_space, of_precision
 from gradmap_hub.hub.card_check import is_known_license
 from gradmap_hub.layout import CARD, check_output, default_output, space_folder_of
 from gradmap_hub.measurements import BeforeAfter
-from gradmap_hub.models.architectures import correction_skipped
+from gradmap_hub.models.architectures import compensation_skipped
 from gradmap_hub.models.source import Source, check_family, find_source
 from gradmap_hub.pipeline.checks import Check, Checks, Targets, license_words
 from gradmap_hub.pipeline.reproduce import check_expected
@@ -98,7 +98,7 @@ def make_plan(config: PushConfig, hub: Hub) -> PushPlan:
     checks.add("weights", _access(source))
     checks.add("licence", license_words(base))
     checks.add("card", _card_words(source, removals, targets))
-    skipped = correction_skipped(source.architecture, source.config)
+    skipped = compensation_skipped(source.architecture, source.config)
     if skipped is not None:
         checks.add("compensation", f"skipped: {skipped}")
     disk, upload = _bytes_needed(config, source, targets, float32)

@@ -89,9 +89,10 @@ def _write_streamed(
     run: Run, removed: Sequence[int], overrides: Mapping[tuple[int, str], Any], dtype: Any
 ) -> tuple[VerificationRecord, BeforeAfter]:
     """The same without a model in memory: from file to file, and both ends streamed for the comparison."""
-    from gradmap_hub.models.streaming import key_report, open_streamed, pruned_logits, write_pruned
+    from gradmap_hub.models.streaming import key_report, open_streamed, pruned_logits
     from gradmap_hub.pruning.removal import parameter_count
     from gradmap_hub.pruning.verification import probe_ids, verify
+    from gradmap_hub.pruning.writing import write_pruned
 
     source, architecture = run.original.checkpoint(), run.source.architecture
     after = write_pruned(source, run.output, architecture, removed, overrides, dtype)

@@ -1,26 +1,31 @@
-"""Scores -> which layers go. Pure: numbers in, decisions out.
+"""Scores -> candidate sets of layers to remove. Pure: numbers in, decisions out.
 
-A single ranking is fragile (it depends on the text and on the number of tokens), so by default a handful of candidate
-sets is formed from one scoring pass and the held-out loss decides; see `candidates`.
+A single ranking is fragile (it depends on the text and on the number of tokens). By default all rankings of one scoring
+pass therefore propose sets, and the held-out loss decides; see `candidates`.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from gradmap_hub.pruning.scoring import LayerScores
+from gradmap_hub.config import METRICS
+from gradmap_hub.pruning.scores import LayerScores
 from gradmap_hub.record import Candidate, LayerDecision
 
-# Cosine windows among the candidates, and sets whose corrections are fitted, if their loss is this near (nats).
+# (scores, count) -> positions of the `count` layers to remove, ascending.
+Ranking = Callable[[LayerScores, int], list[int]]
+
+# Windows of lowest cosine distance among the candidates.
 WINDOWS = 3
+# Sets for which compensation is fitted, if their loss (nats per token) is within the margin of the best.
 FINALISTS = 3
 FINALIST_MARGIN = 0.25
 _WINDOW_NAMES = ("cosine-window", "cosine-window, second best", "cosine-window, third best")
 
 
 def lowest(scores: Sequence[float], count: int) -> list[int]:
-    """Positions of the `count` lowest scores, ascending; of equal scores the earlier goes first."""
+    """Positions of the `count` lowest scores, ascending; of equal scores the earlier one is taken."""
     return sorted(sorted(range(len(scores)), key=lambda position: (scores[position], position))[:count])
 
 
@@ -32,7 +37,7 @@ def lowest_window(scores: Sequence[float], count: int) -> list[int]:
 
 
 def windows(scores: LayerScores, count: int) -> dict[str, list[int]]:
-    """The WINDOWS windows of `count` layers across which the hidden states turn least, by name."""
+    """The WINDOWS windows of `count` layers across which the hidden states change direction least, by name."""
     by_cosine = scores.windows(count)
     starts = sorted(range(len(by_cosine)), key=lambda start: by_cosine[start])
     return {
@@ -40,18 +45,34 @@ def windows(scores: LayerScores, count: int) -> dict[str, list[int]]:
     }
 
 
+# The values of --metric besides auto, which config.METRICS lists too.
+RANKINGS: dict[str, Ranking] = {
+    "gradient": lambda scores, count: lowest(scores.gradient, count),
+    "taylor": lambda scores, count: lowest(scores.taylor, count),
+    "block-influence": lambda scores, count: lowest(scores.influence, count),
+    "gradient-window": lambda scores, count: lowest_window(scores.gradient, count),
+    "taylor-window": lambda scores, count: lowest_window(scores.taylor, count),
+    "cosine-window": lambda scores, count: windows(scores, count)["cosine-window"],
+}
+
+
+def register(name: str, ranking: Ranking) -> None:
+    """Add a ranking for this process: `--metric name` selects it, and under `auto` it competes with the others.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    if name in METRICS:
+        raise ValueError(f"there is already a metric {name!r}")
+    RANKINGS[name] = ranking
+    METRICS.append(name)
+
+
 def candidates(scores: LayerScores, count: int, metric: str) -> dict[str, list[int]]:
-    """Named candidate sets of `count` layers for a metric; `auto` gives them all, duplicates dropped."""
-    named = {
-        "gradient": lowest(scores.gradient, count),
-        "taylor": lowest(scores.taylor, count),
-        "block-influence": lowest(scores.influence, count),
-        "gradient-window": lowest_window(scores.gradient, count),
-        "taylor-window": lowest_window(scores.taylor, count),
-        **windows(scores, count),
-    }
+    """Candidate sets of `count` layers by name: that of one metric, or those of all for `auto`, without duplicates."""
     if metric != "auto":
-        return {metric: named[metric]}
+        return {metric: RANKINGS[metric](scores, count)}
+    named = {name: ranking(scores, count) for name, ranking in RANKINGS.items()} | windows(scores, count)
     distinct: dict[str, list[int]] = {}
     for name, removed in named.items():
         if removed not in distinct.values():
@@ -60,15 +81,15 @@ def candidates(scores: LayerScores, count: int, metric: str) -> dict[str, list[i
 
 
 def stems(scores: LayerScores, count: int, metric: str) -> dict[str, list[int]]:
-    """Windows of one layer less, to be completed by whichever layer loses least with them; for `auto` alone."""
+    """Windows of one layer less, which the search completes with a further layer; only for `auto`."""
     return windows(scores, count - 1) if metric == "auto" and count > 1 else {}
 
 
 def finalists(found: Sequence[Candidate], corrected: bool) -> list[Candidate]:
-    """The sets whose corrections are fitted, of all that were measured (lowest loss first).
+    """The sets for which compensation is fitted, of all measured ones (`found`, lowest loss first).
 
-    A correction gains more where there is one gap than where the same layers leave several, so the best set after it
-    need not be the best before: the best of each number of gaps come first, then the next best.
+    Compensation gains more at a single gap than when the same number of layers leaves several, so the order can change.
+    The best set of each number of gaps comes first, then the next best.
     """
     if not corrected:
         return list(found[:1])
@@ -83,13 +104,13 @@ def finalists(found: Sequence[Candidate], corrected: bool) -> list[Candidate]:
 
 
 def gaps(removed: Sequence[int]) -> int:
-    """How many runs of consecutive layers are missing."""
+    """Number of runs of consecutive removed layers."""
     gone = set(removed)
     return sum(layer - 1 not in gone for layer in gone)
 
 
 def decide(scores: LayerScores, winner: Candidate | None, removed: Sequence[int], why: str) -> list[LayerDecision]:
-    """One decision per layer, with the gradient score and the reason in words."""
+    """One decision per layer, with its gradient score and the reason."""
     gone = set(removed)
     ranking = winner.name if winner else "your choice"
     decisions = []

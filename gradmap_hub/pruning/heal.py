@@ -1,14 +1,13 @@
-"""After stage 2, if asked for: a short distillation of the kept layers around the gaps, the original as teacher.
+"""Optional after stage 2: a short distillation of the kept layers around the gaps, with the original as teacher.
 
-The closed forms of `compensation` reach the linears that write to the residual stream, one by one; the layers around a
-gap have more weights than those. Here all weight matrices of the last kept layer before a gap and of the first few
-behind it are trained together, on the divergence of the next-token distributions:
+Stage 2 solves for single linears that write to the residual stream. Here all weight matrices of the last kept layer
+before a gap and of the first few after it are trained together, on the divergence of the next-token distributions:
 
     min   mean over tokens of KL(p || p') = sum_v p_v (log p_v - log p'_v)       p the original's, p' the pruned model's
 
-The streams of both models are the same up to the first layer trained and are carried there once per row, as is the
-original's to its end. A step runs the rest of the pruned model forward and backward on one row. What comes out are new
-values of weights that were there already. The paper (arXiv 2602.14649) trains nothing.
+The pruned model's stream up to the first trained layer and the original's up to its end are computed once per
+sequence. A step runs the rest of the pruned model forward and backward on one sequence. Only existing weights change.
+The paper (arXiv 2602.14649) trains nothing.
 """
 
 from __future__ import annotations
@@ -23,17 +22,18 @@ from torch import Tensor, nn
 from gradmap_hub.data.rows import CalibrationRows
 from gradmap_hub.models.decoder import LOGIT_CHUNK, Decoder
 from gradmap_hub.progress import Reporter
-from gradmap_hub.pruning.compensation import Overrides, lowers, stream_losses
+from gradmap_hub.pruning.compensation import Overrides, lowers
+from gradmap_hub.pruning.streams import stream_losses
 from gradmap_hub.record import HealCheck, HealRecord
 
-# Peak learning rate of AdamW; docs/method.md has what was measured.
+# Peak learning rate of AdamW; docs/method.md has the measurements.
 RATE = 3e-4
 BETAS = (0.9, 0.95)
-# Share of the steps in which the rate rises; over the rest it falls along a cosine to almost nothing.
+# Share of the steps with a rising rate; over the rest it falls along a cosine to almost 0.
 WARM_UP = 0.1
-# Kept layers behind a gap that are trained.
+# Trained layers after each gap.
 LAYERS_BEHIND = 2
-# Times that the held-out loss is measured on the way. The best state is kept.
+# Number of checks of the held-out loss during training. The best state is kept.
 CHECKS = 4
 
 
@@ -58,9 +58,9 @@ def rate_at(step: int, steps: int) -> float:
 def divergence_gradient(decoder: Decoder, reached: Tensor, wanted: Tensor) -> tuple[float, Tensor]:
     """KL(p || p') in nats per token and its gradient with respect to `reached`.
 
-    `wanted` and `reached`: the streams behind the last layer, (batch, tokens, d), of the original (p) and of the model
-    that is trained (p'). The gradient by the logits is (p' - p) / tokens, so that the logits of a few positions at a
-    time are enough.
+    `wanted` and `reached`: the streams after the last layer, (batch, tokens, d), of the original (p) and of the trained
+    model (p'). The gradient with respect to the logits is (p' - p) / tokens, so that it is computed for a few positions
+    at a time.
     """
     inputs = reached.detach().requires_grad_(True)
     tokens = reached.shape[0] * reached.shape[1]
@@ -79,8 +79,8 @@ def divergence_gradient(decoder: Decoder, reached: Tensor, wanted: Tensor) -> tu
 
 
 class _Masters:
-    """The weight matrices of some layers in at least float32, with AdamW on them. While the context lasts the layers
-    compute with these values, rounded to the model's own precision; the model is as before afterwards."""
+    """Master copies, in at least float32, of the weight matrices of some layers, with AdamW on them. Within `in_place`
+    the layers compute with these values, rounded to the model's dtype; afterwards the model is restored."""
 
     def __init__(self, decoder: Decoder, layers: Sequence[int]) -> None:
         self._decoder = decoder
@@ -94,7 +94,7 @@ class _Masters:
             parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32), copy=True)
             for parameter in self._parameters.values()
         ]
-        # Decay would pull towards zero, away from the original.
+        # Weight decay would pull the weights away from the original, towards zero.
         self._optimizer = torch.optim.AdamW(self._masters, lr=0.0, betas=BETAS, weight_decay=0.0)
 
     @contextmanager
@@ -107,9 +107,9 @@ class _Masters:
             yield
 
     def step(self, rate: float) -> None:
-        """One step of AdamW with the gradients that `backward` left."""
+        """One step of AdamW with the gradients of the last backward pass."""
         for parameter, master in zip(self._parameters.values(), self._masters, strict=True):
-            # An expert that no token of the row was sent to has no gradient, and AdamW leaves it as it is.
+            # An expert without tokens of this sequence has no gradient; AdamW leaves it unchanged.
             master.grad = None if parameter.grad is None else parameter.grad.to(master.dtype)
             parameter.grad = None
         for group in self._optimizer.param_groups:
@@ -117,10 +117,10 @@ class _Masters:
         self._optimizer.step()
         for parameter, master in zip(self._parameters.values(), self._masters, strict=True):
             master.grad = None
-            parameter.data.copy_(master)  # nothing to do where the two are one tensor
+            parameter.data.copy_(master)  # a no-op if the two are one tensor
 
     def values(self) -> Overrides:
-        """Copies of the weights as the model computes with them now."""
+        """Copies of the current weights, in the model's dtype."""
         return {key: parameter.detach().clone() for key, parameter in self._parameters.items()}
 
 
@@ -138,10 +138,11 @@ def heal(
     seed: int,
     reporter: Reporter,
 ) -> tuple[HealRecord, Overrides]:
-    """Train the layers around the gaps for `steps` steps of one row of `rows.fit`. The model is unchanged after.
+    """Train the layers around the gaps for `steps` steps of one sequence of `rows.fit`. The model is unchanged
+    afterwards.
 
-    `corrected`: the overrides of stage 2, from which the training starts. What is returned goes over them; it is empty
-    if the loss on `rows.selection` did not fall clearly. The same seed gives the same bytes on the same machine.
+    `corrected`: the overrides of stage 2, from which training starts. The returned overrides replace them; they are
+    empty if the loss on `rows.selection` did not fall clearly. The same seed gives the same bytes on the same machine.
     """
     kept = [layer for layer in range(decoder.count) if layer not in set(removed)]
     trained = layers_around_gaps(kept, removed)
@@ -182,7 +183,7 @@ def heal(
 def _streams(
     decoder: Decoder, ids: Tensor, layers: Sequence[int], row_done: Callable[[], None] = lambda: None
 ) -> list[Tensor]:
-    """The stream behind `layers` of each row, (1, tokens, d)."""
+    """The stream after `layers` of each sequence, (1, tokens, d)."""
     found: list[Tensor] = []
     for row in ids.split(1):
         found.append(decoder.embed(row))
@@ -202,10 +203,10 @@ def _train(
     held_out: Callable[[], Tensor],
     reporter: Reporter,
 ) -> tuple[list[HealCheck], tuple[Tensor, Overrides] | None]:
-    """What was measured on the way, and the best state of all measured: its held-out losses and weights.
+    """Train, and return the checks and the best state among them: its held-out losses and weights.
 
-    `rows`: per row the pruned model's stream before `layers` and the original's behind its last layer, both
-    (1, tokens, d). No state if nothing finite came out.
+    `rows`: per sequence the pruned model's stream before `layers` and the original's after its last layer, both
+    (1, tokens, d). The state is None if no check was finite.
     """
     draw = torch.Generator().manual_seed(seed)
     check_after = {steps * check // CHECKS for check in range(1, CHECKS + 1)}
@@ -229,7 +230,7 @@ def _train(
         losses = held_out()
         loss, mean_divergence = float(losses.mean()), sum(divergences) / len(divergences)
         if not (math.isfinite(loss) and math.isfinite(mean_divergence)):
-            break  # what was better before is kept
+            break  # the best state so far is kept
         checks.append(HealCheck(step + 1, mean_divergence, loss))
         divergences = []
         if best is None or loss < float(best[0].mean()):

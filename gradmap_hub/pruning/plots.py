@@ -1,6 +1,6 @@
-"""The figure of `inspect`: every score of every layer, and which layers would go.
+"""The figure of `inspect`: all scores of all layers, and the layers that would be removed.
 
-matplotlib is imported when something is drawn.
+matplotlib is imported only when a figure is drawn.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from gradmap_hub.pruning.scoring import LayerScores
+    from gradmap_hub.pruning.scores import LayerScores
 
 # Heights in inches: a panel of scores, a row of the strip below.
 _PANEL, _STRIP_ROW = 1.75, 0.34
@@ -25,10 +25,10 @@ _PANEL, _STRIP_ROW = 1.75, 0.34
 def inspect_plot(
     scores: LayerScores, shift_by_layer: Sequence[float] | None, choices: Mapping[str, Sequence[int]], path: Path
 ) -> None:
-    """Every score of every layer, and below a strip per ratio with the layers that would go.
+    """Draw all scores of all layers and, below, one strip per ratio with the layers that would be removed.
 
-    `shift_by_layer`: relative, such as `scores.shift`; not-a-number where there is none. `choices`: label such as "10%"
-    -> layers. The layers that would go at any ratio are shaded throughout, the deeper the more ratios take them.
+    `shift_by_layer`: relative, such as `scores.shift`; NaN where unknown. `choices`: label such as "10%" -> layers.
+    Layers that would be removed at any ratio are shaded in all panels, darker if more ratios remove them.
     """
     measures = [
         ("gradient L1 norm, as a share of the highest", _shares(scores.gradient)),
@@ -75,7 +75,7 @@ def _score_bars(axes: Axes, title: str, layers: Sequence[int], values: Sequence[
 
         axes.set_yscale("log")
         axes.set_ylim(low / (high / low) ** 0.12, high * (high / low) ** 0.08)
-        # At least two labelled ticks, and not so many that they overlap.
+        # At least two labelled ticks, but not so many that they overlap.
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0) if high / low < 1000 else (1.0,), numticks=4))
         axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter("{x:g}")
@@ -89,7 +89,7 @@ def _score_bars(axes: Axes, title: str, layers: Sequence[int], values: Sequence[
 
 
 def _choice_strip(axes: Axes, layers: Sequence[int], choices: Mapping[str, Sequence[int]]) -> None:
-    """One row of cells per choice; the cells of layers that would go are filled."""
+    """One row of cells per choice; the cells of removed layers are filled."""
     for row, going in enumerate(choices.values()):
         for gone in (False, True):
             cells = [layer for layer in layers if (layer in going) == gone]

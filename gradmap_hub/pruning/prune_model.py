@@ -132,10 +132,10 @@ def compensate_layers(
     Returns the choice, and the weights that its compensation changes.
     """
     from gradmap_hub.pruning.candidates import finalists
-    from gradmap_hub.pruning.compensation import correct_best, with_shift
+    from gradmap_hub.pruning.compensation import compensate_best, with_shift
 
     sets = finalists(selected.candidates, method.compensation != "none")
-    compensated, place, record, overrides = correct_best(decoder, rows, sets, method, reporter)
+    compensated, place, record, overrides = compensate_best(decoder, rows, sets, method, reporter)
     winner = compensated[place]
     record = with_shift(decoder, rows, winner.removed, record, method, reporter)
     measured = {tuple(candidate.removed): candidate for candidate in compensated}

@@ -8,18 +8,18 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from gradmap_hub.models.architectures import Architecture, sliced_config
+from gradmap_hub.models.architectures import Architecture
+from gradmap_hub.models.slicing import sliced_config
 
-# What submodules of a layer call its place in the model.
+# Attributes in which submodules of a layer hold its index.
 _INDICES = ("layer_idx", "layer_id")
 
 
 def remove_layers(model: nn.Module, architecture: Architecture, removed: Sequence[int]) -> list[int]:
-    """Delete the decoder layers `removed` (original indices) in place and return the indices kept, ascending.
+    """Delete the decoder layers `removed` (original indices) in place and return the kept indices, ascending.
 
-    `layer_idx` is renumbered on every submodule that has one (the KV cache is addressed by it), what the config says
-    about single layers is sliced or renumbered. The configuration object is replaced, also where submodules hold a
-    reference to it.
+    `layer_idx`, which addresses the KV cache, is renumbered on every submodule that has it. The config is replaced by a
+    sliced one (see `sliced_config`), also in submodules that refer to it.
     """
     layers = model.get_submodule(architecture.layers)
     assert isinstance(layers, nn.ModuleList)
@@ -42,9 +42,9 @@ def remove_layers(model: nn.Module, architecture: Architecture, removed: Sequenc
 
 @contextmanager
 def layers_left_out(model: nn.Module, architecture: Architecture, removed: Sequence[int]) -> Iterator[None]:
-    """The model without the layers `removed` for a while, also to its KV cache. It is as before afterwards."""
+    """Remove the layers `removed` while the context lasts, also for the KV cache; then restore the model."""
     layers = model.get_submodule(architecture.layers)
-    # Indices and configurations are plain attributes; modules and parameters are held in others, with an underscore.
+    # Indices and configs are plain attributes; modules and parameters are held in attributes with an underscore.
     before = [
         (module, {name: value for name, value in vars(module).items() if not name.startswith("_")})
         for module in model.modules()
@@ -65,5 +65,5 @@ def parameter_count(model: nn.Module) -> int:
 
 
 def storage_dtype(name: str, original: str) -> torch.dtype:
-    """The torch dtype to write weights in: `auto` keeps that of the original."""
+    """The torch dtype of the written weights: `auto` keeps that of the original."""
     return getattr(torch, original if name == "auto" else name)

@@ -1,13 +1,13 @@
-"""What a layer's attention or MLP adds to the residual stream, as a linear map whose weight stage 2 can solve for.
+"""The output of a layer's attention or MLP to the residual stream, as a linear map whose weight stage 2 solves for.
 
-    plain        s (W z + b)                         s: the family's residual multiplier, mostly 1
+    plain        s (W z + b)                         s: the family's residual multiplier, usually 1
     experts      s sum_e p_e (W_e z_e + b_e)  = s m  p_e: routing weights. Linear in all W_e and b_e together: with
                                                      W_e <- P W_e and b_e <- P b_e it is s P m, so z = m and W = I
     normed       N(W z) = g (W z) / rms(W z)         with r = rms(W z) of the old W held fixed, g W (z / r)
 
 To undo a drift E of the stream, W <- W + D with z D^T = E / s; through a norm (z / r) D^T = E / g. The first two are
-exact. Through a norm it is where the fit starts: what W + D does to the length of W z the norm takes back. So the gain
-is solved for as well, per dimension and given D, in `fitted_gain`; whether both help is measured in the real model.
+exact. Through a norm it is an approximation, because the norm rescales W z. Therefore `fitted_gain` also solves for the
+gain, per dimension and given D; the held-out loss of the real model decides whether both help.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ import torch
 from torch import Tensor, nn
 
 from gradmap_hub.models.architectures import COLUMNS, Architecture
-from gradmap_hub.pruning.ridge import Correction, corrected_parameters
+from gradmap_hub.pruning.ridge import RidgeSolution, folded_parameters
 
 MLP, ATTENTION = "mlp", "attention"
-# Gains that are small beside the others are not divided by: the dimension would outweigh all others in W.
+# Floor on a gain as a divisor, relative to the others: else a dimension of small gain would dominate W.
 _GAIN_FLOOR = 0.1
-# Ridge towards the old gain, over the mean square of what the norm puts out.
+# Ridge towards the old gain, relative to the mean square of the norm's output.
 _GAIN_RIDGE = 0.01
 
 
 class Tap:
-    """Input and output of a module during one call; of a tuple the first."""
+    """Records input and output of a module during one call; the first one of a tuple."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
@@ -51,10 +51,10 @@ class Tap:
 
 @dataclass(frozen=True, eq=False)
 class Writer:
-    """A part of one layer that writes to the residual stream. Made by `writer_of`, while the layer's weights are there.
+    """A part of one layer that writes to the residual stream. Made by `writer_of` while the layer's weights are loaded.
 
-    `weight` (d, f) and `bias` (d) of the linear map in question; `tapped`: the module whose call shows z and W z + b;
-    `added`: the module whose output is added to the stream, times `scale`.
+    `weight` (d, f) and `bias` (d): the linear map. `tapped`: the module with input z and output W z + b. `added`: the
+    module whose output is added to the stream, times `scale`. `outputs`: for experts, parameter -> axis of the stream.
     """
 
     layer: nn.Module
@@ -70,11 +70,11 @@ class Writer:
 
     @property
     def experts(self) -> bool:
-        """Whether this is a mixture of experts, which can only be corrected by a projection of what it adds."""
+        """Whether this is a mixture of experts, for which only a projection of its output can be solved."""
         return self.outputs is not None
 
     def equation(self, tap: Tap, drift: Tensor) -> tuple[Tensor, Tensor]:
-        """z (tokens, f) and e (tokens, d), so that W + D undoes the drift (tokens, d) as far as z D^T = e."""
+        """z (tokens, f) and e (tokens, d): W + D undoes the drift (tokens, d) as far as z D^T = e holds."""
         z = tap.output if self.experts else tap.input
         z = z.reshape(-1, z.shape[-1]).to(drift.dtype)
         if self.scale != 1.0:
@@ -86,20 +86,20 @@ class Writer:
             drift = drift * gain / (gain.square() + _GAIN_FLOOR**2 * gain.square().mean())
         return z, drift
 
-    def folded(self, correction: Correction) -> dict[str, Tensor]:
-        """The corrected parameters by their names in the layer, in the dtypes they have."""
+    def folded(self, solution: RidgeSolution) -> dict[str, Tensor]:
+        """The new parameters by their names in the layer, in their own dtypes."""
         if self.outputs is None:
-            return {f"{self.path}.{name}": value for name, value in self._folded_linear(correction).items()}
-        assert correction.projection is not None
-        projection = correction.projection
+            return {f"{self.path}.{name}": value for name, value in self._folded_linear(solution).items()}
+        assert solution.projection is not None
+        projection = solution.projection
         return {
             name: _projected(self.layer.get_parameter(name).detach(), axis, projection)
             for name, axis in self.outputs.items()
         }
 
     def fitted_gain(self, cross: Tensor, square: Tensor) -> dict[str, Tensor]:
-        """The norm's weight whose gain is the best one per dimension, with a ridge towards the present one. `cross`,
-        `square` (d): sums over tokens of a t and a^2, where a is what the norm puts out and t what it should."""
+        """The norm's weight with the least-squares gain per dimension, with a ridge towards the present one. `cross`,
+        `square` (d): sums over tokens of a t and a^2, where a is the norm's output and t its target."""
         assert self.norm is not None
         ridge = _GAIN_RIDGE * square.mean()
         factor = (cross + ridge) / (square + ridge).clamp(min=1e-30)
@@ -112,13 +112,13 @@ class Writer:
         assert self.norm is not None
         return self.layer.get_parameter(f"{self.norm}.weight").detach() + self.norm_offset
 
-    def _folded_linear(self, correction: Correction) -> dict[str, Tensor]:
+    def _folded_linear(self, solution: RidgeSolution) -> dict[str, Tensor]:
         linear: Any = self.tapped
         if isinstance(linear, nn.Linear):
-            return corrected_parameters(linear, correction)
+            return folded_parameters(linear, solution)
         # transformers' Conv1D: the same map with its weight stored as (f, d).
         upright: Any = SimpleNamespace(weight=linear.weight.T, bias=linear.bias)
-        values = corrected_parameters(upright, correction)
+        values = folded_parameters(upright, solution)
         return {**values, "weight": values["weight"].T.contiguous()}
 
 
@@ -138,7 +138,7 @@ def writer_of(layer: nn.Module, architecture: Architecture, part: str) -> Writer
 
 
 def has_module(layer: nn.Module, path: str) -> bool:
-    """Whether a layer has this submodule: in some models only the first layers have an MLP without experts."""
+    """Whether a layer has this submodule: in some models the first layers have a dense MLP, the others experts."""
     return any(name == path for name, _ in layer.named_modules())
 
 
@@ -160,7 +160,7 @@ def _mixture(layer: nn.Module, row: Architecture, scale: float) -> Writer:
 
 
 def _projected(value: Tensor, axis: int, projection: Tensor) -> Tensor:
-    """P W along the axis of the residual stream, in float64 and then in the dtype of W, one expert at a time."""
+    """P W along the axis of the residual stream, computed in float64, cast to the dtype of W, one expert at a time."""
     projection = projection.to(value.device)
     if value.ndim == 3:
         return torch.stack([_projected(one, axis, projection) for one in value])

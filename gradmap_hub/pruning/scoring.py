@@ -1,15 +1,15 @@
-"""Stage 1: how much each decoder layer matters, from one forward and backward pass per calibration row.
+"""Stage 1: how much each decoder layer matters, from one forward and backward pass per calibration sequence.
 
 GradMAP (arXiv 2602.14649) ranks layers by gradient magnitude of the language-modelling loss L. Its exact formula is
-not public; ours, for calibration rows s and the weight matrices W of layer l:
+not public; ours, for calibration sequences s and the weight matrices W of layer l:
 
-    gradient[l] = sum_s sum_W || dL_s / dW ||_1          the absolute value is taken per row, then summed
+    gradient[l] = sum_s sum_W || dL_s / dW ||_1          the absolute value is taken per sequence, then summed
 
-Accumulating gradients over rows first lets them cancel: the mean gradient of a trained model tends to zero, and more
-calibration text makes that ranking worse. The same pass yields, at no extra forward or backward:
+Gradients accumulated over sequences before the norm would cancel: the mean gradient of a trained model tends to zero,
+and more calibration text makes that ranking worse. The same pass also yields:
 
-    taylor[l]    = sum_s sum_W || W * dL_s / dW ||_1     (as in LLM-Pruner and Shortened LLaMA, per row)
-    distance[i][j] = 1 - mean cos(x_i, x_j)              x_l: residual stream before layer l; x_L: behind the last
+    taylor[l]    = sum_s sum_W || W * dL_s / dW ||_1     (as in LLM-Pruner and Shortened LLaMA, per sequence)
+    distance[i][j] = 1 - mean cos(x_i, x_j)              x_l: residual stream before layer l; x_L: after the last
     influence[l] = distance[l][l + 1]                    block influence, ShortGPT (arXiv 2403.03853)
     windows(k)[i] = distance[i][i + k]                   k consecutive layers as one block (arXiv 2403.17887)
     shift[l]     = ||mean(x_{l+1} - x_l)|| / ||mean(x_{l+1})||    first moment of what the layer adds
@@ -18,36 +18,13 @@ calibration text makes that ranking worse. The same pass yields, at no extra for
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from gradmap_hub.models.decoder import Decoder
-
-
-@dataclass(frozen=True)
-class LayerScores:
-    """One value per layer, in the order of `layers` (indices); low = unimportant. `distance` is square, one more than
-    the layers; `loss` in nats per token."""
-
-    layers: list[int]
-    gradient: list[float]
-    taylor: list[float]
-    distance: list[list[float]]
-    shift: list[float]
-    loss: float
-    rows: int = field(default=0)
-
-    @property
-    def influence(self) -> list[float]:
-        """Block influence of each layer."""
-        return self.windows(1)
-
-    def windows(self, size: int) -> list[float]:
-        """1 - mean cosine across each `size` consecutive layers, by the position of the first."""
-        return [self.distance[start][start + size] for start in range(len(self.layers) - size + 1)]
+from gradmap_hub.pruning.scores import LayerScores
 
 
 def score_layers(
@@ -57,11 +34,11 @@ def score_layers(
     layers: Sequence[int] | None = None,
     row_done: Callable[[], None] = lambda: None,
 ) -> LayerScores:
-    """Score `layers` (default: all) as they stand in sequence, on rows `ids` (n, tokens).
+    """Score `layers` (default: all), run in this order, on sequences `ids` (n, tokens).
 
-    The forward pass keeps only the residual stream between layers; the backward pass computes each layer's
-    activations anew (checkpointing), so that the activations of one layer and the gradient of one weight exist at a
-    time. Embeddings, final norm and head never count.
+    The forward pass keeps only the residual stream between layers; the backward pass recomputes each layer's
+    activations (checkpointing), so that only the activations of one layer and the gradient of one weight exist at a
+    time. Embeddings, final norm and head are not scored.
     """
     chosen = list(range(decoder.count)) if layers is None else list(layers)
     gradient = dict.fromkeys(chosen, 0.0)
@@ -73,7 +50,7 @@ def score_layers(
         for group in ids.split(decoder.rows_per_pass):
             rows = group.split(1)
             with torch.no_grad():
-                stream = [[decoder.embed(row)] for row in rows]  # per row, the input of each layer and the last output
+                stream = [[decoder.embed(row)] for row in rows]  # per sequence: each layer's input, the last output
                 for layer in chosen:
                     with decoder.layer(layer):
                         for states in stream:
@@ -90,7 +67,7 @@ def score_layers(
 
                 def reduce(_name: str, parameter: Tensor, layer: int = layer) -> None:
                     assert parameter.grad is not None
-                    # In place: the gradient is not needed again, and a temporary of its size costs more than the sum.
+                    # In place: a temporary of the gradient's size costs more than the sum.
                     magnitude = parameter.grad.abs_()
                     gradient[layer] += float(magnitude.sum(dtype=torch.float32))
                     taylor[layer] += float(magnitude.mul_(parameter.detach()).abs_().sum(dtype=torch.float32))
@@ -116,7 +93,7 @@ def score_layers(
 def iterative_removals(
     decoder: Decoder, ids: Tensor, count: int, *, row_done: Callable[[], None] = lambda: None
 ) -> list[int]:
-    """Remove `count` layers one at a time, scoring what is left anew before each removal (gradient L1)."""
+    """Remove `count` layers one at a time, each the one of lowest gradient L1 in new scores of the rest; ascending."""
     left = list(range(decoder.count))
     removed: list[int] = []
     for _ in range(count):
@@ -126,12 +103,12 @@ def iterative_removals(
     return sorted(removed)
 
 
-# Tokens whose directions are multiplied at once: a copy of the whole stream of a row would be as big as the stream.
+# Tokens whose directions are multiplied at once: a normalised copy of a whole stream would double its memory.
 _TOKENS_AT_ONCE = 64
 
 
 def _mean_cosines(states: Sequence[Tensor]) -> Tensor:
-    """Mean over tokens of the cosine between every two of a row's n streams (1, tokens, d): (n, n) float64."""
+    """Mean over tokens of the cosine between every two of n streams (1, tokens, d) of a sequence: (n, n) float64."""
     tokens = states[0].shape[1]
     total = torch.zeros(len(states), len(states), dtype=torch.float64)
     for start in range(0, tokens, _TOKENS_AT_ONCE):

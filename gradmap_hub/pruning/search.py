@@ -1,18 +1,18 @@
-"""Stage 1, second half: which set of layers goes, decided by the loss on held-out rows.
+"""Stage 1, second half: which set of layers is removed, decided by the loss on held-out sequences.
 
-Any single ranking is fragile, and greedy search on the loss (SLEB) is slow and fits its own rows. Here the rankings of
-one scoring pass propose sets; the loss on rows they never saw compares them; others are made from them by
+A single ranking is fragile, and greedy search on the loss (SLEB) is slow and overfits its own sequences. Here the
+rankings of one scoring pass propose sets, and the loss on sequences they never saw compares them. More sets come from
 
     grow       L(S + m)             one more kept layer removed, from a set of one layer less
     add-back   b[l] = L(S - l)      one removed layer put back
     remove     a[m] = L(S + m)      one more kept layer removed
     swap       L(S - l + m)  ~  b[l] + a[m] - L(S)       predicted from the two, then measured for the best few
 
-A window and one layer elsewhere often loses less than the window that is one longer, and two corrections mend much of
-it; no ranking of single layers proposes such a set.
+A window plus one layer elsewhere often loses less than a window that is one layer longer, and compensation at both
+gaps recovers much of the loss; no ranking of single layers proposes such a set.
 
-All trials of a sweep share one walk along the layers: a trial starts from the residual stream where it differs, so it
-costs the layers behind that point only. Sets and sweeps race: all see a quarter of the rows, the best few the rest.
+All trials of a pass share one walk along the layers: a trial branches off where it differs and costs only the layers
+after that point. Sets and trials race: all see a quarter of the sequences, the best few see the rest.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from torch import Tensor
 from gradmap_hub.models.decoder import Decoder
 from gradmap_hub.record import GROWN, SWAPPED, Candidate
 
-# Sets, and trials of a sweep, that go on to all rows; swaps that are measured after being predicted.
+# Sets and trials that are measured on all sequences; predicted swaps that are measured.
 SURVIVING_SETS = 3
 SURVIVING_TRIALS = 4
 SWAPS_MEASURED = 2
-# Every further round costs as much as the first and gains less.
+# A further round costs as much as the first and gains less.
 SWAP_ROUNDS = 1
 
 
 class Search:
-    """The loss of sets of removed layers on rows `ids` (n, tokens), in nats per token."""
+    """The loss of sets of removed layers on sequences `ids` (n, tokens), in nats per token."""
 
     def __init__(self, decoder: Decoder, ids: Tensor, rows_done: Callable[[int], None] = lambda _rows: None) -> None:
         self._decoder = decoder
@@ -45,7 +45,7 @@ class Search:
         self._names: dict[frozenset[int], str] = {}
 
     def loss(self, removed: Sequence[int], name: str) -> float:
-        """Loss on all rows; remembered, so that a set is measured once."""
+        """Loss on all sequences, cached by set."""
         key = frozenset(removed)
         if key not in self._known:
             live = self._live(key)
@@ -58,9 +58,9 @@ class Search:
         return [layer for layer in range(self._decoder.count) if layer not in removed]
 
     def flips(self, removed: Sequence[int], layers: Sequence[int], rows: Tensor) -> dict[int, float]:
-        """Summed loss over `rows` with each of `layers` flipped, removed or put back, one at a time.
+        """Summed loss over `rows` (n, tokens) with each of `layers` flipped (removed or put back), one at a time.
 
-        All trials walk along the layers together, each from where it differs, so that a layer is fetched once.
+        All trials walk along the layers together, each from where it differs, so that each layer is fetched once.
         """
         gone = set(removed)
         totals = dict.fromkeys(layers, 0.0)
@@ -90,11 +90,11 @@ class Search:
 
     @property
     def _heat(self) -> int:
-        """Rows that everything sees."""
+        """Number of sequences of the first round."""
         return max(1, len(self._ids) // 4)
 
     def _best(self, sets: Mapping[str, Sequence[int]], count: int) -> list[str]:
-        """Names of the `count` sets of the lowest loss on a quarter of the rows, lowest first."""
+        """Names of the `count` sets of the lowest loss on a quarter of the sequences, lowest first."""
         if len(sets) <= count:
             return list(sets)
         heat = self._ids[: self._heat]
@@ -105,12 +105,12 @@ class Search:
         return sorted(sets, key=lambda name: first[name])[:count]
 
     def best_seeds(self, seeds: Mapping[str, Sequence[int]]) -> None:
-        """Measure the sets that a quarter of the rows did not rule out."""
+        """Measure the sets that are best on a quarter of the sequences."""
         for name in self._best(seeds, SURVIVING_SETS):
             self.loss(seeds[name], name)
 
     def grow(self, stems: Mapping[str, Sequence[int]]) -> None:
-        """Measure the best of `stems` with one more layer removed: all of them on a quarter of the rows, the best few
+        """Measure the best of `stems` with each further layer removed: on a quarter of the sequences, and the best few
         on all."""
         for name in self._best(stems, 1):
             stem = stems[name]
@@ -120,7 +120,7 @@ class Search:
                 self._names.setdefault(key, f"{name}{GROWN}")
 
     def race(self, removed: Sequence[int], layers: Sequence[int]) -> dict[int, float]:
-        """Mean loss with each of `layers` flipped, for those that a quarter of the rows did not rule out."""
+        """Mean loss with each of `layers` flipped, for the few that are best on a quarter of the sequences."""
         heat = self._heat
         first = self.flips(removed, layers, self._ids[:heat])
         survivors = sorted(first, key=lambda layer: first[layer])[:SURVIVING_TRIALS]
@@ -130,7 +130,7 @@ class Search:
         return {layer: (first[layer] + rest[layer]) / len(self._ids) for layer in survivors}
 
     def swap(self, removed: Sequence[int], name: str) -> list[int]:
-        """Exchange one removed for one kept layer if that lowers the loss, at most SWAP_ROUNDS times."""
+        """Exchange a removed for a kept layer if that lowers the loss, at most SWAP_ROUNDS times; the resulting set."""
         best = sorted(removed)
         for _ in range(SWAP_ROUNDS):
             loss = self.loss(best, name)
@@ -159,8 +159,8 @@ def search_layers(
     swaps: bool,
     rows_done: Callable[[int], None] = lambda _rows: None,
 ) -> list[Candidate]:
-    """The sets measured on all rows, lowest loss first. `seeds`: named sets of one size; `stems`: named sets of one
-    layer less, the best of which is tried with every further layer. `swaps`: improve the best."""
+    """The sets measured on all sequences, lowest loss first. `seeds`: named sets of one size. `stems`: named sets of
+    one layer less; the best is tried with every further layer. `swaps`: improve the best set by swaps."""
     search = Search(decoder, ids, rows_done)
     search.best_seeds(seeds)
     search.grow(stems or {})

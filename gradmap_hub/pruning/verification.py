@@ -1,4 +1,4 @@
-"""The saved folder must compute what the model in memory computed: read it back with plain transformers and compare."""
+"""The saved folder must compute the same as the model in memory: load it with plain transformers and compare."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from gradmap_hub.models.architectures import dimension
 from gradmap_hub.record import VerificationRecord
 
 LOGIT_LIMIT = 1e-4
-# One token at a time sums in another order than a whole row does.
+# Decoding token by token sums in another order than a pass over the whole sequence.
 CACHE_LIMIT = 1e-3
 _LONGEST = 2048
 _GENERATED = 12
 
 
 def probe_ids(config: Any) -> Tensor:
-    """A fixed row of token ids (1, n), longer than the sliding window where that is affordable: a wrong attention
-    type of a layer only shows beyond its window."""
+    """A fixed sequence of token ids (1, n), longer than the sliding window where affordable: a wrong attention type
+    only shows beyond the window."""
     window = getattr(config, "sliding_window", None) or getattr(config, "window_size", None) or 0
     longest = dimension(config.to_dict(), "max_position_embeddings") or _LONGEST
     length = min(max(64, window + 16), _LONGEST, longest - _GENERATED)
@@ -30,16 +30,16 @@ def probe_ids(config: Any) -> Tensor:
 
 
 def logits_of(model: Any, ids: Tensor) -> Tensor:
-    """(tokens, vocabulary) float32."""
+    """Logits (tokens, vocabulary) float32 of ids (1, tokens)."""
     with torch.no_grad():
         return model(input_ids=ids, use_cache=False).logits[0].float()
 
 
 def verify(reloaded: Any, report: dict[str, Any], folder: Path, expected: Tensor) -> VerificationRecord:
-    """Check keys, logits on the probe row against `expected`, and that generation with KV cache equals without.
+    """Check the keys, the logits of the probe against `expected`, and that generation with KV cache equals one without.
 
     Raises:
-        VerificationError: any of the three does not hold.
+        VerificationError: one of the three checks fails.
     """
     keys_match = not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     ids = probe_ids(reloaded.config)
@@ -48,16 +48,16 @@ def verify(reloaded: Any, report: dict[str, Any], folder: Path, expected: Tensor
     record = VerificationRecord(keys_match, difference, ids.shape[1], generation)
     if not keys_match or not difference <= LOGIT_LIMIT or not generation:
         raise VerificationError(
-            f"The checkpoint written to {folder} does not compute what it should: keys "
+            f"The checkpoint written to {folder} differs from the model in memory: keys "
             f"{'match' if keys_match else 'differ'}, logits differ by {difference:.2g}, generation with cache "
             f"{'matches' if generation else 'differs'}.",
-            hint="Nothing is published. This is a defect: please report the model and the command.",
+            hint="Nothing was published. This is a bug: please report the model and the command.",
         )
     return record
 
 
 def _generation_matches(model: Any, ids: Tensor) -> bool:
-    """Greedy tokens through the KV cache; each step's logits must be those of a pass over the whole row."""
+    """Whether each step's logits of greedy decoding through the KV cache equal those of a pass over the whole text."""
     steps: list[Tensor] = []
     row = ids
     past = None

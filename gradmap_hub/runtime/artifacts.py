@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from gradmap_hub.errors import SourceError, UsageError
 from gradmap_hub.formats import FORMATS, graph_path
 
-# A session needs the file's bytes, as much again while it repacks the weights, and the cache.
+# A session needs the bytes of the file, the same again while it repacks the weights, and the KV cache.
 _MEMORY_FACTOR = 2.0
 
 
@@ -54,7 +54,7 @@ def choose_artifact(
         for artifact in found:
             if wanted in (artifact.name, artifact.path, PurePosixPath(artifact.path).name):
                 return artifact
-        raise UsageError(f"There is no artifact {wanted!r} here; there is {names}.")
+        raise UsageError(f"This folder has no artifact {wanted!r}. Choose one of: {names}.")
     ranks = {row.artifact: row.on_cuda if cuda else row.on_cpu for row in FORMATS.values()}
     ranked = sorted(
         (artifact for artifact in found if ranks[artifact.name] is not None), key=lambda entry: ranks[entry.name] or 0

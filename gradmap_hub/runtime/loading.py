@@ -44,7 +44,7 @@ def load(
         raise MissingExtra("Text generation", "cpu")
     for name, value in (("threads", threads), ("context", context)):
         if value is not None and value < 1:
-            raise UsageError(f"--{name} must be at least 1, it is {value}.")
+            raise UsageError(f"--{name} must be at least 1; got {value}.")
     from gradmap_hub.runtime.prompting import ModelError, TextCodec, read_json
     from gradmap_hub.runtime.session import CUDA, Session, provider_named
 

@@ -44,7 +44,7 @@ from gradmap_hub.record import (
     LayerDecision,
     Parity,
     RunRecord,
-    SiteCorrection,
+    SiteCompensation,
     TextPerplexity,
     TextSource,
     Trial,
@@ -128,9 +128,9 @@ def make_record() -> RunRecord:
                 Trial(27, "weight", 0.03, 3.7399, "attention"),
             ],
             corrections=[
-                SiteCorrection(11, "mlp", "weight", 0.03, 12.5, 4.2513, 3.9127),
-                SiteCorrection(18, "attention", "weight", 0.03, 7.5, 3.9127, 3.8011),
-                SiteCorrection(18, "mlp", "weight", 0.03, 9.0, 3.8011, 3.7402),
+                SiteCompensation(11, "mlp", "weight", 0.03, 12.5, 4.2513, 3.9127),
+                SiteCompensation(18, "attention", "weight", 0.03, 7.5, 3.9127, 3.8011),
+                SiteCompensation(18, "mlp", "weight", 0.03, 9.0, 3.8011, 3.7402),
             ],
         ),
         seed=0,
@@ -217,7 +217,7 @@ def make_measured(name: str = "c4.txt") -> Measured:
 def one_correction(part: str) -> RunRecord:
     """The same run, had one correction been kept."""
     record = make_record()
-    entry = SiteCorrection(18, part, "weight", 0.03, 12.5, 4.2513, 3.9127)
+    entry = SiteCompensation(18, part, "weight", 0.03, 12.5, 4.2513, 3.9127)
     compensation = replace(record.compensation, site=18, corrections=[entry], loss_after=3.9127)
     return replace(record, compensation=compensation)
 

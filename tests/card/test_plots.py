@@ -15,7 +15,7 @@ from gradmap_hub.evaluation.speed import Ratio, Speed
 from gradmap_hub.measurements import BeforeAfter
 from gradmap_hub.pruning.candidates import lowest
 from gradmap_hub.pruning.plots import inspect_plot
-from gradmap_hub.pruning.scoring import LayerScores
+from gradmap_hub.pruning.scores import LayerScores
 from gradmap_hub.record import Base, CalibrationRecord, CompensationRecord, EvaluationRecord, TextPerplexity
 from gradmap_hub.sweeping.knee import recommend
 from gradmap_hub.sweeping.plots import sweep_plot

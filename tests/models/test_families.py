@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gradmap_hub.card.card import CACHE_FROM_GRAPH
 from gradmap_hub.config import PruneConfig
 from gradmap_hub.data.rows import CalibrationRows
 from gradmap_hub.errors import UnsupportedArchitecture, UsageError, VerificationError
@@ -29,35 +28,27 @@ from gradmap_hub.models import checkpoint
 from gradmap_hub.models.architectures import (
     ARCHITECTURES,
     SUPPORTED,
-    architecture_of,
-    correction_skipped,
-    sliced_config,
+    compensation_skipped,
 )
 from gradmap_hub.models.decoder import Decoder
 from gradmap_hub.models.safetensors_files import readable
+from gradmap_hub.models.slicing import sliced_config
 from gradmap_hub.models.source import check_family, find_source
-from gradmap_hub.models.streaming import key_report, open_streamed, pruned_logits, write_pruned
+from gradmap_hub.models.streaming import key_report, open_streamed, pruned_logits
+from gradmap_hub.models.support import architecture_of
 from gradmap_hub.models.transformers_compat import ONLY_5, has_5
 from gradmap_hub.progress import SilentReporter
-from gradmap_hub.pruning.compensation import (
-    ATTENTION,
-    MLP,
-    Original,
-    Site,
-    Streams,
-    _fitted_gain,
-    accumulate_gram,
-    fit_correction,
-    site_kind,
-    solved,
-    through_norm,
-)
+from gradmap_hub.pruning.compensation import fit_compensation
+from gradmap_hub.pruning.fitting import accumulate_gram, fitted_gain, site_kind, solved, through_norm
 from gradmap_hub.pruning.heal import heal
 from gradmap_hub.pruning.removal import parameter_count, remove_layers
-from gradmap_hub.pruning.residual import Tap, writer_of
-from gradmap_hub.pruning.ridge import Correction
+from gradmap_hub.pruning.residual import ATTENTION, MLP, Tap, writer_of
+from gradmap_hub.pruning.ridge import RidgeSolution
 from gradmap_hub.pruning.scoring import score_layers
+from gradmap_hub.pruning.sites import Site
+from gradmap_hub.pruning.streams import Original, Streams
 from gradmap_hub.pruning.verification import logits_of, probe_ids, verify
+from gradmap_hub.pruning.writing import write_pruned
 
 TABLE = "model types with transformers 5" if has_5() else "model types"
 LAYERS = 5
@@ -384,7 +375,7 @@ def test_what_is_folded_is_what_was_fitted(name: str, part: str, random_rows: Ca
     """The change of the stream by a folded correction, against the correction applied outside the weights."""
     case = CASES[name]
     model = build(name)
-    if correction_skipped(ARCHITECTURES[model_type(name)], model.config):
+    if compensation_skipped(ARCHITECTURES[model_type(name)], model.config):
         pytest.skip("not corrected")
     decoder = decoder_of(model, name)
     gap = gap_of(case)
@@ -426,9 +417,9 @@ def test_the_equation_finds_the_change_that_made_a_drift(case: str, random_rows:
     writer = writer_of(decoder.layers[1], decoder.architecture, MLP)
     change = 0.1 * torch.randn(writer.weight.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     made = (
-        Correction("projection", 0, 0, projection=writer.weight.double() + change)
+        RidgeSolution("projection", 0, 0, projection=writer.weight.double() + change)
         if writer.experts
-        else Correction("weight", 0, 0, delta=change)
+        else RidgeSolution("weight", 0, 0, delta=change)
     )
     hidden = decoder.run(decoder.embed(ids), [0])
     with torch.no_grad():
@@ -462,7 +453,7 @@ def test_the_fit_through_a_norm_holds_its_rms_and_solves_for_its_gain(
     correction, values = solved(decoder, site, accumulate_gram(decoder, site, hidden, targets), "weight", 0.001)
     assert correction.delta is not None
     left = []
-    for more in ({}, _fitted_gain(decoder, site, hidden, targets, values)):
+    for more in ({}, fitted_gain(decoder, site, hidden, targets, values)):
         with torch.no_grad(), decoder.replaced(site.layer, {**values, **more}):
             left.append(sum(float((wanted - decoder.step(states, site.layer)).square().sum())
                             for wanted, states in zip(targets, hidden, strict=True)))  # fmt: skip
@@ -489,9 +480,9 @@ def test_a_corrected_checkpoint_has_the_loss_on_record(
     rows = CalibrationRows(ids, ids, [], [])
     config = PruneConfig(drop=case.removed, samples=4)
     state = {key: value.clone() for key, value in model.state_dict().items()}
-    record, values = fit_correction(decoder, rows, case.removed, config, SilentReporter())
+    record, values = fit_compensation(decoder, rows, case.removed, config, SilentReporter())
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
-    skipped = correction_skipped(decoder.architecture, model.config)
+    skipped = compensation_skipped(decoder.architecture, model.config)
     if skipped is not None:
         assert not record.applied and not values and record.reason == f"compensation skipped: {skipped}"
         tell("corrected", f"skipped: {skipped}")
@@ -530,7 +521,7 @@ def test_weights_streamed_from_disk_give_the_same(
     assert score_layers(streamed, ids).gradient == pytest.approx(score_layers(inside, ids).gradient, rel=1e-5)
     site = gap_of(case)
     overrides = {}
-    if not correction_skipped(row, model.config):
+    if not compensation_skipped(row, model.config):
         found = []
         for decoder in (inside, streamed):
             streams = Streams(decoder, Original(decoder, ids), case.kept, 0)
@@ -631,7 +622,7 @@ def test_hybrids_are_refused_by_name(kind: str, reason: str) -> None:
 @pytest.mark.parametrize("kind", sorted(ONLY_5))
 def test_types_that_only_transformers_5_knows_are_refused_with_4(kind: str) -> None:
     config = {"model_type": kind, "num_hidden_layers": 8}
-    with pytest.raises(UnsupportedArchitecture, match=f"'{kind}' cannot be pruned: .*transformers 5 can; 4.57"):
+    with pytest.raises(UnsupportedArchitecture, match=f"'{kind}' cannot be pruned: .*transformers 5 can read it .4.57"):
         architecture_of(config)
 
 
@@ -779,7 +770,7 @@ def test_what_optimum_exports_is_known_before_anything_is_computed() -> None:
         return "text-generation-with-past" in tasks
 
     for kind in SUPPORTED:
-        assert known(kind) == (kind in onnx._MODEL_TYPES or kind in onnx._WRONG), kind
+        assert known(kind) == (ARCHITECTURES[kind].optimum is not None), kind
 
 
 def test_a_type_that_optimum_does_not_export_is_refused(tell: Callable[[str, str], None], name: str) -> None:
@@ -848,7 +839,7 @@ def test_the_lines_of_the_card_load_the_graph(
     export_folder(out, ["onnx"])
     blocks = re.findall(r"(?s)```python\n(.*?)```", (out / "README.md").read_text())
     (code,) = (block for block in blocks if "ORTModelForCausalLM" in block)
-    assert ("num_key_value_heads" in code) == (model_type(case) in CACHE_FROM_GRAPH)
+    assert ("num_key_value_heads" in code) == ARCHITECTURES[model_type(case)].cache_from_graph
     monkeypatch.chdir(tmp_path)
     found: dict[str, Any] = {}
     exec(code.replace("path/to/", ""), found)

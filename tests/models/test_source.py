@@ -15,9 +15,10 @@ from gguf import GGUFWriter
 from gradmap_hub.errors import BrokenCheckpointError, RemoteCodeRefused, SourceError, UnsupportedArchitecture
 from gradmap_hub.layout import folder_sizes, legal_texts, sha256_of
 from gradmap_hub.models import checkpoint
-from gradmap_hub.models.architectures import ARCHITECTURES, SUPPORTED, architecture_of
+from gradmap_hub.models.architectures import ARCHITECTURES, SUPPORTED
 from gradmap_hub.models.gguf import read_metadata
 from gradmap_hub.models.safetensors_files import check_weights, choose_files, read_config, read_safetensors_header
+from gradmap_hub.models.support import architecture_of
 
 LLAMA = {
     "model_type": "llama",
@@ -244,7 +245,7 @@ def test_supported_types_as_transformers_writes_them(family: str, model_of: Call
         ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, "an encoder, not a causal"),
         ({"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}, "an encoder-decoder"),
         ({"model_type": "fsmt", "is_encoder_decoder": True}, "an encoder-decoder"),
-        ({"model_type": "jamba", "architectures": ["JambaForCausalLM"]}, "follow a period in the depth"),
+        ({"model_type": "jamba", "architectures": ["JambaForCausalLM"]}, "follow a period in depth"),
         ({"model_type": "gemma3n"}, "share keys and values"),
         ({"model_type": "mamba"}, "not known to be safe"),
         ({"model_type": "brand_new"}, "not known to be safe"),
@@ -268,7 +269,7 @@ def test_refusals_say_why_and_what_is_supported(change: dict[str, Any], reason: 
 def test_own_code_is_refused_whatever_the_type() -> None:
     for model_type in ("llama", "brand_new"):
         config = {**LLAMA, "model_type": model_type, "auto_map": {"AutoModelForCausalLM": "modeling.Own"}}
-        with pytest.raises(RemoteCodeRefused, match="brings its own code"):
+        with pytest.raises(RemoteCodeRefused, match="has its own code"):
             architecture_of(config)
 
 

@@ -14,22 +14,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gradmap_hub.errors import BrokenCheckpointError
-from gradmap_hub.models import streaming
+from gradmap_hub.models import converting, streaming
 from gradmap_hub.models.architectures import ARCHITECTURES, Architecture
 from gradmap_hub.models.decoder import Decoder
 from gradmap_hub.models.streaming import (
-    PlannedTensor,
     StreamedDecoder,
-    WeightFiles,
     key_report,
     open_streamed,
     pruned_logits,
-    write_pruned,
-    write_safetensors,
 )
+from gradmap_hub.models.weight_files import WeightFiles
 from gradmap_hub.pruning.removal import parameter_count
 from gradmap_hub.pruning.scoring import score_layers
 from gradmap_hub.pruning.verification import logits_of, probe_ids, verify
+from gradmap_hub.pruning.writing import PlannedTensor, write_pruned, write_safetensors
 
 TOKENS = 40
 REMOVED = (1, 3)
@@ -125,11 +123,11 @@ def test_another_dtype_than_stored(
 
 
 def test_a_converted_head_has_the_values_and_the_gradient_of_a_linear_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streaming, "_HEAD_ROWS", 7)  # does not divide 30
+    monkeypatch.setattr(converting, "_HEAD_ROWS", 7)  # does not divide 30
     weight = torch.nn.Parameter(torch.randn(30, 8).bfloat16(), requires_grad=False)
     hidden = torch.randn(1, 5, 8, requires_grad=True)
     again = hidden.detach().clone().requires_grad_(True)
-    found = streaming._ConvertingHead(weight)(hidden)
+    found = converting.ConvertingHead(weight)(hidden)
     expected = again @ weight.float().T
     assert torch.allclose(found, expected, atol=1e-6)
     found.square().sum().backward()

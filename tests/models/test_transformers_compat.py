@@ -15,8 +15,8 @@ from torch import Tensor
 from gradmap_hub.errors import UnsupportedArchitecture
 from gradmap_hub.layout import COMPANION_FILES
 from gradmap_hub.models import checkpoint
-from gradmap_hub.models.architectures import architecture_of
 from gradmap_hub.models.safetensors_files import readable
+from gradmap_hub.models.support import architecture_of
 from gradmap_hub.models.transformers_compat import (
     NotInBothForms,
     both_read_config,
@@ -185,7 +185,7 @@ def test_what_4_has_no_words_for_is_told(kind: str, parameters: Any, reason: str
     if has_5():
         assert architecture_of(config).model_type == kind
     else:
-        with pytest.raises(UnsupportedArchitecture, match=f"{reason}.*transformers 5 can; {installed()}"):
+        with pytest.raises(UnsupportedArchitecture, match=f"{reason}.*transformers 5 can read it .{installed()}"):
             architecture_of(config)
 
 

@@ -11,7 +11,7 @@ import pytest
 from gradmap_hub.config import PruneConfig, help_of, paper_preset
 from gradmap_hub.errors import UsageError
 from gradmap_hub.pruning.candidates import candidates, decide, finalists, gaps, lowest, lowest_window, stems
-from gradmap_hub.pruning.scoring import LayerScores
+from gradmap_hub.pruning.scores import LayerScores
 from gradmap_hub.record import Candidate
 
 

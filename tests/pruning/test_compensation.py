@@ -15,24 +15,12 @@ from torch import Tensor
 from gradmap_hub.config import PruneConfig
 from gradmap_hub.data.rows import CalibrationRows
 from gradmap_hub.progress import SilentReporter
-from gradmap_hub.pruning.compensation import (
-    ATTENTION,
-    MLP,
-    Original,
-    Shift,
-    Site,
-    Streams,
-    accumulate_gram,
-    correct_best,
-    fit_correction,
-    largest_shift,
-    lowers,
-    mean_shift,
-    sites_at_gaps,
-    stream_losses,
-    with_shift,
-)
-from gradmap_hub.pruning.ridge import Correction, Gram, corrected_parameters, folded_weight, solve
+from gradmap_hub.pruning.compensation import compensate_best, fit_compensation, lowers, with_shift
+from gradmap_hub.pruning.fitting import accumulate_gram
+from gradmap_hub.pruning.residual import ATTENTION, MLP
+from gradmap_hub.pruning.ridge import Gram, RidgeSolution, folded_parameters, folded_weight, solve
+from gradmap_hub.pruning.sites import Shift, Site, largest_shift, mean_shift, sites_at_gaps
+from gradmap_hub.pruning.streams import Original, Streams, stream_losses
 from gradmap_hub.record import Candidate
 
 TOKENS = 40
@@ -252,7 +240,7 @@ def test_folded_equals_unfolded(
 
     folded = copy.deepcopy(pruned)
     target = folded.model.layers[KEPT.index(2)].mlp.down_proj
-    parameters = corrected_parameters(linear, correction)
+    parameters = folded_parameters(linear, correction)
     assert all(value.dtype == torch.float32 and value.is_contiguous() for value in parameters.values())
     for name, value in parameters.items():
         target.get_parameter(name).data = value
@@ -283,7 +271,7 @@ def test_correction_brings_the_stream_closer(
         linear = decoder.mlp_output(2)
         correction = solve(grams[2], linear.weight, kind=kind, strength=0.01)
         folded = copy.deepcopy(pruned)
-        for name, value in corrected_parameters(linear, correction).items():
+        for name, value in folded_parameters(linear, correction).items():
             folded.model.layers[KEPT.index(2)].mlp.down_proj.get_parameter(name).data = value
         assert np.sum(explicit(original, folded, ids, KEPT, 2).e ** 2) < 0.95 * before
 
@@ -292,9 +280,9 @@ def test_bias_follows_only_the_projection(model_of: Callable[..., Any]) -> None:
     linear = model_of("llama", mlp_bias=True).model.layers[0].mlp.down_proj
     d, f = linear.weight.shape
     projection = torch.diag(torch.arange(d, dtype=torch.float64))
-    turned = corrected_parameters(linear, Correction("projection", 0.1, 1.0, projection=projection))
+    turned = folded_parameters(linear, RidgeSolution("projection", 0.1, 1.0, projection=projection))
     assert torch.allclose(turned["bias"], torch.arange(d).float() * linear.bias.detach())
-    moved = corrected_parameters(linear, Correction("weight", 0.1, 1.0, delta=torch.ones(d, f).double()))
+    moved = folded_parameters(linear, RidgeSolution("weight", 0.1, 1.0, delta=torch.ones(d, f).double()))
     assert set(moved) == {"weight"}
     assert torch.allclose(moved["weight"], linear.weight.detach() + 1)
 
@@ -336,9 +324,7 @@ def test_stream_loss_equals_the_corrected_model_and_leaves_the_original(
         losses = {}
         for kind in ("weight", "projection"):
             correction = solve(grams[site], linear.weight, kind=kind, strength=0.03)
-            values = {
-                f"mlp.down_proj.{name}": value for name, value in corrected_parameters(linear, correction).items()
-            }
+            values = {f"mlp.down_proj.{name}": value for name, value in folded_parameters(linear, correction).items()}
             with decoder.replaced(site, values):
                 losses[kind] = float(stream_losses(decoder, hidden, ids, rest).mean())
             corrected = copy.deepcopy(pruned)
@@ -437,7 +423,7 @@ def fit(
     **options: Any,
 ) -> tuple[Any, dict[tuple[int, str], Tensor]]:
     config = PruneConfig(drop=REMOVED, samples=ROWS + 1, **options)
-    return fit_correction(decoder_of(pair[0], TOKENS), rows, REMOVED, config, reporter or SilentReporter())
+    return fit_compensation(decoder_of(pair[0], TOKENS), rows, REMOVED, config, reporter or SilentReporter())
 
 
 def plain_loss(model: Any, ids: Tensor) -> float:
@@ -505,7 +491,7 @@ def test_sets_corrected_together_are_those_corrected_alone(
     rows = CalibrationRows(ids, ids, [], [])
     config = PruneConfig(layers=2, samples=ROWS + 1)
     sets = [Candidate("a", [1, 3], 9.0), Candidate("b", [0, 2], 9.0), Candidate("c", [2, 3], 9.0)]
-    alone = [fit_correction(decoder_of(model, TOKENS), rows, s.removed, config, SilentReporter()) for s in sets]
+    alone = [fit_compensation(decoder_of(model, TOKENS), rows, s.removed, config, SilentReporter()) for s in sets]
     decoder = decoder_of(model, TOKENS)
     embedded = 0
     embed = decoder.embed
@@ -516,7 +502,7 @@ def test_sets_corrected_together_are_those_corrected_alone(
         return embed(row)
 
     decoder.embed = counted
-    corrected, place, record, overrides = correct_best(decoder, rows, sets, config, SilentReporter())
+    corrected, place, record, overrides = compensate_best(decoder, rows, sets, config, SilentReporter())
     assert embedded == 2 * ROWS  # fitting and deciding rows once each, for three sets
     losses = [found.loss_after for found, _ in alone]
     assert [candidate.corrected for candidate in corrected] == losses

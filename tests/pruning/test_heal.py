@@ -21,7 +21,7 @@ from gradmap_hub.data.rows import CalibrationRows
 from gradmap_hub.errors import UsageError
 from gradmap_hub.progress import SilentReporter
 from gradmap_hub.pruning import heal as healing
-from gradmap_hub.pruning.compensation import fit_correction
+from gradmap_hub.pruning.compensation import fit_compensation
 from gradmap_hub.pruning.heal import divergence_gradient, heal, layers_around_gaps, rate_at
 from gradmap_hub.record import HealCheck, HealRecord, RunRecord
 
@@ -99,7 +99,7 @@ def test_held_out_loss_falls_and_is_the_one_on_record(
     state = state_of(model)
     decoder, rows, reporter = decoder_of(model, TOKENS), rows_of(model), Counting()
     config = PruneConfig(drop=REMOVED, samples=8)
-    correction, corrected = fit_correction(decoder, rows, REMOVED, config, SilentReporter())
+    correction, corrected = fit_compensation(decoder, rows, REMOVED, config, SilentReporter())
     record, overrides = heal(decoder, rows, REMOVED, corrected, STEPS, 0, reporter)
     assert record.applied and record.layers == KEPT and record.steps == STEPS
     assert record.loss_before == pytest.approx(correction.loss_after, abs=1e-5)

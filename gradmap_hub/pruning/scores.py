@@ -1,0 +1,30 @@
+"""The scores of the layers of a model: numbers only, no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class LayerScores:
+    """One value per layer, in the order of `layers` (indices); low = unimportant. See `scoring` for the formulas.
+
+    `distance` is square, one row and column more than the layers; `loss` in nats per token over `rows` sequences.
+    """
+
+    layers: list[int]
+    gradient: list[float]
+    taylor: list[float]
+    distance: list[list[float]]
+    shift: list[float]
+    loss: float
+    rows: int = 0
+
+    @property
+    def influence(self) -> list[float]:
+        """Block influence of each layer."""
+        return self.windows(1)
+
+    def windows(self, size: int) -> list[float]:
+        """1 - mean cosine across each `size` consecutive layers, by the position of the first."""
+        return [self.distance[start][start + size] for start in range(len(self.layers) - size + 1)]
