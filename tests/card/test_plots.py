@@ -132,9 +132,9 @@ def test_extreme_sweeps_are_drawn(values: list[float], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("top", [1.0005, 1.01, 1.3, 2.0, 2.6, 9.0, 70.0, 1e4, 1e12])
 def test_ticks_are_few_and_within_the_axis(top: float) -> None:
-    from gradmap_hub.card.plots import _log_ticks
+    from gradmap_hub.figures import log_ticks
 
-    ticks = _log_ticks(0.99, top)
+    ticks = log_ticks(0.99, top)
     assert 2 <= len(ticks) <= 9 and all(0.99 <= tick <= top for tick in ticks)
     assert ticks == sorted(set(ticks)) and all(float(f"{tick:.4g}") == tick for tick in ticks)
     assert 1.0 in ticks
