@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from gradmap_hub.cli.terminal import inspect_table
+from gradmap_hub.cli.inspect import inspect_table
 from gradmap_hub.evaluation.speed import Ratio, Speed
 from gradmap_hub.measurements import BeforeAfter
 from gradmap_hub.pruning.candidates import lowest
@@ -76,7 +76,7 @@ def shown(choices: dict[str, list[int]], model: str = "m") -> list[str]:
     return console.export_text().splitlines()
 
 
-def test_the_table_says_when_a_layer_goes() -> None:
+def test_the_table_says_when_a_layer_is_removed() -> None:
     lines = shown(CHOICES, "org/[red]model")
     assert "org/[red]model" in lines[0]
     rows = {int(line.split("│")[1]): [cell.strip() for cell in line.split("│")[1:-1]] for line in lines if "│" in line}
@@ -86,7 +86,7 @@ def test_the_table_says_when_a_layer_goes() -> None:
 
 
 def test_the_table_without_choices_has_scores_only() -> None:
-    assert "goes at" not in "".join(shown({})) and "goes at" in "".join(shown(CHOICES))
+    assert "removed at" not in "".join(shown({})) and "removed at" in "".join(shown(CHOICES))
 
 
 def make_sweep(perplexities: Sequence[float], *, timed: bool = True, texts: int = 2) -> SweepRecord:
@@ -132,9 +132,9 @@ def test_extreme_sweeps_are_drawn(values: list[float], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("top", [1.0005, 1.01, 1.3, 2.0, 2.6, 9.0, 70.0, 1e4, 1e12])
 def test_ticks_are_few_and_within_the_axis(top: float) -> None:
-    from gradmap_hub.card.plots import _log_ticks
+    from gradmap_hub.figures import log_ticks
 
-    ticks = _log_ticks(0.99, top)
+    ticks = log_ticks(0.99, top)
     assert 2 <= len(ticks) <= 9 and all(0.99 <= tick <= top for tick in ticks)
     assert ticks == sorted(set(ticks)) and all(float(f"{tick:.4g}") == tick for tick in ticks)
     assert 1.0 in ticks
