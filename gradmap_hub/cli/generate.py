@@ -39,7 +39,7 @@ def generate(
     temperature: Annotated[float, typer.Option("--temperature", "-t", help="0 takes the top-1 token.")] = 0.0,
     top_k: Annotated[int, typer.Option("--top-k", help="Sample from the k most likely tokens; 0: all.")] = 0,
     top_p: Annotated[
-        float, typer.Option("--top-p", help="Sample from the smallest set of tokens with this probability.")
+        float, typer.Option("--top-p", help="Sample from the smallest set of tokens with this total probability.")
     ] = 1.0,
     min_p: Annotated[
         float, typer.Option("--min-p", help="Sample from tokens with at least this share of the top-1 probability.")

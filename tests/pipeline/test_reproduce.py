@@ -201,13 +201,13 @@ def test_a_push_is_repeated_as_published(place: Path, write: Callable[..., Path]
     assert (found.prune, found.repeats) == (repeated.prune, repeated.expected)
     assert (found.to, found.output, found.public) == (None, None, False)  # never the record's
     assert push_of(changed(record, space="ada/small-compare")).space
-    assert not push_of(changed(record, artifacts=artifacts("safetensors"))).onnx
     other = push_of(record, quantize=("fp16",), space=True, to="club/x", prune=PruneConfig(layers=1))
     assert (other.quantize, other.space, other.to, other.prune.layers) == (("fp16",), True, "club/x", 1)
     with pytest.raises(UsageError, match="--quantize makes ONNX files"):
         push_of(record, onnx=False)
     with pytest.raises(TypeError, match="model"):
         push_of(record, model="acme/other")  # which `repeat` decides
+    assert not push_of(changed(record, artifacts=artifacts("safetensors"))).onnx
 
 
 def test_the_licence_of_the_publisher_is_repeated(place: Path, write: Callable[..., Path]) -> None:
