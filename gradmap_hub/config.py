@@ -68,8 +68,8 @@ class PruneMethod:
     metric: str = _option(
         "auto",
         "How layers are chosen. auto: several rankings of one scoring pass propose sets, the best window is tried with "
-        "every further layer, and the held-out loss decides. gradient: GradMAP's gradient L1. Others: taylor, "
-        "block-influence, gradient-window, taylor-window, cosine-window.",
+        "every further layer, and the held-out loss decides. gradient: GradMAP's gradient L1. Others: "
+        f"{', '.join(METRICS[2:])}.",
     )
     schedule: Schedule = _option(
         "oneshot", "oneshot: one backward pass, then all removals. iterative: one backward pass per removal."

@@ -294,7 +294,9 @@ _ROWS = (
         after_norm="model.decoder.project_out",
         mlp_output="fc2",
         attention_output="self_attn.out_proj",
-        uncompensated=(Condition("do_layer_norm_before", False, "a norm stands behind every addition to the stream"),),
+        uncompensated=(
+            Condition("do_layer_norm_before", False, "a norm follows every addition to the residual stream"),
+        ),
         optimum=True,
     ),
     Architecture(

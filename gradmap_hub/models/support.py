@@ -14,7 +14,7 @@ _STATE = "some of its layers keep a recurrent state instead of attending, in a p
 _SHARED = "its layers share weights or keys and values with each other"
 _CROSS = "some of its layers attend to an image"
 _PRODUCERS = "its layers share keys and values, and each adds an embedding of its own to the stream"
-_INDEXED = "its layers select what to attend to with an index, and the effect of removing one on it is not known"
+_INDEXED = "its layers select what to attend to by an index, and the effect of removing one on it is not known"
 _REFUSED = {
     "bamba": _STATE,
     "bailing_hybrid": _STATE,

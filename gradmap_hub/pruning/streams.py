@@ -69,15 +69,15 @@ class Streams:
             return self._original.before(site.target + 1)
         decoder = self._decoder
         middles: list[Tensor] = []
-        behind: list[Tensor] = []
+        after: list[Tensor] = []
         states = self._original.before(site.target)
         with decoder.layer(site.target) as module, torch.no_grad():
             for hidden in states:
                 writer = writer_of(module, decoder.architecture, ATTENTION)
                 with Tap(writer.added) as tap:
-                    behind.append(decoder.step(hidden, site.target))
+                    after.append(decoder.step(hidden, site.target))
                 middles.append(stream_after(hidden, tap, writer))
-        self._original.keep(site.target + 1, behind)  # before the layer's weights are replaced
+        self._original.keep(site.target + 1, after)  # before the layer's weights are replaced
         return middles
 
     def before(self, layer: int) -> list[Tensor]:

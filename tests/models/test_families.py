@@ -738,8 +738,8 @@ def test_prune_and_what_it_records(case: str, tokenizer: Any, text_file: Path, t
     assert record.verification is not None and record.verification.keys_match and record.layers_after == 3
     again = RunRecord.read(tmp_path / "out")
     if case == "opt (norm behind)":
-        assert again.compensation.reason == "compensation skipped: a norm stands behind every addition to the stream"
-        assert "a norm stands behind every addition" in (tmp_path / "out" / "README.md").read_text()
+        assert again.compensation.reason == "compensation skipped: a norm follows every addition to the residual stream"
+        assert "a norm follows every addition" in (tmp_path / "out" / "README.md").read_text()
     else:
         kinds = {trial.kind for trial in again.compensation.trials}
         assert kinds <= ({"projection", "weight"} if case == "qwen2_moe" else {"weight"}) and kinds

@@ -349,7 +349,7 @@ def test_shards_as_transformers_names_them(model_of: Callable[..., Any], tmp_pat
 
 
 def test_too_few_pieces_are_noticed(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="24 were given"):
+    with pytest.raises(ValueError, match="24 were written"):
         write_safetensors(tmp_path, [PlannedTensor("w", (8,), lambda: [torch.ones(6)])], torch.float32)
 
 

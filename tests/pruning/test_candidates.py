@@ -8,9 +8,19 @@ from typing import Any
 
 import pytest
 
-from gradmap_hub.config import PruneConfig, help_of, paper_preset
+from gradmap_hub.config import METRICS, PruneConfig, help_of, paper_preset
 from gradmap_hub.errors import UsageError
-from gradmap_hub.pruning.candidates import candidates, decide, finalists, gaps, lowest, lowest_window, stems
+from gradmap_hub.pruning.candidates import (
+    RANKINGS,
+    candidates,
+    decide,
+    finalists,
+    gaps,
+    lowest,
+    lowest_window,
+    register,
+    stems,
+)
 from gradmap_hub.pruning.scores import LayerScores
 from gradmap_hub.record import Candidate
 
@@ -60,11 +70,25 @@ def test_lowest_window() -> None:
         ("taylor", [1, 3]),
         ("block-influence", [2, 5]),
         ("gradient-window", [3, 4]),
+        ("taylor-window", [3, 4]),
         ("cosine-window", [3, 4]),
     ],
 )
 def test_one_metric_gives_one_candidate(metric: str, removed: list[int]) -> None:
     assert candidates(SCORES, 2, metric) == {metric: removed}
+
+
+def test_every_ranking_can_be_selected() -> None:
+    assert ["auto", *RANKINGS] == METRICS
+    assert all(PruneConfig(layers=1, metric=name).metric == name for name in METRICS)
+    assert all(name in help_of(PruneConfig, "metric") for name in METRICS)
+
+
+def test_a_name_is_registered_once() -> None:
+    for taken in METRICS:
+        with pytest.raises(ValueError, match=f"already a metric '{taken}'"):
+            register(taken, lambda _scores, count: list(range(count)))
+    assert ["auto", *RANKINGS] == METRICS
 
 
 def test_auto_gives_every_distinct_set_once() -> None:
@@ -157,7 +181,7 @@ def test_layers_and_drop() -> None:
 
 
 @pytest.mark.parametrize("ratio", [math.nan, math.inf, -math.inf, 0.0, -0.0, 1.0, 1.5, -0.25, 25.0])
-def test_ratios_that_cannot_be_meant(ratio: float) -> None:
+def test_invalid_ratios(ratio: float) -> None:
     with pytest.raises(UsageError, match="--ratio"):
         PruneConfig(ratio=ratio)
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from gradmap_hub.config import PruneConfig, paper_preset
+from gradmap_hub.config import METRICS, PruneConfig, paper_preset
 from gradmap_hub.errors import UsageError
 from gradmap_hub.models.decoder import choose_precision
 from gradmap_hub.pipeline.inspect import inspect
 from gradmap_hub.pipeline.prune import prune
+from gradmap_hub.pruning.candidates import RANKINGS, candidates, register
 from gradmap_hub.record import RunRecord
 
 SMALL: dict[str, Any] = {"samples": 8, "seq_len": 32, "eval_rows": 4}
@@ -68,6 +70,31 @@ def test_the_paper_preset_makes_one_correction_at_most(tiny_folder: Path, text_f
     assert record.metric == "gradient" and len(record.candidates) == 1
     assert len(record.compensation.corrections) <= 1
     assert {trial.kind for trial in record.compensation.trials} == {"projection"}
+
+
+@pytest.fixture
+def toy_ranking() -> Iterator[str]:
+    """A ranking from outside of the package: the first layers go."""
+    register("toy", lambda _scores, count: list(range(count)))
+    yield "toy"
+    del RANKINGS["toy"]
+    METRICS.remove("toy")
+
+
+def test_a_registered_ranking_chooses_the_layers(
+    toy_ranking: str, tiny_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    alone = pruned(tiny_folder, tmp_path / "alone", text_file, metric=toy_ranking)
+    assert alone.metric == toy_ranking and alone.removed == [0, 1]
+    assert [candidate.name for candidate in alone.candidates] == [toy_ranking]
+    config = PruneConfig(layers=2, calibration=(str(text_file),), **SMALL)
+    scores = inspect(str(tiny_folder), config, ratios=(0.4,)).scores
+    assert candidates(scores, 2, "auto")[toy_ranking] == [0, 1]  # under auto it competes with the others
+
+
+def test_an_unknown_ranking_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"--metric must be one of auto, gradient, .*; got 'toy'"):
+        PruneConfig(layers=2, metric="toy")
 
 
 @pytest.mark.parametrize("low_memory", [False, True])
