@@ -8,17 +8,15 @@ import json
 import os
 import random
 import shutil
-import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forks import Forks
 
 from gradmap_hub.local_hub import LocalHub, Request
 
@@ -36,7 +34,6 @@ def apply():
         shutil.disk_usage = lambda path: shutil._ntuple_diskusage(1 << 40, 1 << 40, int(os.environ["TEST_FREE_BYTES"]))
 apply()
 """
-FORKS = Path(__file__).with_name("fork_server.py")
 
 
 def sums_of(folder: Path) -> dict[str, str]:
@@ -59,46 +56,6 @@ class Done:
     @property
     def json(self) -> dict[str, Any]:
         return json.loads(self.out)
-
-
-class Forks:
-    """A process with everything imported (`full`) or only what a command imports at its start (`light`), whose forks
-    run commands; see fork_server.py."""
-
-    def __init__(self, kind: str, environment: Mapping[str, str]) -> None:
-        self._control, other = socket.socketpair()
-        with other:
-            command = [sys.executable, str(FORKS), str(other.fileno()), kind]
-            self._server = subprocess.Popen(
-                command, env=environment, pass_fds=[other.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-            )
-
-    def run(self, arguments: Sequence[str], environment: Mapping[str, str], folder: Path, timeout: float) -> Done:
-        began = time.monotonic()
-        request = {"arguments": list(arguments), "environment": dict(environment), "folder": str(folder)}
-        reply, other = socket.socketpair()
-        with reply, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-            with other:
-                descriptors = [other.fileno(), out.fileno(), err.fileno()]
-                line = json.dumps(request).encode() + b"\n"
-                self._control.sendall(line[socket.send_fds(self._control, [line], descriptors) :])
-            reply.settimeout(60)
-            told: list[Any] = []
-            with reply.makefile("rb") as lines:
-                told.append(json.loads(lines.readline()))
-                reply.settimeout(timeout)
-                try:
-                    told += [json.loads(line) for line in lines]
-                except BaseException:
-                    os.kill(told[0], signal.SIGKILL)
-                    raise
-            texts = [file.seek(0) or file.read().decode() for file in (out, err)]
-        _, *imported, code = told
-        return Done(code, *texts, time.monotonic() - began, *imported)
-
-    def stop(self) -> None:
-        self._control.close()
-        self._server.wait(timeout=20)
 
 
 class Cli:
@@ -156,7 +113,11 @@ class Cli:
             if kind not in self._forks:
                 self._forks[kind] = Forks(kind, self.environment(None, {}))
             environment = self.environment(self.token if token is None else token or None, extra)
-            return self._forks[kind].run([*map(str, arguments)], environment, cwd or self.home, 180)
+            began = time.monotonic()
+            code, out, err, torch = self._forks[kind].run(
+                "gradmap_hub", [*map(str, arguments)], environment, cwd or self.home, 180
+            )
+            return Done(code, out, err, time.monotonic() - began, torch)
         began = time.monotonic()
         process = self.start(*arguments, token=token, cwd=cwd, **extra)
         try:

@@ -120,9 +120,9 @@ def test_how_much(world: Any, fails: Any) -> None:
 
 
 def test_version_and_help(world: Any) -> None:
-    done = world.cli.run("--version")
+    done = world.cli.run("--version", light=True)
     assert (done.code, done.err) == (0, "") and done.out.strip()
-    bare = world.cli.run()
+    bare = world.cli.run(light=True)
     assert bare.code == 2 and bare.err == "" and "Usage" in bare.out
     head = f"{sys.executable} -m gradmap_hub push --help | head -n 1"
     piped = subprocess.run(["bash", "-c", head], capture_output=True, text=True)
