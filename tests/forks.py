@@ -45,7 +45,8 @@ _COMMANDS = ("models", "data", "pruning", "evaluation", "pipeline", "card", "spa
 PRELOADED = {
     "light": _LIGHT,
     "full": (*_LIGHT, *_TORCH, *(f"gradmap_hub.{name}.*" for name in _COMMANDS)),
-    "export": (*_TORCH, "onnx", "onnxruntime", "optimum.exporters.onnx", "onnxruntime_genai.models.builder"),
+    # Not onnxruntime: its import starts a thread, which a fork would be without.
+    "export": (*_TORCH, "onnx", "onnx_ir", "optimum.exporters.onnx.model_configs"),
 }
 
 # A stand-in for the interpreter, `STAND_IN -m MODULE`: what starts a process by an interpreter's path starts a fork.
