@@ -498,16 +498,36 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, export_tiny: Callable[..., No
 # -- the tables of docs/reliability.md --------------------------------------------------------------------------------
 
 
+# Fixtures that export, start apps, or run commands that are killed, by folder: the tests that want one are `long`.
+LONG_FIXTURES = {
+    "cli": {"full", "quantised", "killed", "large"},
+    "exporters": {"shop"},
+    "spaces": {"running", "slow_app"},
+}
+# The rest of the long files, longest first.
+LONG_FILES = (
+    "test_push.py",
+    "test_errors.py",
+    "test_formats.py",
+    "test_evaluate.py",
+    "test_sweep.py",
+    "test_browser.py",
+)
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The push of the real model first: it takes longest, and another worker has the rest meanwhile. Then the longest
     files, so that no worker is left with one of them at the end."""
-    long = ("test_push.py", "test_errors.py", "test_sweep.py", "test_evaluate.py", "test_formats.py", "test_browser.py")
 
     def turn(item: pytest.Item) -> int:
         if item.get_closest_marker("real") is not None:
             return 0
-        return 1 if item.path.name in long else 2
+        return 1 + (LONG_FILES.index(item.path.name) if item.path.name in LONG_FILES else len(LONG_FILES))
 
+    for item in items:
+        if LONG_FIXTURES.get(item.path.parent.name, set()).intersection(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.long)
     items.sort(key=turn)
 
 
