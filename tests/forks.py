@@ -11,6 +11,7 @@ torch was imported, as one line of JSON. Linux only.
 from __future__ import annotations
 
 import array
+import atexit
 import contextlib
 import gc
 import importlib
@@ -25,6 +26,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -119,7 +121,7 @@ class Forks:
 
 
 def _serve(listener: socket.socket, kind: str) -> None:
-    """Returns in the forks that run something, once they have, and in the first process when stdin is closed."""
+    """Returns when stdin is closed."""
     preloaded = False
     while True:
         ready, _, _ = select.select([listener, 0], [], [])
@@ -145,7 +147,6 @@ def _serve(listener: socket.socket, kind: str) -> None:
         os.close(told)
         client.close()
         _become(request, streams, tell)
-        return
     os.close(tell)
     _wait(pid, client, told)
 
@@ -171,8 +172,9 @@ def _receive(client: socket.socket) -> tuple[dict[str, Any], list[int]]:
     return json.loads(line), list(descriptors)
 
 
-def _become(request: dict[str, Any], streams: Sequence[int], tell: int) -> None:
-    """Turn this fork into the process that was asked for."""
+def _become(request: dict[str, Any], streams: Sequence[int], tell: int) -> NoReturn:
+    """Turn this fork into the process that was asked for. It ends as the interpreter does, but for the freeing of every
+    module: that would copy all pages that it shares with the first process."""
     for number, descriptor in enumerate(streams):
         os.dup2(descriptor, number)
         os.close(descriptor)
@@ -183,10 +185,20 @@ def _become(request: dict[str, Any], streams: Sequence[int], tell: int) -> None:
     patches = sys.modules.get("sitecustomize")
     if hasattr(patches, "apply"):
         patches.apply()
+    status: object = 0
     try:
         runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
-    finally:
-        os.write(tell, b"torch" if "torch" in sys.modules else b"-")
+    except SystemExit as exit:
+        status = exit.code
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        status = 1
+    os.write(tell, b"torch" if "torch" in sys.modules else b"-")
+    threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue] - waits for those that are no daemons
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status if isinstance(status, int) else int(status is not None))
 
 
 def _wait(pid: int, client: socket.socket, told: int) -> NoReturn:
