@@ -8,7 +8,7 @@ BIN5 := .venv5/bin
 STAMP5 := .venv5/.installed
 PIP5 := $(BIN5)/pip --disable-pip-version-check
 
-.PHONY: install install-5 demo test test-5 test-all reliability architectures architectures-5 check bench bench-inference clean
+.PHONY: install install-5 demo test test-fast test-5 test-all reliability architectures architectures-5 check bench bench-inference clean
 
 install: $(STAMP)
 
@@ -35,6 +35,10 @@ demo: install
 # Two workers, a file to each at a time: much of the suite waits for other processes.
 test: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# While working: no real model, no browser, and nothing that is marked long.
+test-fast: install
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not real and not browser and not slow and not long'
 
 # With the other lane installed too, the tests that compare the two run as well.
 test-all: install install-5

@@ -12,7 +12,7 @@ import os
 import random
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,11 @@ _spec = importlib.util.spec_from_file_location(
 )
 assert _spec is not None
 sys.modules["benchmarks"] = importlib.util.module_from_spec(_spec)
+if "forks" not in sys.modules:
+    _spec = importlib.util.spec_from_file_location("forks", Path(__file__).with_name("forks.py"))
+    assert _spec is not None and _spec.loader is not None
+    sys.modules["forks"] = importlib.util.module_from_spec(_spec)
+    _spec.loader.exec_module(sys.modules["forks"])
 
 # As the command line sets it, for the same reason.
 gc.set_threshold(100_000, 30, 30)
@@ -162,6 +167,24 @@ def build_folder(folder: Path, family: str = "llama", **overrides: Any) -> Path:
 def xet_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Where hf_xet remembers uploads, and how long it waits between tries; it reads both when it is first used."""
     os.environ |= {"HF_XET_CACHE": str(tmp_path_factory.mktemp("xet")), "HF_XET_CLIENT_RETRY_BASE_DELAY": "10ms"}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def exports_in_forks() -> Iterator[None]:
+    """What exports a model skips the ten seconds of imports; those of commands that `Cli.start` starts do not."""
+    from gradmap_hub.models.transformers_compat import has_5
+
+    if sys.platform != "linux" or has_5():  # with 5, exports have an environment of their own
+        yield
+        return
+    from forks import Forks, use_for_exports
+
+    offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    forks = Forks("export", {**os.environ, **offline})
+    os.environ["TEST_EXPORTS"] = str(forks.python)
+    use_for_exports(str(forks.python))
+    yield
+    forks.stop()
 
 
 @pytest.fixture
@@ -475,16 +498,36 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, export_tiny: Callable[..., No
 # -- the tables of docs/reliability.md --------------------------------------------------------------------------------
 
 
+# Fixtures that export, start apps, or run commands that are killed, by folder: the tests that want one are `long`.
+LONG_FIXTURES = {
+    "cli": {"full", "quantised", "killed", "large"},
+    "exporters": {"shop"},
+    "spaces": {"running", "slow_app"},
+}
+# The rest of the long files, longest first.
+LONG_FILES = (
+    "test_push.py",
+    "test_errors.py",
+    "test_formats.py",
+    "test_evaluate.py",
+    "test_sweep.py",
+    "test_browser.py",
+)
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The push of the real model first: it takes longest, and another worker has the rest meanwhile. Then the longest
     files, so that no worker is left with one of them at the end."""
-    long = ("test_push.py", "test_errors.py", "test_sweep.py", "test_evaluate.py", "test_formats.py", "test_browser.py")
 
     def turn(item: pytest.Item) -> int:
         if item.get_closest_marker("real") is not None:
             return 0
-        return 1 if item.path.name in long else 2
+        return 1 + (LONG_FILES.index(item.path.name) if item.path.name in LONG_FILES else len(LONG_FILES))
 
+    for item in items:
+        if LONG_FIXTURES.get(item.path.parent.name, set()).intersection(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.long)
     items.sort(key=turn)
 
 

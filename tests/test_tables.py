@@ -32,9 +32,11 @@ AFTER = "<!-- end -->\n\n<!-- others -->\n\n| | first |\n|---|---|\n| a | ? |\n\
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     (tmp_path / "tests").mkdir()
-    shutil.copy(Path(__file__).with_name("conftest.py"), tmp_path / "tests")
+    for name in ("conftest.py", "forks.py"):
+        shutil.copy(Path(__file__).with_name(name), tmp_path / "tests")
     (tmp_path / "pytest.ini").write_text(
-        "[pytest]\naddopts = --import-mode=importlib --strict-markers -m 'not slow'\nmarkers =\n    slow:\n    real:\n"
+        "[pytest]\naddopts = --import-mode=importlib --strict-markers -m 'not slow'\n"
+        "markers =\n    slow:\n    real:\n    long:\n"
     )
     path = tmp_path / "table.md"
     path.write_text(BEFORE + AFTER)

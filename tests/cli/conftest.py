@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forks import Forks
 
 from gradmap_hub.local_hub import LocalHub, Request
 
@@ -25,11 +26,13 @@ WORDS = "the a river stone light moves under over small green old house wind wat
 SITECUSTOMIZE = """
 import os, time
 _sleep = time.sleep
-if "TEST_SHORT_SLEEPS" in os.environ:
-    time.sleep = lambda seconds: _sleep(min(seconds, 0.2))
-if "TEST_FREE_BYTES" in os.environ:
-    import shutil
-    shutil.disk_usage = lambda path: shutil._ntuple_diskusage(1 << 40, 1 << 40, int(os.environ["TEST_FREE_BYTES"]))
+def apply():
+    if "TEST_SHORT_SLEEPS" in os.environ:
+        time.sleep = lambda seconds: _sleep(min(seconds, 0.2))
+    if "TEST_FREE_BYTES" in os.environ:
+        import shutil
+        shutil.disk_usage = lambda path: shutil._ntuple_diskusage(1 << 40, 1 << 40, int(os.environ["TEST_FREE_BYTES"]))
+apply()
 """
 
 
@@ -48,6 +51,7 @@ class Done:
     out: str
     err: str
     seconds: float
+    torch: bool | None = None  # whether it was imported; None where the process cannot tell
 
     @property
     def json(self) -> dict[str, Any]:
@@ -65,6 +69,7 @@ class Cli:
         self.patches = home / "patches"
         self.patches.mkdir(parents=True, exist_ok=True)
         (self.patches / "sitecustomize.py").write_text(SITECUSTOMIZE)
+        self._forks: dict[str, Forks] = {}
 
     def environment(self, token: str | None, extra: Mapping[str, str]) -> dict[str, str]:
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
@@ -93,8 +98,26 @@ class Cli:
             text=True,
         )
 
-    def run(self, *arguments: str | Path, token: str | None = None, cwd: Path | None = None, **extra: str) -> Done:
-        """`token=""` runs without any."""
+    def run(
+        self,
+        *arguments: str | Path,
+        token: str | None = None,
+        cwd: Path | None = None,
+        light: bool = False,
+        **extra: str,
+    ) -> Done:
+        """`token=""` runs without any. `light`: of a command that should end before torch is imported; `torch` of what
+        is returned says whether it did. What the client reads while it is imported needs a process of its own."""
+        if sys.platform == "linux" and not any(name.startswith("HF_") for name in extra):
+            kind = "light" if light else "full"
+            if kind not in self._forks:
+                self._forks[kind] = Forks(kind, self.environment(None, {}))
+            environment = self.environment(self.token if token is None else token or None, extra)
+            began = time.monotonic()
+            code, out, err, torch = self._forks[kind].run(
+                "gradmap_hub", [*map(str, arguments)], environment, cwd or self.home, 180
+            )
+            return Done(code, out, err, time.monotonic() - began, torch)
         began = time.monotonic()
         process = self.start(*arguments, token=token, cwd=cwd, **extra)
         try:
@@ -105,7 +128,11 @@ class Cli:
             raise
         return Done(process.returncode, out, err, time.monotonic() - began)
 
-    def run_until(self, line: str, signal: int, *arguments: str | Path, **extra: str) -> Done:
+    def stop(self) -> None:
+        for forks in self._forks.values():
+            forks.stop()
+
+    def run_until(self, line: str, number: int, *arguments: str | Path, **extra: str) -> Done:
         """Send a signal as soon as a line on stderr contains `line`."""
         began = time.monotonic()
         process = self.start(*arguments, **extra)
@@ -114,7 +141,7 @@ class Cli:
         for read in process.stderr:
             seen.append(read)
             if line in read:
-                process.send_signal(signal)
+                process.send_signal(number)
                 break
         out, err = process.communicate(timeout=60)
         return Done(process.returncode, out, "".join(seen) + err, time.monotonic() - began)
@@ -188,7 +215,7 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def start_world(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., World]]:
     """Builds a Hub of its own; they are stopped at the end of the session."""
-    running: list[LocalHub] = []
+    running: list[LocalHub | Cli] = []
 
     def start(**settings: Any) -> World:
         root = tmp_path_factory.mktemp("world")
@@ -197,12 +224,13 @@ def start_world(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         running.append(hub)
         token = hub.add_user("ada", orgs=["club"])
         hub.seed("acme/tiny", assets / "base")
-        home = root / "home"
-        return World(hub, Cli(hub.url, token, home, assets / "text.txt"), assets / "base", assets / "text.txt", root)
+        cli = Cli(hub.url, token, root / "home", assets / "text.txt")
+        running.append(cli)
+        return World(hub, cli, assets / "base", assets / "text.txt", root)
 
     yield start
-    for hub in running:
-        hub.stop()
+    for one in running:
+        one.stop()
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,10 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import pytest
 
+
+@pytest.mark.long
 def test_ctrl_c_and_the_same_command_again(world: Any, tmp_path: Path) -> None:
     command = ["sweep", "acme/tiny", tmp_path / "swept", "--ratios", "0.2,0.4,0.6", *world.cli.quick]
     done = world.cli.run_until("done  Without 1 of 5 layers: Timing", signal.SIGINT, *command)

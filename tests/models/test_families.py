@@ -803,6 +803,7 @@ def exported(name: str, folder: Path, tokenizer: Any) -> Any:
     return model
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", ["gpt2"])
 def test_onnx(case: str, tokenizer: Any, tmp_path: Path) -> None:
     model = exported(case, tmp_path, tokenizer)

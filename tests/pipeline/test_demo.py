@@ -1,5 +1,5 @@
-"""The main job, whole and real: one `gradmap-hub demo`, and what its result must be for somebody who has only
-transformers, Optimum or huggingface_hub."""
+"""The main job, whole and real: one demo, and what its result must be for somebody who has only transformers, Optimum
+or huggingface_hub. `make test` runs it on less text, `make test-all` also as a user does."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +19,31 @@ pytestmark = pytest.mark.real
 PROMPTS = ("The capital of France is", "Once upon a time there was a", "A list of three fruits: ")
 
 
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+# The whole push, on a quarter of the demo's text.
+LESS_TEXT = ("--samples", "8", "--seq-len", "256", "--eval-rows", "6")
+ON_LESS_TEXT = """
+import json, sys
+from pathlib import Path
+from gradmap_hub.pipeline.demo import run_demo
+from gradmap_hub.progress import SilentReporter
+
+run_demo(
+    Path(sys.argv[1]), ratio=0.25, onnx=True, space=True, resume=False, quiet=False, reporter=SilentReporter(),
+    finished=lambda done: print(json.dumps(done.json())), extra=tuple(sys.argv[2:]),
+)
+"""
+
+
+@pytest.fixture(scope="module", params=["less text", pytest.param("as a user", marks=pytest.mark.slow)])
+def demo(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     output = tmp_path_factory.mktemp("demo") / "out"
-    done = subprocess.run(
-        [sys.executable, "-m", "gradmap_hub", "demo", "--output", str(output), "--json"],
-        capture_output=True,
-        text=True,
-    )
+    command = {
+        "less text": ["-c", ON_LESS_TEXT, str(output), *LESS_TEXT],
+        "as a user": ["-m", "gradmap_hub", "demo", "--output", str(output), "--json"],
+    }[request.param]
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
-    result["output"] = output
-    result["stderr"] = done.stderr
-    yield result
+    return {**json.loads(done.stdout), "output": output}
 
 
 def test_layers_and_perplexity(demo: dict[str, Any]) -> None:
@@ -59,10 +70,11 @@ def test_perplexity_equals_plain_transformers(demo: dict[str, Any]) -> None:
     text = (demo["output"] / "samples" / "stories.txt").read_text(encoding="utf-8")
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     measured = next(entry for entry in demo["texts"] if entry["name"] == "stories.txt")
-    whole = len(ids) // 512
+    length = measured["sequence_length"]
+    whole = len(ids) // length
     losses = []
     for row in range(whole - measured["rows"], whole):
-        block = torch.tensor([ids[row * 512 : (row + 1) * 512]])
+        block = torch.tensor([ids[row * length : (row + 1) * length]])
         with torch.no_grad():
             losses.append(float(model(block, labels=block).loss))
     expected = torch.tensor(losses, dtype=torch.float64).mean().exp()

@@ -41,6 +41,7 @@ from gradmap_hub.progress import SilentReporter
 from gradmap_hub.record import FILE_NAME, RunRecord, to_json
 from gradmap_hub.space.app import refresh_compare
 
+pytestmark = pytest.mark.long  # exports, and measures each model in a process of its own
 TOKENS, ROWS = 64, 6
 TASKS = ("arc_easy", "boolq", "wikitext")
 

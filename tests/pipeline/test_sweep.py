@@ -148,6 +148,7 @@ def test_the_overall_ratio_is_over_all_rows(config: SweepConfig) -> None:
     assert point.uncorrected == pytest.approx((first * second) ** 0.5, rel=1e-9)
 
 
+@pytest.mark.long  # ten sweeps
 def test_each_is_computed_once(config: SweepConfig, other_text: Path, text_of: Callable[..., str]) -> None:
     first, watch = swept(config)
     shared = [f"Fetching {Path(config.model).name}", "Scoring layers", "Measuring the original"]

@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
+pytestmark = pytest.mark.long
 PLAIN = "/v1/completions"
 
 
