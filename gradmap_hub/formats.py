@@ -70,6 +70,8 @@ class Format:
     def __post_init__(self) -> None:
         object.__setattr__(self, "precision", self.precision or self.name)
         object.__setattr__(self, "artifact", self.artifact or self.name)
+        if self.in_space and self.limits is None:
+            raise ValueError("A Space runs only ONNX graphs: in_space requires limits.")
 
 
 # On a CPU, int8 is the fastest format that costs less than 2 % of perplexity; int4 costs a small model more than a user
