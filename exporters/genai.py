@@ -18,6 +18,7 @@ from gradmap_hub.exporters.processes import WorkerFailed, call
 from gradmap_hub.models.architectures import ARCHITECTURES
 from gradmap_hub.models.transformers_compat import has_5
 
+# What the builder writes.
 MODEL = "model.onnx"
 CONFIG = "genai_config.json"
 # A key of the graph's metadata that gradmap_hub.runtime reads.

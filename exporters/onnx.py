@@ -16,13 +16,14 @@ from typing import Any
 from gradmap_hub.errors import MissingExtra, VerificationError
 from gradmap_hub.exporters import environment
 from gradmap_hub.exporters.processes import WorkerFailed, call
+from gradmap_hub.formats import FORMATS, ONNX
 from gradmap_hub.models.architectures import ARCHITECTURES
 from gradmap_hub.models.safetensors_files import clean_config
 from gradmap_hub.models.transformers_compat import has_5
 from gradmap_hub.record import Parity
 
-MODEL = "model.onnx"
-MODEL_DATA = "model.onnx_data"
+MODEL = FORMATS[ONNX].file
+MODEL_DATA = f"{MODEL}_data"
 # The graph and the files that ONNX Runtime's loaders need beside it; tokenizer files stay at the top of the repository.
 _KEPT = (MODEL, MODEL_DATA, "config.json", "generation_config.json")
 PARITY_LIMIT = 1e-3

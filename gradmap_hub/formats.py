@@ -1,22 +1,28 @@
-"""The table of export formats: one row each. Whatever knows a format by its name reads it here.
+"""The table of export formats: one row each. All other code reads what it knows of a format from here.
 
-A further format is a row (`register`) and a function that writes its file (`gradmap_hub.exporters.export.register`).
+docs/extending.md shows how to add a format: a row, a writer in exporters/ and a test case.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
-# Optimum's graph. It comes with every export; the others are asked for by name.
+# Optimum's graph. Every export includes it; the other formats are optional.
 ONNX = "onnx"
-# Folder of the exported files within a model folder.
+# The folder of exported files in a model folder.
 ONNX_FOLDER = "onnx"
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a graph may differ from the checkpoint by. `perplexity`: the largest ratio. `logits`: the largest absolute
-    difference, None for no limit. `greedy`: whether every greedy token must be the checkpoint's."""
+    """The largest allowed difference between a graph and its checkpoint.
+
+    Attributes:
+        perplexity: Largest ratio of perplexities.
+        logits: Largest absolute difference; None: no limit.
+        greedy: Whether every greedy token must be equal.
+    """
 
     perplexity: float
     logits: float | None = None
@@ -31,98 +37,108 @@ class Format:
     """One export format.
 
     Attributes:
-        name: In records, `--to` and `--quantize`.
-        file: The graph, in the folder onnx/; weights too large for one file lie beside it.
-        precision: What a Space calls it, in compare.json.
-        artifact: What `--artifact`, `generate` and `serve` call it.
-        title: Of the export, as progress shows it.
-        limits: What the check allows.
-        least_share, most_share: Bytes of its file as a share of the float32 weights.
+        name: Name in records, `--to` and `--quantize`.
+        file: File name in the folder onnx/. Weights too large for one file are in `<file>_data`.
+        title: Title of the export stage in the progress output.
+        precision: Precision of the weights; the name in compare.json if `in_space`. Default: `name`.
+        artifact: Name in `--artifact`, `generate` and `serve`. Default: `name`.
+        base: What it is made from: Optimum's float32 graph, GenAI's, either (GenAI's if its builder supports the model,
+            else Optimum's), or the checkpoint.
+        limits: Limits of the check. None: not an ONNX graph; the file is neither checked nor run by the runtime.
+        least_share, most_share: Smallest and largest size of the file, as a share of the float32 weights.
         in_space: Whether a comparison Space may run it.
-        on_cpu, on_cuda: Rank in the choice for a machine, lowest first; None: never chosen without being asked for.
-        in_genai_config: Rank in the choice of the graph that genai_config.json names; None: never.
-        may_fail: Whether a file that fails its check is left out and the run goes on.
-        advice: A sentence for whoever's file failed.
+        on_cpu, on_cuda: Rank in the automatic choice for a machine, lowest first; None: only on request.
+        may_fail: Whether a run continues without the file if its check fails.
+        advice: A sentence shown when the check fails.
     """
 
     name: str
     file: str
-    precision: str
-    artifact: str
     title: str
-    limits: Limits = _FLOAT32
+    precision: str = ""
+    artifact: str = ""
+    base: Literal["optimum", "genai", "either", "checkpoint"] = "either"
+    limits: Limits | None = _FLOAT32
     least_share: float = 1.0
     most_share: float = 1.0
     in_space: bool = False
     on_cpu: int | None = None
     on_cuda: int | None = None
-    in_genai_config: int | None = None
     may_fail: bool = False
     advice: str = ""
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "precision", self.precision or self.name)
+        object.__setattr__(self, "artifact", self.artifact or self.name)
+        if self.in_space and self.limits is None:
+            raise ValueError("A Space runs only ONNX graphs: in_space requires limits.")
 
-# On a CPU, int8 costs under 2 % of perplexity and is the fastest that does. int4 costs more than a user expects of a
-# small model, so it comes last. Weight-only integers are made for the CPU's kernels; a GPU prefers half precision.
-# The least share of a quantised file: 8 (4) bits, and a scale of 32 bits for each 32 weights.
+
+# On a CPU, int8 is the fastest format that costs less than 2 % of perplexity; int4 costs a small model more than a user
+# expects, so it is last. The kernels for integer weights are for CPUs; a GPU is faster in half precision.
+# The least share of a quantised file: 8 (4) bits per weight and a 32-bit scale per 32 weights.
 FORMATS: dict[str, Format] = {
     row.name: row
     for row in (
         Format(
-            "int8", "model_int8.onnx", "int8", "int8", "Exporting to ONNX with 8-bit weights, comparing with PyTorch",
-            Limits(perplexity=1.02), least_share=9 / 32, most_share=0.4, in_space=True, on_cpu=0, on_cuda=2,
-            in_genai_config=0, may_fail=True,
+            "int8", "model_int8.onnx", "Exporting to ONNX with 8-bit weights, comparing with PyTorch",
+            limits=Limits(perplexity=1.02), least_share=9 / 32, most_share=0.4, in_space=True, on_cpu=0, on_cuda=2,
+            may_fail=True,
         ),
         Format(
-            "genai", "model_genai.onnx", "genai", "genai", "Exporting GenAI's ONNX graph, comparing with PyTorch",
-            most_share=1.05, on_cpu=1, in_genai_config=1,
+            "genai", "model_genai.onnx", "Exporting GenAI's ONNX graph, comparing with PyTorch",
+            precision="float32", base="genai", most_share=1.05, on_cpu=1,
         ),
         Format(
-            ONNX, "model.onnx", "float32", "fp32", "Exporting to ONNX, comparing with PyTorch",
-            in_space=True, on_cpu=2, on_cuda=1,
+            ONNX, "model.onnx", "Exporting to ONNX, comparing with PyTorch",
+            precision="float32", artifact="fp32", base="optimum", in_space=True, on_cpu=2, on_cuda=1,
         ),
         Format(
-            "fp16", "model_fp16.onnx", "fp16", "fp16", "Exporting to ONNX in float16, comparing with PyTorch",
-            Limits(perplexity=1.005), least_share=0.5, most_share=0.55, on_cuda=0,
+            "fp16", "model_fp16.onnx", "Exporting to ONNX in float16, comparing with PyTorch",
+            precision="float16", limits=Limits(perplexity=1.005), least_share=0.5, most_share=0.55, on_cuda=0,
         ),
         Format(
-            "int4", "model_int4.onnx", "int4", "int4", "Exporting to ONNX with 4-bit weights, comparing with PyTorch",
-            Limits(perplexity=1.10), least_share=5 / 32, most_share=0.4, in_space=True, on_cpu=3, on_cuda=3,
-            in_genai_config=2, may_fail=True, advice="int8 is the better artifact for this model.",
+            "int4", "model_int4.onnx", "Exporting to ONNX with 4-bit weights, comparing with PyTorch",
+            limits=Limits(perplexity=1.10), least_share=5 / 32, most_share=0.4, in_space=True, on_cpu=3, on_cuda=3,
+            may_fail=True, advice="int8 is the better artifact for this model.",
         ),
     )
 }  # fmt: skip
 
 
-def register(row: Format) -> None:
-    """Add a format to the table.
+def add_row(row: Format) -> None:
+    """Add a row to the table. `gradmap_hub.exporters.writers.register` adds a row and its writer.
 
     Raises:
-        ValueError: its name or its file is taken.
+        ValueError: another format has its name, file, artifact name or precision in a Space.
     """
-    if row.name in FORMATS or row.file in {other.file for other in FORMATS.values()}:
-        raise ValueError(f"There is a format of the name {row.name!r} or the file {row.file!r} already.")
+    for other in FORMATS.values():
+        both_in_space = row.in_space and other.in_space
+        for column in ("name", "file", "artifact", *(["precision"] if both_in_space else [])):
+            if getattr(row, column) == getattr(other, column):
+                raise ValueError(f"The format {other.name!r} already has the {column} {getattr(row, column)!r}.")
     FORMATS[row.name] = row
 
 
 def quantized() -> list[str]:
-    """The names of all formats but Optimum's graph: what `--quantize` takes."""
+    """The names that `--quantize` takes: all formats except Optimum's graph."""
     return [name for name in FORMATS if name != ONNX]
 
 
 def in_space() -> list[Format]:
-    """The formats that a Space may run, the one to begin with first."""
+    """The formats that a Space may run; a Space loads the first one that it has."""
     return [row for row in FORMATS.values() if row.in_space]
 
 
 def of_precision(precision: str) -> Format:
-    """The format that a Space calls by this precision.
+    """The format that a Space runs in this precision.
 
     Raises:
-        KeyError: there is none.
+        KeyError: no such format.
     """
-    return {row.precision: row for row in FORMATS.values()}[precision]
+    return {row.precision: row for row in in_space()}[precision]
 
 
 def graph_path(row: Format) -> str:
-    """Where the graph lies in a model folder."""
+    """The path of the file within a model folder, with forward slashes."""
     return f"{ONNX_FOLDER}/{row.file}"

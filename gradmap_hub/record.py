@@ -43,7 +43,7 @@ class Base:
     model_type: str = ""
     dtype: str = ""
     has_onnx: bool = False
-    # Precisions (see formats.GRAPHS) of the ONNX files in its repository that are comparable to ours.
+    # Precisions (see formats.py) of the ONNX files in its repository that are comparable to ours.
     exports: list[str] = field(default_factory=list)
     weights_sha256: str | None = None
     # Whether transformers 4.57 cannot read the files of its repository.

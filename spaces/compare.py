@@ -127,9 +127,21 @@ def _stored(content: dict[str, Any]) -> Stored:
     )
 
 
+def _file(entry: dict[str, Any], runtime: str) -> str:
+    file = str(entry.get("file") or "")
+    if runtime == "onnx" and not file:
+        raise FactsError(
+            f"compare.json names no file for {entry['name']}: an earlier version of gradmap-hub wrote it. "
+            "Write the Space again with `gradmap-hub space FOLDER`."
+        )
+    return file
+
+
 def _precisions(content: dict[str, Any]) -> tuple[Precision, ...]:
     found = tuple(
-        Precision(str(entry["name"]), str(entry["file"] or ""), _stored(entry["original"]), _stored(entry["pruned"]))
+        Precision(
+            str(entry["name"]), _file(entry, content["runtime"]), _stored(entry["original"]), _stored(entry["pruned"])
+        )
         for entry in content["precisions"]
     )
     if content["precision"] not in [entry.name for entry in found]:

@@ -1,4 +1,4 @@
-"""Exports beside Optimum's float32 graph: checked against the checkpoint, resumable, in the record if they passed."""
+"""Exports of a pruned folder and of its original: resumable stages, checked against the checkpoint and recorded."""
 
 from __future__ import annotations
 
@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradmap_hub import __version__
-from gradmap_hub.config import (
-    DEFAULT_CALIBRATION,
-)
+from gradmap_hub.config import DEFAULT_CALIBRATION
 from gradmap_hub.data.texts import text_of
 from gradmap_hub.errors import OutputExists, VerificationError
-from gradmap_hub.formats import FORMATS, ONNX
+from gradmap_hub.formats import FORMATS, ONNX, ONNX_FOLDER
 from gradmap_hub.layout import artifact, work_folder
 from gradmap_hub.models.safetensors_files import read_config
 from gradmap_hub.pipeline.connect import connect
@@ -25,14 +23,14 @@ from gradmap_hub.record import Artifact, Parity, Quality, RunRecord
 from gradmap_hub.stage_cache import Stages
 
 if TYPE_CHECKING:
-    from gradmap_hub.data.rows import Rows
-    from gradmap_hub.hub.client import Hub
-
-if TYPE_CHECKING:
     from torch import Tensor
 
     from gradmap_hub.data.rows import Rows
     from gradmap_hub.exporters.export import Exported
+    from gradmap_hub.hub.client import Hub
+
+# The held-out text on which the export of a finished folder is measured: sequences, and tokens of each.
+EXPORT_ROWS, EXPORT_TOKENS = 8, 512
 
 
 def export_checked(
@@ -45,16 +43,23 @@ def export_checked(
     fit: Tensor | None = None,
     keep_failing: bool = False,
 ) -> RunRecord:
-    """Export to each of `names`; a quantised file that costs more perplexity than its format may is deleted, and the
-    run goes on. `rows`: held out, what perplexity is measured on; `fit` (rows, tokens): others, to round by.
+    """Export `folder` to the formats `names`, checked; returns the record with the new artifacts.
+
+    Args:
+        names: Formats other than Optimum's graph.
+        rows: Held-out sequences on which perplexity is measured.
+        fit: Other sequences (sequences, tokens) on which the rounding is fitted.
+        keep_failing: Keep a file that fails its check.
+
+    A file that fails its check is deleted. The run continues if the format allows it (`Format.may_fail`).
 
     Raises:
-        VerificationError: a float32 graph differs from PyTorch, or an exporter failed.
+        VerificationError: an exporter failed, or a format that may not fail differs from PyTorch.
     """
     from gradmap_hub.exporters import environment, export
 
     environment.prepare(stages.reporter)
-    destination, work = folder / "onnx", work_folder(folder) / "export"
+    destination, work = folder / ONNX_FOLDER, work_folder(folder) / "export"
     artifacts = [entry for entry in record.artifacts if entry.format not in names]
     try:
         for name in names:
@@ -64,7 +69,7 @@ def export_checked(
             if not FORMATS[name].may_fail and not exported.check.passed:
                 raise VerificationError(
                     f"The {name} export differs from PyTorch: {exported.check.reason}.",
-                    hint="It is not published; leave this format out.",
+                    hint="Leave this format out.",
                 )
             artifacts += _artifacts(exported, folder, rows)
     finally:
@@ -73,10 +78,12 @@ def export_checked(
 
 
 def onnx_stage(stages: Stages, name: str, title: str, checkpoint: Path, destination: Path) -> Parity:
-    """Optimum's float32 graph of a checkpoint, exported into a folder and compared with PyTorch, as a resumable stage.
+    """Export Optimum's float32 graph of a checkpoint and compare it with PyTorch, as a resumable stage.
+
+    `name`, `title`: of the stage.
 
     Raises:
-        VerificationError: the export failed, or differs from PyTorch.
+        VerificationError: the export failed, or it differs from PyTorch.
     """
     from gradmap_hub.exporters import environment, onnx
 
@@ -108,10 +115,10 @@ def export_original(
     *,
     fit: Tensor | None = None,
 ) -> dict[str, Quality]:
-    """Export the original to `names` in the same way, for the Space that compares it with the pruned model.
+    """Export the original to the formats `names`, for the comparison Space.
 
-    Returns what each costs; a format that failed its check is not among them and left no file. `work`: a folder for
-    what the formats share, which is removed.
+    Returns the cost of each format that passed its check; the others leave no file. `work`: a cache that the formats
+    share; removed at the end. `rows`, `fit`: see `export_checked`.
 
     Raises:
         VerificationError: an exporter failed.
@@ -129,7 +136,7 @@ def export_original(
                 found[name] = _quality(exported, rows.name, rows.ids.numel())
     finally:
         export.clear(work)
-        (destination / genai.CONFIG).unlink(missing_ok=True)  # for another program than the Space
+        (destination / genai.CONFIG).unlink(missing_ok=True)  # the Space does not use GenAI
     return found
 
 
@@ -175,7 +182,7 @@ def _stage(
             "recipes": [dataclasses.asdict(recipe) for recipe in LADDERS.get(name, ())],
         },
         files=lambda: [path for path in _files(destination, name) if path.is_file()],
-        describe=_in_words,
+        describe=_describe,
     )
 
 
@@ -185,31 +192,34 @@ def _files(destination: Path, name: str) -> list[Path]:
 
 
 def remove_exports(folder: Path, names: Sequence[str]) -> None:
-    """Files of formats that this run was not asked for: an earlier run's, perhaps of other layers."""
+    """Remove the files of formats that this run does not export; an earlier run may have exported other layers."""
     from gradmap_hub.exporters import genai
 
     for name in names:
-        for path in _files(folder / "onnx", name):
+        for path in _files(folder / ONNX_FOLDER, name):
             path.unlink(missing_ok=True)
-    config = folder / "onnx" / genai.CONFIG
+    config = folder / ONNX_FOLDER / genai.CONFIG
     if config.is_file():
         named = json.loads(config.read_text(encoding="utf-8"))["model"]["decoder"]["filename"]
         if not (config.parent / named).is_file():
             config.unlink()
 
 
-def _in_words(exported: Exported) -> str:
+def _describe(exported: Exported) -> str:
     if not exported.files:
-        return "not passed, not kept"
+        return "failed its check, not kept"
+    if FORMATS[exported.format].limits is None:
+        return f"{exported.bytes / 1e6:.1f} MB, not checked"
     check = exported.check
     return f"{exported.bytes / 1e6:.1f} MB, perplexity {100 * (check.ratio - 1):+.1f} % of the checkpoint's"
 
 
 def _artifacts(exported: Exported, folder: Path, rows: Rows) -> list[Artifact]:
     found = []
+    row = FORMATS[exported.format]
     for name in exported.files:
-        entry = artifact(folder / "onnx" / name, folder, exported.format, None)
-        if name.endswith(".onnx"):
+        entry = artifact(folder / ONNX_FOLDER / name, folder, row.name, None)
+        if name == row.file and row.limits is not None:
             entry = dataclasses.replace(
                 entry, parity=exported.check.parity(), quality=_quality(exported, rows.name, rows.ids.numel())
             )
@@ -224,10 +234,6 @@ def _quality(exported: Exported, text: str, tokens: int) -> Quality:
     return Quality(check.perplexity, check.reference_perplexity, text, tokens, recipe, exported.base)
 
 
-# Held-out rows that an export of a finished folder is measured on.
-EXPORT_ROWS, EXPORT_TOKENS = 8, 512
-
-
 def export_folder(
     folder: Path,
     formats: Sequence[str],
@@ -237,13 +243,16 @@ def export_folder(
     reporter: Reporter | None = None,
     hub: Hub | None = None,
 ) -> RunRecord:
-    """Export a pruned folder; its record and card are written anew with what was exported.
+    """Export a pruned folder to `formats` and update its record and card.
 
-    `text`: what perplexity of the formats beside `onnx` is measured on, a file or a data set of the Hub; better none
-    that the model was calibrated on. `keep_failing`: leave quantised files in place that cost too much of it.
+    Args:
+        text: Text on which the perplexity of formats other than `onnx` is measured: a file or a dataset of the Hub,
+            preferably not the calibration text.
+        keep_failing: Keep quantised files that fail their check.
 
     Raises:
-        GradmapError: a format is unknown, or not for this model; a package or the text is missing; a check failed.
+        GradmapError: a format is unknown or does not support the model; a package or the text is missing; a check
+            failed.
     """
     from gradmap_hub.exporters.export import require
 
@@ -253,7 +262,7 @@ def export_folder(
         require(name, config)
     hub, reporter = connect(hub, reporter)
     checked = [name for name in formats if name != ONNX]
-    rows = _export_rows(folder, text, hub) if checked else None
+    rows = held_out_rows(folder, text, hub) if checked else None
     if not folder.is_dir():
         raise OutputExists(f"{folder} is not a folder.")
     stages = Stages(work_folder(folder), reporter, {"version": __version__, "what": "export"})
@@ -264,7 +273,8 @@ def export_folder(
     return write_results(record, folder, reporter)
 
 
-def _export_rows(folder: Path, source: str, hub: Hub) -> Rows:
+def held_out_rows(folder: Path, source: str, hub: Hub) -> Rows:
+    """The sequences of a text on which exports of a finished folder are measured. `source`: a file or a dataset."""
     from transformers import AutoTokenizer
 
     from gradmap_hub.data.rows import evaluation_rows
@@ -276,18 +286,24 @@ def _export_rows(folder: Path, source: str, hub: Hub) -> Rows:
 
 
 def remove_onnx(folder: Path) -> None:
-    for name in ("onnx", "onnx.partial"):
+    """Remove all exports of a model folder."""
+    for name in (ONNX_FOLDER, f"{ONNX_FOLDER}.partial"):
         shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def export_optimum(folder: Path, record: RunRecord, stages: Stages) -> RunRecord:
+    """Export `folder` with Optimum and compare it with PyTorch; returns the record with the new artifacts.
+
+    Raises:
+        VerificationError: the export failed, or it differs from PyTorch.
+    """
     from gradmap_hub.exporters import onnx
 
-    destination = folder / "onnx"
-    parity = onnx_stage(stages, "onnx", "Exporting to ONNX, comparing with PyTorch", folder, destination)
-    artifacts = [entry for entry in record.artifacts if entry.format != "onnx"]
+    destination = folder / ONNX_FOLDER
+    parity = onnx_stage(stages, "onnx", FORMATS[ONNX].title, folder, destination)
+    artifacts = [entry for entry in record.artifacts if entry.format != ONNX]
     for path in onnx.file_names(destination):
         if path.suffix != ".json":
-            artifacts.append(artifact(path, folder, "onnx", parity if path.name == onnx.MODEL else None))
+            artifacts.append(artifact(path, folder, ONNX, parity if path.name == onnx.MODEL else None))
     timings = record.timings | stages.timings
     return dataclasses.replace(record, artifacts=artifacts, timings=timings)

@@ -1,4 +1,4 @@
-"""The Space folder of a finished run: export what it stores of the original, then write the app beside it."""
+"""The Space folder of a finished run: exports of the original, where the Space stores them, and the app."""
 
 from __future__ import annotations
 
@@ -10,36 +10,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gradmap_hub import __version__
-from gradmap_hub.config import (
-    DEFAULT_CALIBRATION,
-)
+from gradmap_hub.config import DEFAULT_CALIBRATION
 from gradmap_hub.errors import GradmapError, SourceError, SpaceImpossible
 from gradmap_hub.evaluation.staleness import without_stale
-from gradmap_hub.formats import ONNX, graph_path, in_space, of_precision
+from gradmap_hub.formats import FORMATS, ONNX, graph_path, in_space, of_precision
 from gradmap_hub.layout import COMPANION_FILES, legal_texts, space_folder_of, work_folder
 from gradmap_hub.models.original import OriginalModel
 from gradmap_hub.models.source import find_source, identity
 from gradmap_hub.pipeline.connect import connect
-from gradmap_hub.pipeline.export import (
-    _export_rows,
-    export_folder,
-    export_original,
-    onnx_stage,
-)
+from gradmap_hub.pipeline.export import export_folder, export_original, held_out_rows, onnx_stage
 from gradmap_hub.progress import Reporter
 from gradmap_hub.record import Base, Quality, RunRecord
 from gradmap_hub.space.plan import ORIGINAL_FOLDER, SpacePlan, plan_of, precisions_of
 from gradmap_hub.stage_cache import Stages
 
 if TYPE_CHECKING:
-    from gradmap_hub.hub.client import Hub
-
-if TYPE_CHECKING:
     from torch import Tensor
 
     from gradmap_hub.data.rows import Rows
+    from gradmap_hub.hub.client import Hub
     from gradmap_hub.models.source import Source
-    from gradmap_hub.space.app import Held
+    from gradmap_hub.space.app import ModelFiles
 
 
 def write_space_folder(
@@ -52,16 +43,22 @@ def write_space_folder(
     rows: Rows | None,
     fit: Tensor | None = None,
 ) -> SpacePlan:
-    """Write the Space of `plan` into `destination`. `rows`: what quantised files of the original are measured on;
-    without them there are none. `fit` (rows, tokens): others, to round by. `target`: the pruned model's repository.
+    """Write the Space of `plan` into `destination`.
 
-    Returns the plan as it came about: without the precisions that the original could not be exported in. If that leaves
-    none, nothing is written.
+    Args:
+        target: Repository of the pruned model; None if it is not published.
+        rows: Held-out sequences on which quantised files of the original are measured. Without them, the original is
+            exported in float32 only.
+        fit: Other sequences (sequences, tokens) on which the rounding is fitted.
+
+    Returns:
+        The plan without the precisions in which the original could not be exported. If none is left, nothing is
+        written.
 
     Raises:
         VerificationError: an exporter failed.
     """
-    from gradmap_hub.space.app import Held, remove_unwanted, write_space
+    from gradmap_hub.space.app import ModelFiles, remove_unwanted, write_space
 
     remove_unwanted(destination, plan)
     companions: dict[str, Path] = {}
@@ -69,12 +66,12 @@ def write_space_folder(
     if plan.stored:
         checkpoint, stored = original.checkpoint(), destination / ORIGINAL_FOLDER
         quality = _export(stages, plan, checkpoint, stored, rows, fit)
-        plan = _without(plan, {name for name in plan.stored if of_precision(name).name != ONNX and name not in quality})
+        plan = _without(plan, {name for name in _quantised(plan) if name not in quality})
         if not plan.precisions:
             return plan
         for name in plan.stored:
             files = list(stored.glob(f"{of_precision(name).file}*"))
-            originals[name] = Held(sum(file.stat().st_size for file in files), quality.get(name))
+            originals[name] = ModelFiles(sum(file.stat().st_size for file in files), quality.get(name))
         present = ["config.json", *COMPANION_FILES, *legal_texts(path.name for path in checkpoint.iterdir())]
         companions = {name: checkpoint / name for name in present if (checkpoint / name).is_file()}
     write_space(record, plan, destination, pruned_repo=target, companions=companions, originals=originals)
@@ -84,17 +81,24 @@ def write_space_folder(
 def _export(
     stages: Stages, plan: SpacePlan, checkpoint: Path, stored: Path, rows: Rows | None, fit: Tensor | None
 ) -> dict[str, Quality]:
-    if "float32" in plan.stored:
+    """Export the original in the stored precisions; returns the cost by precision of all but Optimum's graph."""
+    formats = {of_precision(name).name: name for name in plan.stored}
+    if formats.pop(ONNX, None):
         onnx_stage(stages, "onnx-original", "Exporting the original for the Space", checkpoint, stored)
-    quantised = [name for name in plan.stored if of_precision(name).name != ONNX]
-    if not quantised or rows is None:
+    if not formats or rows is None:
         return {}
-    return export_original(checkpoint, stored, stages, quantised, rows, stages.folder / "export-original", fit=fit)
+    work = stages.folder / "export-original"
+    found = export_original(checkpoint, stored, stages, list(formats), rows, work, fit=fit)
+    return {formats[name]: quality for name, quality in found.items()}
+
+
+def _quantised(plan: SpacePlan) -> list[str]:
+    """The stored precisions that are measured on text: all but Optimum's graph."""
+    return [name for name in plan.stored if of_precision(name).name != ONNX]
 
 
 def finished_space(folder: Path, record: RunRecord, precisions: Collection[str]) -> Path | None:
-    """The Space folder beside a model folder, if it was written for this very original and has all of the precisions:
-    it can be run as it is, and nothing is exported again."""
+    """The existing Space folder of a model folder if it is for the same original and has all precisions, else None."""
     space = space_folder_of(folder)
     try:
         facts = json.loads((space / "compare.json").read_text(encoding="utf-8"))
@@ -102,15 +106,15 @@ def finished_space(folder: Path, record: RunRecord, precisions: Collection[str])
             return None
         stored = {entry["name"]: entry["original"]["stored"] == "space" for entry in facts["precisions"]}
         files = {entry["name"]: str(entry["file"]) for entry in facts["precisions"]}
-    except (OSError, ValueError, KeyError, TypeError):  # none, not whole, or of an earlier version
+    except (OSError, ValueError, KeyError, TypeError):  # missing, incomplete, or of an earlier version
         return None
     there = {name for name, here in stored.items() if not here or (space / ORIGINAL_FOLDER / files[name]).is_file()}
     return space if set(precisions) <= there and (space / "app.py").is_file() else None
 
 
 def remove_space(space: Path, record: RunRecord) -> bool:
-    """Remove the folder that an earlier run of this very push left, which `publish` would take up; whether there was
-    one. Anything else by that name is not ours to touch."""
+    """Remove the Space folder of an earlier run of the same push, which `publish` would publish. Returns whether it
+    existed. A folder of another run or origin is kept."""
     try:
         facts = json.loads((space / "compare.json").read_text(encoding="utf-8"))
         same = (facts["original"]["repo_id"], facts["original"]["revision"], facts["pruned"]["repo_id"]) == (
@@ -123,19 +127,20 @@ def remove_space(space: Path, record: RunRecord) -> bool:
     return same
 
 
-def _held_by_repository(source: Source) -> dict[str, Held]:
-    """What the original's repository holds: bytes of graph and data, by precision."""
-    from gradmap_hub.space.app import Held
+def _held_by_repository(source: Source) -> dict[str, ModelFiles]:
+    """The ONNX files in the original's repository, by precision."""
+    from gradmap_hub.space.app import ModelFiles
 
     sizes = source.sizes
     return {
-        row.precision: Held(sizes[graph_path(row)] + sizes.get(f"{graph_path(row)}_data", 0))
+        row.precision: ModelFiles(sizes[graph_path(row)] + sizes.get(f"{graph_path(row)}_data", 0))
         for row in in_space()
         if graph_path(row) in sizes
     }
 
 
 def _without(plan: SpacePlan, names: set[str]) -> SpacePlan:
+    """The plan without the precisions `names`."""
     left = tuple(name for name in plan.precisions if name not in names)
     if left == plan.precisions:
         return plan
@@ -145,10 +150,10 @@ def _without(plan: SpacePlan, names: set[str]) -> SpacePlan:
 
 
 def terms_of(record: RunRecord, source: Source) -> Base:
-    """What decides whether the original may be stored with a Space: that of the repository it is read from now, and
-    that it was pruned under. The stricter of the two holds."""
+    """The terms that decide whether the original may be stored with a Space: the stricter of the record's and those of
+    its repository now."""
     recorded, found = record.base, source.base
-    if found.repo_id is None:  # a local copy, which says less than the record
+    if found.repo_id is None:  # a local copy has no terms of its own
         return recorded
     return dataclasses.replace(
         found,
@@ -167,30 +172,32 @@ def build_space(
     reporter: Reporter | None = None,
     hub: Hub | None = None,
 ) -> Path:
-    """Write the comparison app for a pruned folder, exporting what it still lacks; returns the app's folder.
+    """Write the comparison app of a pruned folder, after missing exports; returns the app's folder.
 
-    By default it is the Space as it may be published, beside the folder. With `local` it is for this machine only and
-    may hold an export of any original, also one that must not be passed on; it then lies where nothing publishes from,
-    unless the Space as published has all of it.
-    `text`: what the perplexity of the original's quantised files is measured on, where the folder has such files; if it
-    cannot be read, the app does without them.
+    Args:
+        against: The original: a Hub id or a folder. Default: as recorded.
+        local: Write an app for this machine only, into the work folder, from which nothing is published. It may hold
+            an export of any original, even one that must not be redistributed. If the Space folder next to `folder`
+            has everything, it is returned instead. By default, write that Space folder.
+        text: Text on which the perplexity of the original's quantised files is measured. If it cannot be read, the app
+            has no quantised files.
 
     Raises:
-        GradmapError: there is no original, it cannot be read or exported, or both are too large for a Space.
+        GradmapError: the original is unknown, or cannot be read or exported, or the models are too large for a Space.
     """
     hub, reporter = connect(hub, reporter)
     record = without_stale(RunRecord.read(folder), folder)
     model = against or record.base.repo_id
     if model is None:
         raise SourceError(
-            f"{folder} was made from a local model, {record.base.name}.", hint="Say where it is with --against."
+            f"{folder} was made from a local model, {record.base.name}.", hint="Name its folder with --against."
         )
     names = tuple(precisions_of(record))
     if local and against is None and names and (written := finished_space(folder, record, names)) is not None:
         return written
     source = find_source(model, record.base.commit if against is None else None, hub)
-    if not (folder / "onnx" / "model.onnx").is_file():
-        record = export_folder(folder, ["onnx"], reporter=reporter)
+    if not (folder / graph_path(FORMATS[ONNX])).is_file():
+        record = export_folder(folder, [ONNX], reporter=reporter)
         names = tuple(precisions_of(record))
     original = OriginalModel(source, hub, work_folder(folder))
     identified = {"version": __version__, "what": "space", "base": identity(source)}
@@ -203,13 +210,13 @@ def build_space(
     if not plan.precisions:
         raise SpaceImpossible(f"{plan.reason}.")
     rows = None
-    if any(of_precision(name).name != ONNX for name in plan.stored):
+    if _quantised(plan):
         try:
-            rows = _export_rows(folder, text, hub)
+            rows = held_out_rows(folder, text, hub)
         except GradmapError as error:
-            reporter.note(f"Without quantised files of the original, as the text cannot be read: {error.message}")
+            reporter.note(f"Without quantised files of the original: the text cannot be read: {error.message}")
     destination = work_folder(folder) / "compare" if local else space_folder_of(folder)
-    came = write_space_folder(original, stages, record, plan, destination, record.target, rows)
-    if not came.precisions:
-        raise SpaceImpossible(f"{came.reason}.", hint="Name a text file with --text.")
+    made = write_space_folder(original, stages, record, plan, destination, record.target, rows)
+    if not made.precisions:
+        raise SpaceImpossible(f"{made.reason}.", hint="Name a text file with --text.")
     return destination

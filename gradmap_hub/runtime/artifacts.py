@@ -26,6 +26,8 @@ def available_artifacts(sizes: Mapping[str, int]) -> list[Artifact]:
     """Return the known graphs among files {path: bytes}, either in onnx/ (as published) or next to the tokenizer."""
     found = []
     for row in FORMATS.values():
+        if row.limits is None:  # not an ONNX graph
+            continue
         for path in (graph_path(row), row.file):
             if path in sizes:
                 data = sum(sizes.get(path + ending, 0) for ending in ("_data", ".data"))

@@ -1,1 +1,1 @@
-"""The comparison Space: what it can run, its files, and running it here."""
+"""The comparison Space: the plan of what it runs, its files, and a local server."""

@@ -1,7 +1,4 @@
-"""RunRecord + the app in spaces/ -> a folder that is a Hugging Face Space.
-
-The app is copied as it stands; what differs between models is data: compare.json, README.md and the Space variables.
-"""
+"""Writes the folder of a Space: the app from spaces/, unchanged, and the data of a run (compare.json, README.md)."""
 
 from __future__ import annotations
 
@@ -25,29 +22,29 @@ EXAMPLES = (
     "Explain gravity to a child in two sentences.",
     "List three uses for a paper clip.",
 )
-# The app's one module that is ours as well: standalone, and copied beside the others.
+# A module of this package that the app uses too; it imports nothing of this package.
 _PROMPTING = Path(__file__).parents[1] / "runtime" / "prompting.py"
-# Only in Spaces on ZeroGPU; zerogpu.py puts it there.
+# Only for Spaces on ZeroGPU; zerogpu.py adds it.
 ZERO_GPU_MODULE = "zero_gpu.py"
 _ENGINES = {"onnx": "onnx_engine.py", "transformers": "transformers_engine.py"}
 
 
 @dataclass(frozen=True)
-class Held:
-    """One model's files in one precision. `bytes`: None if not known; `quality`: what fewer bits cost, if measured."""
+class ModelFiles:
+    """One model's files in one precision. `bytes`: None if unknown; `quality`: cost of quantisation, if measured."""
 
     bytes: int | None = None
     quality: Quality | None = None
 
 
 def content_folder() -> Path:
-    """Where the app's files are: beside this package when installed, in the checkout otherwise."""
+    """The folder of the app's files: in the installed package, or in the source checkout."""
     installed = Path(__file__).parents[1] / "spaces"
     return installed if installed.is_dir() else Path(__file__).parents[2] / "spaces"
 
 
 def variables(record: RunRecord, pruned_repo: str, pruned_commit: str, plan: SpacePlan) -> dict[str, str]:
-    """Space variables: with these alone a duplicate of the Space works for another model."""
+    """The Space variables. A duplicate of the Space compares other models by changing them."""
     values = {"PRUNED_MODEL": pruned_repo, "PRUNED_REVISION": pruned_commit}
     if plan.original != "space" and record.base.repo_id and record.base.commit:
         values |= {"ORIGINAL_MODEL": record.base.repo_id, "ORIGINAL_REVISION": record.base.commit}
@@ -55,7 +52,7 @@ def variables(record: RunRecord, pruned_repo: str, pruned_commit: str, plan: Spa
 
 
 def remove_unwanted(destination: Path, plan: SpacePlan) -> None:
-    """Exports of the original that an earlier plan stored in a Space folder, and this one does not."""
+    """Remove the original's exports that an earlier plan stored in the Space folder and this plan does not store."""
     original = destination / ORIGINAL_FOLDER
     if not plan.stored:
         shutil.rmtree(original, ignore_errors=True)
@@ -72,17 +69,19 @@ def write_space(
     *,
     pruned_repo: str | None,
     companions: Mapping[str, Path] | None = None,
-    originals: Mapping[str, Held] | None = None,
+    originals: Mapping[str, ModelFiles] | None = None,
 ) -> list[Path]:
-    """Write app, requirements, README and compare.json into `destination`, and `companions` (config and tokenizer files
-    of the original) beside an original that is stored there. Returns what it wrote.
+    """Write app, requirements, README and compare.json into `destination`; returns the files written.
 
-    `originals`: the original's files in the precisions of the plan, as far as they are known.
+    Args:
+        pruned_repo: Repository of the pruned model; None if it is not published.
+        companions: Config and tokenizer files of the original, name -> path; copied next to a stored original.
+        originals: The original's files, precision -> files, where known.
     """
     destination.mkdir(parents=True, exist_ok=True)
     content = content_folder()
     unwanted = {name for runtime, name in _ENGINES.items() if runtime != plan.runtime} | {ZERO_GPU_MODULE}
-    for name in unwanted:  # an earlier plan's
+    for name in unwanted:  # of an earlier plan
         (destination / name).unlink(missing_ok=True)
     original = destination / ORIGINAL_FOLDER
     remove_unwanted(destination, plan)
@@ -114,14 +113,14 @@ def _short(name: str) -> str:
 
 
 def _compare(
-    record: RunRecord, plan: SpacePlan, pruned_repo: str | None, originals: Mapping[str, Held]
+    record: RunRecord, plan: SpacePlan, pruned_repo: str | None, originals: Mapping[str, ModelFiles]
 ) -> dict[str, object]:
     return {
         "schema_version": 2,
         "title": f"{_short(record.base.name)}: original and pruned",
         "runtime": plan.runtime,
         "precision": plan.precisions[0],
-        "precisions": [_precision(record, plan, name, originals.get(name, Held())) for name in plan.precisions],
+        "precisions": [_precision(record, plan, name, originals.get(name, ModelFiles())) for name in plan.precisions],
         "original": {"name": record.base.name, "repo_id": record.base.repo_id, "revision": record.base.commit},
         "pruned": {"name": pruned_repo or record.name, "repo_id": pruned_repo, "revision": None},
         "layers": {
@@ -134,7 +133,7 @@ def _compare(
         "perplexity": _perplexity(record),
         "compensation": {
             "applied": record.compensation.applied,
-            # Records from before several corrections were possible list none.
+            # Older records allow only one compensated matrix and do not list it.
             "matrices": len(record.compensation.corrections) or int(record.compensation.applied),
         },
         "examples": list(EXAMPLES),
@@ -143,7 +142,7 @@ def _compare(
 
 
 def _perplexity(record: RunRecord) -> list[dict[str, object]]:
-    """What the app shows: what `evaluate` measured, or else what the run itself did."""
+    """The perplexities that the app shows: from `evaluate`, else from the run itself."""
     if record.measured is not None:
         texts = [(text.name, text.tokens, text.original, text.pruned) for text in record.measured.texts]
     else:
@@ -153,7 +152,7 @@ def _perplexity(record: RunRecord) -> list[dict[str, object]]:
 
 
 def refresh_compare(record: RunRecord, folder: Path) -> None:
-    """Give the app in `folder`, if there is one, the perplexities of this record."""
+    """Write the perplexities of this record into compare.json, if `folder` has one."""
     facts = folder / "compare.json"
     if not facts.is_file():
         return
@@ -164,25 +163,25 @@ def refresh_compare(record: RunRecord, folder: Path) -> None:
         facts.write_text(text + "\n", encoding="utf-8")
 
 
-def _precision(record: RunRecord, plan: SpacePlan, name: str, original: Held) -> dict[str, object]:
-    """Both models in one precision: where the app finds them, what they weigh, what the fewer bits cost."""
+def _precision(record: RunRecord, plan: SpacePlan, name: str, original: ModelFiles) -> dict[str, object]:
+    """One entry of `precisions`: the file, and for each model its location, size and cost of quantisation."""
     size, graph = graph_of(record, name) if plan.runtime == "onnx" else (None, None)
-    pruned = Held(size, graph.quality if graph is not None else None)
+    pruned = ModelFiles(size, graph.quality if graph is not None else None)
     stored = name in plan.stored
     return {
         "name": name,
         "file": of_precision(name).file if plan.runtime == "onnx" else None,
-        "original": _held(original, "space" if stored else "hub", ORIGINAL_FOLDER if stored else "onnx"),
-        "pruned": _held(pruned, "hub", "onnx"),
+        "original": _model_entry(original, "space" if stored else "hub", ORIGINAL_FOLDER if stored else "onnx"),
+        "pruned": _model_entry(pruned, "hub", "onnx"),
     }
 
 
-def _held(held: Held, stored: str, path: str) -> dict[str, object]:
-    quality = held.quality
+def _model_entry(files: ModelFiles, stored: str, path: str) -> dict[str, object]:
+    quality = files.quality
     return {
         "stored": stored,
         "path": path,
-        "bytes": held.bytes,
+        "bytes": files.bytes,
         "quality": None
         if quality is None
         else {
@@ -202,7 +201,7 @@ def _readme(record: RunRecord, plan: SpacePlan, pruned_repo: str | None, content
     models: Sequence[str] = [name for name in (pruned_repo, record.base.repo_id) if name]
     return environment.get_template("README.md.jinja").render(
         title=f"{_short(record.base.name)}: original and pruned"[:90],
-        # The Hub refuses more than 60 characters.
+        # The Hub allows 60 characters.
         short_description=f"Compare {record.layers_before} with {record.layers_after} layers, live"[:60],
         license=record.base.license,
         models=models,

@@ -1,4 +1,4 @@
-"""Run a Space folder on this machine, as Hugging Face would: `python app.py` with its variables in the environment."""
+"""Runs a Space folder on this machine as Hugging Face does: `python app.py` with the Space variables as environment."""
 
 from __future__ import annotations
 
@@ -24,11 +24,13 @@ START_SECONDS = 120
 def running_space(
     folder: Path, variables: Mapping[str, str], *, host: str = "127.0.0.1", port: int = 0
 ) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """Start the app and wait until it answers; yields its address and process, which is ended on leaving.
+    """Start the app and wait until it answers. Yields its URL and its process, and terminates the process at the end.
+
+    `port` 0: a free one.
 
     Raises:
         MissingExtra: gradio is not installed.
-        GradmapError: the app ended or did not answer within two minutes; its last words are in the message.
+        GradmapError: the app exited or did not answer within two minutes; the message has its last line of output.
     """
     if importlib.util.find_spec("gradio") is None:
         raise MissingExtra("The comparison app", "space")
@@ -60,7 +62,7 @@ def running_space(
 
 
 def run_space(folder: Path, variables: Mapping[str, str], *, host: str, port: int, open_browser: bool) -> None:
-    """Run the app until it ends or Ctrl-C; the first line on stdout is its address."""
+    """Run the app until it exits or Ctrl-C. Prints its URL as the first line on stdout."""
     with running_space(folder, variables, host=host, port=port) as (url, process):
         print(url, flush=True)
         if open_browser:
@@ -72,15 +74,15 @@ def run_space(folder: Path, variables: Mapping[str, str], *, host: str, port: in
 
 
 def at_a_screen() -> bool:
-    """Whether somebody sits here who would see a browser's window. Without a screen, a browser of the terminal would
-    take it over."""
+    """Whether a browser window would be visible. Without a display, `webbrowser` may start a text browser in the
+    terminal."""
     if not sys.stdout.isatty():
         return False
     return sys.platform in ("darwin", "win32") or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
 
 
 def free_port(host: str) -> int:
-    """A port nobody listens on now."""
+    """A port that is free now."""
     with socket.socket() as probe:
         probe.bind((host, 0))
         return int(probe.getsockname()[1])
@@ -91,10 +93,12 @@ def _wait_until_up(url: str, process: subprocess.Popen[bytes], log: Path) -> Non
     while time.monotonic() < deadline:
         if process.poll() is not None:
             last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:] or ["no output"]
-            raise GradmapError(f"The comparison app ended at once: {last[0]}", hint=f"Its output is in {log}.")
+            raise GradmapError(f"The comparison app exited at startup: {last[0]}", hint=f"Its output is in {log}.")
         try:
             with urllib.request.urlopen(f"{url}/health", timeout=2):
                 return
         except (urllib.error.URLError, OSError):
             time.sleep(0.3)
-    raise GradmapError(f"The comparison app did not answer at {url}.", hint=f"Its output is in {log}.")
+    raise GradmapError(
+        f"The comparison app did not answer at {url} within {START_SECONDS} s.", hint=f"Its output is in {log}."
+    )

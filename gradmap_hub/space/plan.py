@@ -1,7 +1,7 @@
-"""What a comparison Space can run: in which precisions, on which hardware, and where the original's files come from.
+"""The plan of a comparison Space: its precisions, whether they fit the hardware, and where the original comes from.
 
-Pure: judged from a record's facts and from sizes, before anything is exported or uploaded. Both models always run in
-the same precision, of which one is loaded at a time.
+Computed from a record and from file sizes, before anything is exported or uploaded. Both models always run in the same
+precision, and one precision is loaded at a time.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from gradmap_hub.formats import in_space, of_precision
 from gradmap_hub.measurements import BeforeAfter
 from gradmap_hub.record import Artifact, Base, RunRecord
 
-# Licences that let anyone pass the weights on. Anything else, and anything gated or private, is never republished.
+# Licences that allow redistribution of the weights. No other original is republished, and no gated or private one.
 REDISTRIBUTABLE = frozenset(
     {
         "afl-3.0", "apache-2.0", "bsd", "bsd-2-clause", "bsd-3-clause", "bsl-1.0", "cc-by-4.0", "cc-by-sa-4.0",
@@ -22,7 +22,7 @@ REDISTRIBUTABLE = frozenset(
     }
 )  # fmt: skip
 
-# Within the Space.
+# Folder of a stored original in the Space.
 ORIGINAL_FOLDER = "original"
 
 OriginalSource = Literal["hub", "space", "transformers"]
@@ -30,28 +30,33 @@ OriginalSource = Literal["hub", "space", "transformers"]
 
 @dataclass(frozen=True)
 class Hardware:
-    """What the Hub calls it; bytes."""
+    """Space hardware: its name on the Hub, memory and disk in bytes."""
 
     name: str
     memory: int
     disk: int
 
 
-# As huggingface.co/docs/hub/spaces-overview has it: 2 vCPU, 16 GB, 50 GB.
+# 2 vCPU, 16 GB, 50 GB: https://huggingface.co/docs/hub/spaces-overview
 CPU_BASIC = Hardware("cpu-basic", 16_000_000_000, 50_000_000_000)
-# Python with gradio and ONNX Runtime, or with torch; and what it takes to load each byte of both models' files: ONNX
-# Runtime needs as much again while it repacks the weights.
+# Memory in bytes: the program without models (Python, gradio, and ONNX Runtime or torch), and per byte of both models'
+# files. ONNX Runtime holds the weights twice while it repacks them.
 _PROGRAM = {"onnx": 600_000_000, "transformers": 1_200_000_000}
 _PER_BYTE = {"onnx": 2.0, "transformers": 1.2}
-# The packages, and room for what a program writes.
+# Disk in bytes for the packages and temporary files.
 _DISK_RESERVE = 3_000_000_000
 
 
 @dataclass(frozen=True)
 class SpacePlan:
-    """How the Space gets the original. `original`: `hub` its own ONNX, `space` an export stored with the Space (of the
-    precisions in `stored`), `transformers` both models from their repositories without ONNX. `reason` in words.
-    `precisions`: what both models can run in, the one to begin with first; none if nothing fits, and there is no Space.
+    """What the Space runs.
+
+    Attributes:
+        original: Source of the original: "hub", its own ONNX files; "space", an export stored in the Space;
+            "transformers", no ONNX: both models run in transformers, from their repositories.
+        reason: A sentence for the user.
+        precisions: Precisions of both models, the one to load first at the front. Empty: nothing fits, so no Space.
+        stored: The precisions of which the Space stores an export of the original.
     """
 
     original: OriginalSource
@@ -65,12 +70,12 @@ class SpacePlan:
 
 
 def memory_needed(pair: BeforeAfter, runtime: Literal["onnx", "transformers"]) -> int:
-    """Bytes of memory for both models of these sizes; they are loaded one after the other and stay."""
+    """Bytes of memory that the app needs for both models. `pair`: bytes of their files."""
     return round(_PROGRAM[runtime] + _PER_BYTE[runtime] * (pair.before + pair.after))
 
 
 def may_be_stored(base: Base) -> bool:
-    """Whether the original may be exported and published again as a part of the Space."""
+    """Whether the original's terms allow publishing an export of it with the Space."""
     return not base.gated and not base.private and base.license in REDISTRIBUTABLE
 
 
@@ -82,19 +87,19 @@ def plan_space(
     *,
     hardware: Hardware = CPU_BASIC,
 ) -> SpacePlan:
-    """Decide what the Space runs and where its original comes from.
+    """Decide what the Space runs and where the original's files come from.
 
     Args:
-        precisions: those that the pruned model has ONNX files of, as `Format.precision`; none without ONNX.
-        float32: bytes of both models' weights in float32, rather too small than too large.
-        sizes: bytes of both models' files in a precision, where known better.
+        precisions: Precisions of the pruned model's ONNX files (`Format.precision`); empty without ONNX.
+        float32: Bytes of both models' weights in float32; a lower bound.
+        sizes: Bytes of both models' files by precision, where known.
     """
     names = [row.precision for row in in_space()]
     pairs = {name: _at_least(name, float32) for name in names} | dict(sizes or {})
     refused: list[str] = []
     chosen: list[str] = []
     used = 0
-    # Records from before `exports` say only whether there is model.onnx.
+    # Older records have no `exports`, only whether model.onnx exists.
     own = [*base.exports, *(["float32"] if base.has_onnx else [])] if base.repo_id is not None else []
     stored = [name for name in names if name in precisions and name not in own]
     for name in names:
@@ -119,18 +124,18 @@ def _with_transformers(
     base: Base, precisions: Collection[str], float32: BeforeAfter, hardware: Hardware, left_out: str
 ) -> SpacePlan:
     if not precisions:
-        cause = "no ONNX files were asked for, so the Space runs both with transformers"
+        cause = "no ONNX files are exported, so the Space runs both models in transformers"
     elif not may_be_stored(base):
         licence = f"under a licence ({base.license}) that may forbid it"
         kind = "gated" if base.gated else "private" if base.private else licence
         cause = (
-            f"the original is {kind}, so it is not exported again and stored with the Space; "
-            "the Space loads both from their own repositories with transformers"
+            f"the original is {kind}, so it is not exported again and stored in the Space; "
+            "the Space runs both models in transformers, from their own repositories"
         )
     else:
-        cause = "the ONNX files are too large for the Space, which runs both with transformers"
+        cause = "the ONNX files are too large for the Space, so it runs both models in transformers"
     if base.needs_5:
-        words = f"no Space: {cause}; but the original is for transformers 5, and the Space has 4.57{left_out}"
+        words = f"no Space: {cause}; but the original is for transformers 5 and the Space has 4.57{left_out}"
         return SpacePlan("transformers", words, ())
     halved = BeforeAfter(float32.before // 2, float32.after // 2)
     tries = [("float32", float32)] + ([(base.dtype, halved)] if base.dtype in ("bfloat16", "float16") else [])
@@ -142,7 +147,7 @@ def _with_transformers(
     return SpacePlan(
         "transformers",
         f"no Space: both models are too large for {hardware.name}: {tries[-1][0]} {problem}{left_out}. "
-        "Run `gradmap-hub compare` where there is room, or export int8",
+        "Run `gradmap-hub compare` on a larger machine, or export int8",
         (),
     )
 
@@ -150,16 +155,14 @@ def _with_transformers(
 def _words(chosen: list[str], stored: list[str], base: Base) -> str:
     names = ", ".join(chosen)
     if not stored:
-        return f"the original's repository ships its ONNX files ({names})"
+        return f"the original's repository has the ONNX files ({names})"
     if len(stored) < len(chosen):
         fetched = ", ".join(name for name in chosen if name not in stored)
         return (
-            f"the original's repository ships ONNX in {fetched}; in {', '.join(stored)} it is exported as the pruned "
-            "model is, and stored with the Space"
+            f"the original's repository has ONNX files in {fetched}; "
+            f"its export in {', '.join(stored)} is stored in the Space"
         )
-    return (
-        f"the original has no ONNX like the pruned model's, so it is exported too and stored with the Space ({names})"
-    )
+    return f"the original has no ONNX files like the pruned model's, so its export is stored in the Space ({names})"
 
 
 def _at_least(name: str, float32: BeforeAfter) -> BeforeAfter:
@@ -168,7 +171,7 @@ def _at_least(name: str, float32: BeforeAfter) -> BeforeAfter:
 
 
 def _too_large(pair: BeforeAfter, runtime: Literal["onnx", "transformers"], hardware: Hardware, used: int) -> str:
-    """In words what there is too little of; empty if it fits."""
+    """The reason why the models do not fit; empty if they fit. `used`: bytes of disk used by other precisions."""
     memory = memory_needed(pair, runtime)
     if memory > hardware.memory:
         return f"needs about {memory / 1e9:.1f} GB of memory, and {hardware.name} has {hardware.memory / 1e9:.0f} GB"
@@ -179,21 +182,21 @@ def _too_large(pair: BeforeAfter, runtime: Literal["onnx", "transformers"], hard
 
 
 def precisions_of(record: RunRecord) -> list[str]:
-    """What a finished run has ONNX files in."""
+    """The precisions of a finished run's ONNX files that a Space can run."""
     formats = {entry.format for entry in record.artifacts}
     return [row.precision for row in in_space() if row.name in formats]
 
 
 def graph_of(record: RunRecord, precision: str) -> tuple[int, Artifact | None]:
-    """Bytes of the pruned model's files in a precision, data beside the graph included, and the graph itself."""
+    """Bytes of the pruned model's files in a precision, graph and external data, and the graph's artifact."""
     entries = [entry for entry in record.artifacts if entry.format == of_precision(precision).name]
     graph = next((entry for entry in entries if entry.path.endswith(".onnx")), None)
     return sum(entry.bytes for entry in entries), graph
 
 
 def plan_of(record: RunRecord, base: Base | None = None) -> SpacePlan:
-    """The Space of a finished run, with the sizes of its files. The original's are as much larger as it has more
-    parameters. `base`: the original, if it is not the record's."""
+    """The Space of a finished run, from the sizes of its files; the original's are scaled by the number of parameters.
+    `base`: terms of the original, if not the record's."""
     share = record.parameters.before / max(record.parameters.after, 1)
     sizes = {}
     for name in precisions_of(record):

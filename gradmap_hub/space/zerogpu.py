@@ -1,7 +1,8 @@
-"""A written Space for ZeroGPU, and back: what a free account may host where a CPU Space needs a paid plan.
+"""Rewrites a Space folder for ZeroGPU and back. A free account may host a ZeroGPU Space where a CPU Space needs a paid
+plan.
 
-The app is the same and computes on the CPU of that machine; ZeroGPU wants another Python, a torch that it knows, and a
-function that asks for its GPU (spaces/zero_gpu.py).
+The app is the same and computes on the machine's CPU. ZeroGPU requires another Python version, a supported torch and a
+function that requests the GPU (spaces/zero_gpu.py).
 """
 
 from __future__ import annotations
@@ -23,18 +24,18 @@ _TORCH = re.compile(r"^torch==.*$", re.MULTILINE)
 
 
 def is_zero(hardware: str | None) -> bool:
-    """Whether the Hub's name of a hardware means ZeroGPU."""
+    """Whether a hardware name of the Hub is ZeroGPU's."""
     return hardware is not None and hardware.startswith("zero")
 
 
 def is_for_zero(folder: Path) -> bool:
-    """Whether a written Space is the variant for ZeroGPU."""
+    """Whether a Space folder is written for ZeroGPU."""
     found = _HARDWARE.search((folder / CARD).read_text(encoding="utf-8"))
     return found is not None and ZERO_GPU in found[0]
 
 
 def set_hardware(folder: Path, *, zero: bool) -> None:
-    """Rewrite a Space folder for ZeroGPU, or for a CPU; nothing is touched where it is so already."""
+    """Rewrite a Space folder for ZeroGPU or for a CPU, unless it is written for it already."""
     if is_for_zero(folder) == zero:
         return
     card = folder / CARD

@@ -22,10 +22,11 @@ import pytest
 pytest.importorskip("onnxruntime_genai")
 
 from gradmap_hub.errors import MissingExtra, UsageError, VerificationError
-from gradmap_hub.exporters import export as formats
-from gradmap_hub.exporters import gate
+from gradmap_hub.exporters import export, gate, inputs
 from gradmap_hub.exporters.export import Exported
 from gradmap_hub.exporters.graph import Graph
+from gradmap_hub.exporters.inputs import Inputs
+from gradmap_hub.exporters.recipes import LADDERS
 from gradmap_hub.exporters.session import Session
 from gradmap_hub.formats import FORMATS, Limits
 
@@ -33,7 +34,7 @@ Shop = Callable[..., SimpleNamespace]
 
 
 def exported(shop: SimpleNamespace, name: str, destination: Path, **options: Any) -> Exported:
-    return formats.export(name, shop.checkpoint, destination, rows=shop.rows, fit=shop.fit, work=shop.work, **options)
+    return export.export(name, shop.checkpoint, destination, rows=shop.rows, fit=shop.fit, work=shop.work, **options)
 
 
 def node_types(path: Path) -> list[str]:
@@ -124,7 +125,7 @@ def test_a_spoiled_block_fails_and_the_file_is_gone(
     shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = shop(tied=True)
-    call = formats.call
+    call = inputs.call
 
     def spoiling(module: str, arguments: dict[str, Any]) -> Any:
         done = call(module, arguments)
@@ -134,10 +135,10 @@ def test_a_spoiled_block_fails_and_the_file_is_gone(
 
     onnx = tmp_path / "onnx"
     exported(made, "int8", onnx)
-    monkeypatch.setattr(formats, "call", spoiling)
+    monkeypatch.setattr(inputs, "call", spoiling)
     result = exported(made, "int8", onnx)
     assert not result.check.passed and "perplexity" in result.check.reason and "deleted" in result.note
-    assert result.files == [] and len(result.tries) == len(formats.LADDERS["int8"])
+    assert result.files == [] and len(result.tries) == len(LADDERS["int8"])
     assert not list(tmp_path.rglob("model_int8*")) and not (onnx / "genai_config.json").exists()
     kept = exported(made, "int8", onnx, keep_failing=True)
     assert not kept.check.passed and kept.files == ["model_int8.onnx"] and "as requested" in kept.note
@@ -157,14 +158,14 @@ def spoil(path: Path) -> None:
 def test_a_graph_that_does_not_run_fails_in_words(shop: Shop, tmp_path: Path) -> None:
     made = shop(tied=True)
     exported(made, "int8", tmp_path / "onnx")
-    shared = formats.Shared(made.checkpoint, made.work, made.rows, made.fit, None)
+    shared = Inputs(made.checkpoint, made.work, made.rows, made.fit, None)
     broken = tmp_path / "broken.onnx"
     broken.write_bytes((tmp_path / "onnx" / "model_int8.onnx").read_bytes()[:-1000])
-    result = shared.check(broken, "int8")
+    result = shared.check(broken, FORMATS["int8"])
     assert not result.passed and "cannot run it" in result.reason
     layers = dataclasses.replace(result)  # the record keeps it: it must be JSON
     json.dumps(dataclasses.asdict(layers), allow_nan=False)
-    other = gate.check(tmp_path / "onnx" / "model_int8.onnx", shared._reference(), shared.rows(), 4, 16, Limits(1.001))
+    other = gate.check(tmp_path / "onnx" / "model_int8.onnx", shared.reference(), shared.rows(), 4, 16, Limits(1.001))
     assert not other.passed and "key and value inputs" in other.reason
 
 
@@ -174,7 +175,7 @@ def test_better_settings_are_tried_in_order_and_all_are_told(
     made = shop(tied=True)
     monkeypatch.setitem(FORMATS, "int4", dataclasses.replace(FORMATS["int4"], limits=Limits(perplexity=0.5)))
     result = exported(made, "int4", tmp_path / "onnx")
-    expected = [recipe.name for recipe in formats.LADDERS["int4"] if recipe.rounding != "regrid"]  # not from 4 bits
+    expected = [recipe.name for recipe in LADDERS["int4"] if recipe.rounding != "regrid"]  # not from 4 bits
     assert [tried.recipe for tried in result.tries] == expected
     assert all(tried.bytes and tried.perplexity_ratio for tried in result.tries)
     assert "int8 is the better artifact" in result.note and not list(tmp_path.rglob("*.onnx"))
@@ -201,11 +202,11 @@ def test_weights_that_come_from_four_bits_lose_nothing_more(shop: Shop, tmp_path
             step = (blocks.max(axis=1, keepdims=True) - low) / 15
             weights[name] = (low + np.rint((blocks - low) / step) * step).reshape(weight.shape).astype(np.float32)
     save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
-    recipe = next(recipe for recipe in formats.LADDERS["int4"] if recipe.rounding == "regrid")
-    shared = formats.Shared(checkpoint, tmp_path / "work", made.rows, None, None)
+    recipe = next(recipe for recipe in LADDERS["int4"] if recipe.rounding == "regrid")
+    shared = Inputs(checkpoint, tmp_path / "work", made.rows, None, None)
     lost = {}
-    for tried in (formats.LADDERS["int4"][0], recipe, formats.LADDERS["int8"][0]):
-        result = formats._try("int4", tried, shared, tmp_path / "model_int4.onnx")
+    for tried in (LADDERS["int4"][0], recipe, LADDERS["int8"][0]):
+        result = export._try(FORMATS["int4"], tried, shared, tmp_path / "model_int4.onnx")
         assert result is not None
         lost[tried.rounding, tried.bits] = result.check.max_logit_difference
         if tried is recipe:
@@ -218,9 +219,9 @@ def test_a_model_the_builder_does_not_know_is_quantised_from_optimums_graph(
 ) -> None:
     made = shop("qwen2", tied=True)  # some layers with a window, some without
     config = json.loads((made.checkpoint / "config.json").read_text())
-    assert "some of its layers" in (formats.supported("genai", config) or "")
+    assert "some of its layers" in (export.supported("genai", config) or "")
     with pytest.raises(UsageError, match="window"):
-        formats.require("genai", config)
+        export.require("genai", config)
     result = exported(made, "int8", tmp_path / "onnx")
     assert result.base == "optimum" and result.check.passed, result.check
     assert [path.name for path in (tmp_path / "onnx").iterdir()] == ["model_int8.onnx"]
@@ -241,17 +242,17 @@ def test_optimums_graph_passes_the_same_check_and_leaves_the_others_alone(shop: 
 def test_what_is_missing_or_unknown_is_said_first(monkeypatch: pytest.MonkeyPatch) -> None:
     config = {"model_type": "llama", "hidden_size": 64}
     for name in FORMATS:
-        formats.require(name, config)
+        export.require(name, config)
     with pytest.raises(UsageError, match="formats: onnx, int8, int4, genai"):
-        formats.require("gguf", config)
+        export.require("gguf", config)
     with pytest.raises(UsageError, match="multiple of 16"):
-        formats.require("int4", {**config, "hidden_size": 72})
+        export.require("int4", {**config, "hidden_size": 72})
     from importlib import util
 
     find = util.find_spec
     monkeypatch.setattr(util, "find_spec", lambda name: None if name == "onnxruntime_genai" else find(name))
     with pytest.raises(MissingExtra):
-        formats.require("int8", config)
+        export.require("int8", config)
 
 
 @pytest.mark.parametrize(
@@ -275,7 +276,7 @@ def test_what_is_missing_or_unknown_is_said_first(monkeypatch: pytest.MonkeyPatc
     ],
 )
 def test_what_the_builder_would_get_wrong_is_known_from_the_config(changes: dict[str, Any], words: str | None) -> None:
-    reason = formats.supported("genai", {"model_type": "llama", "hidden_size": 64, **changes})
+    reason = export.supported("genai", {"model_type": "llama", "hidden_size": 64, **changes})
     assert reason is None if words is None else words in (reason or "")
 
 
@@ -301,7 +302,7 @@ def test_the_checkpoint_is_exported_once_for_all_formats(
     called: list[str] = []
     from gradmap_hub.exporters import genai
 
-    for module in (formats, genai):
+    for module in (inputs, genai):
         original = module.call
 
         def counting(name: str, arguments: dict[str, Any], original: Any = original) -> Any:
@@ -311,9 +312,9 @@ def test_the_checkpoint_is_exported_once_for_all_formats(
         monkeypatch.setattr(module, "call", counting)
     work = tmp_path / "work"
     for name in ("genai", "int8", "int4"):
-        formats.export(name, made.checkpoint, tmp_path / "onnx", rows=made.rows, work=work)
+        export.export(name, made.checkpoint, tmp_path / "onnx", rows=made.rows, work=work)
     assert called.count("genai_worker") == 1 and called.count("reference") == 1
-    formats.clear(work)
+    export.clear(work)
     assert not work.exists()
 
 
@@ -323,7 +324,7 @@ def test_a_builder_that_fails_says_so_and_leaves_nothing(
     broken = Path(shutil.copytree(shop(tied=True).checkpoint, tmp_path / "broken"))
     (broken / "model.safetensors").write_bytes(b"not weights")
     with pytest.raises(VerificationError, match="GenAI export failed"):
-        formats.export("int8", broken, tmp_path / "out" / "onnx", rows=shop(tied=True).rows, work=tmp_path / "work")
+        export.export("int8", broken, tmp_path / "out" / "onnx", rows=shop(tied=True).rows, work=tmp_path / "work")
     assert not list((tmp_path / "out").iterdir()) and not list((tmp_path / "work").rglob("*.partial"))
 
 
@@ -338,7 +339,7 @@ def test_an_interrupted_export_leaves_nothing_that_looks_whole(
         "from gradmap_hub.exporters import export as formats\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # as the command line does
         "root = Path(sys.argv[1])\n"
-        "formats.export('int8', Path(sys.argv[2]), root / 'model' / 'onnx',"
+        "export.export('int8', Path(sys.argv[2]), root / 'model' / 'onnx',"
         " rows=np.load(root / 'rows.npy'), work=root / 'work')\n"
     )
     (tmp_path / "export.py").write_text(script)
@@ -354,9 +355,7 @@ def test_an_interrupted_export_leaves_nothing_that_looks_whole(
     assert not list(tmp_path.rglob("*.onnx")) or sign == signal.SIGKILL
     if sign == signal.SIGINT:
         assert not (tmp_path / "model" / "onnx.partial").exists() and not (tmp_path / "model" / "onnx").exists()
-    result = formats.export(
-        "int8", made.checkpoint, tmp_path / "model" / "onnx", rows=made.rows, work=tmp_path / "work"
-    )
+    result = export.export("int8", made.checkpoint, tmp_path / "model" / "onnx", rows=made.rows, work=tmp_path / "work")
     assert result.check.passed and not (tmp_path / "model" / "onnx.partial").exists()
 
 
@@ -368,7 +367,7 @@ def test_every_family(shop: Shop, tmp_path: Path, family: str) -> None:
         options["original_max_position_embeddings"] = 512
     made = shop(family, **options)
     config = json.loads((made.checkpoint / "config.json").read_text())
-    names = ("genai", "int8") if formats.supported("genai", config) is None else ("int8",)
+    names = ("genai", "int8") if export.supported("genai", config) is None else ("int8",)
     for name in names:
         result = exported(made, name, tmp_path / "onnx")
         assert result.check.passed, (family, name, result.check)

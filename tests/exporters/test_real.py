@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("onnxruntime_genai")
 
-from gradmap_hub.exporters import export as formats
+from gradmap_hub.exporters import export
 
 pytestmark = [pytest.mark.slow, pytest.mark.real]
 
@@ -52,7 +52,7 @@ def rows(folder: Path, first: int, count: int) -> np.ndarray:
 def test_the_135m_model(pruned: Path, tmp_path: Path) -> None:
     held_out, fit = rows(pruned, 0, 8), rows(pruned, 20_000, 16)
     results = {
-        name: formats.export(name, pruned, tmp_path / "onnx", rows=held_out, fit=fit, work=tmp_path / "work")
+        name: export.export(name, pruned, tmp_path / "onnx", rows=held_out, fit=fit, work=tmp_path / "work")
         for name in ("genai", "int8", "int4")
     }
     for name, result in results.items():

@@ -16,9 +16,9 @@ from gradmap_hub.errors import UnsafeToPublish
 from gradmap_hub.measurements import BeforeAfter
 from gradmap_hub.models.source import own_exports
 from gradmap_hub.pipeline.plan import check_space_folder
-from gradmap_hub.pipeline.space import remove_space, terms_of
+from gradmap_hub.pipeline.space import finished_space, remove_space, terms_of
 from gradmap_hub.record import Artifact, Base, CalibrationRecord, CompensationRecord, LayerDecision, Quality, RunRecord
-from gradmap_hub.space.app import Held, write_space
+from gradmap_hub.space.app import ModelFiles, write_space
 from gradmap_hub.space.plan import CPU_BASIC, Hardware, memory_needed, plan_of, plan_space
 
 OPEN = Base("acme/base", "acme/base", "main", "c" * 40, "apache-2.0", dtype="bfloat16")
@@ -177,7 +177,7 @@ def written(tmp_path: Path) -> Path:
     config = tmp_path / "config.json"
     config.write_text(json.dumps({"model_type": "llama", "_name_or_path": "/home/somebody/model"}))
     plan = plan_of(record())
-    originals = {"int8": Held(170, QUALITY), "float32": Held(600)}
+    originals = {"int8": ModelFiles(170, QUALITY), "float32": ModelFiles(600)}
     write_space(record(), plan, tmp_path / "space", pruned_repo="me/small", companions={"config.json": config},
                 originals=originals)  # fmt: skip
     return tmp_path / "space"
@@ -226,6 +226,24 @@ def test_only_the_space_of_this_push_is_removed(written: Path, tmp_path: Path, o
         assert not remove_space(tmp_path / "theirs", of_this) and (tmp_path / "theirs").is_dir()
     assert remove_space(written, of_this) and not written.exists()
     assert not remove_space(written, of_this)
+
+
+def test_a_whole_space_is_used_again_but_not_one_of_an_earlier_version(written: Path, tmp_path: Path) -> None:
+    """Which names no files: its app has a table of its own."""
+    folder = tmp_path / "small"
+    space = written.rename(tmp_path / "small-space")
+    both = ("int8", "float32")
+    assert finished_space(folder, record(), both) == space
+    assert finished_space(folder, record(), (*both, "int4")) is None
+    assert finished_space(folder, record(base=base(commit="d" * 40)), both) is None
+    (space / "original" / "model_int8.onnx").rename(tmp_path / "model_int8.onnx")
+    assert finished_space(folder, record(), both) is None
+    (tmp_path / "model_int8.onnx").rename(space / "original" / "model_int8.onnx")
+    facts = json.loads((space / "compare.json").read_text())
+    for entry in facts["precisions"]:
+        del entry["file"]
+    (space / "compare.json").write_text(json.dumps(facts))
+    assert finished_space(folder, record(), both) is None
 
 
 @pytest.mark.parametrize("change", [{"gated": True}, {"private": True}, {"license": "llama3"}, {"license": None}])

@@ -191,6 +191,7 @@ def test_no_connection_is_said(kit: SimpleNamespace, monkeypatch: pytest.MonkeyP
         ({"precisions": []}, "does not list"),
         ({"runtime": "pickle"}, "runtime"),
         ({"layers": {}}, "lacks the key"),
+        ({"precisions": [{"name": "int8"}]}, "names no file for int8.*gradmap-hub space FOLDER"),
         ({"bytes": {"original": "many", "pruned": 1}}, "cannot be read"),
     ],
 )
