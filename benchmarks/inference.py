@@ -215,10 +215,11 @@ def claims(entries: Sequence[Entry]) -> list[tuple[str, str, str]]:
     if eager is None:
         return []
     found: list[tuple[str, bool, str]] = []
+    limits = {name: FORMATS[name].limits for name in LADDERS}
     gated = {
         name: entry
         for name, entry in pruned.items()
-        if name in LADDERS and entry.perplexity <= FORMATS[name].limits.perplexity * eager.perplexity
+        if (limit := limits.get(name)) is not None and entry.perplexity <= limit.perplexity * eager.perplexity
     }
     if gated:
         best = max(gated, key=lambda name: ratio(eager.one, gated[name].one))
