@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Table
 
+from gradmap_hub.cli.output import Result, emit, stderr
 from gradmap_hub.cli.terminal import TerminalReporter
 from gradmap_hub.config import EvaluateConfig, help_of
 from gradmap_hub.measurements import Measured, MeasuredMetric, MeasuredTask
 from gradmap_hub.record import RunRecord, as_data
-
-stdout = Console(soft_wrap=True)
-stderr = Console(stderr=True, soft_wrap=True)
 
 
 def register(app: typer.Typer) -> None:
@@ -57,15 +55,9 @@ def evaluate(
         rows=rows,
         speed=speed,
     )
-    reporter = TerminalReporter(stderr, quiet=quiet)
-    try:
+    with TerminalReporter(stderr, quiet=quiet) as reporter:
         record = evaluate_folder(folder, config, reporter=reporter)
-    finally:
-        reporter.close()
-    if as_json:
-        print(json.dumps(evaluation_json(record, folder), indent=2, ensure_ascii=False, allow_nan=False), flush=True)
-    else:
-        _print(record)
+    emit(Result(evaluation_json(record, folder), _view(record)), as_json)
 
 
 def evaluation_json(record: RunRecord, folder: Path) -> dict[str, Any]:
@@ -120,10 +112,10 @@ def _task_json(task: MeasuredTask) -> dict[str, Any]:
     }
 
 
-def _print(record: RunRecord) -> None:
+def _view(record: RunRecord) -> Iterator[RenderableType]:
     measured = record.measured
     if measured is None:
-        stdout.print(f"{escape(record.measured_note)}.")
+        yield f"{escape(record.measured_note)}."
         return
     table = Table("", "original", "pruned", "", title=escape(measured.original), title_justify="left")
     for text in measured.texts:
@@ -143,15 +135,15 @@ def _print(record: RunRecord) -> None:
         for metric in task.metrics:
             table.add_row(escape(f"{task.name}, {metric.name}"), *_metric_cells(metric, task))
     _add_files(measured, table)
-    stdout.print(table)
+    yield table
     if measured.speed:
-        stdout.print(_speed_table(measured))
+        yield _speed_table(measured)
     for sample in measured.samples:
-        stdout.print(f"\n[bold]{escape(sample.prompt)}[/]", highlight=False)
+        yield f"\n[bold]{escape(sample.prompt)}[/]"
         for name, answer in (("original", sample.original), ("pruned", sample.pruned)):
-            stdout.print(f"  {name:9} {escape(' '.join(answer.split()))}", highlight=False)
+            yield f"  {name:9} {escape(' '.join(answer.split()))}"
     if record.measured_note:
-        stdout.print(f"\n{escape(record.measured_note)}.")
+        yield f"\n{escape(record.measured_note)}."
 
 
 def _metric_cells(metric: MeasuredMetric, task: MeasuredTask) -> tuple[str, str, str]:

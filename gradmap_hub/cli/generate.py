@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
+from gradmap_hub.cli.output import Result, emit, stderr
 from gradmap_hub.errors import UsageError
 
 if TYPE_CHECKING:
     from gradmap_hub.runtime import Generation, Sampling, TextModel
 
 _DEFAULT_TOKENS = 256
-stderr = Console(stderr=True, soft_wrap=True)
 
 
 def register(app: typer.Typer) -> None:
@@ -28,43 +26,53 @@ def register(app: typer.Typer) -> None:
 def generate(
     model: Annotated[str, typer.Argument(help="A model folder, or a Hub id.", show_default=False)],
     prompt: Annotated[
-        str | None, typer.Argument(help="The prompt; `-`, or none, reads standard input.", show_default=False)
+        str | None, typer.Argument(help="The prompt; `-` or no prompt reads standard input.", show_default=False)
     ] = None,
     system: Annotated[str | None, typer.Option("--system", help="A system message before the prompt.")] = None,
     raw: Annotated[
-        bool, typer.Option("--raw", help="Continue the prompt as it stands, without the chat template.")
+        bool, typer.Option("--raw", help="Continue the prompt as given, without the chat template.")
     ] = False,
-    chat: Annotated[bool, typer.Option("--chat", help="A conversation, turn by turn; end it with Ctrl-D.")] = False,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", help="The most tokens to write.")] = _DEFAULT_TOKENS,
-    temperature: Annotated[float, typer.Option("--temperature", "-t", help="0 takes the likeliest token.")] = 0.0,
-    top_k: Annotated[int, typer.Option("--top-k", help="Draw from the k likeliest; 0: all.")] = 0,
-    top_p: Annotated[float, typer.Option("--top-p", help="Draw from the fewest that hold this probability.")] = 1.0,
+    chat: Annotated[bool, typer.Option("--chat", help="Chat turn by turn; end with Ctrl-D.")] = False,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", "-n", help="Maximum number of new tokens.")
+    ] = _DEFAULT_TOKENS,
+    temperature: Annotated[float, typer.Option("--temperature", "-t", help="0 takes the top-1 token.")] = 0.0,
+    top_k: Annotated[int, typer.Option("--top-k", help="Sample from the k most likely tokens; 0: all.")] = 0,
+    top_p: Annotated[
+        float, typer.Option("--top-p", help="Sample from the smallest set of tokens with this total probability.")
+    ] = 1.0,
     min_p: Annotated[
-        float, typer.Option("--min-p", help="Draw from those with this share of the likeliest one's probability.")
+        float, typer.Option("--min-p", help="Sample from tokens with at least this share of the top-1 probability.")
     ] = 0.0,
     repetition_penalty: Annotated[
-        float, typer.Option("--repetition-penalty", help="Above 1: tokens that are there already become less likely.")
+        float, typer.Option("--repetition-penalty", help="Above 1: tokens that already occur become less likely.")
     ] = 1.0,
-    seed: Annotated[int | None, typer.Option("--seed", help="The same seed gives the same answer.")] = None,
-    stop: Annotated[list[str] | None, typer.Option("--stop", help="End where this text appears; repeatable.")] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", help="Seed of sampling; the same seed gives the same answer.")
+    ] = None,
+    stop: Annotated[list[str] | None, typer.Option("--stop", help="Stop where this text appears; repeatable.")] = None,
     artifact: Annotated[str, typer.Option("--artifact", help="auto, int8, fp32, int4 or a file name.")] = "auto",
     provider: Annotated[str, typer.Option("--provider", help="Execution provider: auto, cpu or cuda.")] = "auto",
     threads: Annotated[int | None, typer.Option("--threads", help="Default: all processors.")] = None,
-    context: Annotated[int | None, typer.Option("--context", help="The most tokens of prompt and answer.")] = None,
+    context: Annotated[
+        int | None, typer.Option("--context", help="Maximum number of tokens of prompt and answer.")
+    ] = None,
     revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a Hub id.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object with text, counts and timings.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object with text, counts and timings.")
+    ] = False,
 ) -> None:
-    """Write text with a model's ONNX files, on ONNX Runtime and without torch."""
+    """Generate text with a model's ONNX files, on ONNX Runtime and without torch."""
     from gradmap_hub import runtime
 
     sampling = runtime.Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     if max_tokens < 1:
-        raise UsageError(f"--max-tokens must be at least 1, it is {max_tokens}.")
+        raise UsageError(f"--max-tokens must be at least 1; got {max_tokens}.")
     if chat and (prompt is not None or raw or as_json):
-        raise UsageError("--chat asks for its prompts itself; it goes without a prompt, --raw and --json.")
+        raise UsageError("--chat reads its own prompts; leave out the prompt, --raw and --json.")
     if prompt is None and not chat and sys.stdin.isatty():
         raise UsageError(
-            "There is no prompt.", hint='Give one: gradmap-hub generate MODEL "prompt"; or --chat; or pipe it in.'
+            "No prompt given.", hint='Give one: gradmap-hub generate MODEL "prompt"; or --chat; or pipe it in.'
         )
     text = "" if chat else sys.stdin.read().removesuffix("\n") if prompt in (None, "-") else prompt or ""
     if not chat and not text.strip():
@@ -82,7 +90,7 @@ def generate(
     if as_json:
         for _ in answer:
             pass
-        print(json.dumps(_json(loaded, answer, load_seconds), indent=2, ensure_ascii=False))
+        emit(Result(_json(loaded, answer, load_seconds)), as_json)
         return
     _stream(answer)
     stderr.print(f"[dim]{escape(_summary(loaded, answer))}[/]", highlight=False)
@@ -91,7 +99,7 @@ def generate(
 def _prompt_ids(model: TextModel, text: str, system: str | None, raw: bool) -> list[int]:
     if raw or not model.has_chat_template:
         if system is not None:
-            raise UsageError("--system needs a chat template: leave it out with --raw, and for models without one.")
+            raise UsageError("--system needs a chat template: leave it out with --raw and for models without one.")
         return model.encode(text)
     return model.encode_chat([*_messages(system), {"role": "user", "content": text}])
 
@@ -101,7 +109,7 @@ def _messages(system: str | None) -> list[dict[str, str]]:
 
 
 def _stream(answer: Generation) -> None:
-    """Print the text as it comes; Ctrl-C ends the answer, and the line."""
+    """Print the text as it is generated; Ctrl-C ends the answer and the line."""
     try:
         for piece in answer:
             sys.stdout.write(piece)
@@ -113,7 +121,7 @@ def _stream(answer: Generation) -> None:
 
 def _converse(model: TextModel, system: str | None, max_tokens: int, sampling: Sampling, stop: list[str]) -> None:
     if not model.has_chat_template:
-        raise UsageError("This model has no chat template, so it cannot hold a conversation.")
+        raise UsageError("This model has no chat template, which --chat needs.")
     stderr.print(f"[dim]{escape(model.name)}, {escape(model.artifact)}; Ctrl-D ends.[/]", highlight=False)
     messages = _messages(system)
     first = len(messages)
@@ -126,7 +134,7 @@ def _converse(model: TextModel, system: str | None, max_tokens: int, sampling: S
             continue
         messages.append({"role": "user", "content": said})
         ids = model.encode_chat(messages)
-        # The oldest turns go when the context is full; the system message stays.
+        # The oldest turns are dropped when the context is full; the system message stays.
         while len(ids) + max_tokens > model.context_length and len(messages) > first + 2:
             del messages[first : first + 2]
             ids = model.encode_chat(messages)

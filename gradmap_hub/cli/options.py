@@ -1,7 +1,7 @@
-"""Options that several commands share, and what is made of them.
+"""Options that several commands share, and what is read from them.
 
-`prune_options` gives a command the options of PruneConfig, with its defaults and help texts: how a flag is spelled,
-what it means and what it is by default stands in one place, however many commands have it.
+`prune_options` gives a command the options of PruneConfig with their defaults and help texts, so each flag is defined
+once for all commands.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.markup import escape
@@ -22,16 +22,23 @@ from rich.markup import escape
 from gradmap_hub.config import (
     DEFAULT_CALIBRATION,
     PRESETS,
+    Method,
     PruneConfig,
+    PruneMethod,
     PushConfig,
     help_of,
     paper_preset,
 )
 from gradmap_hub.errors import UsageError
 
+if TYPE_CHECKING:
+    from gradmap_hub.hub.client import Hub
+    from gradmap_hub.pipeline.reproduce import Repeat
+    from gradmap_hub.progress import Reporter
+
 C = TypeVar("C", bound=Callable[..., None])
 
-# Fields of PruneConfig in the order of the help, by what they are about.
+# Fields of PruneConfig by subject, in the order of the help.
 HOW_MUCH = ("ratio", "layers", "drop")
 METHOD = ("metric", "schedule", "compensation", "preset")
 TEXTS = ("calibration", "eval_text", "samples", "seq_len", "eval_rows")
@@ -39,7 +46,7 @@ COMPUTING = ("low_memory", "device", "compute")
 HOW = (*METHOD, *TEXTS, "dtype", "seed", "heal", *COMPUTING)
 _SHORT = {"ratio": "-r", "calibration": "-c"}
 _METAVARS = {"heal": "STEPS"}
-# What is typed where it is not what the field holds; all other fields are typed as they are, their choices as words.
+# Types of the options that differ from the type of the field; choices are typed as str.
 _TYPED: dict[str, Any] = {
     "ratio": float | None,
     "layers": int | None,
@@ -52,7 +59,7 @@ _PRESET = typer.Option("--preset", help="default, or paper: the paper's own sett
 
 @dataclass(frozen=True)
 class PruneOptions:
-    """What was typed: `values` of fields of PruneConfig, and the preset."""
+    """The options as typed: `values` by field of PruneConfig, and the preset."""
 
     values: dict[str, Any] = field(default_factory=dict)
     preset: str = "default"
@@ -61,16 +68,24 @@ class PruneOptions:
         """The configuration of these options and of `further` fields.
 
         Raises:
-            UsageError: a value that cannot be.
+            UsageError: an invalid value.
         """
         return self.with_preset(PruneConfig(**(self.values | further)))
 
-    def with_preset(self, config: PruneConfig) -> PruneConfig:
+    def method(self) -> PruneMethod:
+        """How to prune, for a command that does not say how much.
+
+        Raises:
+            UsageError: an invalid value.
+        """
+        return self.with_preset(PruneMethod(**self.values))
+
+    def with_preset(self, config: Method) -> Method:
         return paper_preset(config) if self.preset == "paper" else config
 
 
 def prune_options(*names: str) -> Callable[[C], C]:
-    """Put the options `names` where a command has its parameter `options`, which gets them as `PruneOptions`."""
+    """Replace the parameter `options` of a command by the options `names`; the command gets them as `PruneOptions`."""
 
     def decorate(command: C) -> C:
         signature = inspect.signature(command, eval_str=True)
@@ -83,7 +98,7 @@ def prune_options(*names: str) -> Callable[[C], C]:
             command(**given, options=_options(typed))
 
         run.__name__, run.__doc__, run.__module__ = command.__name__, command.__doc__, command.__module__
-        # What Typer reads a command from.
+        # Typer reads the options of a command from these two.
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         run.__signature__ = signature.replace(parameters=parameters)  # pyright: ignore[reportFunctionMemberAccess]
         return run  # pyright: ignore[reportReturnType]
@@ -126,11 +141,90 @@ def _indices(text: str) -> tuple[int, ...]:
         raise UsageError(f"--drop takes layer indices such as 12,13,14; got {text!r}.") from None
 
 
+# -- options, in the order in which commands have them ----------------------------------------------------------------
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help=help_of(PushConfig, "model"))]
+ModelOrRecord = Annotated[
+    str | None, typer.Argument(metavar="MODEL", help=help_of(PushConfig, "model") + " Not needed with --from.")
+]
+Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder made by prune or push.")]
+From = Annotated[
+    str | None,
+    typer.Option(
+        "--from",
+        metavar="RECORD",
+        help="Repeat an earlier run: its gradmap.json, a folder that holds one, or a model on the Hub. Same original "
+        "at the same commit, same settings, same texts (searched next to the record, in this folder, and in -c). "
+        "Options on the command line override the record's.",
+    ),
+]
+To = Annotated[str | None, typer.Option("--to", help=help_of(PushConfig, "to"))]
+Revision = Annotated[str | None, typer.Option("--revision", help=help_of(PushConfig, "revision"))]
+Public = Annotated[bool, typer.Option("--public", help=help_of(PushConfig, "public"))]
+Onnx = Annotated[bool, typer.Option("--onnx/--no-onnx", help=help_of(PushConfig, "onnx"))]
+WithSpace = Annotated[bool, typer.Option("--space/--no-space", help=help_of(PushConfig, "space"))]
+License = Annotated[str | None, typer.Option("--license", help=help_of(PushConfig, "license"))]
+LicenseName = Annotated[str | None, typer.Option("--license-name", help=help_of(PushConfig, "license_name"))]
+LicenseLink = Annotated[str | None, typer.Option("--license-link", help=help_of(PushConfig, "license_link"))]
+Update = Annotated[bool, typer.Option("--update", help=help_of(PushConfig, "update"))]
+CreatePr = Annotated[bool, typer.Option("--create-pr", help=help_of(PushConfig, "create_pr"))]
+Collection = Annotated[
+    str | None, typer.Option("--collection", metavar="NAME", help=escape(help_of(PushConfig, "collection")))
+]
+WaitSpace = Annotated[
+    int, typer.Option("--wait-space", metavar="SECONDS", help=help_of(PushConfig, "wait_space"), min=0)
+]
+Host = Annotated[str, typer.Option("--host", help="Address to bind to.")]
+Port = Annotated[int, typer.Option("--port", help="Port; 0 takes any free one.", min=0, max=65535)]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and print the plan; nothing is changed.")]
+Resume = Annotated[bool, typer.Option("--resume", help=help_of(PushConfig, "resume"))]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
+
+
+# -- what is read from the command line -------------------------------------------------------------------------------
+
+
+def given_names(context: typer.Context) -> set[str]:
+    """The parameters of the command whose options are on the command line."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+
+
+def repeat_record(
+    context: typer.Context,
+    record: str,
+    model: str | None,
+    revision: str | None,
+    options: PruneOptions,
+    hub: Hub,
+    reporter: Reporter,
+) -> Repeat:
+    """The run that `--from record` repeats, with the options on the command line; its remarks go to `reporter`.
+
+    Raises:
+        GradmapError: see `pipeline.reproduce.repeat`.
+    """
+    from gradmap_hub.pipeline.reproduce import repeat
+
+    names = given_names(context)
+    given = {name: value for name, value in options.values.items() if name in names}
+    again = repeat(record, model=model, revision=revision, given=given, hub=hub)
+    for remark in again.remarks:
+        reporter.note(remark)
+    return again
+
+
+def split_names(text: str) -> tuple[str, ...]:
+    """int8, int4,int8 -> ("int8", "int4")."""
+    return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+
+
 def parse_ratios(text: str) -> tuple[float, ...]:
     """0.1,0.25 -> (0.1, 0.25).
 
     Raises:
-        UsageError: no number, or one that is not between 0 and 1.
+        UsageError: no number, or one outside (0, 1).
     """
     try:
         ratios = tuple(float(part) for part in text.split(",") if part.strip())
@@ -141,17 +235,10 @@ def parse_ratios(text: str) -> tuple[float, ...]:
     return ratios
 
 
-Revision = Annotated[str | None, typer.Option("--revision", help=help_of(PushConfig, "revision"))]
-Resume = Annotated[bool, typer.Option("--resume", help=help_of(PushConfig, "resume"))]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
-Model = Annotated[str, typer.Argument(metavar="MODEL", help=help_of(PushConfig, "model"))]
-
-
 def command_line() -> str:
-    """The command as it can be run again, with paths reduced to their last part: the record is published.
+    """The command for the record, which is published: paths are reduced to their last part.
 
-    What says nothing about the result is left out: going on with a run must not change what it publishes.
+    Options without influence on the result are left out, so that --resume publishes the same record.
     """
     words: list[str] = []
     before = ""
@@ -168,7 +255,7 @@ _NOT_RECORDED_WITH_VALUE: Sequence[str] = ("--collection", "--wait-space")
 
 
 def _without_folders(word: str) -> str:
-    """/home/me/a.txt -> a.txt, also behind `--option=` and glued to a short option (-c/home/me/a.txt)."""
+    """/home/me/a.txt -> a.txt, also after `--option=` and after a short option (-c/home/me/a.txt)."""
     head, path = "", word
     if word.startswith("--"):
         head, sign, path = word.partition("=")

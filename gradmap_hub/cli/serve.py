@@ -1,4 +1,4 @@
-"""`gradmap-hub serve`: parses, loads the model, says where it is served. What it needs is imported when it runs."""
+"""`gradmap-hub serve`: load a model, serve it, and print the address."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
+from gradmap_hub.cli.output import stderr
 from gradmap_hub.errors import MissingExtra, UsageError
 
 KEY_VARIABLE = "GRADMAP_API_KEY"
 _EXAMPLE = "Example: gradmap-hub serve small --port 8000, then: curl http://127.0.0.1:8000/v1/models"
-stderr = Console(stderr=True, soft_wrap=True)
 
 
 def register(app: typer.Typer) -> None:
@@ -32,31 +31,39 @@ def serve(
     port: Annotated[int, typer.Option("--port", help="Port; 0 takes any free one.", min=0, max=65535)] = 8000,
     slots: Annotated[int, typer.Option("--slots", help="Generations decoded at the same time.", min=1)] = 8,
     queue: Annotated[
-        int, typer.Option("--queue", help="Requests that may wait for a slot; the rest get 429.", min=0)
+        int, typer.Option("--queue", help="Requests that may wait for a slot; further ones get 429.", min=0)
     ] = 64,
     timeout: Annotated[
-        float, typer.Option("--timeout", metavar="SECONDS", help="For one request, waiting included.")
+        float, typer.Option("--timeout", metavar="SECONDS", help="Limit for one request, waiting included.")
     ] = 300.0,
     drain: Annotated[
         float,
-        typer.Option("--drain", metavar="SECONDS", help="For what is under way at shutdown; then it is cut short."),
+        typer.Option(
+            "--drain", metavar="SECONDS", help="Limit for running generations at shutdown; then they are cut off."
+        ),
     ] = 60.0,
     threads: Annotated[
-        int | None, typer.Option("--threads", help="Threads of ONNX Runtime; default: what suits the cores.", min=1)
+        int | None, typer.Option("--threads", help="Threads of ONNX Runtime; default: by the number of cores.", min=1)
     ] = None,
     context: Annotated[
         int | None,
-        typer.Option("--context", help="Most tokens of prompt and answer; default: the model's, at most 4096.", min=2),
+        typer.Option(
+            "--context",
+            help="Maximum number of tokens of prompt and answer; default: the model's, at most 4096.",
+            min=2,
+        ),
     ] = None,
     artifact: Annotated[
-        str, typer.Option("--artifact", help="What to run: int8, fp32, ...; auto: the best for the machine.")
+        str, typer.Option("--artifact", help="File to run: int8, fp32, ...; auto: the best for the machine.")
     ] = "auto",
     provider: Annotated[
-        str, typer.Option("--provider", help="Of ONNX Runtime: cpu, cuda; auto: the best there is.")
+        str, typer.Option("--provider", help="Execution provider of ONNX Runtime: cpu, cuda; auto: the best available.")
     ] = "auto",
-    revision: Annotated[str | None, typer.Option("--revision", help="Of a model on the Hub.")] = None,
+    revision: Annotated[
+        str | None, typer.Option("--revision", help="Branch, tag or commit of a model on the Hub.")
+    ] = None,
     name: Annotated[
-        str | None, typer.Option("--name", metavar="MODEL_ID", help="The id that clients give; default: the model's.")
+        str | None, typer.Option("--name", metavar="MODEL_ID", help="Model id that clients send; default: the model's.")
     ] = None,
     max_body: Annotated[int, typer.Option("--max-body", metavar="BYTES", help="Largest request body.", min=1024)] = 1024
     * 1024,
@@ -64,19 +71,21 @@ def serve(
         Path | None,
         typer.Option(
             "--api-key-file",
-            help=f"File with the key that clients must send. Or set {KEY_VARIABLE}; never on the command line.",
+            help=f"File with the API key that clients must send; or set {KEY_VARIABLE}. No option takes the key.",
         ),
     ] = None,
     allow_origin: Annotated[
         list[str] | None,
-        typer.Option("--allow-origin", metavar="ORIGIN", help="Web pages that may call the server (CORS); repeat it."),
+        typer.Option(
+            "--allow-origin", metavar="ORIGIN", help="Origin of web pages that may call the server (CORS); repeatable."
+        ),
     ] = None,
     allow_host: Annotated[
         list[str] | None,
-        typer.Option("--allow-host", metavar="NAME", help="Further Host name, behind a proxy on loopback; repeat it."),
+        typer.Option("--allow-host", metavar="NAME", help="Further Host name, for a proxy on loopback; repeatable."),
     ] = None,
     log_requests: Annotated[
-        bool, typer.Option("--log-requests", help="One line per request on stderr; never text, never keys.")
+        bool, typer.Option("--log-requests", help="Log one line per request on stderr, without texts and keys.")
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings on stderr.")] = False,
 ) -> None:
@@ -103,8 +112,8 @@ def serve(
     _log_to_stderr(log_requests, quiet)
     if not settings.loopback and settings.api_key is None:
         stderr.print(
-            f"[yellow]warning[/] {escape(host)} can be reached from other machines, and there is no API key: whoever "
-            "connects can use the model. See --api-key-file.",
+            f"[yellow]warning[/] {escape(host)} is reachable from other machines and there is no API key: anyone "
+            "who connects can use the model. See --api-key-file.",
             highlight=False,
         )
     from gradmap_hub import runtime
@@ -136,7 +145,7 @@ def _api_key(file: Path | None) -> str | None:
     """The key from the file, or from the environment.
 
     Raises:
-        UsageError: the file cannot be read, or there is no key in it.
+        UsageError: the file cannot be read or is empty.
     """
     if file is None:
         return os.environ.get(KEY_VARIABLE, "").strip() or None
@@ -151,7 +160,7 @@ def _api_key(file: Path | None) -> str | None:
 
 
 def _log_to_stderr(requests: bool, quiet: bool) -> None:
-    handler = logging.StreamHandler()  # not rich's: its lines are broken to the width of a terminal
+    handler = logging.StreamHandler()  # not rich's, which wraps lines to the width of a terminal
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     serving = logging.getLogger("gradmap_hub.serving")
     serving.addHandler(handler)

@@ -1,14 +1,14 @@
-"""`gradmap-hub sweep`: quality against size and speed, at one ratio after another."""
+"""`gradmap-hub sweep`: quality against size and speed at several ratios."""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
+from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Table
 
@@ -23,12 +23,12 @@ from gradmap_hub.cli.options import (
     parse_ratios,
     prune_options,
 )
+from gradmap_hub.cli.output import Result, emit, stderr
 from gradmap_hub.cli.terminal import TerminalReporter
 from gradmap_hub.config import SweepConfig, help_of
-from gradmap_hub.sweeping.record import SweepRecord
 
-stdout = Console(soft_wrap=True)
-stderr = Console(stderr=True, soft_wrap=True)
+if TYPE_CHECKING:
+    from gradmap_hub.sweeping.record import SweepRecord
 
 
 def register(app: typer.Typer) -> None:
@@ -55,12 +55,12 @@ def sweep(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure what MODEL loses and gains at several ratios. No checkpoint is written; a ratio is measured once."""
+    """Measure quality, size and speed of MODEL at several ratios, each once. No checkpoint is written."""
     wanted = parse_ratios(ratios)
     config = SweepConfig(
         model=model,
         ratios=wanted,
-        prune=options.config(ratio=wanted[0]),
+        prune=options.method(),
         revision=revision,
         output=output,
         speed=speed,
@@ -68,19 +68,12 @@ def sweep(
     )
     from gradmap_hub.pipeline.sweep import sweep as run_sweep
 
-    reporter = TerminalReporter(stderr, quiet=quiet)
-    try:
+    with TerminalReporter(stderr, quiet=quiet) as reporter:
         record, folder = run_sweep(config, command=command_line(), reporter=reporter)
-    finally:
-        reporter.close()
-    if as_json:
-        answer = {"folder": str(folder), **asdict(record)}
-        print(json.dumps(answer, indent=2, ensure_ascii=False, allow_nan=False), flush=True)
-    else:
-        _print(record, folder)
+    emit(Result({"folder": str(folder), **asdict(record)}, _view(record, folder)), as_json)
 
 
-def _print(record: SweepRecord, folder: Path) -> None:
+def _view(record: SweepRecord, folder: Path) -> Iterator[RenderableType]:
     from gradmap_hub.sweeping.report import TABLE_FILE, columns, recommended, rows, verdict
 
     table = Table(title=escape(record.base.name), title_justify="left")
@@ -90,8 +83,8 @@ def _print(record: SweepRecord, folder: Path) -> None:
     for point, row in zip([None, *record.points], rows(record, ranges=False), strict=True):
         marked = chosen is not None and point is chosen
         table.add_row(*map(escape, row), style="bold" if marked else None)
-    stdout.print(table)
-    stdout.print(f"Written to {escape(str(folder))}; {TABLE_FILE} has the texts one by one.", highlight=False)
-    stdout.print(f"\n{escape(verdict(record))}", highlight=False)
+    yield table
+    yield escape(f"Written to {folder}; {TABLE_FILE} lists the texts one by one.")
+    yield escape(f"\n{verdict(record)}")
     if record.recommendation.push:
-        stdout.print(escape(record.recommendation.push), highlight=False)
+        yield escape(record.recommendation.push)

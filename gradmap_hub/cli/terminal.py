@@ -1,10 +1,10 @@
-"""What the command line draws on stderr: one line per finished stage, a live bar while one runs on a terminal."""
+"""Progress on stderr: one line per finished stage, and on a terminal a live bar while a stage runs."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from types import TracebackType
+from typing import Self
 
 from rich.console import Console
 from rich.markup import escape
@@ -19,14 +19,13 @@ from rich.progress import (
 )
 from rich.progress import TimeElapsedColumn as Elapsed
 from rich.progress import TimeRemainingColumn as Remaining
-from rich.table import Table
-
-if TYPE_CHECKING:
-    from gradmap_hub.pruning.scoring import LayerScores
 
 
 class TerminalReporter:
-    """Stages on stderr. `quiet` keeps to silence (errors are still shown by the caller)."""
+    """A `Reporter` that prints to a console; `with` removes its live bar however the block ends.
+
+    `quiet`: print nothing. Errors are printed by the caller.
+    """
 
     def __init__(self, console: Console, *, quiet: bool = False) -> None:
         self._console = console
@@ -35,6 +34,14 @@ class TerminalReporter:
         self._task = None
         self._title = ""
         self._started = 0.0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
     def start(self, title: str) -> None:
         self.close()
@@ -79,25 +86,8 @@ class TerminalReporter:
             self._console.print(f"[yellow]note[/]  {escape(text)}", highlight=False)
 
     def close(self) -> None:
-        """Take the live bar off the screen, if there is one."""
+        """Remove the live bar from the screen, if any."""
         if self._live is not None:
             self._live.stop()
             self._live = None
             self._task = None
-
-
-def inspect_table(model: str, scores: LayerScores, choices: Mapping[str, Sequence[int]]) -> Table:
-    """One row per layer: its scores, and under which of `choices` (label such as "10%" -> layers) it would go."""
-    table = Table(title=escape(model), title_justify="left")
-    for name in ("layer", "gradient L1", "|W dL/dW|", "block influence"):
-        table.add_column(name, justify="right")
-    if choices:
-        table.add_column("goes at")
-    for layer, gradient, taylor, influence in zip(
-        scores.layers, scores.gradient, scores.taylor, scores.influence, strict=True
-    ):
-        row = [str(layer), f"{gradient:.4g}", f"{taylor:.4g}", f"{influence:.4f}"]
-        if choices:
-            row.append(escape(", ".join(label for label, going in choices.items() if layer in going)))
-        table.add_row(*row)
-    return table

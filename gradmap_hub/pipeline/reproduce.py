@@ -1,7 +1,7 @@
-"""Making a run again from its record (`--from`): the same original at the same commit, the same settings, the same
-texts. What cannot be the same is refused before anything is fetched; what may change the last bits is told.
+"""Repeat a run from its record (`--from`): the same original at the same commit, the same settings, the same texts.
 
-A record may come from anybody: it names files by their last part only, and only texts of the recorded sum are read on.
+A difference is refused before anything is fetched; versions that may change the last bits are reported. Records are not
+trusted: they name files by their last part only, and a text is used only if it has the recorded sha256.
 """
 
 from __future__ import annotations
@@ -15,30 +15,31 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradmap_hub import __version__
-from gradmap_hub.config import Expected, PruneConfig
+from gradmap_hub.config import Expected, PruneConfig, PushConfig
 from gradmap_hub.data.texts import is_local_text
 from gradmap_hub.errors import CalibrationError, SourceError, UsageError
+from gradmap_hub.formats import quantized
 from gradmap_hub.models.source import Source
 from gradmap_hub.record import FILE_NAME, RunRecord, read_record
 
 if TYPE_CHECKING:
     from gradmap_hub.hub.client import Hub
 
-# A data set is recorded with the commit that was read; whatever is not is a file of the first machine.
+# A data set is recorded with its commit; every other text is a file of the machine of the first run.
 _PINNED = re.compile(r".+@[0-9a-f]{40}")
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 _HOW_MUCH = frozenset({"ratio", "layers", "drop"})
-# Other values of these draw other rows.
+# Settings that decide which rows are drawn.
 _DRAWING = frozenset({"samples", "seq_len", "eval_rows", "seed"})
-# `TextPerplexity.kind` of texts that were given with --eval-text; the others are rows held out of calibration texts.
+# `TextPerplexity.kind` of texts given with --eval-text; the others are rows held out of the calibration texts.
 _ANOTHER_SOURCE = "another source"
-# What computes; other versions may round differently.
+# Packages whose other versions may round differently.
 _COMPUTING = ("torch", "transformers", "numpy")
 
 
 @dataclass(frozen=True)
 class Repeat:
-    """An earlier run and how to make it again. `remarks`: why its bytes may differ all the same."""
+    """An earlier run and how to repeat it. `remarks`: reasons why the bytes may differ nevertheless."""
 
     record: RunRecord
     model: str
@@ -49,15 +50,15 @@ class Repeat:
 
 
 def repeat(where: str, *, model: str | None, revision: str | None, given: Mapping[str, Any], hub: Hub) -> Repeat:
-    """Read a record (its path, a folder with gradmap.json, or a model on the Hub) and say what to run.
+    """Read a record (its path, a folder with gradmap.json, or a model on the Hub) and derive the run that repeats it.
 
-    `given`: fields of PruneConfig that the user set, which go before the record's; `calibration` only says where the
-    recorded texts lie. `model` and `revision` go before the record's too.
+    `given`: fields of PruneConfig that override the record's; `calibration` only says where the recorded texts are.
+    `model` and `revision`, unless None, override the record's too.
 
     Raises:
-        SourceError: there is no record, or it lacks what decides.
-        CalibrationError: a text is not there, or is not the recorded one.
-        UsageError: values that cannot be meant; a local original that was not given.
+        SourceError: there is no record, or it lacks a setting.
+        CalibrationError: a text is missing, or is not the recorded one.
+        UsageError: an invalid value; a local original that was not given.
         RepositoryNotFound, GatedRepository, RateLimited, HubError
     """
     record, folder = _find(where, hub)
@@ -91,12 +92,42 @@ def repeat(where: str, *, model: str | None, revision: str | None, given: Mappin
     )
 
 
+def push_config_from(again: Repeat, given: Mapping[str, Any] | None = None) -> PushConfig:
+    """The push that repeats an earlier run.
+
+    A record of a published model decides formats and Space: what that push published, this one does. The licence is the
+    record's where the publisher stated it (`--license`), its name and link in every case. Target, visibility and output
+    folder are never taken from a record.
+
+    `given`: fields of PushConfig that override the record's; all but `model`, `revision` and `repeats`, which are those
+    of `again`.
+
+    Raises:
+        UsageError: an invalid value.
+    """
+    record, base = again.record, again.record.base
+    fields: dict[str, Any] = {"prune": again.prune}
+    if record.target is not None:
+        formats = {artifact.format for artifact in record.artifacts}
+        fields |= {
+            "onnx": "onnx" in formats,
+            "quantize": tuple(name for name in quantized() if name in formats),
+            "space": record.space is not None,
+        }
+    fields |= given or {}
+    if fields.get("license") is None and base.license_source == "publisher":
+        fields["license"] = base.license
+    fields["license_name"] = fields.get("license_name") or base.license_name
+    fields["license_link"] = fields.get("license_link") or base.license_link
+    return PushConfig(model=again.model, revision=again.revision, repeats=again.expected, **fields)
+
+
 def find_calibration(record: RunRecord, places: Sequence[Path]) -> tuple[str, ...]:
     """The calibration texts of a record: data sets at their commits, and files found in `places` by name and sum.
 
     Raises:
-        SourceError: the record does not hold what it was made with.
-        CalibrationError: a text is not there, or is another.
+        SourceError: the record lacks settings or sums.
+        CalibrationError: a text is missing, or is not the recorded one.
     """
     if record.settings is None:
         raise SourceError("The record does not hold the settings of its run.")
@@ -105,7 +136,7 @@ def find_calibration(record: RunRecord, places: Sequence[Path]) -> tuple[str, ..
 
 
 def check_expected(source: Source, expected: Expected | None) -> None:
-    """Raises SourceError: the original was found, and is another than that of the record."""
+    """Raises SourceError: the original that was found is not that of the record."""
     if expected is not None and expected.commit not in (None, source.base.commit):
         raise SourceError(
             f"{source.base.name} here is not the original of the record, which is commit {expected.commit} on the Hub.",
@@ -114,7 +145,7 @@ def check_expected(source: Source, expected: Expected | None) -> None:
 
 
 def _find(where: str, hub: Hub) -> tuple[RunRecord, Path]:
-    """The record, and the folder that its texts may lie in."""
+    """The record, and the folder in which its texts are searched."""
     path = Path(where).expanduser()
     if path.is_dir():
         return RunRecord.read(path), path
@@ -133,10 +164,10 @@ def _find(where: str, hub: Hub) -> tuple[RunRecord, Path]:
 
 
 def _settings(record: RunRecord, where: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The recorded settings under those that were given.
+    """The recorded settings, overridden by those in `given`.
 
     Raises:
-        SourceError: some are missing, or are not known here.
+        SourceError: settings are missing, or unknown to this version.
     """
     if record.settings is None:
         raise SourceError(
@@ -157,7 +188,7 @@ def _settings(record: RunRecord, where: str, given: Mapping[str, Any]) -> dict[s
     if missing := sorted(known - set(settings)):
         raise SourceError(
             f"{where} lacks the setting {', '.join(missing)}, which gradmap-hub {record.gradmap_hub} did not record.",
-            hint=f"Say it: {' '.join('--' + name.replace('_', '-') for name in missing)}. {_made_with(record)}",
+            hint=f"Give it: {' '.join('--' + name.replace('_', '-') for name in missing)}. {_made_with(record)}",
         )
     return settings
 
@@ -189,7 +220,7 @@ def _evaluation_sums(record: RunRecord) -> dict[str, list[str]]:
 
 
 def _by_name(texts: Sequence[tuple[str, str]]) -> dict[str, list[str]]:
-    """{name: sums}, as texts from several folders may bear one name."""
+    """{name: sums}: texts of several folders may have the same name."""
     found: dict[str, list[str]] = {}
     for name, sha256 in texts:
         found.setdefault(name, []).append(sha256)
@@ -199,8 +230,8 @@ def _by_name(texts: Sequence[tuple[str, str]]) -> dict[str, list[str]]:
 def _texts(
     option: str, names: Any, sums: Mapping[str, list[str]], given: Sequence[str] | None, places: Sequence[Path]
 ) -> tuple[str, ...]:
-    """The sources of the recorded texts, in their order: a data set at its commit, or the path of a file that was
-    given, or lies in one of `places`, and has the recorded sum."""
+    """The sources of the recorded texts, in their order: a data set at its commit, or the path of a file, from `given`
+    or in one of `places`, that has the recorded sha256."""
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
         raise SourceError(f"The settings of the record hold no list of texts ({option}).")
     sum_of = _reader()
@@ -233,10 +264,10 @@ def _reader() -> Callable[[Path], str]:
 def _offered(
     source: str, names: Sequence[str], sums: Mapping[str, list[str]], sum_of: Callable[[Path], str]
 ) -> Path | None:
-    """A text that was given: its path, or None for a data set that the record names.
+    """The path of a text from the command line, or None for a data set that the record names.
 
     Raises:
-        CalibrationError: the record names no such text.
+        CalibrationError: the record does not name this text.
     """
     if not is_local_text(source):
         if any(name == source or name.startswith(f"{source}@") for name in names):
@@ -272,7 +303,7 @@ def _locate(
     if changed is not None:
         raise _changed(changed)
     raise CalibrationError(
-        f"The record was made with the text {name}, which is neither beside it nor in this folder.",
+        f"The record was made with the text {name}, which is neither next to it nor in this folder.",
         hint=f"Say where it is with --{option} FILE; its sha256 is {sha256}.",
     )
 
@@ -285,7 +316,7 @@ def _changed(path: Path) -> CalibrationError:
 
 
 def _remarks(record: RunRecord) -> list[str]:
-    """Versions that differ from those of the first run."""
+    """One remark on the versions that differ from those of the first run, if any."""
     here = {"gradmap-hub": __version__}
     there = {"gradmap-hub": record.gradmap_hub}
     for name in _COMPUTING:

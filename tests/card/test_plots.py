@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from gradmap_hub.cli.terminal import inspect_table
+from gradmap_hub.cli.inspect import inspect_table
 from gradmap_hub.evaluation.speed import Ratio, Speed
 from gradmap_hub.measurements import BeforeAfter
 from gradmap_hub.pruning.candidates import lowest
@@ -76,7 +76,7 @@ def shown(choices: dict[str, list[int]], model: str = "m") -> list[str]:
     return console.export_text().splitlines()
 
 
-def test_the_table_says_when_a_layer_goes() -> None:
+def test_the_table_says_when_a_layer_is_removed() -> None:
     lines = shown(CHOICES, "org/[red]model")
     assert "org/[red]model" in lines[0]
     rows = {int(line.split("│")[1]): [cell.strip() for cell in line.split("│")[1:-1]] for line in lines if "│" in line}
@@ -86,7 +86,7 @@ def test_the_table_says_when_a_layer_goes() -> None:
 
 
 def test_the_table_without_choices_has_scores_only() -> None:
-    assert "goes at" not in "".join(shown({})) and "goes at" in "".join(shown(CHOICES))
+    assert "removed at" not in "".join(shown({})) and "removed at" in "".join(shown(CHOICES))
 
 
 def make_sweep(perplexities: Sequence[float], *, timed: bool = True, texts: int = 2) -> SweepRecord:

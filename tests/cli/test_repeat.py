@@ -1,4 +1,4 @@
-"""`--from gradmap.json`: the same bytes again, for whoever has the record and the text."""
+"""`--from gradmap.json`: record and text give the same bytes again."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_changed_text_is_refused(world: Any, first: Path, tmp_path: Path) -> Non
     assert world.repositories() == before and not world.weights_asked_for(asked)
 
 
-def test_options_go_before_the_record(world: Any, first: Path, tmp_path: Path) -> None:
+def test_options_override_the_record(world: Any, first: Path, tmp_path: Path) -> None:
     command = ["push", "--from", first, "-c", world.text, "--dry-run", "--json"]
     same = world.cli.run(*command, cwd=tmp_path)
     assert same.code == 0, same.err

@@ -11,7 +11,7 @@ def test_ctrl_c_and_the_same_command_again(world: Any, tmp_path: Path) -> None:
     command = ["sweep", "acme/tiny", tmp_path / "swept", "--ratios", "0.2,0.4,0.6", *world.cli.quick]
     done = world.cli.run_until("done  Without 1 of 5 layers: Timing", signal.SIGINT, *command)
     assert done.code == 130 and done.out == "" and "Traceback" not in done.err
-    assert "Run the same command again to go on" in done.err and "--resume" not in done.err
+    assert "Run the same command again to continue" in done.err and "--resume" not in done.err
     again = world.cli.run(*command, "--json")
     assert again.code == 0, again.err
     lines = again.err.splitlines()

@@ -1,4 +1,4 @@
-"""What is taken from a record, what is refused, and which texts are the recorded ones."""
+"""What a repeated run takes from a record, what is refused, and which texts are the recorded ones."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any, cast
 
 import pytest
 
-from gradmap_hub.config import PruneConfig
+from gradmap_hub.config import PruneConfig, PushConfig
 from gradmap_hub.errors import CalibrationError, SourceError, UsageError
 from gradmap_hub.pipeline.prune import prune
-from gradmap_hub.pipeline.reproduce import Repeat, repeat
+from gradmap_hub.pipeline.reproduce import Repeat, push_config_from, repeat
 from gradmap_hub.record import RunRecord
 
 NO_HUB = cast("Any", None)  # nothing here asks one
@@ -104,10 +104,10 @@ def test_everything_is_taken(place: Path, write: Callable[..., Path]) -> None:
     )  # fmt: skip
     assert found.expected.commit == "c" * 40 and found.expected.rows_sha256 == "e" * 64
     assert "gradmap-hub 0.0.1 (here" in found.remarks[0]
-    assert again(place).prune == found.prune  # the folder does as well
+    assert again(place).prune == found.prune  # a folder that holds the record is the same
 
 
-def test_what_is_given_goes_first(place: Path, write: Callable[..., Path]) -> None:
+def test_given_settings_override_the_record(place: Path, write: Callable[..., Path]) -> None:
     record = write()
     (place / "a.txt").write_text("one")
     found = again(record, {"ratio": 0.5, "seed": 1, "eval_text": ()})
@@ -133,13 +133,13 @@ def test_a_text_by_any_name_and_place(place: Path, write: Callable[..., Path]) -
 
 def test_a_text_that_is_not_there(place: Path, write: Callable[..., Path]) -> None:
     record = write()
-    with pytest.raises(CalibrationError, match=r"a\.txt, which is neither beside it") as caught:
+    with pytest.raises(CalibrationError, match=r"a\.txt, which is neither next to it") as caught:
         again(record)
     assert sha256("one") in str(caught.value.hint)
     (place / "a.txt").write_text("another")
     with pytest.raises(CalibrationError, match=r"a\.txt is not the text"):
         again(record)
-    (place / "here" / "a.txt").write_text("one")  # the changed one beside the record is passed over
+    (place / "here" / "a.txt").write_text("one")  # the changed one next to the record is skipped
     with pytest.raises(CalibrationError, match=r"b\.txt, which is neither") as caught:
         again(record)
     assert "--eval-text" in str(caught.value.hint)
@@ -167,14 +167,61 @@ def test_records_that_do_not_say_enough(place: Path, write: Callable[..., Path])
 @pytest.mark.parametrize(
     "settings", [{"samples": "many"}, {"calibration": "a.txt"}, {"calibration": [1]}, {"ratio": []}, {"layers": 0}]
 )
-def test_settings_that_cannot_be_meant(place: Path, write: Callable[..., Path], settings: dict[str, Any]) -> None:
+def test_invalid_settings(place: Path, write: Callable[..., Path], settings: dict[str, Any]) -> None:
     (place / "a.txt").write_text("one")
     with pytest.raises((SourceError, UsageError)):
         again(write(settings), {"eval_text": ()})
 
 
+def changed(path: Path, **values: Any) -> Path:
+    """The record with other values; those of `base` are merged into its own."""
+    data = json.loads(path.read_text())
+    values["base"] = data["base"] | values.get("base", {})
+    path.write_text(json.dumps(data | values))
+    return path
+
+
+def artifacts(*formats: str) -> list[dict[str, Any]]:
+    return [{"format": name, "path": name, "bytes": 1, "sha256": "0" * 64} for name in formats]
+
+
+def push_of(path: Path, **given: Any) -> PushConfig:
+    return push_config_from(again(path, {"eval_text": ()}), given)
+
+
+def test_a_push_is_repeated_as_published(place: Path, write: Callable[..., Path]) -> None:
+    (place / "a.txt").write_text("one")
+    unpublished = push_of(changed(write(), artifacts=artifacts("safetensors", "onnx", "int8")))
+    assert (unpublished.onnx, unpublished.quantize, unpublished.space) == (True, (), True)  # the defaults
+    record = changed(write(), target="ada/small", artifacts=artifacts("safetensors", "int4", "onnx", "int8"))
+    found = push_of(record)
+    assert (found.onnx, found.quantize, found.space) == (True, ("int8", "int4"), False)
+    assert (found.model, found.revision) == ("acme/base", "c" * 40)
+    repeated = again(record, {"eval_text": ()})
+    assert (found.prune, found.repeats) == (repeated.prune, repeated.expected)
+    assert (found.to, found.output, found.public) == (None, None, False)  # never the record's
+    assert push_of(changed(record, space="ada/small-compare")).space
+    other = push_of(record, quantize=("fp16",), space=True, to="club/x", prune=PruneConfig(layers=1))
+    assert (other.quantize, other.space, other.to, other.prune.layers) == (("fp16",), True, "club/x", 1)
+    with pytest.raises(UsageError, match="--quantize makes ONNX files"):
+        push_of(record, onnx=False)
+    with pytest.raises(TypeError, match="model"):
+        push_of(record, model="acme/other")  # which `repeat` decides
+    assert not push_of(changed(record, artifacts=artifacts("safetensors"))).onnx
+
+
+def test_the_licence_of_the_publisher_is_repeated(place: Path, write: Callable[..., Path]) -> None:
+    (place / "a.txt").write_text("one")
+    named = {"license": "other", "license_name": "Our own", "license_link": "LICENSE"}
+    stated = push_of(changed(write(), base=named | {"license_source": "publisher"}))
+    assert (stated.license, stated.license_name, stated.license_link) == ("other", "Our own", "LICENSE")
+    assert push_of(changed(write(), base={"license": "mit", "license_source": "original"})).license is None
+    given = push_of(changed(write(), base=named | {"license_source": "publisher"}), license="mit", license_link="x")
+    assert (given.license, given.license_name, given.license_link) == ("mit", "Our own", "x")
+
+
 def test_a_record_cannot_name_files_elsewhere(place: Path, write: Callable[..., Path]) -> None:
-    """Whoever wrote it: only the last part of a name counts."""
+    """Of a name only the last part is used."""
     (place / "secret.txt").write_text("one")
     record = write({"calibration": ["../secret.txt"]})
     with pytest.raises(SourceError, match="does not hold the sha256"):
@@ -186,7 +233,7 @@ def test_a_record_cannot_name_files_elsewhere(place: Path, write: Callable[..., 
 
 
 def test_local_original(tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No commit names it, so its weights are compared; the result is the same bytes."""
+    """It has no commit, so its weights are compared; the result is the same bytes."""
     from safetensors.torch import load_file, save_file
 
     monkeypatch.chdir(tmp_path)
@@ -198,7 +245,7 @@ def test_local_original(tiny_folder: Path, text_file: Path, tmp_path: Path, monk
     with pytest.raises(UsageError, match="say where it is, as MODEL"):
         again(tmp_path / "first", {"calibration": (str(text_file),)})
     found = again(tmp_path / "first", {"calibration": (str(text_file),)}, model=str(tiny_folder))
-    # Only what "auto" came to differs from what was asked for first.
+    # "auto" is recorded as the value it had.
     assert found.prune == dataclasses.replace(config, device="cpu", compute="float32")
     prune(found.model, tmp_path / "second", found.prune, repeats=found.expected)
     weights = [tmp_path / name / "model.safetensors" for name in ("first", "second")]
