@@ -28,7 +28,7 @@ from gradmap_hub.exporters.graph import files_of
 from gradmap_hub.exporters.inputs import Inputs, Rows, base_of, run_worker
 from gradmap_hub.exporters.recipes import GPTQ, LADDERS, LEAST_BLOCK, Recipe
 from gradmap_hub.exporters.writers import WRITERS
-from gradmap_hub.formats import FORMATS, ONNX, Format
+from gradmap_hub.formats import FORMATS, ONNX, Format, preferred
 from gradmap_hub.models.architectures import dimension
 from gradmap_hub.progress import Reporter, SilentReporter
 
@@ -246,11 +246,11 @@ def _write_genai_config(destination: Path, inputs: Inputs) -> None:
     path = destination / genai.CONFIG
     path.unlink(missing_ok=True)
     source = inputs.genai_config()
-    ranked = [(row.on_cpu, row.file) for row in FORMATS.values() if row.base in ("genai", "either")]
-    present = sorted((rank, file) for rank, file in ranked if rank is not None and (destination / file).is_file())
+    candidates = [row.file for row in preferred() if row.base in ("genai", "either") and row.on_cpu is not None]
+    present = [file for file in candidates if (destination / file).is_file()]
     if source is None or not present:
         return
     config = json.loads(source.read_text(encoding="utf-8"))
-    config["model"]["decoder"]["filename"] = present[0][1]
+    config["model"]["decoder"]["filename"] = present[0]
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     path.chmod(0o644)

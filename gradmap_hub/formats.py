@@ -5,6 +5,7 @@ docs/extending.md shows how to add a format: a row, a writer in exporters/ and a
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -81,26 +82,26 @@ FORMATS: dict[str, Format] = {
     row.name: row
     for row in (
         Format(
+            ONNX, "model.onnx", "Exporting to ONNX, comparing with PyTorch",
+            precision="float32", artifact="fp32", base="optimum", in_space=True, on_cpu=2, on_cuda=1,
+        ),
+        Format(
             "int8", "model_int8.onnx", "Exporting to ONNX with 8-bit weights, comparing with PyTorch",
             limits=Limits(perplexity=1.02), least_share=9 / 32, most_share=0.4, in_space=True, on_cpu=0, on_cuda=2,
             may_fail=True,
+        ),
+        Format(
+            "int4", "model_int4.onnx", "Exporting to ONNX with 4-bit weights, comparing with PyTorch",
+            limits=Limits(perplexity=1.10), least_share=5 / 32, most_share=0.4, in_space=True, on_cpu=3, on_cuda=3,
+            may_fail=True, advice="int8 is the better artifact for this model.",
         ),
         Format(
             "genai", "model_genai.onnx", "Exporting GenAI's ONNX graph, comparing with PyTorch",
             precision="float32", base="genai", most_share=1.05, on_cpu=1,
         ),
         Format(
-            ONNX, "model.onnx", "Exporting to ONNX, comparing with PyTorch",
-            precision="float32", artifact="fp32", base="optimum", in_space=True, on_cpu=2, on_cuda=1,
-        ),
-        Format(
             "fp16", "model_fp16.onnx", "Exporting to ONNX in float16, comparing with PyTorch",
             precision="float16", limits=Limits(perplexity=1.005), least_share=0.5, most_share=0.55, on_cuda=0,
-        ),
-        Format(
-            "int4", "model_int4.onnx", "Exporting to ONNX with 4-bit weights, comparing with PyTorch",
-            limits=Limits(perplexity=1.10), least_share=5 / 32, most_share=0.4, in_space=True, on_cpu=3, on_cuda=3,
-            may_fail=True, advice="int8 is the better artifact for this model.",
         ),
     )
 }  # fmt: skip
@@ -125,9 +126,14 @@ def quantized() -> list[str]:
     return [name for name in FORMATS if name != ONNX]
 
 
+def preferred() -> list[Format]:
+    """All formats, in the order of preference on a CPU; those chosen only on request are last."""
+    return sorted(FORMATS.values(), key=lambda row: math.inf if row.on_cpu is None else row.on_cpu)
+
+
 def in_space() -> list[Format]:
     """The formats that a Space may run; a Space loads the first one that it has."""
-    return [row for row in FORMATS.values() if row.in_space]
+    return [row for row in preferred() if row.in_space]
 
 
 def of_precision(precision: str) -> Format:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from gradmap_hub.errors import SourceError, UsageError
-from gradmap_hub.formats import FORMATS, graph_path
+from gradmap_hub.formats import FORMATS, graph_path, preferred
 
 # A session needs the bytes of the file, the same again while it repacks the weights, and the KV cache.
 _MEMORY_FACTOR = 2.0
@@ -25,7 +25,7 @@ class Artifact:
 def available_artifacts(sizes: Mapping[str, int]) -> list[Artifact]:
     """Return the known graphs among files {path: bytes}, either in onnx/ (as published) or next to the tokenizer."""
     found = []
-    for row in FORMATS.values():
+    for row in preferred():
         if row.limits is None:  # not an ONNX graph
             continue
         for path in (graph_path(row), row.file):
