@@ -43,6 +43,6 @@ INT4 = (
     Recipe("int4, gptq", 4, block=64, rounding=GPTQ, symmetric=False),
     Recipe("int4, gptq, outer and every third layer in int8", 4, 64, GPTQ, symmetric=False, eight_bit=MIXED),
     Recipe("int4, gptq, all but gate and up projections in int8", 4, 64, GPTQ, symmetric=False, eight_bit=GATES_ONLY),
-    Recipe("int4, gptq, the same in blocks of 32", 4, 32, GPTQ, symmetric=False, eight_bit=GATES_ONLY),
+    Recipe("int4, gptq, all but gate and up in int8, blocks of 32", 4, 32, GPTQ, symmetric=False, eight_bit=GATES_ONLY),
 )
 LADDERS: dict[str, tuple[Recipe, ...]] = {"int8": INT8, "int4": INT4}

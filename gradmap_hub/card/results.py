@@ -107,7 +107,7 @@ def task_mean(tasks: Sequence[MeasuredTask]) -> TaskMean | None:
 
 
 def is_benchmark(task: MeasuredTask) -> bool:
-    """Whether all documents were used, from the source of the harness."""
+    """Whether all documents of the harness' own source were used."""
     return task.documents == task.total and task.source == task.dataset
 
 

@@ -269,7 +269,7 @@ def _exit_text(code: int) -> str:
 
 
 def _peak_of_this_process() -> int | None:
-    """Bytes. Not from getrusage: on Linux a new process inherits the peak of its parent there."""
+    """Peak resident bytes. Not from getrusage: on Linux a new process inherits the peak of its parent there."""
     try:
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     except OSError:

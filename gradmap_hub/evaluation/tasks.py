@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness on a model in memory, zero-shot, with its definitions, prompts and metrics. The
+"""Tasks of lm-evaluation-harness on a model in memory, zero-shot, with its own definitions, prompts and metrics. The
 documents are from the Hub or from a folder.
 
 Results keep one value per document, so that two models can be compared on the same documents.
@@ -116,7 +116,7 @@ class TaskResult:
 
 
 def chosen(names: Sequence[str]) -> tuple[str, ...]:
-    """The named tasks, each once; `paper` stands for seven.
+    """The named tasks, each once; `paper` stands for seven tasks.
 
     Raises:
         UsageError: an unknown task.
@@ -124,7 +124,7 @@ def chosen(names: Sequence[str]) -> tuple[str, ...]:
     wanted = [task for name in names for task in (PAPER if name == "paper" else (name,))]
     strange = next((name for name in wanted if name not in TASKS), None)
     if strange is not None:
-        raise UsageError(f"There is no task {strange!r}; there is paper, {', '.join(TASKS)}.")
+        raise UsageError(f"Unknown task {strange!r}; the tasks are paper (seven of them), {', '.join(TASKS)}.")
     return tuple(dict.fromkeys(wanted))
 
 
@@ -142,8 +142,8 @@ def check(names: Sequence[str], documents: Path | None) -> None:
     absent = [TASKS[name].file for name in names if not (documents / TASKS[name].file).is_file()]
     if absent:
         raise CalibrationError(
-            f"{', '.join(absent)} not in {documents}.",
-            hint="--tasks-from takes a folder of NAME.SPLIT.jsonl, one document a line; leave those tasks out, or "
+            f"Missing in {documents}: {', '.join(absent)}.",
+            hint="--tasks-from takes a folder of NAME.SPLIT.jsonl, one document per line. Leave those tasks out, or "
             "leave --tasks-from out to fetch them from the Hub.",
         )
     for name in names:

@@ -1,4 +1,4 @@
-"""The model types that can lose decoder layers, where their parts sit, and what other tools can do with them.
+"""The model types that can be pruned: the paths of their modules, and what other tools support.
 
 This file holds data: a family is one row. `support` refuses every other type before a weight is downloaded.
 """
@@ -22,7 +22,7 @@ class Condition:
     reason: str
 
     def holds(self, config: Any) -> bool:
-        """`config`: a config.json or a transformers config."""
+        """Whether the setting has this value in `config`, a config.json or a transformers config."""
         found = config.get(self.field) if isinstance(config, Mapping) else getattr(config, self.field, None)
         return found == self.value
 
