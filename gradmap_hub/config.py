@@ -339,7 +339,7 @@ class PublishOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class PushConfig(PublishConfig):
-    """What to prune, and where the result goes. `repeats`: what must be unchanged (`--from`)."""
+    """What to prune, and where to write and publish the result. `repeats`: what must be unchanged (`--from`)."""
 
     model: str = _option("", "A Hub id (org/model), a local folder, or a .gguf file.")
     prune: PruneConfig = field(default_factory=lambda: PruneConfig(ratio=0.25))

@@ -31,7 +31,7 @@ def files_to_download(path: str, precision: Precision) -> list[str]:
 
 
 def cpu_count() -> int:
-    """The number of CPUs this process may use. A container often sees all CPUs of the machine but may use two;
+    """The number of CPUs this process may use. A container often sees all CPUs of the machine but may use only a few;
     more threads than that wait for each other."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:

@@ -38,8 +38,8 @@ _FILTER = "none"
 
 @dataclass(frozen=True)
 class Task:
-    """`definition`: path in the harness' tasks; `split`: evaluated on; `main`: main metric, acc_norm if the task has
-    it; `keys`: required in every document."""
+    """A task of the harness. `definition`: path in the harness' tasks; `split`: evaluated on; `main`: main metric,
+    acc_norm if the task has it; `keys`: required in every document."""
 
     name: str
     definition: str
@@ -84,7 +84,8 @@ ACCURACIES = ("acc", "acc_norm")
 
 @dataclass(frozen=True)
 class MetricResult:
-    """`value`: as the harness aggregates it; `per_document`: for accuracies, in the order of documents, else empty."""
+    """A metric of a model on a task. `value`: as the harness aggregates it; `per_document`: for accuracies, in the order
+    of documents, else empty."""
 
     name: str
     value: float
@@ -142,7 +143,7 @@ def check(names: Sequence[str], documents: Path | None) -> None:
     absent = [TASKS[name].file for name in names if not (documents / TASKS[name].file).is_file()]
     if absent:
         raise CalibrationError(
-            f"Missing in {documents}: {', '.join(absent)}.",
+            f"{documents} does not contain {', '.join(absent)}.",
             hint="--tasks-from takes a folder of NAME.SPLIT.jsonl, one document per line. Leave those tasks out, or "
             "leave --tasks-from out to fetch them from the Hub.",
         )
@@ -338,7 +339,7 @@ def _no_bar(bar: Any, *args: Any, **kwargs: Any) -> Any:
 
 @contextmanager
 def _quiet(*, offline: bool) -> Iterator[None]:
-    """Without progress bars and logs below errors; with `offline`, without the Hub. Restores everything afterwards."""
+    """Suppress progress bars and logs below errors, and with `offline` the use of the Hub; then restore everything."""
     names = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE") if offline else ()
     before = {name: os.environ.get(name) for name in names}
     os.environ.update(dict.fromkeys(names, "1"))

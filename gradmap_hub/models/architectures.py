@@ -352,7 +352,7 @@ _SYNONYMS = {
 
 def dimension(config: Mapping[str, Any], name: str) -> int | None:
     """A size in a config.json by transformers' usual name for it (num_hidden_layers, hidden_size, num_attention_heads,
-    max_position_embeddings), whatever the family calls it; None if the config does not state it."""
+    max_position_embeddings), also under the family's own name; None if the config does not state it."""
     for synonym in _SYNONYMS[name]:
         value = config.get(synonym)
         if isinstance(value, int):

@@ -336,7 +336,7 @@ def choose_precision(compute: str, device: str, stored: str, *, streamed: bool) 
     chosen = "cuda" if cuda and device != "cpu" and not streamed else "cpu"
     if compute == "bfloat16" and stored != "bfloat16":
         raise UsageError(
-            f"--compute bfloat16 needs weights stored in bfloat16; these are {stored}. Use --compute float32."
+            f"--compute bfloat16 would round these weights, which are stored in {stored}; use --compute float32."
         )
     if chosen == "cuda":
         fast = torch.cuda.is_bf16_supported()

@@ -185,7 +185,7 @@ def _find_original(folder: Path, record: RunRecord, config: EvaluateConfig, hub:
     if source.layer_count != record.layers_before:
         raise SourceError(
             f"{model} has {source.layer_count} layers; {folder} was made from a model of {record.layers_before}.",
-            hint="Give its original with --against.",
+            hint=f"Give the original of {folder} with --against.",
         )
     return source
 
@@ -204,7 +204,7 @@ def _read_texts(
     if load_tokenizer(folder, str(folder)).get_vocab() != tokenizer.get_vocab():
         raise SourceError(
             f"{original.source.base.name} is not the original of {folder}: their vocabularies differ.",
-            hint="Give its original with --against.",
+            hint=f"Give the original of {folder} with --against.",
         )
     found: list[Rows] = []
     for source in config.text:
