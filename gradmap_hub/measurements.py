@@ -141,7 +141,8 @@ class Rate:
 @dataclass(frozen=True)
 class MeasuredSpeed:
     """Speed and memory of one model on one backend. `model`: original or pruned; `backend`: "PyTorch" or the path of an
-    ONNX file; `memory`: peak resident bytes of a process with this backend alone; None if not measured (on a GPU, not on Linux, or the process died)."""
+    ONNX file; `memory`: peak resident bytes of a process with this backend alone, None if not measured (on a GPU, not
+    on Linux, or the process died)."""
 
     model: str
     backend: str

@@ -84,8 +84,8 @@ ACCURACIES = ("acc", "acc_norm")
 
 @dataclass(frozen=True)
 class MetricResult:
-    """A metric of a model on a task. `value`: as the harness aggregates it; `per_document`: for accuracies, in the order
-    of documents, else empty."""
+    """A metric of a task. `value`: as the harness aggregates it; `per_document`: for accuracies, in the order of
+    documents, else empty."""
 
     name: str
     value: float
