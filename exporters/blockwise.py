@@ -39,8 +39,8 @@ _ON_GRID = 5e-5
 
 @dataclass(frozen=True)
 class Blocks:
-    """`codes` (outputs, blocks, block), one byte each; `scales` (outputs, blocks); `zeros` like scales, or None for the
-    middle of the range."""
+    """A quantised matrix. `codes` (outputs, blocks, block), one byte each; `scales` (outputs, blocks); `zeros` like
+    scales, or None for the middle of the range."""
 
     codes: Codes
     scales: Floats
@@ -57,7 +57,7 @@ class Blocks:
         return self.codes if self.bits == 8 else _in_pairs(self.codes)
 
     def packed_zeros(self) -> Codes | None:
-        """(outputs, bytes per row of zeros), or None."""
+        """The zeros in bytes, two per byte with 4 bits: (outputs, bytes); None if there are none."""
         if self.zeros is None or self.bits == 8:
             return self.zeros
         odd = self.zeros.shape[1] % 2
@@ -65,17 +65,17 @@ class Blocks:
 
 
 def nearest(weight: Floats, bits: int, block: int, symmetric: bool) -> Blocks:
-    """`weight` (outputs, inputs); inputs must be a multiple of `block`."""
+    """Round every weight to the nearest code. `weight` (outputs, inputs); inputs must be a multiple of `block`."""
     return _by_blocks(weight, bits, block, symmetric, None, (1.0,))
 
 
 def search(weight: Floats, bits: int, block: int, symmetric: bool, importance: Floats | None = None) -> Blocks:
-    """`importance` (inputs,): E[x^2]."""
+    """Search the scale (and zero) of each block. `importance` (inputs,): E[x^2]."""
     return _by_blocks(weight, bits, block, symmetric, importance, _SHRINKS)
 
 
 def gptq(weight: Floats, hessian: npt.NDArray[np.floating], bits: int, block: int, symmetric: bool) -> Blocks:
-    """`hessian` (inputs, inputs): E[x x^T], or any multiple of it."""
+    """Quantise with GPTQ. `hessian` (inputs, inputs): E[x x^T], or any multiple of it."""
     left = np.array(weight, np.float32)
     outputs, inputs = left.shape
     upper = _inverse_factor(hessian)

@@ -113,7 +113,7 @@ def export(
         optimum: Optimum's export of the same checkpoint, if it exists.
         keep_failing: keep the best file even if it does not pass.
 
-    A file that does not pass is deleted, and so is an earlier file of the same name; the result contains the reason.
+    A file that does not pass is deleted, as is an earlier file of the same name; the result contains the reason.
 
     Raises:
         UsageError, MissingExtra: see `require`.

@@ -25,7 +25,9 @@ _CHUNK = 64
 
 @dataclass(frozen=True)
 class GateResult:
-    """`greedy_tokens_equal` of `greedy_tokens` equal PyTorch's, each given PyTorch's previous tokens. `perplexity` and
+    """The result of the check.
+
+    `greedy_tokens_equal` of `greedy_tokens` equal PyTorch's, each given PyTorch's previous tokens. `perplexity` and
     `reference_perplexity`: exp of the mean loss over the held-out sequences, of the graph and of the float32
     checkpoint. `reason` is empty if the graph passed."""
 

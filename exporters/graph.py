@@ -23,7 +23,7 @@ _ALIGNMENT = 4096
 
 
 class Graph:
-    """`model` contains no weight data; `weights`: name -> initialiser, memory-mapped if it is external data."""
+    """A graph. `model` has no weight data; `weights`: name -> initialiser, memory-mapped if it is external data."""
 
     def __init__(self, model: ModelProto, weights: dict[str, Weight]) -> None:
         self.model = model

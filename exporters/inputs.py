@@ -122,7 +122,7 @@ def base_of(row: Format, config: Mapping[str, Any]) -> str:
 
 
 def run_worker(module: str, arguments: Mapping[str, Any]) -> Any:
-    """`processes.call`, for the export of a checkpoint.
+    """Run a worker of the export of a checkpoint; see `processes.call`.
 
     Raises:
         VerificationError: the worker failed.

@@ -78,8 +78,8 @@ class Stored:
 
 @dataclass(frozen=True)
 class Quantised:
-    """`linears`: number of quantised products; `eight_bit`: names of those with 8 bits where the others have 4;
-    `rounding`: the rounding that was used."""
+    """What was quantised. `linears`: number of products; `eight_bit`: names of those with 8 bits where the others have
+    4; `rounding`: the rounding that was used."""
 
     files: list[str]
     bytes: int

@@ -13,7 +13,9 @@ NEAREST, SEARCH, GPTQ, REGRID = "nearest", "search", "gptq", "regrid"
 
 @dataclass(frozen=True)
 class Recipe:
-    """`rounding`: how codes are chosen, see blockwise.py; without calibration sequences GPTQ becomes SEARCH. REGRID
+    """One way to quantise.
+
+    `rounding`: how codes are chosen, see blockwise.py; without calibration sequences GPTQ becomes SEARCH. REGRID
     does not round: it is for models whose weights come from 4-bit quantisation, and keeps changed matrices in 8 bits.
     `block`: inputs per scale; halved, down to 16, for a matrix whose inputs it does not divide.
     `head_bits`: of the language-modelling head and the token embedding, which share their codes if they are tied.
@@ -43,6 +45,6 @@ INT4 = (
     Recipe("int4, gptq", 4, block=64, rounding=GPTQ, symmetric=False),
     Recipe("int4, gptq, outer and every third layer in int8", 4, 64, GPTQ, symmetric=False, eight_bit=MIXED),
     Recipe("int4, gptq, all but gate and up projections in int8", 4, 64, GPTQ, symmetric=False, eight_bit=GATES_ONLY),
-    Recipe("int4, gptq, the same in blocks of 32", 4, 32, GPTQ, symmetric=False, eight_bit=GATES_ONLY),
+    Recipe("int4, gptq, all but gate and up in int8, blocks of 32", 4, 32, GPTQ, symmetric=False, eight_bit=GATES_ONLY),
 )
 LADDERS: dict[str, tuple[Recipe, ...]] = {"int8": INT8, "int4": INT4}

@@ -1,7 +1,7 @@
 """The Python API: one function per command, with the command's own options and defaults.
 
 Import the names from `gradmap_hub`; the heavy packages load when a function is first called. Every function takes a
-`reporter` (see `gradmap_hub.progress.Reporter`) that is told about stages and steps; by default nothing is printed.
+`reporter` (see `gradmap_hub.progress.Reporter`) that receives stages and steps; by default nothing is printed.
 Failures are subclasses of `gradmap_hub.errors.GradmapError`, with `message` and `hint`.
 """
 
@@ -57,7 +57,7 @@ def prune(
         layers: Number of decoder layers to remove.
         drop: Indices of the decoder layers to remove.
         revision: Branch, tag or commit of the original.
-        resume: Go on with an unfinished run in `output`.
+        resume: Resume an unfinished run in `output`.
         method: Fields of `PruneMethod`, such as `calibration=("text.txt",)`, `samples=64`, `heal=20`.
 
     Returns:
@@ -136,12 +136,12 @@ def push(
         onnx: Export to ONNX with KV cache.
         quantize: Further ONNX files: int8, int4, genai, fp16.
         revision: Branch, tag or commit of the original.
-        resume: Go on with an unfinished run in `output`.
+        resume: Resume an unfinished run in `output`.
         publish_options: Target, visibility, licence, collection; by default private, under your account.
         method: Fields of `PruneMethod`.
 
     Returns:
-        The record, and where model and Space are, with their commits.
+        The record, and the URLs and commits of model and Space.
 
     Raises:
         GradmapError: one of its subclasses says what is wrong.
@@ -180,7 +180,7 @@ def export(
     Args:
         folder: A folder made by `prune` or `push`.
         formats: onnx (float32, Optimum's graph), int8, int4, genai, fp16.
-        text: What the perplexity of formats other than onnx is measured on: a file, or a dataset of the Hub.
+        text: Text for the perplexity of formats other than onnx: a file, or a dataset of the Hub.
         keep_failing: Keep a quantised file that costs more perplexity than its format may.
 
     Returns:
@@ -218,10 +218,10 @@ def evaluate(
         against: The original, a Hub id or a folder; by default as recorded.
         text: Texts to measure perplexity and agreement on: files, or datasets of the Hub.
         tasks: Tasks of lm-evaluation-harness.
-        tasks_from: Folder that holds the documents of the tasks; none is fetched then.
-        limit: Only the first so many documents of each task.
+        tasks_from: Folder that holds the documents of the tasks; nothing is fetched then.
+        limit: Use only the first `limit` documents of each task.
         seq_len: Tokens per sequence.
-        rows: The most sequences of each text.
+        rows: Maximum number of sequences of each text.
         speed: Measure tokens per second and memory.
 
     Returns:
@@ -306,7 +306,7 @@ def publish(folder: StrPath, *, reporter: Reporter | None = None, **options: Unp
             `license_link`, `collection`, `wait_space`.
 
     Returns:
-        Where model and Space are, with their commits.
+        The URLs and commits of model and Space.
 
     Raises:
         GradmapError: one of its subclasses says what is wrong.
@@ -336,7 +336,7 @@ def load(
         artifact: auto, or a file by its precision: int8, int4, fp16, fp32, genai.
         provider: auto, cpu or cuda.
         threads: Threads of one step; by default every processor this process may use.
-        context: The most tokens of prompt and answer together.
+        context: Maximum number of tokens of prompt and answer together.
         revision: Branch, tag or commit of the repository.
 
     Raises:

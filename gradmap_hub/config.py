@@ -59,7 +59,7 @@ def help_of(config_class: type, name: str) -> str:
 
 @dataclass(frozen=True)
 class PruneMethod:
-    """How to prune, whatever the number of layers that go.
+    """How to prune, independent of the number of layers to remove.
 
     Raises:
         UsageError: a value outside its range.
@@ -90,7 +90,7 @@ class PruneMethod:
         "owner/name[:config[/split]].",
     )
     eval_text: tuple[str, ...] = _option(
-        (), "Further text to measure perplexity on, not used for calibration; repeatable. Same forms."
+        (), "Further text to measure perplexity on, not used for calibration; repeatable. Same formats."
     )
     samples: int = _option(
         32, "Calibration sequences for the compensation; a quarter of them, at least 4, score the layers."
@@ -254,11 +254,11 @@ class EvaluateConfig:
         "as owner/name[:config[/split]].",
     )
     tasks: tuple[str, ...] = _option(
-        (), "Tasks of lm-evaluation-harness, comma-separated; `paper`: the seven of the paper."
+        (), "Tasks of lm-evaluation-harness, comma-separated; `paper`: the seven tasks of the paper."
     )
     tasks_from: Path | None = _option(
         None,
-        "Folder with the documents of the tasks as NAME.SPLIT.jsonl, in the harness' field names; none is downloaded.",
+        "Folder with the documents of the tasks as NAME.SPLIT.jsonl, in the harness' field names; none are downloaded.",
     )
     limit: int | None = _option(None, "Use only the first N documents of each task.")
     seq_len: int = _option(512, "Tokens per sequence.")
@@ -293,7 +293,7 @@ class Expected:
 
 @dataclass(frozen=True)
 class PublishConfig:
-    """Where to publish a built model, and what is allowed there.
+    """Where and how to publish a finished model.
 
     Raises:
         UsageError: a number outside its range.
@@ -339,7 +339,7 @@ class PublishOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class PushConfig(PublishConfig):
-    """What to prune, and where the result goes. `repeats`: what must be unchanged (`--from`)."""
+    """What to prune, and where to write and publish the result. `repeats`: what must be unchanged (`--from`)."""
 
     model: str = _option("", "A Hub id (org/model), a local folder, or a .gguf file.")
     prune: PruneConfig = field(default_factory=lambda: PruneConfig(ratio=0.25))

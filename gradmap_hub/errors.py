@@ -51,7 +51,7 @@ class GatedRepository(SourceError):
 
     def __init__(self, repo_id: str, url: str) -> None:
         super().__init__(
-            f"Access to the weights of {repo_id} is restricted, and your token does not have it.",
+            f"Access to the weights of {repo_id} is restricted, and your token has no access.",
             hint=f"Request access at {url}, then run the same command again.",
         )
         self.repo_id = repo_id
@@ -125,7 +125,7 @@ class MemoryNotMeasured(GradmapError):
 
 
 class SpaceImpossible(GradmapError):
-    """A comparison Space has no files of the two models that it could run."""
+    """No comparison Space is possible: there are no files of the two models that it can run."""
 
 
 class HubError(GradmapError):
@@ -145,7 +145,7 @@ class PaymentRequired(HubError):
 
 
 class TargetExists(HubError):
-    """The target repository has content from something other than this push."""
+    """The target repository has content that this push did not create."""
 
 
 class TargetPublic(HubError):
@@ -164,7 +164,7 @@ class TargetChanged(HubError):
 
     def __init__(self, repo_id: str, url: str) -> None:
         super().__init__(
-            f"Somebody else committed to {repo_id} during the upload; their commit stands, ours was not made.",
+            f"Somebody else committed to {repo_id} during the upload; their commit was kept, ours was not made.",
             hint=f"Look at {url}/commits/main, then run the same command again: with --update to replace the content, "
             "or with another name in --to.",
         )

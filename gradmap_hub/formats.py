@@ -1,4 +1,4 @@
-"""The table of export formats: one row each. All other code reads what it knows of a format from here.
+"""The table of export formats: one row each. All other code reads its knowledge of formats from here.
 
 docs/extending.md shows how to add a format: a row, a writer in exporters/ and a test case.
 """

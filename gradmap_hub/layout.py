@@ -18,8 +18,8 @@ from gradmap_hub.record import (
 
 
 def check_output(output: Path, resume: bool, mark: Path | None = None) -> None:
-    """Refuse a non-empty output folder, unless `resume` is set and the folder is from an earlier run of ours (which has
-    the folder `mark`): other files in it would be published.
+    """Refuse a non-empty output folder, because its other files would be published. With `resume`, a folder that an
+    earlier run created is accepted; it is recognised by the folder `mark` or a record.
 
     Raises:
         OutputExists: the folder is refused.

@@ -109,8 +109,8 @@ class MeasuredTask:
 
 @dataclass(frozen=True)
 class FilePerplexity:
-    """Of an ONNX file on the sequences of the `MeasuredText` of that name; `interval`: of the ratio to the checkpoint's
-    perplexity."""
+    """Perplexity of an ONNX file on the sequences of the `MeasuredText` of that name. `interval`: of its ratio to the
+    checkpoint's."""
 
     text: str
     perplexity: float
@@ -140,8 +140,9 @@ class Rate:
 
 @dataclass(frozen=True)
 class MeasuredSpeed:
-    """`model`: original or pruned; `backend`: "PyTorch" or the path of an ONNX file. `memory`: peak resident bytes of a
-    process with this backend alone; None if not measured (on a GPU, not on Linux, or the process died)."""
+    """Speed and memory of one model on one backend. `model`: original or pruned; `backend`: "PyTorch" or the path of an
+    ONNX file; `memory`: peak resident bytes of a process with this backend alone, None if not measured (on a GPU, not
+    on Linux, or the process died)."""
 
     model: str
     backend: str

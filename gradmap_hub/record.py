@@ -52,7 +52,7 @@ class Base:
 
 @dataclass(frozen=True)
 class LayerDecision:
-    """One decoder layer: `score` is its gradient L1 norm (see `pruning.scoring`), whichever ranking won."""
+    """One decoder layer: `score` is its gradient L1 norm (see `pruning.scoring`), also if another ranking won."""
 
     index: int
     score: float
@@ -313,7 +313,7 @@ class RunRecord:
 
 
 def read_record(path: Path) -> RunRecord:
-    """A record from a file of any name.
+    """Read a record from a file of any name.
 
     Raises:
         FileNotFoundError: there is no such file.

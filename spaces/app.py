@@ -392,7 +392,7 @@ def build(facts: Facts | None, page: Page) -> gr.Blocks:
             with gr.Row():
                 length = gr.Slider(1, MOST_TOKENS, value=96, step=1, label="Maximum tokens per answer")
                 temperature = gr.Slider(
-                    0, 2, value=0, step=0.05, label="Temperature", info="0 always picks the top token."
+                    0, 2, value=0, step=0.05, label="Temperature", info="0 always picks the top-1 token."
                 )
             with gr.Row():
                 top_p = gr.Slider(0.05, 1, value=0.95, step=0.05, label="Top-p", info="Only used if temperature > 0.")
@@ -482,7 +482,7 @@ def health_route(status: Callable[[], dict[str, str]], jobs: Jobs) -> Route:
 
 
 class OpenEvents(dict[str, Any]):
-    """Gradio's events by id, without the finished ones: Gradio never removes them, 25 kB each.
+    """Gradio's events by id. Drops finished events, which Gradio never removes (25 kB each).
 
     `open_ids`: the ids of unfinished events, per session.
     """

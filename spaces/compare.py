@@ -113,7 +113,7 @@ def _source(content: dict[str, Any]) -> Source:
 
 def _stored(content: dict[str, Any]) -> Stored:
     if content["stored"] not in ("space", "hub"):
-        raise FactsError(f"compare.json stores a model in an unknown place: {content['stored']!r}.")
+        raise FactsError(f"compare.json has an unknown value of `stored`: {content['stored']!r}.")
     size, cost = content.get("bytes"), content.get("quality")
     return Stored(
         where=content["stored"],
@@ -165,7 +165,7 @@ def read_facts(file: Path) -> Facts:
         if version != SCHEMA_VERSION:
             raise FactsError(f"compare.json has schema version {version}; this page reads version {SCHEMA_VERSION}.")
         if content["runtime"] not in ("onnx", "transformers"):
-            raise FactsError(f"compare.json names an unknown runtime: {content['runtime']!r}.")
+            raise FactsError(f"compare.json has an unknown value of `runtime`: {content['runtime']!r}.")
         pairs = {
             key: Pair(int(content[key]["original"]), int(content[key]["pruned"]))
             for key in ("layers", "parameters", "bytes")
@@ -195,9 +195,10 @@ def read_facts(file: Path) -> Facts:
             license=content.get("license"),
         )
     except OSError as error:
-        raise FactsError("compare.json is missing beside app.py.") from error
+        raise FactsError("compare.json is missing: it must be next to app.py.") from error
     except KeyError as error:
-        raise FactsError(f"compare.json lacks the key {error}.") from error
+        advice = "Write the Space again with `gradmap-hub space FOLDER`."
+        raise FactsError(f"compare.json lacks the key {error}. {advice}") from error
     except (ValueError, TypeError, AttributeError) as error:
         raise FactsError(f"compare.json cannot be read: {error}") from error
 

@@ -31,8 +31,8 @@ def files_to_download(path: str, precision: Precision) -> list[str]:
 
 
 def cpu_count() -> int:
-    """The number of CPUs this process may use. A container often sees all CPUs of the machine, but has a quota of two;
-    with more threads than that, the threads wait for each other."""
+    """The number of CPUs this process may use. A container often sees all CPUs of the machine but may use only a few;
+    more threads than that wait for each other."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = CPU_QUOTA.read_text(encoding="ascii").split()
@@ -44,7 +44,7 @@ def cpu_count() -> int:
 
 
 def find_graph(folder: Path, path: str, name: str) -> Path:
-    """The graph in the folder named, in onnx/ (a model repository) or beside the tokenizer (an export)."""
+    """The graph in the folder `path`, in onnx/ (a model repository) or beside the tokenizer (an export)."""
     for candidate in (folder / path, folder / "onnx", folder):
         if (candidate / name).is_file():
             return candidate / name

@@ -312,6 +312,6 @@ def method(facts: Facts) -> str:
         "take turns, one token each, and each step is timed separately, so neither slows the other down. "
         "The ratio is the median over the steps that both took, without the first, which processes the prompt. "
         "One prompt on a shared machine is not a benchmark.</p>"
-        "<p>With temperature 0, each model always picks its top token. No repetition penalty is applied. "
+        "<p>With temperature 0, each model always picks its top-1 token. No repetition penalty is applied. "
         f"Each model uses its own chat template, if it has one.</p>{licence}</div>"
     )

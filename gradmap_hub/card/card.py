@@ -334,12 +334,12 @@ def points(value: float) -> str:
 
 
 def rate(value: float) -> str:
-    """Tokens per second."""
+    """A speed in tokens per second."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
 
 
 def ratio(value: float) -> str:
-    """A ratio near one."""
+    """A ratio near one, with four decimals."""
     return f"{value:.4f}" if math.isfinite(value) else "not finite"
 
 
@@ -351,7 +351,7 @@ def with_interval(metric: TextMetric) -> str:
 
 
 def loss(value: float) -> str:
-    """Nats per token."""
+    """A loss in nats per token, with four decimals."""
     return f"{value:.4f}" if math.isfinite(value) else "not finite"
 
 

@@ -50,7 +50,7 @@ def is_measured(record: RunRecord, name: str) -> bool:
 
 
 def perplexity_result(name: str, value: float) -> dict[str, Any]:
-    """Entry of one text."""
+    """The entry of the model index for one text."""
     metric = {"type": "perplexity", "name": "Token perplexity", "value": round(value, 4)}
     return {"task": dict(_TASK), "dataset": _dataset(name), "metrics": [metric]}
 
@@ -98,7 +98,7 @@ class TaskMean:
 
 
 def task_mean(tasks: Sequence[MeasuredTask]) -> TaskMean | None:
-    """Over the tasks whose main metric is an accuracy; None for fewer than two."""
+    """The mean over the tasks whose main metric is an accuracy; None for fewer than two."""
     mains = [task.main_metric for task in tasks if is_accuracy(task.main_metric)]
     if len(mains) < 2:
         return None
@@ -107,7 +107,7 @@ def task_mean(tasks: Sequence[MeasuredTask]) -> TaskMean | None:
 
 
 def is_benchmark(task: MeasuredTask) -> bool:
-    """Whether all documents were used, from the source of the harness."""
+    """Whether all documents of the harness' own source were used."""
     return task.documents == task.total and task.source == task.dataset
 
 

@@ -73,5 +73,5 @@ def _view(result: DemoResult) -> Iterator[RenderableType]:
 
 
 def _shown(path: Path) -> str:
-    """A path as short as it can be typed from here."""
+    """A path as typed in the working folder: relative if it is inside."""
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)

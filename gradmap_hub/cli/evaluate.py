@@ -96,7 +96,7 @@ def evaluation_json(record: RunRecord, folder: Path) -> dict[str, Any]:
 
 
 def _task_json(task: MeasuredTask) -> dict[str, Any]:
-    """`interval` is of the main metric, pruned - original."""
+    """A task in the JSON answer. `interval`: of pruned - original in the main metric."""
     return {
         "original": {metric.name: metric.original for metric in task.metrics},
         "pruned": {metric.name: metric.pruned for metric in task.metrics},

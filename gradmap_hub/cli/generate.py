@@ -121,7 +121,7 @@ def _stream(answer: Generation) -> None:
 
 def _converse(model: TextModel, system: str | None, max_tokens: int, sampling: Sampling, stop: list[str]) -> None:
     if not model.has_chat_template:
-        raise UsageError("This model has no chat template, which --chat needs.")
+        raise UsageError("This model has no chat template, which --chat needs. Leave out --chat.")
     stderr.print(f"[dim]{escape(model.name)}, {escape(model.artifact)}; Ctrl-D ends.[/]", highlight=False)
     messages = _messages(system)
     first = len(messages)

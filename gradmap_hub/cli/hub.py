@@ -27,7 +27,7 @@ def hub(
     cdn_port: Annotated[
         int,
         typer.Option(
-            "--cdn-port", help="Port of large downloads, without tokens; 0 takes any free one.", min=0, max=65535
+            "--cdn-port", help="Port of LFS downloads, by signed URL; 0 takes any free one.", min=0, max=65535
         ),
     ] = 0,
     user: Annotated[str, typer.Option("--user", help="User to create if missing; its token is printed.")] = "local",
@@ -40,7 +40,7 @@ def hub(
         token = server.add_user(user)
         server.start()
     except (OSError, RuntimeError, ValueError) as error:
-        raise GradmapError(f"The Hub cannot be started: {error}") from error
+        raise GradmapError(f"The embedded Hub cannot be started: {error}") from error
     print(server.url, flush=True)
     settings = f"HF_ENDPOINT={server.url} HF_TOKEN={token} HF_HUB_DISABLE_XET=1"
     stderr.print(f"Use it with: export {escape(settings)}", highlight=False)

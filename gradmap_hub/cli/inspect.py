@@ -33,7 +33,7 @@ def inspect(
     *,
     options: PruneOptions,
     revision: Revision = None,
-    ratios: Annotated[str, typer.Option("--ratios", help="Ratios to show the choice for.")] = "0.1,0.25",
+    ratios: Annotated[str, typer.Option("--ratios", help="Ratios to show the removed layers for.")] = "0.1,0.25",
     plot: Annotated[Path | None, typer.Option("--plot", help="Also plot the scores into this PNG or SVG.")] = None,
     as_json: Json = False,
     quiet: Quiet = False,

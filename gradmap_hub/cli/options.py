@@ -1,4 +1,4 @@
-"""Options that several commands share, and what is read from them.
+"""Options that several commands share, and the parsing of their values.
 
 `prune_options` gives a command the options of PruneConfig with their defaults and help texts, so each flag is defined
 once for all commands.
@@ -54,7 +54,7 @@ _TYPED: dict[str, Any] = {
     "calibration": list[str] | None,
     "eval_text": list[str] | None,
 }
-_PRESET = typer.Option("--preset", help="default, or paper: the paper's own setting, by name.")
+_PRESET = typer.Option("--preset", help="default, or paper: the settings of the GradMAP paper.")
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ class Result:
     """What a command returns.
 
     `json`: the object that --json prints. `view`: lines of rich markup and tables for a reader, printed in order; a
-    generator is only run if they are printed. Foreign text in it is escaped.
+    generator is only run if they are printed. External text in it is escaped.
     """
 
     json: Mapping[str, Any]

@@ -103,7 +103,7 @@ def push(
             given = {name: value for name, value in fields.items() if name in given_names(context)}
             config = push_config_from(again, {**given, "prune": options.with_preset(again.prune)})
         elif model is None:
-            raise UsageError("Say what to push: MODEL, or --from with the record of an earlier run.")
+            raise UsageError("Give MODEL, or --from with the record of an earlier run.")
         else:
             config = PushConfig(model=model, revision=revision, prune=options.config(), **fields)
         if dry_run:

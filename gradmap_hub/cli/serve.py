@@ -39,7 +39,7 @@ def serve(
     drain: Annotated[
         float,
         typer.Option(
-            "--drain", metavar="SECONDS", help="Limit for running generations at shutdown; then they are cut off."
+            "--drain", metavar="SECONDS", help="Time limit of running generations at shutdown; then they are stopped."
         ),
     ] = 60.0,
     threads: Annotated[

@@ -30,7 +30,9 @@ class Rows:
 
 @dataclass(frozen=True)
 class CalibrationRows:
-    """`fit` (n, seq_len) for scoring and compensation, `selection` (m, seq_len) for decisions, both int64, and per
+    """The sequences of a run.
+
+    `fit` (n, seq_len) for scoring and compensation, `selection` (m, seq_len) for decisions, both int64, and per
     calibration text the sequences `held_out` for evaluation. The three are disjoint. `sources`: `fit` per text."""
 
     fit: Tensor

@@ -72,7 +72,7 @@ def read_text(path: Path, name: str | None = None) -> Text:
 
 
 class DatasetHub(Protocol):
-    """The Hub client, as far as needed here; `gradmap_hub.hub.client.Hub` implements it."""
+    """The part of the Hub client that is used here; `gradmap_hub.hub.client.Hub` implements it."""
 
     def fetch_dataset_text(self, source: str) -> tuple[list[Path], str]: ...
 

@@ -30,7 +30,7 @@ BATCH = 8  # of PyTorch, besides 1
 
 
 class Runnable(NamedTuple):
-    """`model`: ORIGINAL or PRUNED; `backend`: PYTORCH or the path of an ONNX file."""
+    """One model on one backend. `model`: ORIGINAL or PRUNED; `backend`: PYTORCH or the path of an ONNX file."""
 
     model: str
     backend: str
@@ -51,7 +51,7 @@ class Speeds:
 
 
 def settings(context: Context) -> dict[str, int]:
-    """Prompt and new tokens, rounds."""
+    """The settings of the speed measurement: prompt tokens, new tokens and rounds."""
     return {"prompt": min(PROMPT_TOKENS, context.config.seq_len), "new_tokens": NEW_TOKENS, "rounds": ROUNDS}
 
 
@@ -127,7 +127,7 @@ def memory(context: Context, backends: Sequence[Runnable]) -> Peaks:
 
 
 def speed(context: Context, backends: Sequence[Runnable]) -> Speeds:
-    """All backends, loaded in this process, in turns on the first sequence of the first text."""
+    """Load all backends in this process and time them in turns on the first sequence of the first text."""
     prompt = context.texts[0].ids[0, : settings(context)["prompt"]].tolist()
     models: dict[str, Any] = {}
     opened: list[Backend] = []

@@ -70,8 +70,8 @@ class Models:
     Attributes:
         folders: ORIGINAL and PRUNED -> checkpoint folder.
         sha256: ORIGINAL and PRUNED -> checksum of the weights.
-        dtype: Computed in.
-        device: Computed on, "cpu" or "cuda".
+        dtype: Of the computation.
+        device: Of the computation, "cpu" or "cuda".
     """
 
     def __init__(
@@ -118,10 +118,10 @@ class Context:
     Attributes:
         folder: The pruned model; its ONNX files are `graphs`.
         models: The original and the pruned model.
-        tokenizer: Of both.
+        tokenizer: Of both models.
         texts: Sequences of each evaluation text.
         tasks: Names of the tasks.
-        prompts: Of the samples.
+        prompts: The prompts that both models answer greedily.
         config: The options of the command.
         reporter: Receives steps and notes.
         work: Folder for files that later steps need.
@@ -144,7 +144,7 @@ class Measurement:
     """A field of `Measured`.
 
     Attributes:
-        name: Of the field.
+        name: Name of the field.
         steps: The steps for this context; none if it is not measured.
         result: Value of the field, from the results of all steps by name.
     """

@@ -42,7 +42,8 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Speed:
-    """`prefill`: `prompt_tokens` in one pass; `decode`: then `new_tokens` one by one with the KV cache."""
+    """Speeds of both models. `prefill`: `prompt_tokens` in one pass; `decode`: then `new_tokens` one by one with the KV
+    cache."""
 
     prefill: Ratio
     decode: Ratio
@@ -78,7 +79,7 @@ class Eager:
 
     @staticmethod
     def load(folder: Path, threads: int, *, batch: int = 1, dtype: str = "float32") -> Eager:
-        """`threads`: set for the whole process; `dtype`: name of a torch dtype."""
+        """Load a checkpoint. `threads`: set for the whole process; `dtype`: name of a torch dtype."""
         import torch
         from transformers import AutoModelForCausalLM
 
@@ -195,7 +196,7 @@ def against_original(
     new_tokens: int = NEW_TOKENS,
     done: Callable[[], None] = lambda: None,
 ) -> Speed:
-    """`model` in PyTorch as it is, and inside `pruned()`, which turns it into the pruned model temporarily."""
+    """Speed of `model` in PyTorch, unchanged and inside `pruned()`, which temporarily makes it the pruned model."""
     import torch
 
     backend, parameter = Eager(model), next(model.parameters())
@@ -215,7 +216,7 @@ def against_original(
 
 
 def _ratio(tokens: int, original: Sequence[float], pruned: Sequence[float]) -> Ratio:
-    """Of seconds per round."""
+    """The ratio of two series of seconds per round."""
     quotients = [before / after for before, after in zip(original, pruned, strict=True)]
     return Ratio(
         tokens / statistics.median(original),
@@ -269,7 +270,7 @@ def _exit_text(code: int) -> str:
 
 
 def _peak_of_this_process() -> int | None:
-    """Bytes. Not from getrusage: on Linux a new process inherits the peak of its parent there."""
+    """Peak resident bytes. Not from getrusage: on Linux a new process inherits the peak of its parent there."""
     try:
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""An evaluation is valid for the files it measured. It is dropped, with the reason, if the folder holds others."""
+"""An evaluation is valid for the files it measured. It is dropped, with the reason, if the folder has other files."""
 
 from __future__ import annotations
 

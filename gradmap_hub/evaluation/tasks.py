@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness on a model in memory, zero-shot, with its definitions, prompts and metrics. The
+"""Tasks of lm-evaluation-harness on a model in memory, zero-shot, with its own definitions, prompts and metrics. The
 documents are from the Hub or from a folder.
 
 Results keep one value per document, so that two models can be compared on the same documents.
@@ -38,8 +38,8 @@ _FILTER = "none"
 
 @dataclass(frozen=True)
 class Task:
-    """`definition`: path in the harness' tasks; `split`: evaluated on; `main`: main metric, acc_norm if the task has
-    it; `keys`: required in every document."""
+    """A task of the harness. `definition`: path in the harness' tasks; `split`: evaluated on; `main`: main metric,
+    acc_norm if the task has it; `keys`: required in every document."""
 
     name: str
     definition: str
@@ -84,7 +84,8 @@ ACCURACIES = ("acc", "acc_norm")
 
 @dataclass(frozen=True)
 class MetricResult:
-    """`value`: as the harness aggregates it; `per_document`: for accuracies, in the order of documents, else empty."""
+    """A metric of a task. `value`: as the harness aggregates it; `per_document`: for accuracies, in the order of
+    documents, else empty."""
 
     name: str
     value: float
@@ -116,7 +117,7 @@ class TaskResult:
 
 
 def chosen(names: Sequence[str]) -> tuple[str, ...]:
-    """The named tasks, each once; `paper` stands for seven.
+    """The named tasks, each once; `paper` stands for seven tasks.
 
     Raises:
         UsageError: an unknown task.
@@ -124,7 +125,7 @@ def chosen(names: Sequence[str]) -> tuple[str, ...]:
     wanted = [task for name in names for task in (PAPER if name == "paper" else (name,))]
     strange = next((name for name in wanted if name not in TASKS), None)
     if strange is not None:
-        raise UsageError(f"There is no task {strange!r}; there is paper, {', '.join(TASKS)}.")
+        raise UsageError(f"Unknown task {strange!r}; the tasks are paper (seven of them), {', '.join(TASKS)}.")
     return tuple(dict.fromkeys(wanted))
 
 
@@ -142,8 +143,8 @@ def check(names: Sequence[str], documents: Path | None) -> None:
     absent = [TASKS[name].file for name in names if not (documents / TASKS[name].file).is_file()]
     if absent:
         raise CalibrationError(
-            f"{', '.join(absent)} not in {documents}.",
-            hint="--tasks-from takes a folder of NAME.SPLIT.jsonl, one document a line; leave those tasks out, or "
+            f"{documents} does not contain {', '.join(absent)}.",
+            hint="--tasks-from takes a folder of NAME.SPLIT.jsonl, one document per line. Leave those tasks out, or "
             "leave --tasks-from out to fetch them from the Hub.",
         )
     for name in names:
@@ -338,7 +339,7 @@ def _no_bar(bar: Any, *args: Any, **kwargs: Any) -> Any:
 
 @contextmanager
 def _quiet(*, offline: bool) -> Iterator[None]:
-    """Without progress bars and logs below errors; with `offline`, without the Hub. Restores everything afterwards."""
+    """Suppress progress bars and logs below errors, and with `offline` the use of the Hub; then restore everything."""
     names = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE") if offline else ()
     before = {name: os.environ.get(name) for name in names}
     os.environ.update(dict.fromkeys(names, "1"))

@@ -62,7 +62,7 @@ def rows_inputs(rows: Rows) -> dict[str, Any]:
 
 
 def steps(context: Context) -> list[Step[Any]]:
-    """Per text, the original and then the pruned model."""
+    """Two steps per text: the original, then the pruned model."""
     return [step for rows in context.texts for step in (_original(context, rows), _pruned(context, rows))]
 
 

@@ -1,4 +1,4 @@
-"""The model types that can lose decoder layers, where their parts sit, and what other tools can do with them.
+"""The model types that can be pruned: the paths of their modules, and what other tools support.
 
 This file holds data: a family is one row. `support` refuses every other type before a weight is downloaded.
 """
@@ -22,7 +22,7 @@ class Condition:
     reason: str
 
     def holds(self, config: Any) -> bool:
-        """`config`: a config.json or a transformers config."""
+        """Whether the setting has this value in `config`, a config.json or a transformers config."""
         found = config.get(self.field) if isinstance(config, Mapping) else getattr(config, self.field, None)
         return found == self.value
 
@@ -352,7 +352,7 @@ _SYNONYMS = {
 
 def dimension(config: Mapping[str, Any], name: str) -> int | None:
     """A size in a config.json by transformers' usual name for it (num_hidden_layers, hidden_size, num_attention_heads,
-    max_position_embeddings), whatever the family calls it; None if the config does not state it."""
+    max_position_embeddings), also under the family's own name; None if the config does not state it."""
     for synonym in _SYNONYMS[name]:
         value = config.get(synonym)
         if isinstance(value, int):

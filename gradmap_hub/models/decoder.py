@@ -325,7 +325,7 @@ def parameters_replaced(module: nn.Module, values: Mapping[str, Tensor]) -> Iter
 
 def choose_precision(compute: str, device: str, stored: str, *, streamed: bool) -> tuple[torch.dtype, str]:
     """Dtype and device of a computation on weights stored as `stored` ("bfloat16", ...), for the options of
-    `PruneConfig`. bfloat16 is only for weights stored in it: others would be rounded, and written rounded.
+    `PruneConfig`. bfloat16 is only for weights stored in it: others would be rounded, also in the written checkpoint.
 
     Raises:
         UsageError: the device is missing, or bfloat16 is requested for weights of another dtype.
@@ -336,7 +336,7 @@ def choose_precision(compute: str, device: str, stored: str, *, streamed: bool) 
     chosen = "cuda" if cuda and device != "cpu" and not streamed else "cpu"
     if compute == "bfloat16" and stored != "bfloat16":
         raise UsageError(
-            f"--compute bfloat16 needs weights stored in bfloat16; these are {stored}, and would be rounded."
+            f"--compute bfloat16 would round these weights, which are stored in {stored}; use --compute float32."
         )
     if chosen == "cuda":
         fast = torch.cuda.is_bf16_supported()

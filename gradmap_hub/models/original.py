@@ -18,12 +18,12 @@ if TYPE_CHECKING:  # torch is only imported once there is something to compute
 
 
 class OriginalModel:
-    """The files of a `Source` on this machine. Nothing is fetched before it is asked for.
+    """The files of a `Source` on this machine. Each is fetched when first needed.
 
     Args:
-        source: What MODEL resolved to.
+        source: The resolved MODEL.
         hub: Where the files of a Hub model come from.
-        work: Folder for what has to be written to read the model: a converted GGUF file, a translated config.
+        work: Folder for files made to read the model: a converted GGUF file, a translated config.
     """
 
     def __init__(self, source: Source, hub: ModelHub, work: Path) -> None:

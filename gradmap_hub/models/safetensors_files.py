@@ -62,7 +62,7 @@ def choose_files(sizes: Mapping[str, int]) -> Files:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A config.json.
+    """Read a config.json.
 
     Raises:
         SourceError: it is missing or not JSON.

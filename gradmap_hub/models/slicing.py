@@ -17,7 +17,7 @@ def sliced_config(config: Any, kept: Sequence[int]) -> Any:
 
     Lists with one entry per layer are sliced, so that each layer keeps its kind of attention and MLP; fields that name
     layers by index are renumbered. Qwen2/3 derive a missing `layer_types` from the layer index: transformers 4.57 has
-    filled it in by now, and writing it out keeps a later reader from deriving it from the new indices.
+    already filled it in, and it is written, so that no reader derives it from the new indices.
     """
     layer_count = config.num_hidden_layers
     row = ARCHITECTURES.get(config.model_type)

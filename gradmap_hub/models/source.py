@@ -43,7 +43,7 @@ class RemoteFiles(Protocol):
 
 
 class ModelHub(Protocol):
-    """The Hub client, as far as needed here; `gradmap_hub.hub.client.Hub` implements it."""
+    """The part of the Hub client that is used here; `gradmap_hub.hub.client.Hub` implements it."""
 
     def model(self, repo_id: str, revision: str | None) -> RemoteFiles: ...
     def fetch(self, repo_id: str, commit: str, names: Sequence[str]) -> Path: ...
@@ -85,7 +85,10 @@ def find_source(model: str, revision: str | None, hub: ModelHub) -> Source:
         raise SourceError(f"There is no folder {model}.", hint="Give a Hub id (org/model), a folder or a .gguf file.")
     remote = hub.model(model, revision)
     if "config.json" not in remote.files:
-        raise SourceError(f"{model} has no config.json: it is not a transformers model.", hint="Give another model.")
+        raise SourceError(
+            f"{model} has no config.json: it is not a transformers model.",
+            hint="Give the Hub id of a transformers model, or a .gguf file.",
+        )
     config = read_config(hub.fetch(model, remote.commit, ["config.json"]) / "config.json")
     architecture = architecture_of(config)
     only_5 = needs_5(config)
@@ -196,7 +199,7 @@ def _dtype_of(config: dict[str, Any]) -> str:
 
 
 def _card_facts(card: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of a card's header for the record, without values of a wrong type: anybody may have written it."""
+    """The entries of a card's header for the record, without values of a wrong type: the card is untrusted."""
     texts = {name: card.get(name) for name in ("license", "license_name", "license_link")}
     facts: dict[str, Any] = {name: value if isinstance(value, str) else None for name, value in texts.items()}
     return facts | {"language": _languages(card.get("language"))}

@@ -227,7 +227,7 @@ def _compared(model: Any, files: WeightFiles) -> tuple[list[str], list[str], lis
 def _load_outside(
     model: Any, architecture: Architecture, files: WeightFiles, dtype: torch.dtype, rounding: torch.dtype | None
 ) -> None:
-    """Give the embedding, the final norm and the head their weights; tie the head where the config says so."""
+    """Load the weights of the embedding, the final norm and the head; tie the head if the config says so."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = model.config.tie_word_embeddings
     for name, empty in list(model.named_parameters()):

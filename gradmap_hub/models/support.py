@@ -126,7 +126,7 @@ def _check_generation(model_type: str, config: dict[str, Any]) -> None:
 
 def _needs_own_code(config: dict[str, Any], row: Architecture | None) -> bool:
     """Whether `auto_map` names a model class that transformers does not have built in. Some repositories (Phi-3) still
-    contain the code of a class that is part of transformers by now; that code is ignored."""
+    contain the code of a class that is now part of transformers; that code is ignored."""
     auto_map = config.get("auto_map")
     if not auto_map:
         return False

@@ -55,7 +55,7 @@ def both_read_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def needs_5(config: Mapping[str, Any]) -> bool:
-    """Whether transformers 4.57 reads another model from this config.json than 5, or none."""
+    """Whether transformers 4.57 cannot read this config.json, or reads a different model from it than 5."""
     if config.get("model_type") in ONLY_5:
         return True
     try:

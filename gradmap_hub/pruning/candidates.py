@@ -63,7 +63,7 @@ def register(name: str, ranking: Ranking) -> None:
         ValueError: the name is taken.
     """
     if name in METRICS:
-        raise ValueError(f"there is already a metric {name!r}")
+        raise ValueError(f"the metric {name!r} already exists")
     RANKINGS[name] = ranking
     METRICS.append(name)
 

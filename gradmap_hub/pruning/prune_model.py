@@ -1,7 +1,7 @@
 """Depth pruning as one computation in memory: score, select, compensate, heal. No file is read or written here.
 
-`prune_model` is the pure twin of `gradmap_hub.prune`; the pipeline runs the same functions as stages whose results it
-keeps on disk. `Overrides` are the weights that change: (original layer, parameter name within it) -> new value.
+`prune_model` does the computation of `gradmap_hub.prune`; the pipeline runs the same functions as stages and stores
+their results on disk. `Overrides` are the weights that change: (original layer, parameter name within it) -> new value.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Compensated:
 
 @dataclass(frozen=True)
 class PrunedModel:
-    """What `prune_model` found: the layers to remove and the new values of the weights that stay."""
+    """What `prune_model` found: the layers to remove and the new values of kept weights."""
 
     scores: LayerScores
     chosen: Compensated
@@ -67,11 +67,11 @@ def prune_model(
     drop: Sequence[int] | None = None,
     reporter: Reporter | None = None,
 ) -> PrunedModel:
-    """Decide which `removals` layers of `decoder` to remove and what compensates for them; the model stays as it is.
+    """Choose `removals` layers of `decoder` to remove and compute the compensation; the model is unchanged.
 
     Args:
         rows: Token sequences that score, fit and decide; see `gradmap_hub.data.rows.split_rows`.
-        drop: Layers to remove by index instead of choosing any.
+        drop: Indices of the layers to remove; None: choose them.
 
     Example:
         >>> pruned = prune_model(decoder, rows, PruneMethod(), removals=8)
@@ -151,8 +151,8 @@ def compensate_layers(
 def apply_pruning(
     decoder: Decoder, architecture: Architecture, removed: Sequence[int], overrides: Overrides
 ) -> nn.Module:
-    """Put the new weights in and remove the layers, in place. Returns the decoder's model, which is then a stock
-    model of `len(removed)` fewer layers; the decoder is of no further use."""
+    """Set the new weights and remove the layers, in place. Returns the decoder's model, now a stock model with
+    `len(removed)` fewer layers; do not use the decoder afterwards."""
     from gradmap_hub.pruning.removal import remove_layers
 
     for (layer, name), value in overrides.items():

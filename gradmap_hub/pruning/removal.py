@@ -1,4 +1,4 @@
-"""Remove decoder layers from a loaded model, with every index and every per-layer config field right."""
+"""Remove decoder layers from a loaded model, and correct all layer indices and per-layer config fields."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ MAX_SITES = 9
 
 @dataclass(frozen=True)
 class Site:
-    """A linear that writes to the residual stream, and the original layer `target` whose stream it shall restore: after
+    """A linear that writes to the residual stream, and the original layer `target` whose stream it restores: after
     that layer (`part` MLP) or after its attention (`part` ATTENTION, where target = layer)."""
 
     layer: int

@@ -64,7 +64,7 @@ class Streams:
         self._pruned_next = start
 
     def targets(self, site: Site) -> list[Tensor]:
-        """The original's stream that a site shall restore, per sequence (1, tokens, d)."""
+        """The original's stream that a site should restore, per sequence (1, tokens, d)."""
         if site.part == MLP:
             return self._original.before(site.target + 1)
         decoder = self._decoder

@@ -122,7 +122,7 @@ def write_safetensors(
 
 
 def _write_file(path: Path, tensors: Sequence[PlannedTensor], dtype: torch.dtype) -> None:
-    """One safetensors file: the header's length (8 bytes), the header (JSON), the tensors' bytes in its order."""
+    """Write one safetensors file: the header's length (8 bytes), the header (JSON), the tensors' bytes in its order."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for tensor in tensors:

@@ -72,7 +72,7 @@ def choose_artifact(
 
 
 def free_memory() -> int | None:
-    """Return the bytes this process may still allocate, within its cgroup limit; None if the system does not say."""
+    """Return the bytes this process may still allocate, within its cgroup limit; None if they are unknown."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         values = dict(line.split(":", 1) for line in lines)

@@ -1,7 +1,7 @@
-"""From a visitor's words to token ids and back: the tokenizer, the chat template and the end-of-text ids.
+"""Prompt to token ids and back: the tokenizer, the chat template and the end-of-text ids.
 
-Standalone: `runtime` uses it, and it is copied into every Space folder, where both engines use it, so that a model is
-prompted the same way whatever runs it.
+Standalone: `runtime` uses it, and it is copied into every Space folder for both engines there, so that all of them
+give a model the same token ids.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ TEXT_FILES = (
 
 
 class ModelError(Exception):
-    """A model that cannot be loaded or asked; the message is meant for the page."""
+    """A model cannot be loaded or cannot use a prompt; the page shows the message."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; an absent file is an empty one, because several are optional."""
+    """The object in a JSON file; {} if there is no file, since several are optional."""
     if not path.is_file():
         return {}
     try:
@@ -48,7 +48,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def special_token(value: object) -> str | None:
-    """Tokenizer configurations write a special token as text or as {"content": text, ...}."""
+    """A special token of a tokenizer configuration, written as text or as {"content": text, ...}; else None."""
     if isinstance(value, Mapping):
         value = value.get("content")
     return value if isinstance(value, str) else None
@@ -67,7 +67,7 @@ def end_ids(folder: Path, tokenizer: Tokenizer, tokens: Mapping[str, str]) -> fr
 
 
 def chat_template_of(folder: Path, tokenizer_config: Mapping[str, Any]) -> str | None:
-    """The file wins over the older place, a key of tokenizer_config.json (text, or a list of named ones)."""
+    """chat_template.jinja, else the key in tokenizer_config.json (text, or a list of named templates)."""
     file = folder / "chat_template.jinja"
     if file.is_file():
         return file.read_text(encoding="utf-8")
@@ -79,7 +79,7 @@ def chat_template_of(folder: Path, tokenizer_config: Mapping[str, Any]) -> str |
 
 
 class GenerationTag(Extension):
-    """`{% generation %}` marks the assistant's part for training; here its body is simply printed."""
+    """`{% generation %}` marks the assistant's part for training; here its body is rendered unchanged."""
 
     tags = {"generation"}  # noqa: RUF012 - the name and the type are jinja2's
 
@@ -90,10 +90,10 @@ class GenerationTag(Extension):
 
 
 def render_chat(template: str, messages: Sequence[Mapping[str, Any]], tokens: Mapping[str, str]) -> str:
-    """Messages ({"role", "content"}) through a chat template, up to where the answer begins.
+    """Render messages ({"role", "content"}) with a chat template, up to where the answer begins.
 
-    The template comes with somebody's model, so it runs in jinja2's sandbox: no access to Python's
-    attributes, no changes to what it is given.
+    The template is untrusted, so it runs in jinja2's sandbox: no access to Python's internals, no changes to its
+    arguments.
     """
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", GenerationTag]
@@ -158,7 +158,7 @@ class TextCodec:
         )
 
     def encode(self, prompt: str) -> list[int]:
-        """A prompt as one user message, or as it stands for a model without a chat template."""
+        """The token ids of a prompt, as one user message, or as plain text if the model has no chat template."""
         if self.chat_template is None:
             return self.encode_text(prompt)
         return self.encode_chat([{"role": "user", "content": prompt}])
@@ -175,7 +175,7 @@ class TextCodec:
 
     def _some(self, ids: list[int]) -> list[int]:
         if not ids:
-            raise ModelError("The tokenizer made no tokens of this prompt.")
+            raise ModelError("The prompt has no tokens.")
         return ids
 
     def stream(self) -> Callable[[int], str]:

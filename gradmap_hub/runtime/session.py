@@ -79,7 +79,8 @@ class Session:
         self.plain = frozenset(plain)
         self.presents = [value.name for value in self._session.get_outputs() if value.name.startswith(_PRESENT)]
         if len(self.presents) != len(self.past):
-            raise SourceError(f"{graph.name} reads {len(self.past)} cache tensors and returns {len(self.presents)}.")
+            counts = f"{len(self.past)} cache inputs, {len(self.presents)} cache outputs"
+            raise SourceError(f"{graph.name} is not supported: {counts}.")
         self.shares_buffer = _shares_buffer(self._session)
 
     def start(self, capacity: int) -> Steps:

@@ -36,7 +36,7 @@ _LOCAL_NAMES = {"localhost", "127.0.0.1", "::1"}
 
 
 def route_of(path: str) -> str:
-    """Return the route name for metrics and the log: one of a fixed set, whatever the path."""
+    """Return the route name for metrics and the log: one of a fixed set."""
     if path in _ROUTES:
         return path
     return MODELS + "/{id}" if path.startswith(MODELS + "/") else "other"

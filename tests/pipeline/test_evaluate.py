@@ -449,9 +449,9 @@ def test_what_cannot_be_measured_is_refused(world: SimpleNamespace, tmp_path: Pa
     cases: list[tuple[type[Exception], str, Callable[[], EvaluateConfig]]] = [
         (UsageError, "--rows must be at least 2", lambda: EvaluateConfig(rows=1)),
         (UsageError, "--limit is for tasks", lambda: EvaluateConfig(limit=5)),
-        (UsageError, "say which tasks", lambda: EvaluateConfig(tasks_from=tmp_path)),
-        (UsageError, "no task 'mmlu'", lambda: dataclasses.replace(config, tasks=("mmlu",))),
-        (CalibrationError, "piqa.validation.jsonl not in",
+        (UsageError, "--tasks-from needs --tasks", lambda: EvaluateConfig(tasks_from=tmp_path)),
+        (UsageError, "Unknown task 'mmlu'", lambda: dataclasses.replace(config, tasks=("mmlu",))),
+        (CalibrationError, "does not contain piqa.validation.jsonl",
          lambda: dataclasses.replace(config, tasks=("piqa",), tasks_from=tmp_path)),
         (CalibrationError, "No such text file", lambda: dataclasses.replace(plain, text=("gone.txt",))),
         (CalibrationError, "is given twice", lambda: dataclasses.replace(plain, text=(other, other))),

@@ -86,7 +86,7 @@ def test_every_ranking_can_be_selected() -> None:
 
 def test_a_name_is_registered_once() -> None:
     for taken in METRICS:
-        with pytest.raises(ValueError, match=f"already a metric '{taken}'"):
+        with pytest.raises(ValueError, match=f"the metric '{taken}' already exists"):
             register(taken, lambda _scores, count: list(range(count)))
     assert ["auto", *RANKINGS] == METRICS
 

@@ -109,7 +109,7 @@ def test_precision() -> None:
     assert choose_precision("auto", "cpu", "float32", streamed=False) == (torch.float32, "cpu")
     assert choose_precision("bfloat16", "cpu", "bfloat16", streamed=True) == (torch.bfloat16, "cpu")
     assert choose_precision("float32", "cpu", "bfloat16", streamed=False)[0] == torch.float32
-    with pytest.raises(UsageError, match="rounded"):
+    with pytest.raises(UsageError, match="would round"):
         choose_precision("bfloat16", "cpu", "float32", streamed=False)
     if not torch.cuda.is_available():
         with pytest.raises(UsageError, match="CUDA"):

@@ -43,7 +43,7 @@ def resolve(call: Call) -> Response:
 
 
 def from_cdn(call: Call) -> Response:
-    """The content of an LFS file, for anybody with a URL signed by /resolve/."""
+    """The content of an LFS file, for any client with a URL signed by /resolve/."""
     key, oid, query = call.key(), call.param("oid"), call.http.query_params
     if not is_sha256(oid) or not call.hub.signer.allows("download", key, oid, query):
         raise HubError(403, "The download URL is invalid or has expired")
