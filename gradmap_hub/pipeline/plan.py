@@ -35,7 +35,7 @@ from gradmap_hub.space.plan import ORIGINAL_FOLDER, SpacePlan, may_be_stored, pl
 
 if TYPE_CHECKING:
     from gradmap_hub.hub.client import Hub
-    from gradmap_hub.hub.publisher import Checked, Publisher
+    from gradmap_hub.hub.publisher import Publisher, ScreenedFolder
 
 
 @dataclass(frozen=True)
@@ -223,7 +223,7 @@ def plan_publish(folder: Path, config: PublishConfig, hub: Hub) -> PublishPlan:
 
 def look_through(
     folder: Path, kind: str, record: RunRecord, targets: Targets, publisher: Publisher, *, card: str | None = None
-) -> Checked:
+) -> ScreenedFolder:
     """Every file of a folder, judged for what may not be published, and its card (or what it is going to be).
 
     Raises:

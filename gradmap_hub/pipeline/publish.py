@@ -24,8 +24,8 @@ from gradmap_hub.units import size
 
 if TYPE_CHECKING:
     from gradmap_hub.hub.client import Hub
-    from gradmap_hub.hub.collections import Collected
-    from gradmap_hub.hub.publisher import Checked, Published, Publisher
+    from gradmap_hub.hub.collections import CollectionLink
+    from gradmap_hub.hub.publisher import Published, Publisher, ScreenedFolder
     from gradmap_hub.hub.space_watch import SpaceState
 
 
@@ -62,7 +62,7 @@ class PushResult:
     space: Published | None
     space_reason: str
     space_state: SpaceState | None = None
-    collection: Collected | None = None
+    collection: CollectionLink | None = None
     collection_reason: str = ""
 
 
@@ -197,7 +197,7 @@ def _publish_space_on(
     return _publish(publish, files, publisher)
 
 
-def _publish(publish: Callable[[], Published], files: Checked, publisher: Publisher) -> Published:
+def _publish(publish: Callable[[], Published], files: ScreenedFolder, publisher: Publisher) -> Published:
     published = publish()
     reporter = publisher.reporter
     reporter.start(f"Verifying the published {'model' if files.kind == 'model' else 'Space'}")

@@ -116,7 +116,7 @@ def test_nothing_is_uploaded(server: Any, ada: Side, folder: Path, where: str) -
     """Also not the model, where it is the Space that holds a token."""
     place = folder if where == "model" else folder.with_name("small-space")
     put(place, "notes.txt", f"token {ada.hub.token}".encode())
-    with pytest.raises(UnsafeToPublish, match=r"notes\.txt holds your token"):
+    with pytest.raises(UnsafeToPublish, match=r"notes\.txt contains your token"):
         publish_folder(folder, PublishConfig(wait_space=0), hub=ada.hub)
     assert {entry.method for entry in server.requests} == {"GET"}
 
