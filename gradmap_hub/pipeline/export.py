@@ -1,4 +1,4 @@
-"""Exports beside Optimum's float32 graph: checked against the checkpoint, resumable, in the record if they passed."""
+"""`export`: ONNX files of a folder, compared with its checkpoint; resumable. The record lists those that pass."""
 
 from __future__ import annotations
 
@@ -45,8 +45,17 @@ def export_checked(
     fit: Tensor | None = None,
     keep_failing: bool = False,
 ) -> RunRecord:
-    """Export to each of `names`; a quantised file that costs more perplexity than its format may is deleted, and the
-    run goes on. `rows`: held out, what perplexity is measured on; `fit` (rows, tokens): others, to round by.
+    """Export to formats other than Optimum's float32 graph. A quantised file that exceeds the perplexity limit of its
+    format is deleted.
+
+    Args:
+        names: The formats.
+        rows: Held-out sequences, on which perplexity is measured.
+        fit: Other sequences, (sequences, tokens), to fit the rounding on.
+        keep_failing: Keep quantised files that exceed the limit.
+
+    Returns:
+        The record with the exported files.
 
     Raises:
         VerificationError: a float32 graph differs from PyTorch, or an exporter failed.
@@ -64,7 +73,7 @@ def export_checked(
             if not FORMATS[name].may_fail and not exported.check.passed:
                 raise VerificationError(
                     f"The {name} export differs from PyTorch: {exported.check.reason}.",
-                    hint="It is not published; leave this format out.",
+                    hint="It is not published; leave out this format.",
                 )
             artifacts += _artifacts(exported, folder, rows)
     finally:
@@ -73,7 +82,16 @@ def export_checked(
 
 
 def onnx_stage(stages: Stages, name: str, title: str, checkpoint: Path, destination: Path) -> Parity:
-    """Optimum's float32 graph of a checkpoint, exported into a folder and compared with PyTorch, as a resumable stage.
+    """Export a checkpoint with Optimum to float32 and compare the graph with PyTorch, as a resumable stage.
+
+    Args:
+        name: The name of the stage.
+        title: Its title for the reporter.
+        checkpoint: The folder of the checkpoint.
+        destination: The folder of the graph.
+
+    Returns:
+        How far the outputs of graph and checkpoint differ.
 
     Raises:
         VerificationError: the export failed, or differs from PyTorch.
@@ -108,10 +126,17 @@ def export_original(
     *,
     fit: Tensor | None = None,
 ) -> dict[str, Quality]:
-    """Export the original to `names` in the same way, for the Space that compares it with the pruned model.
+    """Export the original for the Space that compares it with the pruned model.
 
-    Returns what each costs; a format that failed its check is not among them and left no file. `work`: a folder for
-    what the formats share, which is removed.
+    Args:
+        checkpoint: The folder of the original.
+        names: The formats.
+        rows: Held-out sequences, on which perplexity is measured.
+        work: A folder for files that the formats share; removed at the end.
+        fit: Other sequences, (sequences, tokens), to fit the rounding on.
+
+    Returns:
+        The quality of each format that passed its check; the files of others are deleted.
 
     Raises:
         VerificationError: an exporter failed.
@@ -129,7 +154,7 @@ def export_original(
                 found[name] = _quality(exported, rows.name, rows.ids.numel())
     finally:
         export.clear(work)
-        (destination / genai.CONFIG).unlink(missing_ok=True)  # for another program than the Space
+        (destination / genai.CONFIG).unlink(missing_ok=True)  # not used by the Space
     return found
 
 
@@ -175,7 +200,7 @@ def _stage(
             "recipes": [dataclasses.asdict(recipe) for recipe in LADDERS.get(name, ())],
         },
         files=lambda: [path for path in _files(destination, name) if path.is_file()],
-        describe=_in_words,
+        describe=_export_summary,
     )
 
 
@@ -185,7 +210,7 @@ def _files(destination: Path, name: str) -> list[Path]:
 
 
 def remove_exports(folder: Path, names: Sequence[str]) -> None:
-    """Files of formats that this run was not asked for: an earlier run's, perhaps of other layers."""
+    """Remove the files of formats that this run does not make; an earlier run may have removed other layers."""
     from gradmap_hub.exporters import genai
 
     for name in names:
@@ -198,11 +223,11 @@ def remove_exports(folder: Path, names: Sequence[str]) -> None:
             config.unlink()
 
 
-def _in_words(exported: Exported) -> str:
+def _export_summary(exported: Exported) -> str:
     if not exported.files:
-        return "not passed, not kept"
+        return "failed the check, deleted"
     check = exported.check
-    return f"{exported.bytes / 1e6:.1f} MB, perplexity {100 * (check.ratio - 1):+.1f} % of the checkpoint's"
+    return f"{exported.bytes / 1e6:.1f} MB, perplexity {100 * (check.ratio - 1):+.1f} % against the checkpoint"
 
 
 def _artifacts(exported: Exported, folder: Path, rows: Rows) -> list[Artifact]:
@@ -224,7 +249,7 @@ def _quality(exported: Exported, text: str, tokens: int) -> Quality:
     return Quality(check.perplexity, check.reference_perplexity, text, tokens, recipe, exported.base)
 
 
-# Held-out rows that an export of a finished folder is measured on.
+# Sequences of the text, and tokens of each, on which the export of a finished folder is measured.
 EXPORT_ROWS, EXPORT_TOKENS = 8, 512
 
 
@@ -237,13 +262,20 @@ def export_folder(
     reporter: Reporter | None = None,
     hub: Hub | None = None,
 ) -> RunRecord:
-    """Export a pruned folder; its record and card are written anew with what was exported.
+    """Export a pruned folder and update its record and card.
 
-    `text`: what perplexity of the formats beside `onnx` is measured on, a file or a data set of the Hub; better none
-    that the model was calibrated on. `keep_failing`: leave quantised files in place that cost too much of it.
+    Args:
+        formats: Names of formats, see `gradmap_hub.formats`.
+        text: A file or a data set of the Hub on which the perplexity of all formats but `onnx` is measured; preferably
+            not a calibration text of the model.
+        keep_failing: Keep quantised files that exceed the perplexity limit of their format.
+
+    Returns:
+        The updated record.
 
     Raises:
-        GradmapError: a format is unknown, or not for this model; a package or the text is missing; a check failed.
+        GradmapError: a format is unknown or not available for the model; a package or the text is missing; a check
+            failed.
     """
     from gradmap_hub.exporters.export import require
 
@@ -276,11 +308,20 @@ def _export_rows(folder: Path, source: str, hub: Hub) -> Rows:
 
 
 def remove_onnx(folder: Path) -> None:
+    """Remove all ONNX files of a model folder."""
     for name in ("onnx", "onnx.partial"):
         shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def export_optimum(folder: Path, record: RunRecord, stages: Stages) -> RunRecord:
+    """Export the checkpoint of a folder with Optimum to float32.
+
+    Returns:
+        The record with the exported files.
+
+    Raises:
+        VerificationError: the export failed, or differs from PyTorch.
+    """
     from gradmap_hub.exporters import onnx
 
     destination = folder / "onnx"

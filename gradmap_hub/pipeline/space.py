@@ -1,4 +1,4 @@
-"""The Space folder of a finished run: export what it stores of the original, then write the app beside it."""
+"""`space`: writes the Space folder of a finished run, with the exports of the original that it stores."""
 
 from __future__ import annotations
 
@@ -52,11 +52,16 @@ def write_space_folder(
     rows: Rows | None,
     fit: Tensor | None = None,
 ) -> SpacePlan:
-    """Write the Space of `plan` into `destination`. `rows`: what quantised files of the original are measured on;
-    without them there are none. `fit` (rows, tokens): others, to round by. `target`: the pruned model's repository.
+    """Write the Space of `plan` into `destination`.
 
-    Returns the plan as it came about: without the precisions that the original could not be exported in. If that leaves
-    none, nothing is written.
+    Args:
+        target: The repository of the pruned model.
+        rows: Sequences on which quantised files of the original are measured; None writes no such files.
+        fit: Other sequences, (sequences, tokens), to fit the rounding on.
+
+    Returns:
+        The plan without the precisions in which the original could not be exported. If none is left, nothing is
+        written.
 
     Raises:
         VerificationError: an exporter failed.
@@ -65,7 +70,7 @@ def write_space_folder(
 
     remove_unwanted(destination, plan)
     companions: dict[str, Path] = {}
-    originals = _held_by_repository(original.source) if plan.runtime == "onnx" else {}
+    originals = _repository_files(original.source) if plan.runtime == "onnx" else {}
     if plan.stored:
         checkpoint, stored = original.checkpoint(), destination / ORIGINAL_FOLDER
         quality = _export(stages, plan, checkpoint, stored, rows, fit)
@@ -93,8 +98,8 @@ def _export(
 
 
 def finished_space(folder: Path, record: RunRecord, precisions: Collection[str]) -> Path | None:
-    """The Space folder beside a model folder, if it was written for this very original and has all of the precisions:
-    it can be run as it is, and nothing is exported again."""
+    """The Space folder next to a model folder, if it was written for this original and has all precisions; it can then
+    run without a new export."""
     space = space_folder_of(folder)
     try:
         facts = json.loads((space / "compare.json").read_text(encoding="utf-8"))
@@ -102,15 +107,18 @@ def finished_space(folder: Path, record: RunRecord, precisions: Collection[str])
             return None
         stored = {entry["name"]: entry["original"]["stored"] == "space" for entry in facts["precisions"]}
         files = {entry["name"]: str(entry["file"]) for entry in facts["precisions"]}
-    except (OSError, ValueError, KeyError, TypeError):  # none, not whole, or of an earlier version
+    except (OSError, ValueError, KeyError, TypeError):  # missing, incomplete, or from an earlier version
         return None
     there = {name for name, here in stored.items() if not here or (space / ORIGINAL_FOLDER / files[name]).is_file()}
     return space if set(precisions) <= there and (space / "app.py").is_file() else None
 
 
 def remove_space(space: Path, record: RunRecord) -> bool:
-    """Remove the folder that an earlier run of this very push left, which `publish` would take up; whether there was
-    one. Anything else by that name is not ours to touch."""
+    """Remove the Space folder of an earlier run of the same push, so that `publish` does not upload it.
+
+    Returns:
+        Whether it was removed; any other folder of that name is left unchanged.
+    """
     try:
         facts = json.loads((space / "compare.json").read_text(encoding="utf-8"))
         same = (facts["original"]["repo_id"], facts["original"]["revision"], facts["pruned"]["repo_id"]) == (
@@ -123,8 +131,8 @@ def remove_space(space: Path, record: RunRecord) -> bool:
     return same
 
 
-def _held_by_repository(source: Source) -> dict[str, Held]:
-    """What the original's repository holds: bytes of graph and data, by precision."""
+def _repository_files(source: Source) -> dict[str, Held]:
+    """ONNX files in the repository of the original, by precision, with the bytes of graph and data."""
     from gradmap_hub.space.app import Held
 
     sizes = source.sizes
@@ -145,10 +153,10 @@ def _without(plan: SpacePlan, names: set[str]) -> SpacePlan:
 
 
 def terms_of(record: RunRecord, source: Source) -> Base:
-    """What decides whether the original may be stored with a Space: that of the repository it is read from now, and
-    that it was pruned under. The stricter of the two holds."""
+    """The terms that decide whether a Space may store the original: the stricter of the current ones of its repository
+    and the recorded ones."""
     recorded, found = record.base, source.base
-    if found.repo_id is None:  # a local copy, which says less than the record
+    if found.repo_id is None:  # a local copy, which has fewer metadata than the record
         return recorded
     return dataclasses.replace(
         found,
@@ -167,16 +175,24 @@ def build_space(
     reporter: Reporter | None = None,
     hub: Hub | None = None,
 ) -> Path:
-    """Write the comparison app for a pruned folder, exporting what it still lacks; returns the app's folder.
+    """Write the comparison app for a pruned folder and export the files that it lacks.
 
-    By default it is the Space as it may be published, beside the folder. With `local` it is for this machine only and
-    may hold an export of any original, also one that must not be passed on; it then lies where nothing publishes from,
-    unless the Space as published has all of it.
-    `text`: what the perplexity of the original's quantised files is measured on, where the folder has such files; if it
-    cannot be read, the app does without them.
+    By default the app is the publishable Space, next to the folder. A local app may contain an export of any original,
+    also one that must not be redistributed; it is in the work folder, which is never published, unless the publishable
+    Space is complete.
+
+    Args:
+        folder: The pruned folder.
+        against: The original, if it is not the recorded one.
+        local: Write the app for this machine only.
+        text: Text on which the quantised files of the original are measured, if the folder has such files. If it
+            cannot be read, the app has none of them.
+
+    Returns:
+        The folder of the app.
 
     Raises:
-        GradmapError: there is no original, it cannot be read or exported, or both are too large for a Space.
+        GradmapError: the original is missing, cannot be read or exported, or the models are too large for a Space.
     """
     hub, reporter = connect(hub, reporter)
     record = without_stale(RunRecord.read(folder), folder)
@@ -207,9 +223,9 @@ def build_space(
         try:
             rows = _export_rows(folder, text, hub)
         except GradmapError as error:
-            reporter.note(f"Without quantised files of the original, as the text cannot be read: {error.message}")
+            reporter.note(f"Without quantised files of the original, because the text cannot be read: {error.message}")
     destination = work_folder(folder) / "compare" if local else space_folder_of(folder)
-    came = write_space_folder(original, stages, record, plan, destination, record.target, rows)
-    if not came.precisions:
-        raise SpaceImpossible(f"{came.reason}.", hint="Name a text file with --text.")
+    written_plan = write_space_folder(original, stages, record, plan, destination, record.target, rows)
+    if not written_plan.precisions:
+        raise SpaceImpossible(f"{written_plan.reason}.", hint="Give a text file with --text.")
     return destination

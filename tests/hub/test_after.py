@@ -217,7 +217,7 @@ def test_a_collection_that_fails_undoes_nothing(server: LocalHub, ada: Side, fol
     server.faults.add(Fault("collections", "status", status=403, skip=2))
     result = publish(ada, folder, collection="Mine", public=True)
     assert result.collection is None and "Mine" in result.collection_reason
-    assert "What is published stands" in ada.heard.notes[-1]
+    assert "The repositories are published" in ada.heard.notes[-1]
     assert not ada.api.model_info(TARGET).private and not ada.api.space_info(SPACE).private
 
 

@@ -123,7 +123,7 @@ def test_nothing_is_uploaded(server: Any, ada: Side, folder: Path, where: str) -
 
 def test_the_folder_it_was_made_in(server: Any, ada: Side, folder: Path) -> None:
     put(folder, "notes.txt", str(folder).encode())
-    with pytest.raises(UnsafeToPublish, match="folder it was made in"):
+    with pytest.raises(UnsafeToPublish, match="path of the model folder"):
         publish_folder(folder, PublishConfig(wait_space=0), hub=ada.hub)
 
 
@@ -136,7 +136,7 @@ def replaced(old: str, new: str) -> Callable[[], str]:
 
 
 BAD: dict[str, tuple[Callable[[], str], str]] = {
-    "none": (lambda: "# small\n", "there is none"),
+    "none": (lambda: "# small\n", "it is missing"),
     "not yaml": (replaced("license: apache-2.0", "license: [apache-2.0"), "Invalid YAML"),
     "key twice": (replaced("license: apache-2.0", "license: mit\nlicense: mit"), "duplicated"),
     "no licence": (replaced("license: apache-2.0\n", ""), '"license" is missing'),

@@ -231,5 +231,5 @@ def test_only_the_space_of_this_push_is_removed(written: Path, tmp_path: Path, o
 @pytest.mark.parametrize("change", [{"gated": True}, {"private": True}, {"license": "llama3"}, {"license": None}])
 def test_an_export_that_must_not_be_passed_on_stops_a_publish(written: Path, change: dict[str, Any]) -> None:
     check_space_folder(written, OPEN)
-    with pytest.raises(UnsafeToPublish, match=r"original/model.*must not be passed on"):
+    with pytest.raises(UnsafeToPublish, match=r"original/model.*must not be redistributed"):
         check_space_folder(written, base(**change))
