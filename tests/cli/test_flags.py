@@ -145,7 +145,7 @@ def test_collection(world: Any, small: Path) -> None:
     assert made.private and [item.item_id for item in made.items] == ["club/collected"]
     shown = world.cli.run("publish", small, "--to", "club/collected", "--collection", slug)
     assert f"collection  {world.hub.url}/collections/{slug}" in shown.out
-    refused(world.cli.run("publish", small, "--to", "club/collected", "--collection", "acme/x"), 1, "without write access")
+    refused(world.cli.run("publish", small, "--to", "club/collected", "--collection", "acme/x"), 1, "write access")
 
 
 def test_numbers_that_cannot_be(world: Any, small: Path) -> None:

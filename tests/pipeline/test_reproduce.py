@@ -203,7 +203,7 @@ def test_a_push_is_repeated_as_published(place: Path, write: Callable[..., Path]
     assert push_of(changed(record, space="ada/small-compare")).space
     other = push_of(record, quantize=("fp16",), space=True, to="club/x", prune=PruneConfig(layers=1))
     assert (other.quantize, other.space, other.to, other.prune.layers) == (("fp16",), True, "club/x", 1)
-    with pytest.raises(UsageError, match="--quantize makes ONNX files"):
+    with pytest.raises(UsageError, match="--quantize writes ONNX files"):
         push_of(record, onnx=False)
     with pytest.raises(TypeError, match="model"):
         push_of(record, model="acme/other")  # which `repeat` decides
