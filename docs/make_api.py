@@ -45,6 +45,7 @@ def _function(name: str, function: Any) -> str:
         body = inspect.cleandoc(body.strip("\n"))
         if title == "Example":
             code = "\n".join(re.sub(r"^(>>>|\.\.\.) ?", "", line) for line in body.splitlines())
+            code = code.replace("\n", "\n\n", 1)  # a blank line after the import, as the formatter wants it
             lines += ["```python", code, "```", ""]
         elif title == "Args":
             entries = re.split(r"\n(?=\w+: )", body)

@@ -1,4 +1,4 @@
-"""Who publishes, and what a token of theirs allows: judged from what the Hub says of it, before any work."""
+"""The account of a token and its permissions, as the Hub reports them; checked before any work."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gradmap_hub.errors import NotAllowed
 
 @dataclass(frozen=True)
 class Scope:
-    """What a fine-grained token allows in one place. `kind`: user, org, model, dataset, space."""
+    """Permissions of a fine-grained token for one entity. `kind`: user, org, model, dataset, space."""
 
     kind: str
     name: str
@@ -20,8 +20,11 @@ class Scope:
 
 @dataclass(frozen=True)
 class Account:
-    """Who a token belongs to, and what it allows. `organizations` are those whose member may write; `read_only` the
-    others. `scopes` is None unless the token is fine-grained and says what it covers."""
+    """The owner of a token and what the token allows.
+
+    `organizations`: those in which the account may write; `read_only`: the others. `role`: of the token, such as read.
+    `scopes`: of a fine-grained token that lists them, else None. `everywhere`: permissions in all scopes.
+    """
 
     name: str
     organizations: tuple[str, ...]
@@ -31,8 +34,8 @@ class Account:
     everywhere: frozenset[str] = frozenset()
 
     def covers(self, repo_id: str, repo_type: str, permission: str) -> bool:
-        """Whether the token's own scopes allow `permission` (such as repo.write) in a repository. A token that is not
-        fine-grained allows what its owner may."""
+        """Whether the scopes of the token allow `permission` (such as repo.write) in a repository. A token without
+        scopes allows everything that its owner may do."""
         if self.scopes is None:
             return True
         owner = repo_id.partition("/")[0]
@@ -42,7 +45,7 @@ class Account:
         )
 
     def covers_owner(self, owner: str, permission: str) -> bool:
-        """Whether the scopes cover all of a namespace, as it takes to create a repository there."""
+        """Whether the scopes cover a whole namespace, which creating a repository requires."""
         return self.scopes is None or any(
             permission in scope.permissions
             for scope in self.scopes
@@ -51,7 +54,7 @@ class Account:
 
 
 def account_of(answer: Mapping[str, Any]) -> Account:
-    """What /api/whoami-v2 says."""
+    """The account in an answer of /api/whoami-v2."""
     token = answer.get("auth", {}).get("accessToken", {})
     organizations = answer.get("orgs", [])
     read_only = tuple(entry["name"] for entry in organizations if entry.get("roleInOrg") == "read")
@@ -72,24 +75,24 @@ def account_of(answer: Mapping[str, Any]) -> Account:
 
 
 def check_owner(repo_id: str, owner: str, account: Account) -> None:
-    """Raises NotAllowed: the namespace is one that this account may not write to."""
+    """Raises NotAllowed: the account may not write to the namespace."""
     name = repo_id.partition("/")[2]
     if owner in account.read_only:
         raise NotAllowed(
-            f"You are {account.name} and may only read in {owner}.",
-            hint=f"Use --to {account.name}/{name}, ask {owner} for the right to write, or propose with --create-pr.",
+            f"You are {account.name}, with read-only access to {owner}.",
+            hint=f"Use --to {account.name}/{name}, ask {owner} for write access, or use --create-pr.",
         )
     if owner != account.name and owner not in account.organizations:
         raise NotAllowed(
-            f"You are {account.name} and may not write to {owner}.",
-            hint=f"Use --to {account.name}/{name}, or ask for membership of {owner}.",
+            f"You are {account.name}, without write access to {owner}.",
+            hint=f"Use --to {account.name}/{name}, or ask to join {owner}.",
         )
 
 
 def check_scopes(
     repo_id: str, owner: str, account: Account, repo_type: str, *, exists: bool, pull_request: bool
 ) -> None:
-    """Raises NotAllowed: a fine-grained token that does not cover this."""
+    """Raises NotAllowed: the fine-grained token does not cover the repository. `exists`: whether it exists already."""
     if pull_request:
         covered = any(account.covers(repo_id, repo_type, what) for what in ("discussion.write", "repo.write"))
         needed = f"the permission to open pull requests in {repo_id} (discussion.write)"
@@ -98,7 +101,7 @@ def check_scopes(
         needed = f"write access to {repo_id} (repo.write)"
     else:
         covered = account.covers_owner(owner, "repo.write")
-        needed = f"write access to all repositories of {owner} (repo.write), as it takes to create one"
+        needed = f"write access to all repositories of {owner} (repo.write), which creating one requires"
     if not covered:
         raise NotAllowed(
             f"Your fine-grained token does not cover {repo_id}.",

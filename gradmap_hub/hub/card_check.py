@@ -1,5 +1,5 @@
-"""The YAML header of a README.md, judged on this machine: by the client's own parser, by the rules of the embedded Hub
-(which are those of the real one as far as they are known), and by ours."""
+"""Checks the YAML header of a README.md locally: with the parser of huggingface_hub, the rules of the embedded Hub (the
+known ones of the real Hub), and our own."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 from gradmap_hub.errors import CardInvalid
 from gradmap_hub.layout import CARD
 
-_OTHER_HINT = "Name the licence and say where it stands, with --license-name and --license-link."
+_OTHER_HINT = "Give its name and URL with --license-name and --license-link."
 
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What the header says, and that it was found valid."""
+    """Facts from a valid header. `results`: number of evaluation results in its model index."""
 
     license: str | None
     base_model: str | None
@@ -23,17 +23,23 @@ class CardFacts:
 
 
 def is_known_license(license_id: str) -> bool:
-    """Whether the id is on the list we know; the Hub may know more."""
+    """Whether the id is in our list; the list of the Hub may be longer."""
     from gradmap_hub.local_hub.cards import LICENSES
 
     return license_id in LICENSES
 
 
 def check_card(text: str, kind: str, *, shown_as: str = CARD, accepted: Collection[str] = ()) -> CardFacts:
-    """Judge a whole README.md. `kind`: "model" or "space"; `accepted`: licence ids the Hub said it knows.
+    """Check a README.md.
+
+    Args:
+        text: The whole file.
+        kind: "model" or "space".
+        shown_as: Its name in error messages.
+        accepted: Licence ids outside our list that the Hub accepts.
 
     Raises:
-        CardInvalid: with everything that is wrong.
+        CardInvalid: lists all problems.
     """
     from gradmap_hub.local_hub.cards import parse_front_matter, validate_card
 
@@ -43,7 +49,7 @@ def check_card(text: str, kind: str, *, shown_as: str = CARD, accepted: Collecti
     except ValueError as error:
         raise CardInvalid(shown_as, (" ".join(str(error).split())[:200],)) from error
     if data is None:
-        raise CardInvalid(shown_as, ("there is none",))
+        raise CardInvalid(shown_as, ("it is missing",))
     license_id = data.get("license")
     problems = [
         problem
@@ -61,13 +67,13 @@ def check_card(text: str, kind: str, *, shown_as: str = CARD, accepted: Collecti
 
 
 def _client_problems(text: str, repo_type: str) -> list[str]:
-    """What huggingface_hub itself says when it reads the card: ModelCardData parses the results of the model index."""
+    """Errors of huggingface_hub when it reads the card; ModelCardData also parses the results of the model index."""
     from huggingface_hub import ModelCard, SpaceCard
 
     try:
         (SpaceCard if repo_type == "space" else ModelCard)(text, ignore_metadata_errors=False)
     except (ValueError, TypeError, KeyError) as error:
-        return [f"huggingface_hub cannot read it: {' '.join(str(error).split())[:200]}"]
+        return [f"huggingface_hub cannot parse it: {' '.join(str(error).split())[:200]}"]
     return []
 
 
@@ -82,7 +88,7 @@ def _model_problems(data: Mapping[str, Any]) -> list[str]:
     if not data.get("pipeline_tag"):
         problems.append('"pipeline_tag" is missing')
     if data.get("base_model_relation") and not data.get("base_model"):
-        problems.append('"base_model_relation" says nothing without "base_model"')
+        problems.append('"base_model_relation" needs "base_model"')
     return problems
 
 

@@ -1,8 +1,6 @@
-"""Reading from the Hub: the huggingface_hub client, with its failures turned into ours and passing ones survived.
-`publishing` writes; nothing else talks to a Hub.
+"""Reads from the Hub: wraps the huggingface_hub client, retries transient failures and raises our exceptions.
 
-Which Hub is decided by the client's own settings (HF_ENDPOINT, HF_TOKEN); nothing here knows whether it is the real
-one or the embedded one.
+Only `hub.publisher` writes. The client's own settings (HF_ENDPOINT, HF_TOKEN) choose the Hub, real or embedded.
 """
 
 from __future__ import annotations
@@ -68,8 +66,8 @@ class RemoteModel:
 
 @dataclass(frozen=True)
 class RepoState:
-    """A repository as one answer of the Hub described it. `files`: {path: content id}, sha256 for LFS files, git blob
-    id otherwise. `hardware`: what a Space was given, or asked for."""
+    """A repository at its head. `files`: {path: content id}, the sha256 of LFS files and the git blob id of others.
+    `hardware`: that of a Space, the requested one if it differs."""
 
     head: str
     private: bool
@@ -78,14 +76,14 @@ class RepoState:
 
 
 class Hub:
-    """A thin, typed front of HfApi. The token is held by the client and never shown."""
+    """A thin, typed wrapper of HfApi. The token is never shown."""
 
     def __init__(
         self, endpoint: str | None = None, token: str | None = None, *, patience: Patience | None = None
     ) -> None:
-        # Ours report progress; two progress displays on one terminal destroy each other.
+        # Our reporter shows progress; two progress bars on one terminal garble each other.
         disable_progress_bars()
-        # The client's own "token is invalid" hints would repeat what we say in one line.
+        # The client's own warnings, such as "token is invalid", would repeat our error messages.
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
         self.endpoint = endpoint or os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
         self.token = token or get_token()
@@ -95,14 +93,18 @@ class Hub:
         self._brief = patience or BRIEF
 
     def reporting(self, reporter: Reporter) -> Hub:
-        """The same Hub, which notes on `reporter` when it has to wait."""
+        """The same Hub, with notes about waiting sent to `reporter`."""
         other = copy.copy(self)
         other._note = reporter.note
         return other
 
     def attempt(self, action: Callable[[], T], *, brief: bool = False, watch: Watch | None = None) -> T:
-        """Call the client, again where a failure may pass (see `worth_retrying`); the last failure is raised as the
-        client raised it. `brief` where a user waits for an answer before any work."""
+        """Call the client and retry transient failures (see `worth_retrying`); raises the client's last exception.
+
+        Args:
+            brief: Retry less, because a user waits for the answer.
+            watch: Counts uploaded bytes.
+        """
 
         def once() -> T:
             with guarded(watch):
@@ -111,15 +113,15 @@ class Hub:
         return persist(once, self._brief if brief else self.patience, worth_retrying, self._note)
 
     def account(self) -> Account:
-        """Whose token this is.
+        """The account of the token.
 
         Raises:
-            NotLoggedIn: no token, or not a valid one.
+            NotLoggedIn: the token is missing or invalid.
             RateLimited, HubError
         """
         if not self.token:
             raise NotLoggedIn(
-                f"Publishing needs a Hugging Face token, and there is none for {self.endpoint}.",
+                f"Publishing to {self.endpoint} needs a Hugging Face token, and none is set.",
                 hint="Run `hf auth login`, or set HF_TOKEN to a token with write access.",
             )
         try:
@@ -131,7 +133,7 @@ class Hub:
         return account_of(answer)
 
     def model(self, repo_id: str, revision: str | None) -> RemoteModel:
-        """Resolve a model id and revision to a commit, its files and its card metadata; weights access is checked.
+        """Resolve a model id and revision to a commit, its files and card metadata; checks access to gated weights.
 
         Raises:
             RepositoryNotFound, RevisionNotFound, GatedRepository, HubError
@@ -141,16 +143,20 @@ class Hub:
                 lambda: self.api.model_info(repo_id, revision=revision, files_metadata=True), brief=True
             )
             if info.gated:
-                # Metadata of a gated repository is public: only this tells whether its weights are ours to read.
+                # The metadata of a gated repository is public; only this request tells whether we may read its weights.
                 self.attempt(lambda: self.api.auth_check(repo_id), brief=True)
         card = info.card_data.to_dict() if info.card_data else {}
         files = {entry.rfilename: entry.size or 0 for entry in info.siblings or []}
         if info.sha is None:
-            raise HubError(f"{self.endpoint} did not say at which commit {repo_id} is.")
+            raise HubError(f"{self.endpoint} returned no commit for {repo_id}.")
         return RemoteModel(repo_id, info.sha, files, card, bool(info.gated), bool(info.private))
 
     def fetch(self, repo_id: str, commit: str, names: Sequence[str]) -> Path:
-        """Download the named files of a model at a commit into the cache; returns the snapshot folder."""
+        """Download the named files of a model at a commit into the cache; returns the snapshot folder.
+
+        Raises:
+            RepositoryNotFound, RevisionNotFound, GatedRepository, SourceError, RateLimited, HubError
+        """
         with self.translated(repo_id, commit):
             folder = self.attempt(
                 lambda: self.api.snapshot_download(repo_id, revision=commit, allow_patterns=list(names))
@@ -161,7 +167,7 @@ class Hub:
         """Download the text files of `owner/name[:config[/split]][@commit]`; returns them and `source@commit`.
 
         Raises:
-            CalibrationError: no such data set, or no .parquet, .jsonl or .txt file in it that fits.
+            CalibrationError: the data set does not exist, or has no matching .parquet, .jsonl or .txt file.
         """
         source, _, revision = source.partition("@")
         repo_id, _, inside = source.partition(":")
@@ -176,22 +182,22 @@ class Hub:
                 paths = [Path(self.attempt(lambda name=name: download(name, info.sha))) for name in wanted]
         except RepositoryNotFound:
             raise CalibrationError(
-                f"There is no text {source}: neither a file here nor a data set on the Hub.",
+                f"The text {source} is neither a local file nor a data set on the Hub.",
                 hint="Give --calibration a .txt or .jsonl file, or a Hub dataset as owner/name[:config[/split]].",
             ) from None
         if not paths:
             raise CalibrationError(
                 f"The data set {repo_id} has no .parquet, .jsonl or .txt file"
                 + (f" under {inside}." if inside else "."),
-                hint="Name configuration and split as owner/name:config/split, or give a text file.",
+                hint="Give configuration and split as owner/name:config/split, or a text file.",
             )
         return paths, f"{source}@{info.sha}"
 
     def check_license(self, license_id: str) -> None:
-        """Ask the Hub, which keeps the list of licence ids, before any work: it refuses a card with another.
+        """Ask the Hub whether it accepts a licence id; it rejects a card with any other.
 
         Raises:
-            UsageError: the Hub does not know it.
+            UsageError: the Hub does not accept it.
             RateLimited, HubError
         """
         card = f"---\nlicense: {json.dumps(license_id)}\n---\n"
@@ -209,12 +215,12 @@ class Hub:
         except (OSError, HttpFailure) as error:
             raise _unanswered(self.endpoint, error) from error
         if status == 400:
-            raise Usage(f"The Hub knows no licence {license_id!r}; give its id, such as apache-2.0, or other.")
+            raise Usage(f"The Hub does not know the licence {license_id!r}; give an id such as apache-2.0, or other.")
 
     def state(
         self, repo_id: str, repo_type: str, revision: str | None = None, *, brief: bool = False
     ) -> RepoState | None:
-        """What the Hub holds under a name, read in one request; None if there is nothing that we can see.
+        """The repository, read in one request; None if it does not exist or is not visible to us.
 
         Raises:
             NotAllowed, NotLoggedIn, RevisionNotFound, RateLimited, HubError
@@ -224,9 +230,9 @@ class Hub:
                 try:
                     return self.attempt(lambda: self.state_once(repo_id, repo_type, revision), brief=brief)
                 except HfHubHTTPError as error:
-                    if status_of(error) == 403:  # something is there, so it is not for us to create
+                    if status_of(error) == 403:  # it exists, so we cannot create it
                         raise NotAllowed(
-                            f"Your token may not look at {repo_id}{said_by(error)}.",
+                            f"Your token may not read {repo_id}{said_by(error)}.",
                             hint="Use a token with write access to that namespace, or another name with --to.",
                         ) from error
                     raise
@@ -234,10 +240,10 @@ class Hub:
             return None
 
     def state_once(self, repo_id: str, repo_type: str, revision: str | None = None) -> RepoState:
-        """As `state`, tried once, with the client's own exceptions: for use within `attempt`."""
+        """As `state`, without retries and with the client's exceptions: for use within `attempt`."""
         info = self.api.repo_info(repo_id, revision=revision, repo_type=repo_type, files_metadata=True)
         if info.sha is None:
-            raise HubError(f"{self.endpoint} did not say at which commit {repo_id} is.")
+            raise HubError(f"{self.endpoint} returned no commit for {repo_id}.")
         files = {
             entry.rfilename: entry.lfs.sha256 if entry.lfs else (entry.blob_id or "") for entry in info.siblings or []
         }
@@ -250,18 +256,19 @@ class Hub:
 
     @contextmanager
     def translated(self, repo_id: str, revision: str | None) -> Iterator[None]:
-        """Turn the client's exceptions on reading into ours. Order matters: gated is a kind of not-found there."""
+        """Convert the client's exceptions on reading into ours. The order matters: GatedRepoError is a
+        RepositoryNotFoundError."""
         try:
             yield
         except HFValidationError as error:
             raise SourceError(
-                f"{repo_id!r} is neither a Hub id (org/model) nor a folder or .gguf file here.",
+                f"{repo_id!r} is neither a Hub id (org/model) nor a local folder or .gguf file.",
                 hint="Check the spelling.",
             ) from error
         except GatedRepoError as error:
             raise GatedRepository(repo_id, self.url(repo_id, "model")) from error
         except RepositoryNotFoundError as error:
-            if status_of(error) == 401 and self.token:  # with a valid token it would be 404
+            if status_of(error) == 401 and self.token:  # a valid token would give 404
                 raise token_refused(self.endpoint) from error
             raise RepositoryNotFound(repo_id) from error
         except RevisionNotFoundError as error:
@@ -270,7 +277,7 @@ class Hub:
             cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
             raise _unanswered(self.endpoint, cause) from error
         except EntryNotFoundError as error:
-            raise SourceError(f"{repo_id} lacks a file that its listing names.") from error
+            raise SourceError(f"{repo_id} lists a file that cannot be downloaded.") from error
         except HfHubHTTPError as error:
             status = status_of(error)
             if status == 401 and self.token:
@@ -283,12 +290,11 @@ class Hub:
 
 
 def worth_retrying(error: Exception) -> Retry | None:
-    """A failure that may pass: the Hub is busy or broken for a moment, or the connection is. Everything that the Hub
-    says no to is not."""
+    """The reason to retry: the Hub is busy or failed, or the connection broke. None if the Hub rejected the request."""
     for cause in chain_of(error):
         if isinstance(cause, OfflineModeIsEnabled):
             return None
-        if isinstance(cause, LocalEntryNotFoundError):  # what a download makes of any failure; the next is the real one
+        if isinstance(cause, LocalEntryNotFoundError):  # wraps any failure of a download; its cause is the real one
             continue
         response = getattr(cause, "response", None)
         if response is not None:
@@ -304,7 +310,7 @@ def worth_retrying(error: Exception) -> Retry | None:
 
 
 def chain_of(error: BaseException) -> Iterator[BaseException]:
-    """An exception and what it was raised from: the client wraps failures of uploads and downloads."""
+    """An exception and its causes: the client wraps failures of uploads and downloads."""
     current: BaseException | None = error
     while current is not None:
         yield current
@@ -312,7 +318,7 @@ def chain_of(error: BaseException) -> Iterator[BaseException]:
 
 
 def response_of(error: BaseException) -> Any:
-    """The Hub's answer behind a failure, if there was one."""
+    """The response of the Hub in an exception or its causes, if any."""
     return next((found for cause in chain_of(error) if (found := getattr(cause, "response", None)) is not None), None)
 
 
@@ -321,7 +327,7 @@ def status_of(error: BaseException) -> int | None:
 
 
 def status_line(error: BaseException) -> str:
-    """One short line about a failed request, without its URL's query or headers."""
+    """A failed request in a few words, without URL or headers."""
     status = status_of(error)
     if status is not None:
         return f"status {status}"
@@ -333,10 +339,10 @@ def _reason(error: BaseException) -> str:
 
 
 def said_by(error: BaseException) -> str:
-    """The Hub's own words on a refusal, to be put behind ours; empty if there are none."""
+    """The error message of the Hub in parentheses, to append to ours; empty if the Hub sent none."""
     response = response_of(error)
-    words = " ".join(str(getattr(response, "headers", {}).get("X-Error-Message") or "").split())
-    return f" ({words[:200].rstrip('.')})" if words else ""
+    message = " ".join(str(getattr(response, "headers", {}).get("X-Error-Message") or "").split())
+    return f" ({message[:200].rstrip('.')})" if message else ""
 
 
 def token_refused(endpoint: str, known: str = "") -> NotLoggedIn:
@@ -348,10 +354,10 @@ def token_refused(endpoint: str, known: str = "") -> NotLoggedIn:
 
 def rate_limited(endpoint: str, error: BaseException, known: str = "") -> RateLimited:
     seconds = asked_wait(response_of(error).headers)
-    asked = f" and asks to wait {seconds:.0f} s" if seconds is not None else ""
+    asked = f" and requests a wait of {seconds:.0f} s" if seconds is not None else ""
     return RateLimited(
-        f"The Hub at {endpoint} takes no more requests for now (status 429){asked}.{known}",
-        hint="Run the same command again later; what the Hub already has is not sent again.",
+        f"The Hub at {endpoint} is limiting requests (status 429){asked}.{known}",
+        hint="Run the same command again later; files already on the Hub are not sent again.",
     )
 
 
@@ -365,7 +371,7 @@ def _unanswered(endpoint: str, error: BaseException) -> HubError:
 
 
 def _dataset_files(names: Sequence[str], inside: str) -> list[str]:
-    """Files of a configuration and split: `config/split` matches the path `config/split*`, in any folder."""
+    """Files of a configuration and split, sorted: `config/split` matches `config/split*` in any folder."""
     config, _, split = inside.partition("/")
     found = []
     for name in sorted(names):

@@ -1,4 +1,4 @@
-"""Putting what was published into a collection of its owner."""
+"""Adds published repositories to a collection of their owner."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from gradmap_hub.hub.client import Hub
 from gradmap_hub.hub.refusals import step
 
 _TITLE_LIMIT = 60
-# What the Hub puts behind the title to make a slug of it.
+# The Hub appends this to the title to make the slug.
 _SLUG_ID = re.compile(r"-[0-9a-f]{24}$")
 
 
 @dataclass(frozen=True)
-class Collected:
-    """A collection that holds what was published."""
+class CollectionLink:
+    """A collection that the published repositories were added to."""
 
     slug: str
     url: str
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """A collection as the user names it: by the last part of its slug, or by its title."""
+class CollectionName:
+    """A collection as the user names it: the last part of its slug, or its title."""
 
     owner: str
     name: str
@@ -37,12 +37,12 @@ class Wanted:
         return bool(_SLUG_ID.search(self.name))
 
 
-def wanted_collection(text: str, account: Account) -> Wanted:
-    """OWNER/SLUG, OWNER/TITLE, or TITLE in the user's own account.
+def parse_collection(text: str, account: Account) -> CollectionName:
+    """Parse OWNER/SLUG, OWNER/TITLE, or TITLE in the user's own account.
 
     Raises:
-        UsageError: no name, or too long for a title.
-        NotAllowed: an owner that this account may not write to.
+        UsageError: the name is empty, or too long for a title.
+        NotAllowed: the account may not write to collections of the owner.
     """
     owner, slash, name = text.partition("/")
     if not slash:
@@ -50,51 +50,53 @@ def wanted_collection(text: str, account: Account) -> Wanted:
     owner, name = owner.strip(), name.strip()
     if not owner or not name or len(name) > _TITLE_LIMIT + 25:
         raise UsageError(f"--collection takes OWNER/SLUG or [OWNER/]TITLE of at most 60 characters; got {text!r}.")
-    wanted = Wanted(owner, name)
-    if not wanted.is_slug and len(name) > _TITLE_LIMIT:
+    collection = CollectionName(owner, name)
+    if not collection.is_slug and len(name) > _TITLE_LIMIT:
         raise UsageError(f"The title of a collection has at most {_TITLE_LIMIT} characters; got {len(name)}.")
     if owner != account.name and owner not in account.organizations:
         raise NotAllowed(
-            f"You are {account.name} and may not write to collections of {owner}.",
-            hint=f"Use --collection '{account.name}/{name}', or ask for membership of {owner}.",
+            f"You are {account.name}, without write access to collections of {owner}.",
+            hint=f"Use --collection '{account.name}/{name}', or ask to join {owner}.",
         )
     if not account.covers_owner(owner, "collection.write"):
         raise NotAllowed(
             f"Your fine-grained token does not cover collections of {owner}.",
             hint=f"Give it write access to collections of {owner} (collection.write), or leave out --collection.",
         )
-    return wanted
+    return collection
 
 
 def check_collection(hub: Hub, text: str, account: Account) -> str:
-    """Look for the collection before any work; says what there is.
+    """Look for the collection before any work; returns its slug, or a note that it will be created.
 
     Raises:
-        UsageError, NotAllowed: see `wanted_collection`.
-        CollectionNotFound: a slug that is not there.
+        UsageError, NotAllowed: see `parse_collection`.
+        CollectionNotFound: the slug does not exist.
         RateLimited, HubError
     """
-    wanted = wanted_collection(text, account)
-    slug = _find(hub, wanted)
-    return slug if slug else f"{wanted.owner}/{wanted.name} is not there yet; it is created private"
+    collection = parse_collection(text, account)
+    slug = _find(hub, collection)
+    return slug if slug else f"{collection.owner}/{collection.name} does not exist yet; it is created private"
 
 
 def add_to_collection(
     hub: Hub, text: str, account: Account, items: Sequence[tuple[str, Literal["model", "space"]]]
-) -> Collected:
-    """Add repositories to the collection, which is created private if there is none; what is in it stays so.
+) -> CollectionLink:
+    """Add repositories to the collection, created private if missing; existing items stay.
 
     Raises:
         UsageError, NotAllowed, CollectionNotFound, RateLimited, HubError
     """
-    wanted = wanted_collection(text, account)
-    slug = _find(hub, wanted)
+    collection = parse_collection(text, account)
+    slug = _find(hub, collection)
     if slug is None:
         made = step(
             hub,
             "create the collection",
-            f"{wanted.owner}/{wanted.name}",
-            lambda: hub.api.create_collection(wanted.name, namespace=wanted.owner, private=True, exists_ok=True),
+            f"{collection.owner}/{collection.name}",
+            lambda: hub.api.create_collection(
+                collection.name, namespace=collection.owner, private=True, exists_ok=True
+            ),
         )
         slug = made.slug
     for repo_id, kind in items:
@@ -103,23 +105,28 @@ def add_to_collection(
             hub.api.add_collection_item(slug, repo_id, kind, exists_ok=True)
 
         step(hub, f"add {repo_id} to the collection", slug, add)
-    return Collected(slug, f"{hub.endpoint}/collections/{slug}")
+    return CollectionLink(slug, f"{hub.endpoint}/collections/{slug}")
 
 
-def _find(hub: Hub, wanted: Wanted) -> str | None:
-    """The slug of the collection; None if it is to be created."""
+def _find(hub: Hub, collection: CollectionName) -> str | None:
+    """The slug of the collection; None if it does not exist and the name is a title.
+
+    Raises:
+        CollectionNotFound: the slug does not exist.
+        RateLimited, HubError
+    """
     found = step(
         hub,
         "read the collections of",
-        wanted.owner,
-        lambda: [(entry.slug, entry.title) for entry in hub.api.list_collections(owner=wanted.owner)],
+        collection.owner,
+        lambda: [(entry.slug, entry.title) for entry in hub.api.list_collections(owner=collection.owner)],
     )
     for slug, title in found:
-        if slug == f"{wanted.owner}/{wanted.name}" or title == wanted.name:
+        if slug == f"{collection.owner}/{collection.name}" or title == collection.name:
             return slug
-    if wanted.is_slug:
+    if collection.is_slug:
         raise CollectionNotFound(
-            f"There is no collection {wanted.owner}/{wanted.name} that you can see.",
-            hint="Give its whole slug, as in its address, or a title: one that is not there is created.",
+            f"The collection {collection.owner}/{collection.name} does not exist, or you cannot see it.",
+            hint="Give its whole slug, as in its URL, or a title; a title that does not exist is created.",
         )
     return None

@@ -1,4 +1,4 @@
-"""Whether a folder here and a repository there hold the same, judged by content ids: nothing is downloaded."""
+"""Compares local files with a repository by their content ids, without a download."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from pathlib import Path
 
 from gradmap_hub.layout import CARD, sha256_of
 
-# Files the Hub itself puts into a new repository, and edits on its own.
+# Files that the Hub itself creates and edits.
 HUB_OWN_FILES = frozenset({".gitattributes"})
-# A new Space also starts with a README that says so; one that holds nothing else has never had an app.
+# Files of a repository without content: the Hub also gives a new Space a README.md.
 PLACEHOLDERS = {"model": HUB_OWN_FILES, "space": HUB_OWN_FILES | {CARD}}
 
 
 def same_content(local: Mapping[str, Path], remote: Mapping[str, str]) -> bool:
-    """Whether a repository holds these files and no others."""
+    """Whether a repository holds exactly these files. `remote`: {path: content id}, see `RepoState.files`."""
     return set(local) == set(remote) - (HUB_OWN_FILES - set(local)) and holds(local, remote)
 
 
 def holds(local: Mapping[str, Path], remote: Mapping[str, str]) -> bool:
-    """Whether a repository holds these files, whatever else."""
+    """Whether a repository holds these files, and perhaps others."""
     return set(local) <= set(remote) and all(
         remote[name] == (sha256_of(path) if len(remote[name]) == 64 else _git_blob_id(path))
         for name, path in local.items()

@@ -1,4 +1,4 @@
-"""Whether a target may be written to: its name, the token, and what lies there already."""
+"""Checks whether a target may be written to: its name, the token, its content."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gradmap_hub.hub.target import Mark, Terms, is_ours
 
 
 class Guard:
-    """Looks at targets; changes nothing."""
+    """Checks targets without changing them."""
 
     def __init__(self, hub: Hub) -> None:
         self.hub = hub
@@ -32,43 +32,47 @@ class Guard:
         resuming: bool = False,
         pull_request: bool = False,
     ) -> str:
-        """Refuse, before any work, a target that cannot be ours; says in words what is there. A resumed push may find
-        its own commit: `Publisher.publish` compares the content.
+        """Check before any work that we may write to a repository; returns a description of its state.
+
+        Args:
+            resuming: The repository may already hold the commit of this push; `Publisher.publish` compares the content.
+            pull_request: The files go to a pull request.
 
         Raises:
-            UsageError: not the name of a repository.
-            NotAllowed: read-only token or a foreign namespace.
+            UsageError: `repo_id` is not a valid name of a repository.
+            NotAllowed: the token cannot write, or not to this namespace.
+            RepositoryNotFound: a pull request to a repository that does not exist.
             TargetExists: the repository already holds files.
-            TargetPublic: it is there, empty and public.
+            TargetPublic: the repository exists, empty and public.
         """
         owner = check_name(repo_id)
         if account.role == "read":
-            raise NotAllowed("Your token may only read.", hint="Make one with write access and set HF_TOKEN to it.")
+            raise NotAllowed("Your token is read-only.", hint="Create one with write access and set HF_TOKEN to it.")
         if not pull_request:
             check_owner(repo_id, owner, account)
         state = self.hub.state(repo_id, repo_type, brief=True)
         check_scopes(repo_id, owner, account, repo_type, exists=state is not None, pull_request=pull_request)
         if pull_request:
             if state is None:
-                raise RepositoryNotFound(repo_id, hint="A pull request needs a repository that exists.")
+                raise RepositoryNotFound(repo_id, hint="A pull request needs an existing repository.")
             return f"{repo_id} gets a pull request; nothing else in it changes"
         if state is None:
-            return f"{repo_id} is not there yet; it is created private"
+            return f"{repo_id} does not exist yet; it is created private"
         visibility = "private" if state.private else "public"
         count = len(set(state.files) - HUB_OWN_FILES)
         if not set(state.files) - PLACEHOLDERS[repo_type]:
             self.check_visibility(repo_id, state, terms)
-            return f"{repo_id} is there, empty and {visibility}"
+            return f"{repo_id} exists, empty and {visibility}"
         if terms.update:
             self.check_replaceable(repo_id, repo_type, state, terms, ())
             self.check_visibility(repo_id, state, terms)
             return f"{repo_id} holds an earlier push of {count} files, {visibility}; one commit replaces it"
         if not resuming:
             raise self.taken(repo_id, repo_type, state, terms)
-        return f"{repo_id} holds {count} files, {visibility}; only if they are these, nothing is left to do"
+        return f"{repo_id} holds {count} files, {visibility}; the push continues only if they equal its own"
 
     def check_visibility(self, repo_id: str, state: RepoState, terms: Terms) -> None:
-        """Raises TargetPublic: what would be uploaded is visible at once, and nobody said that it may be."""
+        """Raises TargetPublic: the upload would be visible at once, without --public."""
         if not state.private and not terms.public:
             raise TargetPublic(repo_id)
 
@@ -84,41 +88,45 @@ class Guard:
             return mark.fits(Path(path).read_bytes())
 
     def taken(self, repo_id: str, kind: str, state: RepoState, terms: Terms) -> TargetExists:
-        """The refusal to write to a repository that holds something; names --update where that would help."""
+        """The error for a repository with content; its hint names --update if that would help."""
         if self._is_earlier(repo_id, kind, state, terms.mark):
             hint = "It is an earlier push of the same model: replace it with --update, or choose another --to."
         else:
-            hint = "Choose another name with --to, or finish an interrupted push of it with --resume."
+            hint = "Choose another name with --to, or continue an interrupted push with --resume."
         count = len(set(state.files) - HUB_OWN_FILES)
         return TargetExists(
-            f"{repo_id} already exists and is not empty ({count} files); it is left as it is.", hint=hint
+            f"{repo_id} already exists and is not empty ({count} files); it was not changed.", hint=hint
         )
 
     def check_replaceable(
         self, repo_id: str, kind: str, state: RepoState, terms: Terms, local: Collection[str]
     ) -> list[str]:
-        """The files that are there and would go; raises TargetExists where not all that is there is ours."""
+        """The files that an update with `local` removes.
+
+        Raises:
+            TargetExists: the repository is not an earlier push of the same model, or holds files of others.
+        """
         if not self._is_earlier(repo_id, kind, state, terms.mark):
             raise TargetExists(
-                f"{repo_id} does not hold an earlier push of the same model; it is left as it is.",
-                hint="--update replaces only what gradmap-hub made from the same original for the same name. Choose "
-                "another name with --to.",
+                f"{repo_id} does not hold an earlier push of the same model; it was not changed.",
+                hint="--update replaces only an earlier push of the same original to the same name. Choose another "
+                "name with --to.",
             )
-        gone = sorted(set(state.files) - set(local) - HUB_OWN_FILES)
-        foreign = [name for name in gone if not is_ours(name, kind)]
+        removed = sorted(set(state.files) - set(local) - HUB_OWN_FILES)
+        foreign = [name for name in removed if not is_ours(name, kind)]
         if foreign:
             raise TargetExists(
-                f"{repo_id} holds {foreign[0]}, which gradmap-hub did not put there; it is left as it is.",
-                hint="Move that file away on the Hub and run the same command again, or choose another name with --to.",
+                f"{repo_id} holds {foreign[0]}, which is not from gradmap-hub; the repository was not changed.",
+                hint="Remove that file on the Hub and run the same command again, or choose another name with --to.",
             )
-        return gone
+        return removed
 
 
 def check_name(repo_id: str) -> str:
     """The owner in OWNER/NAME.
 
     Raises:
-        UsageError: it cannot be the name of a repository.
+        UsageError: `repo_id` is not a valid name of a repository.
     """
     owner, _, name = repo_id.partition("/")
     if not owner or not name or "/" in name:
@@ -127,6 +135,6 @@ def check_name(repo_id: str) -> str:
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise UsageError(
-            f"{repo_id!r} cannot be the name of a repository: letters, digits, '-', '_' and '.' only, 96 at most."
+            f"{repo_id!r} is not a valid name of a repository: use at most 96 letters, digits, '-', '_' and '.'."
         ) from error
     return owner

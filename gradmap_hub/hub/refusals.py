@@ -1,4 +1,4 @@
-"""What a failed write is called: one class for each cause, with what is certain about the repository then."""
+"""Maps failed writes to exceptions: one class per cause, with the known state of the repository."""
 
 from __future__ import annotations
 
@@ -18,17 +18,21 @@ from gradmap_hub.hub.transport import HttpFailure, Watch, is_http
 
 T = TypeVar("T")
 
-# What the client raises: what its HTTP library does, a RuntimeError for a failed upload, and for an answer that it does
-# not understand, or a refused README.md, one of the others.
+# Exceptions of the client: those of its HTTP library, RuntimeError for a failed upload, the others for an unexpected
+# answer or a rejected README.md.
 CLIENT_ERRORS = (HttpFailure, OSError, RuntimeError, ValueError, KeyError)
-ON_DISK = "What was built is on disk"
-AGAIN = f"{ON_DISK}. Run the same command again (push: with --resume); what the Hub already has is not sent again."
+ON_DISK = "All results are on disk"
+AGAIN = f"{ON_DISK}. Run the same command again (push: with --resume); files already on the Hub are not sent again."
 
 
 def step(
     hub: Hub, doing: str, repo_id: str, action: Callable[[], T], known: str = "", *, watch: Watch | None = None
 ) -> T:
-    """`action`, tried as often as makes sense; its failure in our words. `known`: what is certain then.
+    """Run `action` with retries; raises our exception if it fails.
+
+    Args:
+        doing: The action as a verb phrase before `repo_id`, such as "upload to".
+        known: The state of the repository after a failure, for the error message.
 
     Raises:
         PublishInterrupted, NotLoggedIn, NotAllowed, PaymentRequired, TargetGone, HubConflict, RateLimited, HubError
@@ -40,19 +44,19 @@ def step(
 
 
 def refusal(endpoint: str, doing: str, repo_id: str, known: str, error: Exception) -> Exception:
-    """Our exception for a failed write; what is no failure of the Hub stays what it is."""
+    """Our exception for a failed write; an error that is not from the Hub is returned unchanged."""
     status, said = status_of(error), said_by(error)
     known = f" {known}." if known else ""
     if status is None and not isinstance(error, ValueError | KeyError):
         if not any(is_http(cause) for cause in chain_of(error)):
-            return error  # a file that cannot be read, a full disk
+            return error  # such as an unreadable file or a full disk
         return _interrupted(endpoint, doing, repo_id, known, error)
     match status:
         case 401:
             return token_refused(endpoint, known)
         case 402:
             return PaymentRequired(
-                f"The Hub asks for a paid plan or more storage to {doing} {repo_id}{said}.{known}",
+                f"The Hub requires a paid plan or more storage to {doing} {repo_id}{said}.{known}",
                 hint=f"{ON_DISK}. See {endpoint}/settings/billing, or publish from an account with a plan.",
             )
         case 403:
@@ -62,19 +66,19 @@ def refusal(endpoint: str, doing: str, repo_id: str, known: str, error: Exceptio
             )
         case 404 if doing != "create":
             return TargetGone(
-                f"The Hub finds no {repo_id} any more{said}.{known}",
-                hint=f"It was there a moment ago: somebody may have deleted or renamed it. {AGAIN}",
+                f"The Hub no longer finds {repo_id}{said}.{known}",
+                hint=f"It existed before; somebody may have deleted or renamed it. {AGAIN}",
             )
         case 409 | 412:
             return HubConflict(
-                f"The Hub is busy with something else in {repo_id} and does not {doing} it now{said}.{known}",
+                f"The Hub rejected the request to {doing} {repo_id} because of another operation in it{said}.{known}",
                 hint=AGAIN,
             )
         case 429:
             return rate_limited(endpoint, error, known)
-        case None | 400 | 404 | 411 | 413 | 415 | 422:  # the Hub's judgement of README.md, or of a file
-            words = " ".join(str(error).split())[:300]
-            return HubError(f"The Hub refuses to {doing} {repo_id}: {words}", hint=f"{known} {ON_DISK}.".strip())
+        case None | 400 | 404 | 411 | 413 | 415 | 422:  # the Hub rejects README.md or another file
+            message = " ".join(str(error).split())[:300]
+            return HubError(f"The Hub refused to {doing} {repo_id}: {message}", hint=f"{known} {ON_DISK}.".strip())
         case _:
             return _interrupted(endpoint, doing, repo_id, known, error)
 

@@ -1,7 +1,7 @@
-"""Trying again: how often, how long to wait in between, and what a busy Hub asks for in its answers.
+"""Retries: how many, how long to wait in between, and the waits that the Hub requests.
 
-Which failures are worth another try is for the caller to say (`hub.worth_retrying`); nothing here knows HTTP beyond the
-two headers with which a Hub says how long to stay away.
+The caller decides which failures to retry (`client.worth_retrying`). Of HTTP, this module knows only the two headers
+that request a wait.
 """
 
 from __future__ import annotations
@@ -17,15 +17,17 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-# "api";r=0;t=37 - one policy of a RateLimit header: what remains, and the seconds until it is filled again.
+# "api";r=0;t=37 - one policy of a RateLimit header: remaining requests, and seconds until the reset.
 _POLICY = re.compile(r'"[^"]*"((?:\s*;\s*[a-z]+=[^;,]*)*)')
 
 
 @dataclass(frozen=True)
 class Patience:
-    """Waits of `first`, twice that, ... seconds up to `longest`, each shortened at random by up to half so that many
-    clients do not come back together; at most `tries` tries and `total` seconds of waiting. What the Hub itself asks
-    for is waited for in full, up to `longest_asked` seconds."""
+    """Limits of retries: at most `tries` attempts and `total` seconds of waiting.
+
+    The waits double from `first` to `longest` seconds, each shortened at random by up to half so that clients do not
+    return at the same time. A wait requested by the Hub is kept in full, up to `longest_asked` seconds.
+    """
 
     tries: int = 5
     first: float = 1.0
@@ -36,13 +38,13 @@ class Patience:
     draw: Callable[[], float] = random.random
 
 
-# Before any work: the user is there and waits for an answer.
+# Before any work, while the user waits.
 BRIEF = Patience(tries=3, first=0.5, total=130.0)
 
 
 @dataclass(frozen=True)
 class Retry:
-    """A failure that may pass. `asked`: the seconds that the Hub wants to be left alone, if it says so."""
+    """A transient failure. `asked`: the wait in seconds that the Hub requests, if any."""
 
     reason: str
     asked: float | None = None
@@ -54,8 +56,8 @@ def persist(
     judge: Callable[[Exception], Retry | None],
     say: Callable[[str], None],
 ) -> T:
-    """Call `action` until it succeeds, fails for good (`judge` returns None), or patience runs out; the last failure
-    is then raised as it came. Waits of which a user may wonder what happens are told to `say`."""
+    """Call `action` until it succeeds, fails permanently (`judge` returns None) or `patience` is used up; the last
+    exception is raised unchanged. `say` gets a line before every wait."""
     waited = 0.0
     for number in range(1, patience.tries + 1):
         try:
@@ -68,9 +70,9 @@ def persist(
             if waited + wait > patience.total:
                 raise
             waited += wait
-            say(_words(retry, wait, number, patience))
+            say(_description(retry, wait, number, patience))
         patience.sleep(wait)
-    raise AssertionError("a Patience allows at least one try")
+    raise AssertionError("a Patience allows at least one attempt")
 
 
 def _wait(patience: Patience, number: int, retry: Retry) -> float:
@@ -79,15 +81,15 @@ def _wait(patience: Patience, number: int, retry: Retry) -> float:
     return min(patience.first * 2 ** (number - 1), patience.longest) * (1 - patience.draw() / 2)
 
 
-def _words(retry: Retry, wait: float, number: int, patience: Patience) -> str:
+def _description(retry: Retry, wait: float, number: int, patience: Patience) -> str:
     if retry.asked is None:
-        return f"{retry.reason}; trying again in {wait:.1f} s ({number + 1} of {patience.tries})"
-    asked = f"The Hub asks to wait {retry.asked:.0f} s ({retry.reason})"
-    return asked if wait == retry.asked else f"{asked}; trying again after {wait:.0f} s"
+        return f"{retry.reason}; retrying in {wait:.1f} s ({number + 1} of {patience.tries})"
+    asked = f"The Hub requests a wait of {retry.asked:.0f} s ({retry.reason})"
+    return asked if wait == retry.asked else f"{asked}; retrying after {wait:.0f} s"
 
 
 def asked_wait(headers: Mapping[str, str]) -> float | None:
-    """The seconds that an answer asks to wait, from `Retry-After` (seconds or a date) or else `RateLimit`."""
+    """The wait in seconds that an answer requests, from `Retry-After` (seconds or a date) or else `RateLimit`."""
     after = headers.get("Retry-After")
     if after is not None:
         seconds = _seconds(after)
@@ -109,7 +111,7 @@ def _seconds(after: str) -> float | None:
 
 
 def _rate_limit(header: str) -> float | None:
-    """The wait of the policies that are used up; of all of them if none says that it is."""
+    """The longest wait of the exhausted policies, or of all policies if none is exhausted."""
     waits: list[tuple[bool, float]] = []
     for policy in _POLICY.finditer(header):
         values = dict(part.strip().split("=", 1) for part in policy[1].split(";") if "=" in part)

@@ -1,7 +1,6 @@
-"""The last look at files before they leave the machine: is each of a kind that we make, and does it hold anything that
-belongs to this machine or its user alone?
+"""Screens files before the upload: only expected file types, and nothing private to this machine or its user.
 
-Tensor data is not read; headers, graphs, texts and images are.
+Reads headers, graphs, texts and images, but not tensor data.
 """
 
 from __future__ import annotations
@@ -23,23 +22,23 @@ _MODEL_SUFFIXES = (
 )  # fmt: skip
 _SUFFIXES = {"model": _MODEL_SUFFIXES, "space": (*_MODEL_SUFFIXES, ".py", ".css")}
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".dill", ".npy", ".npz", ".msgpack", ".h5")
-# Numbers, gigabytes of them, and nothing else.
+# Gigabytes of tensor data and nothing else.
 _DATA_ONLY = (".onnx_data",)
-# hf_ and 34 letters on the real Hub; organisations once had api_org_. An embedded Hub says that a token is its own.
+# hf_ and 34 letters on the real Hub; organisations once had api_org_. Tokens of an embedded Hub begin with hf_local_.
 _TOKEN = re.compile(rb"(?<![A-Za-z0-9_])(?:hf_[A-Za-z0-9]{30,}|api_org_[A-Za-z0-9]{30,}|hf_local_[0-9a-f]{40})")
 _TOKEN_BEGINS = (b"hf_", b"api_org_")
 _BLOCK = 1 << 24
-# Longer than anything that is looked for.
+# Longer than any match.
 _OVERLAP = 1 << 13
 _HEADER_LIMIT = 100_000_000
-_REMOVE = "Take it out of the folder, then publish again."
-# Words that cards and apps hold anyway; a machine that is called so gives nothing away.
+_REMOVE = "Remove it from the folder, then publish again."
+# Words in every card or app; a host with such a name is not private.
 _OUR_WORDS = ("gradmap-hub", "transformers", "safetensors", "onnxruntime", "huggingface", "tokenizers", "original")
 
 
 @dataclass(frozen=True)
 class Private:
-    """What must not be published: the token, and the places on this machine by what they are ("your home folder")."""
+    """What must not be published: the token, local paths by description ("your home folder"), the host name."""
 
     token: str | None = None
     places: Mapping[str, Path] | None = None
@@ -47,7 +46,7 @@ class Private:
 
 
 def this_machine(token: str | None, places: Mapping[str, Path], known: Iterable[str] = ()) -> Private:
-    """What is private here. `known`: names that are published on purpose; a host called as one of them is no secret."""
+    """What is private on this machine. `known`: names that are published; a host name within them is not private."""
     host = socket.gethostname()
     if not _is_distinctive(host) or any(host.lower() in name.lower() for name in (*known, *_OUR_WORDS)):
         host = None
@@ -55,16 +54,16 @@ def this_machine(token: str | None, places: Mapping[str, Path], known: Iterable[
 
 
 def screen(folder: Path, kind: str, private: Private) -> None:
-    """Look at every file below `folder`. `kind`: "model" or "space".
+    """Check every file below `folder`. `kind`: "model" or "space".
 
     Raises:
-        UnsafeToPublish: names the file and what is wrong with it.
+        UnsafeToPublish: names the file and the problem.
     """
     patterns = list(_patterns(private))
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
-            raise UnsafeToPublish(name, "is a link to a place outside the folder", hint=_REMOVE)
+            raise UnsafeToPublish(name, "is a link that points outside the folder", hint=_REMOVE)
         if path.is_dir():
             continue
         _check_kind(name, kind)
@@ -72,19 +71,21 @@ def screen(folder: Path, kind: str, private: Private) -> None:
             continue
         original = path.name in COMPANION_FILES or bool(legal_texts([path.name]))
         for what, pattern, literals in patterns:
-            # Copied from the original byte for byte: a word in its vocabulary is not the name of this machine.
+            # Copied from the original byte for byte: its vocabulary may contain the host name as a word.
             if original and what == _HOST:
                 continue
             if any(_found(pattern, literals, block) for block in _blocks(path)):
                 raise UnsafeToPublish(
-                    name, f"holds {what}", hint="Take it out, or make the folder again; what is published stays known."
+                    name,
+                    f"contains {what}",
+                    hint="Remove it, or create the folder again; published data cannot be recalled.",
                 )
 
 
 def publishable(name: str, kind: str) -> bool:
-    """Whether a file of this name is of a kind that we make."""
+    """Whether a file of this name has an expected type."""
     path = PurePosixPath(name)
-    if path.parts[0] == RESULTS_FOLDER:  # the one hidden folder that the Hub reads
+    if path.parts[0] == RESULTS_FOLDER:  # the only hidden folder that the Hub reads
         return kind == "model" and len(path.parts) == 2 and path.suffix == ".yaml" and not path.stem.startswith(".")
     hidden = any(part.startswith(".") for part in path.parts)
     return not hidden and (path.suffix.lower() in _SUFFIXES[kind] or bool(legal_texts([path.name])))
@@ -94,28 +95,28 @@ def _check_kind(name: str, kind: str) -> None:
     suffix = PurePosixPath(name).suffix.lower()
     if suffix in _PICKLES:
         raise UnsafeToPublish(
-            name, f"may run code when it is loaded ({suffix} files can hold pickled objects)", hint=_REMOVE
+            name, f"may run code when it is loaded ({suffix} files can contain pickled objects)", hint=_REMOVE
         )
     if not publishable(name, kind):
-        raise UnsafeToPublish(name, "is not of a kind that gradmap-hub makes", hint=_REMOVE)
+        raise UnsafeToPublish(name, "has a type that gradmap-hub does not publish", hint=_REMOVE)
 
 
 _HOST = "the name of this machine"
 
 
 def _found(pattern: re.Pattern[bytes], literals: tuple[bytes, ...], block: bytes) -> bool:
-    """Whether the pattern is in the block. A pattern that begins with a condition is slow to search for; a literal that
-    is part of every match is not, and is hardly ever there."""
+    """Whether the pattern matches in the block. The search for `literals`, of which every match contains one, is much
+    faster than a pattern that begins with a lookbehind, and usually finds nothing."""
     text = block.lower() if pattern.flags & re.IGNORECASE else block
     return any(literal in text for literal in literals) and pattern.search(block) is not None
 
 
 def _patterns(private: Private) -> Iterator[tuple[str, re.Pattern[bytes], tuple[bytes, ...]]]:
-    """What is looked for, and literals of which one is in every match (in small letters where case is ignored)."""
+    """Description, pattern, and literals of which every match contains one (in lower case if case is ignored)."""
     if private.token:
         token = private.token.encode()
         yield "your token", re.compile(re.escape(token)), (token,)
-    yield "what looks like a Hugging Face token", _TOKEN, _TOKEN_BEGINS
+    yield "a possible Hugging Face token", _TOKEN, _TOKEN_BEGINS
     for what, place in (private.places or {}).items():
         pattern = _place_pattern(place)
         if pattern is not None:
@@ -127,7 +128,7 @@ def _patterns(private: Private) -> Iterator[tuple[str, re.Pattern[bytes], tuple[
 
 
 def _place_pattern(place: Path) -> re.Pattern[bytes] | None:
-    """The absolute path as a whole. A short one such as /data is a common word, and only counts with more behind it."""
+    """Matches the absolute path. A path of one part, such as /data, only matches with a further part."""
     parts = place.absolute().parts[1:]
     if not parts:
         return None
@@ -137,20 +138,20 @@ def _place_pattern(place: Path) -> re.Pattern[bytes] | None:
 
 
 def _written(place: Path) -> tuple[bytes, ...]:
-    """An absolute path as in a text, as in JSON."""
+    """An absolute path as in a text, and escaped as in JSON."""
     text = str(place.absolute())
     return text.encode(), json.dumps(text)[1:-1].encode()
 
 
 def _is_distinctive(host: str) -> bool:
-    """Whether a host name is more than a word that may stand in any text."""
+    """Whether a host name is unlikely to occur in a text as a word."""
     return host not in ("localhost", "localhost.localdomain") and (
         len(host) > 7 or (len(host) > 3 and bool(re.search(r"[\d-]", host)))
     )
 
 
 def _blocks(path: Path) -> Iterator[bytes]:
-    """The parts of a file that are looked at, in overlapping blocks."""
+    """The screened parts of a file, in overlapping blocks."""
     with path.open("rb") as stream:
         if path.suffix == ".safetensors":
             start = stream.read(8)

@@ -1,4 +1,4 @@
-"""What a push may find where it goes: an earlier push of ours is known by what it says of itself."""
+"""Recognises an earlier push in a target repository by the metadata that it contains."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gradmap_hub.layout import CARD, COMPANION_FILES, RESULTS_FOLDER, WEIGHTS, W
 from gradmap_hub.record import FILE_NAME, RunRecord, from_json
 
 _COMPARE = "compare.json"
-# The names that we write; a repository with others holds somebody else's work too.
+# The names of our files; a repository with other names also holds files of somebody else.
 _OURS = {
     "model": (
         CARD, FILE_NAME, "config.json", "generation_config.json", WEIGHTS, "model-*-of-*.safetensors", WEIGHTS_INDEX,
@@ -24,7 +24,7 @@ _OURS = {
 
 @dataclass(frozen=True)
 class Mark:
-    """What tells an earlier push of ours: a file at the head whose content `fits`."""
+    """Identifies an earlier push: `fits` tells whether the content of `file` at the head is that of one."""
 
     file: str
     fits: Callable[[bytes], bool]
@@ -32,8 +32,8 @@ class Mark:
 
 @dataclass(frozen=True)
 class Terms:
-    """What the user allows with a target: `public`: that it is or becomes visible to all; `update`: that an earlier
-    push of ours, known by its `mark`, is replaced."""
+    """What the user allows for a target. `public`: it may be public; `update`: an earlier push, identified by its
+    `mark`, may be replaced."""
 
     public: bool = False
     update: bool = False
@@ -41,7 +41,7 @@ class Terms:
 
 
 def model_mark(base_name: str, target: str) -> Mark:
-    """A model repository is ours if its gradmap.json names the same base, and itself as the target."""
+    """A model repository is an earlier push if its gradmap.json names the same base and this target."""
 
     def fits(content: bytes) -> bool:
         try:
@@ -54,7 +54,7 @@ def model_mark(base_name: str, target: str) -> Mark:
 
 
 def space_mark(base_name: str, model_target: str) -> Mark:
-    """A Space is ours if its compare.json compares the same base with that model."""
+    """A Space is an earlier push if its compare.json names the same base and this pruned model."""
 
     def fits(content: bytes) -> bool:
         try:
@@ -67,7 +67,7 @@ def space_mark(base_name: str, model_target: str) -> Mark:
 
 
 def is_ours(name: str, kind: str) -> bool:
-    """Whether a file of this name is one that we write."""
+    """Whether a file of this name is one of ours. `kind`: "model" or "space"."""
     nested = "/" in name
     matching = (pattern for pattern in _OURS[kind] if nested == ("/" in pattern) and fnmatchcase(name, pattern))
     return any(matching) or bool(legal_texts([name]))

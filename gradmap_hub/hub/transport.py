@@ -1,14 +1,12 @@
-"""The client's HTTP session while we use it: no request hangs for ever, every request is made once, and an upload is
-counted.
+"""Wraps the HTTP session of the client: requests have timeouts and are made once, and uploads are counted.
 
-huggingface_hub repeats some requests by itself, which ones depends on its version: an LFS upload without asking whether
-the bytes have arrived after all, and from 1.x on nearly everything, for as long as the Hub's `Retry-After` says. Here a
-failed request fails at once, so that whoever tries again (`hub.attempt`) knows of it, asks the Hub first what it has,
-and waits within bounds. Only the parts of a large file are left to the client: it repeats the one part, and we would
-have to begin again with the first.
+huggingface_hub retries some requests by itself, depending on its version: an LFS upload without asking whether the
+bytes arrived, and from 1.x on nearly everything, for as long as `Retry-After` says. Here a failed request fails at
+once, so that `Hub.attempt` decides about the retry, can ask the Hub first what it has, and limits the wait. Only the
+parts of a large file are left to the client, which retries one part, while we would start again with the first.
 
-The client is built on requests, httpx or httpx2, by its version. None of them is imported: their sessions are called
-alike, and their exceptions have one base class each, which the client's own exceptions lead to.
+The client uses requests, httpx or httpx2, depending on its version. None of them is imported: their sessions have the
+same interface, and the base class of their exceptions is found through the client's own exceptions.
 """
 
 from __future__ import annotations
@@ -23,20 +21,20 @@ from typing import Any
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import get_session, hf_raise_for_status  # pyright: ignore[reportPrivateImportUsage]
 
-# What every exception of the client's HTTP library is: requests' RequestException, httpx' HTTPError.
+# Base class of the exceptions of the client's HTTP library: requests.RequestException or httpx.HTTPError.
 HttpFailure: type[Exception] = [base for base in HfHubHTTPError.__mro__ if base.__module__ != "builtins"][-1]
-# Failures of a moment. 501 and 505 are not.
+# Transient failures; 501 and 505 are permanent.
 PASSING = frozenset({408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529})
-# To connect, and between two pieces of an answer. The client itself waits for ever.
+# Seconds to connect, and between two pieces of an answer. The client has no limit of its own.
 TIMEOUTS = (30.0, 300.0)
-# A request that cannot even be made, by the names that httpx has for it; those of requests are ValueErrors.
+# Names of the httpx exceptions for invalid requests; those of requests are ValueErrors.
 _NEVER_MADE = ("InvalidURL", "UnsupportedProtocol", "LocalProtocolError")
 _BATCH = "/info/lfs/objects/batch"
 
 
 class RequestFailed(OSError):
-    """A request without an answer. Not one of the exceptions on which the client itself tries again. `reason`: what
-    the HTTP library calls it; `passing`: whether it may go better at another time."""
+    """A request without an answer; a type that the client does not retry. `reason`: the exception of the HTTP library;
+    `passing`: whether the failure is transient."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__(f"The connection to the Hub failed ({type(error).__name__})")
@@ -45,7 +43,7 @@ class RequestFailed(OSError):
 
 
 def may_pass(error: BaseException) -> bool:
-    """Whether a failure without an answer, or with one that is no JSON or was cut short, may pass."""
+    """Whether a failure without an answer, or with a truncated one or one that is not JSON, is transient."""
     if isinstance(error, RequestFailed):
         return error.passing
     if isinstance(error, JSONDecodeError):
@@ -55,14 +53,18 @@ def may_pass(error: BaseException) -> bool:
 
 
 def is_http(error: BaseException) -> bool:
-    """Whether a failure is one of talking to the Hub: over HTTP, or by xet, which raises Python's own exceptions."""
+    """Whether the communication with the Hub failed, over HTTP or xet, which raises built-in exceptions."""
     return isinstance(error, (HttpFailure, RequestFailed, ConnectionError, TimeoutError))
 
 
 @dataclass
 class Watch:
-    """What one upload did; `seconds` without the waits between tries. `told` is called with the bytes of every piece
-    that leaves; by xet, with those that are done, of which fewer leave."""
+    """Counts one upload.
+
+    `told` is called with the bytes of every piece sent; with xet, with the bytes processed, of which fewer are sent.
+    `sent`: bytes; `seconds`: without the waits between attempts; `asked`: whether the Hub was asked about the file;
+    `stored_before`: whether the Hub had it; `in_parts`: whether it is sent in several parts.
+    """
 
     told: Callable[[int], None]
     sent: int = field(default=0)
@@ -77,7 +79,7 @@ class Watch:
         self.told(size)
 
     def read_batch(self, response: Any) -> None:
-        """Remember what the Hub said when it was asked whether it has the object."""
+        """Read from an LFS batch answer whether the Hub has the object."""
         if response.status_code >= 400:
             return
         self.asked = True
@@ -87,21 +89,21 @@ class Watch:
             self.in_parts = any("chunk_size" in _upload_header(entry) for entry in objects)
             self.stored_before = answer.get("transfer") != "xet" and all("actions" not in entry for entry in objects)
         except (ValueError, AttributeError, TypeError):
-            return  # the client will say what is wrong with it
+            return  # the client raises its own error
 
 
 @contextmanager
 def guarded(watch: Watch | None = None) -> Iterator[None]:
-    """Within it, requests have timeouts and are made once; with a watch, uploads are counted."""
+    """Within this context, requests have timeouts and are made once; `watch` counts uploads."""
     session = get_session()
     plain = session.request
     plain_stream: Any = getattr(session, "stream", None)
     streams = callable(plain_stream)  # a method in httpx, a flag in requests
-    # httpx writes without a limit of time where only two are given; requests knows no more than two.
+    # httpx has no write timeout if only two values are given; requests accepts two only.
     limits = TIMEOUTS if not streams else (*TIMEOUTS, TIMEOUTS[1], TIMEOUTS[0])
 
     def limited(options: dict[str, Any]) -> dict[str, Any]:
-        given = options.get("timeout")  # of httpx' get and post: an object that says "none was given"
+        given = options.get("timeout")  # get and post of httpx pass a sentinel object for "not given"
         return options | {"timeout": given if isinstance(given, int | float | tuple) else limits}
 
     def request(method: str, url: str, *args: Any, **options: Any) -> Any:
@@ -118,8 +120,8 @@ def guarded(watch: Watch | None = None) -> Iterator[None]:
         with ExitStack() as stack:
             yield _once(lambda: stack.enter_context(plain_stream(method, url, *args, **limited(options))))
 
-    # On this one object, and taken back: a session that somebody configured for the client stays what it was. In 0.x a
-    # thread has its own, later all have one: only one thread of ours talks to a Hub at a time.
+    # Patch this session object only, and restore it: it may be configured by the user. In 0.x each thread has its own
+    # session, later all share one; only one of our threads talks to a Hub at a time.
     ours: dict[str, Any] = {"request": request} | ({"stream": stream} if streams else {})
     before = {name: session.__dict__[name] for name in ours if name in session.__dict__}
     session.__dict__.update(ours)
@@ -132,7 +134,7 @@ def guarded(watch: Watch | None = None) -> Iterator[None]:
 
 
 def _once(call: Callable[[], Any]) -> Any:
-    """The answer; a failure that the client would repeat itself is raised as one that it does not."""
+    """The answer; failures that the client would retry are raised as types that it does not retry."""
     try:
         response = call()
     except (RequestFailed, OfflineModeIsEnabled, HfHubHTTPError):
@@ -158,7 +160,7 @@ def _put(
         if not watch.in_parts:
             return _once(lambda: plain(method, url, *args, **options))
         response = plain(method, url, *args, **options)
-        if response.status_code == 429:  # for which the client may wait without bounds
+        if response.status_code == 429:  # the client may wait for it without a limit
             hf_raise_for_status(response)
         return response
     finally:
@@ -166,7 +168,7 @@ def _put(
 
 
 class _Counted:
-    """A file that tells how much of it was read."""
+    """A file that reports how much of it is read."""
 
     def __init__(self, stream: Any, told: Callable[[int], None]) -> None:
         self._stream = stream

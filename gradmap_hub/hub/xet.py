@@ -1,7 +1,7 @@
-"""Whether large files go by xet, which sends only the pieces that the Hub does not have, and how far it is.
+"""Uploads with xet, which sends only the pieces that the Hub does not have: decides when to use it, reports progress.
 
-The client up to 0.36 asks the Hub, for each file, which way it offers. Later ones take xet wherever they can speak it,
-so that they fail at a Hub without it. So it is asked here, in the same way for all of them, and the client is told.
+The client up to 0.36 asks the Hub for each file whether it offers xet. Later versions use xet whenever it is installed,
+and fail at a Hub without it. Therefore this module asks the Hub, for all versions alike, and switches the client.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from gradmap_hub.errors import NotAllowed
 from gradmap_hub.hub.client import Hub
 from gradmap_hub.hub.transport import Watch
 
-# The client's own display of an upload, by the names that its versions have for it.
+# The client's own progress display of an upload, by its names in different versions.
 _DISPLAYS = ("XetUploadProgressReporter", "XetProgressReporter")
 
 
 def offered(hub: Hub, repo_id: str, repo_type: str, *, pull_request: bool) -> bool:
-    """Whether the Hub gives us leave to send by xet, and the client can. Tried once, with the client's own exceptions:
+    """Whether the Hub grants a xet upload and the client supports it. Without retries and with the client's exceptions:
     for use within `attempt`."""
     if constants.HF_HUB_DISABLE_XET or find_spec("hf_xet") is None:
         return False
@@ -39,14 +39,16 @@ def offered(hub: Hub, repo_id: str, repo_type: str, *, pull_request: bool) -> bo
         params={"create_pr": "1"} if pull_request else None,
         headers=build_hf_headers(token=hub.token or False),
     )
-    if answer.status_code == 404 and "X-Error-Code" not in answer.headers:  # no such address, rather than no such thing
+    if (
+        answer.status_code == 404 and "X-Error-Code" not in answer.headers
+    ):  # this Hub has no xet; with the header, the repository is missing
         return False
     hf_raise_for_status(answer)
     return True
 
 
 def stored(hub: Hub, repo_id: str, repo_type: str, addition: CommitOperationAdd, *, pull_request: bool) -> bool:
-    """Whether the Hub has all of a file; xet itself would look for its pieces. As `offered`, for use within
+    """Whether the Hub has the whole file; xet itself would look for its pieces. As `offered`, for use within
     `attempt`."""
     answers, _, _ = post_lfs_batch_info(
         [addition.upload_info],
@@ -63,7 +65,7 @@ def stored(hub: Hub, repo_id: str, repo_type: str, addition: CommitOperationAdd,
 
 @contextmanager
 def switched(on: bool) -> Iterator[None]:
-    """Within it, the client does not use xet unless `on`. What the user turned off (HF_HUB_DISABLE_XET) stays off."""
+    """Within this context, the client uses xet only if `on`; HF_HUB_DISABLE_XET of the user overrides it."""
     before = constants.HF_HUB_DISABLE_XET
     constants.HF_HUB_DISABLE_XET = before or not on
     try:
@@ -74,10 +76,10 @@ def switched(on: bool) -> Iterator[None]:
 
 @contextmanager
 def watched(watch: Watch, repo_id: str) -> Iterator[None]:
-    """An upload by xet, with its bytes counted and its refusals in our words.
+    """Counts the bytes of a xet upload and raises our exception if the storage rejects it.
 
     Raises:
-        NotAllowed: the storage does not accept what the Hub gave us leave with.
+        NotAllowed: the storage rejects the token that the Hub granted.
     """
     started = time.monotonic()
     watch.by_xet = watch.asked = True
@@ -88,8 +90,8 @@ def watched(watch: Watch, repo_id: str) -> Iterator[None]:
         if not type(error).__module__.startswith("hf_xet"):  # a file that may not be read
             raise
         raise NotAllowed(
-            f"The Hub's storage does not accept your token for {repo_id}. Nothing was committed.",
-            hint="Run the same command again; if that is refused too, set HF_HUB_DISABLE_XET=1.",
+            f"The Hub's storage rejects your token for {repo_id}. Nothing was committed.",
+            hint="Run the same command again; if it fails again, set HF_HUB_DISABLE_XET=1.",
         ) from error
     finally:
         watch.seconds += time.monotonic() - started
@@ -97,15 +99,15 @@ def watched(watch: Watch, repo_id: str) -> Iterator[None]:
 
 @contextmanager
 def _displayed(watch: Watch) -> Iterator[None]:
-    """Takes the place of the client's own display, the only one whom it tells how far an upload by xet is. A client
-    that has none by these names tells nobody: then a file is seen when it is finished."""
+    """Replace the client's own display, which is the only one that receives the progress of a xet upload. If the client
+    has none by these names, progress is shown only when a file is finished."""
     from huggingface_hub.utils import _xet_progress_reporting as reporting
 
     class Display:
         def __init__(self, *args: Any, **options: Any) -> None:
             self.done = self.sent = 0
 
-        def update_progress(self, total_update: Any, item_updates: Any) -> None:  # hf_xet looks at the names
+        def update_progress(self, total_update: Any, item_updates: Any) -> None:  # hf_xet requires these names
             done, sent = total_update.total_bytes_completed, total_update.total_transfer_bytes_completed
             watch.told(done - self.done)
             watch.sent += sent - self.sent
@@ -118,7 +120,7 @@ def _displayed(watch: Watch) -> Iterator[None]:
             if hasattr(reporting, name):
                 stack.callback(setattr, reporting, name, getattr(reporting, name))
                 setattr(reporting, name, Display)
-        if are_progress_bars_disabled():  # without this it does not look for a display
+        if are_progress_bars_disabled():  # otherwise the client uses no display
             stack.callback(disable_progress_bars)
             enable_progress_bars()
         yield

@@ -1,1 +1,1 @@
-"""One file per verb: each reads as the story of its command."""
+"""One file per command, and the stages that several commands share."""

@@ -1,6 +1,6 @@
-"""What is looked at before any work: the account, the targets, the licence, the disk. Nothing is fetched or written.
+"""Checks before any work: account, targets, licence, disk space. They fetch no weights and write nothing.
 
-`Checks` collects the answers in the order of the questions; the plans of `push` and `publish` are built with it.
+`Checks` collects the results in order, for the plans of `push` and `publish`.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Targets:
-    """Where model and Space go, and what the user allows there.
+    """The repositories of model and Space, and what the user allows for them.
 
-    `space` is None if there will be no Space; `space_reason` then says why, where one was asked for.
+    `space` is None if no Space is published; `space_reason` then says why, if one was requested.
     """
 
     target: str
@@ -38,37 +38,39 @@ class Targets:
 
     @staticmethod
     def of(target: str, space: SpacePlan | None, config: PublishConfig) -> Targets:
-        """The targets of a push to `target`; a Space that can run in no precision is left out with its reason."""
+        """The targets of a push to `target`; without the Space if it cannot run in any precision."""
         reason = space.reason if space is not None and not space.precisions else ""
         kept = None if reason else space
         return Targets(target, f"{target}-compare", kept, config.public, config.update, config.create_pr, reason)
 
     def with_space(self, space: SpacePlan) -> Targets:
-        """The same, once it is known what the Space really has."""
+        """The same targets with a new plan of the Space."""
         reason = "" if space.precisions else space.reason
         return replace(self, space=None if reason else space, space_reason=reason)
 
     def terms(self, base_name: str, repo_type: str) -> Terms:
+        """What the user allows for the model or the Space of `base_name`. `repo_type`: "model" or "space"."""
         mark = (model_mark if repo_type == "model" else space_mark)(base_name, self.target)
         return Terms(self.public, self.update, mark)
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at before any work, and what was found."""
+    """A check before any work, and its result."""
 
     name: str
     result: str
 
 
 class Checks:
-    """Asks the questions that `push` and `publish` share, cheapest first; each raises if it must not go on."""
+    """The checks that `push` and `publish` share. Each adds its result, or raises if the command must not continue."""
 
     def __init__(self, config: PublishConfig, publisher: Publisher) -> None:
-        """
+        """Check the options and the account.
+
         Raises:
-            UsageError: --create-pr together with an option that it excludes.
-            NotLoggedIn: there is no token.
+            UsageError: --create-pr without --to, or with an option that it excludes.
+            NotLoggedIn: the token is missing or invalid.
         """
         check_pull_request(config)
         self._config = config
@@ -78,26 +80,32 @@ class Checks:
         self.add("account", f"{self.account.name}, token of role {self.account.role or 'unknown'}")
 
     def add(self, name: str, result: str) -> None:
+        """Add the result of a check."""
         self._found.append(Check(name, result))
 
     @property
     def found(self) -> tuple[Check, ...]:
+        """All results so far."""
         return tuple(self._found)
 
     def licensed(self, base: Base) -> Base:
-        """The base with the licence that will be stated, see `state_license`.
+        """The base with the licence to state, see `state_license`.
 
         Raises:
-            LicenseUnknown, UsageError
+            LicenseUnknown: the original states no licence, and none was given.
+            UsageError: the given licence is invalid or differs; or --public with a gated original.
         """
         base = state_license(base, self._config, self._publisher)
         if self._config.public and base.gated:
-            raise UsageError(f"{base.name} is gated: what is made from it stays private. Leave out --public.")
+            raise UsageError(f"{base.name} is gated: models made from it must stay private. Leave out --public.")
         return base
 
     def targets(self, targets: Targets, base_name: str, *, resuming: tuple[bool, bool]) -> None:
-        """Refuse targets that cannot be ours. `resuming`: whether the model and the Space may exist already, because an
-        earlier run of the same push put them there.
+        """Check that the targets may be written to.
+
+        Args:
+            base_name: The name of the original.
+            resuming: Whether the model, and the Space, may exist already from an earlier run of the same push.
 
         Raises:
             GradmapError: see `Guard.check_target`, and `check_collection`.
@@ -119,7 +127,15 @@ class Checks:
             self.add("collection", check_collection(self._publisher.hub, self._config.collection, self.account))
 
     def room(self, place: Path, needed: int, upload: int) -> None:
-        """Raises DiskTooSmall: fewer than `needed` bytes are free at `place`. `upload`: bytes, at most."""
+        """Check the disk space at `place`.
+
+        Args:
+            needed: Bytes needed.
+            upload: Upper bound of the bytes to upload; only reported.
+
+        Raises:
+            DiskTooSmall: fewer than `needed` bytes are free.
+        """
         free = free_bytes(place)
         if free < needed:
             raise DiskTooSmall(str(place), needed, free)
@@ -128,7 +144,7 @@ class Checks:
 
 
 def check_pull_request(config: PublishConfig) -> None:
-    """Raises UsageError: --create-pr together with what it excludes, or without saying to whom."""
+    """Raises UsageError: --create-pr without --to, or with an option that it excludes."""
     if not config.create_pr:
         return
     if config.to is None:
@@ -136,25 +152,29 @@ def check_pull_request(config: PublishConfig) -> None:
     own = ((config.public, "--public"), (config.update, "--update"), (config.collection is not None, "--collection"))
     for given, option in own:
         if given:
-            raise UsageError(f"--create-pr only proposes; leave out {option}, which is for a repository of your own.")
+            raise UsageError(
+                f"--create-pr only opens a pull request; leave out {option}, which needs your own repository."
+            )
 
 
 def state_license(base: Base, config: PublishConfig, publisher: Publisher) -> Base:
-    """The base with the licence that will be stated: its own, or the one given for an original that states none.
+    """The base with the licence to state: its own, or the given one if the original states none.
 
     Raises:
-        LicenseUnknown: there is neither.
-        UsageError: both, and they differ; or an id that the Hub does not know.
+        LicenseUnknown: neither exists.
+        UsageError: both exist and differ, or the Hub does not know the given id.
     """
     from gradmap_hub.hub.card_check import is_known_license
 
     license_id = config.license
     if base.license is None and license_id is None:
         raise LicenseUnknown(
-            f"{base.name} states no licence, so nothing can be published from it.",
+            f"{base.name} states no licence, so models made from it cannot be published.",
             hint="If you know its licence, state it with --license (an id such as apache-2.0, or other).",
         )
-    if base.license_source == "publisher" and license_id is not None:  # stated before, and now anew
+    if (
+        base.license_source == "publisher" and license_id is not None
+    ):  # stated by an earlier command, and again by this one
         base = replace(base, license=None, license_name=None, license_link=None)
     if base.license is not None and license_id not in (None, base.license):
         raise UsageError(
@@ -167,11 +187,12 @@ def state_license(base: Base, config: PublishConfig, publisher: Publisher) -> Ba
         name, link = base.license_name or config.license_name, base.license_link or config.license_link
         base = replace(base, license_name=name, license_link=link)
     if not is_known_license(stated):
-        publisher.hub.check_license(stated)  # the Hub may know more than the list here
+        publisher.hub.check_license(stated)  # the list of the Hub may be longer than ours
     return base
 
 
-def license_words(base: Base) -> str:
+def license_description(base: Base) -> str:
+    """The licence with its name, link and source, as a check result."""
     named = f" ({base.license_name}, {base.license_link})" if base.license == "other" else ""
     origin = "from the original" if base.license_source == "original" else "stated with --license"
     return f"{base.license}{named}, {origin}"

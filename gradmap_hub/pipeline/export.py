@@ -211,7 +211,7 @@ def _describe(exported: Exported) -> str:
     if FORMATS[exported.format].limits is None:
         return f"{exported.bytes / 1e6:.1f} MB, not checked"
     check = exported.check
-    return f"{exported.bytes / 1e6:.1f} MB, perplexity {100 * (check.ratio - 1):+.1f} % of the checkpoint's"
+    return f"{exported.bytes / 1e6:.1f} MB, perplexity {100 * (check.ratio - 1):+.1f} % against the checkpoint"
 
 
 def _artifacts(exported: Exported, folder: Path, rows: Rows) -> list[Artifact]:

@@ -1,4 +1,4 @@
-"""Score the layers of a model and show what would go; nothing is kept."""
+"""`inspect`: scores the layers of a model and shows which ones would be removed; keeps no files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # torch is only imported once there is something to compute
 
 @dataclass(frozen=True)
 class Inspection:
-    """Scores of every layer. `choices`: per ratio, the layers that a cheap ranking would remove, with their loss."""
+    """Scores of all layers. `choices`: per ratio, the layers that a cheap ranking removes, and their loss."""
 
     scores: LayerScores
     choices: dict[float, Candidate]
@@ -39,7 +39,13 @@ def inspect(
     reporter: Reporter | None = None,
     hub: Hub | None = None,
 ) -> Inspection:
-    """Score the layers of `model`; at each ratio, the better of two rankings says what would go.
+    """Score the layers of `model` and choose layers at each ratio by the better of two cheap rankings.
+
+    Args:
+        model: A Hub id, a local folder or a .gguf file.
+        method: How to calibrate and score.
+        ratios: Shares of the layers to remove.
+        revision: Branch, tag or commit of the model.
 
     Raises:
         GradmapError: one of its subclasses says what is wrong; see errors.py.
@@ -58,7 +64,7 @@ def inspect(
         run = Run(source, method, Path(scratch) / "model", hub, reporter)
         rows, _ = calibrate(run)
         scores = score(run, rows)
-        reporter.start("Measuring what would go")
+        reporter.start("Measuring the model without the chosen layers")
         reporter.total(2 * len(ratios) * len(rows.selection))
         choices: dict[float, Candidate] = {}
         for ratio in ratios:

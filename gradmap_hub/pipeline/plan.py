@@ -1,6 +1,6 @@
-"""The plans of `push` and `publish`: what `--dry-run` prints, and what the command then follows.
+"""The plans of `push` and `publish`, which `--dry-run` prints and the commands follow.
 
-Only config.json, listings and what is already built are read here; no weight is fetched, nothing is written.
+Planning reads config.json, file listings and finished files; it fetches no weights and writes nothing.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from gradmap_hub.layout import CARD, check_output, default_output, space_folder_
 from gradmap_hub.measurements import BeforeAfter
 from gradmap_hub.models.architectures import compensation_skipped
 from gradmap_hub.models.source import Source, check_family, find_source
-from gradmap_hub.pipeline.checks import Check, Checks, Targets, license_words
+from gradmap_hub.pipeline.checks import Check, Checks, Targets, license_description
 from gradmap_hub.pipeline.reproduce import check_expected
 from gradmap_hub.record import (
     SCHEMA_VERSION,
@@ -35,12 +35,13 @@ from gradmap_hub.space.plan import ORIGINAL_FOLDER, SpacePlan, may_be_stored, pl
 
 if TYPE_CHECKING:
     from gradmap_hub.hub.client import Hub
-    from gradmap_hub.hub.publisher import Checked, Publisher
+    from gradmap_hub.hub.publisher import Publisher, ScreenedFolder
 
 
 @dataclass(frozen=True)
 class PushPlan:
-    """Everything known before any work. `source.base` has the licence as it will be stated."""
+    """What is known before any work. `source.base` has the licence to state; `disk_bytes` and `upload_bytes` are upper
+    bounds; `removals`: number of layers to remove."""
 
     targets: Targets
     source: Source
@@ -54,8 +55,8 @@ class PushPlan:
 
 @dataclass(frozen=True)
 class PublishPlan:
-    """What will be published. `record`: as the folder will hold it, with licence and target; `rewrites`: whether that
-    differs from what it holds now. `space_folder`: None if no Space is published."""
+    """What will be published. `record`: the future record of the folder, with licence and target; `rewrites`: whether
+    it differs from the current one. `space_folder`: None if no Space is published."""
 
     targets: Targets
     folder: Path
@@ -67,15 +68,15 @@ class PublishPlan:
 
 
 def make_plan(config: PushConfig, hub: Hub) -> PushPlan:
-    """All checks of a push that need no weights, cheapest first.
+    """Run all checks of a push that need no weights, cheapest first.
 
     Raises:
-        GradmapError: the first thing that would make the push fail later.
+        GradmapError: the first check that fails.
     """
     from gradmap_hub.hub.publisher import Publisher
 
     if config.trust_remote_code:
-        raise UsageError("--trust-remote-code is not available yet: models that need their own code are refused.")
+        raise UsageError("--trust-remote-code is not available yet: models that need their own code are not supported.")
     output = config.output or default_output(config.model, config.prune)
     check_output(output, config.resume)
     check_texts(config.prune)
@@ -90,14 +91,14 @@ def make_plan(config: PushConfig, hub: Hub) -> PushPlan:
 
         for name in (ONNX, *config.quantize):
             require(name, source.config)
-    # Checkpoint and its ONNX, each about the original's size in float32.
+    # Checkpoint and ONNX file each need about the size of the original in float32.
     float32 = source.weight_bytes * (2 if base.dtype in ("bfloat16", "float16") else 1)
     target = config.to or f"{checks.account.name}/{output.resolve().name}"
     targets = Targets.of(target, _planned_space(config, source, removals, float32), config)
     checks.targets(targets, base.name, resuming=(config.resume, config.resume))
     checks.add("weights", _access(source))
-    checks.add("licence", license_words(base))
-    checks.add("card", _card_words(source, removals, targets))
+    checks.add("licence", license_description(base))
+    checks.add("card", _card_summary(source, removals, targets))
     skipped = compensation_skipped(source.architecture, source.config)
     if skipped is not None:
         checks.add("compensation", f"skipped: {skipped}")
@@ -108,45 +109,45 @@ def make_plan(config: PushConfig, hub: Hub) -> PushPlan:
 
 
 def _bytes_needed(config: PushConfig, source: Source, targets: Targets, float32: int) -> tuple[int, int]:
-    """Bytes on disk and bytes to upload, at most. `float32`: those of the original's weights in float32."""
-    # The original's own ONNX for the Space, and once more what is published: the fresh copy it is verified against.
+    """Upper bounds of the bytes on disk and to upload. `float32`: bytes of the original's weights in float32."""
+    # The ONNX file of the original for the Space, and everything twice: it is downloaded again for the verification.
     stored = () if targets.space is None else targets.space.stored
     stored_original = round(float32 * sum(of_precision(name).most_share for name in stored))
     quantized = round(float32 * sum(FORMATS[name].most_share for name in config.quantize))
     built = source.weight_bytes + (float32 if config.onnx else 0) + quantized
     disk = source.weight_bytes + 2 * built + stored_original
     if config.quantize:
-        disk += 2 * float32  # the graph they are made from, and the one of them that is being written
+        disk += 2 * float32  # the graph that they are made from, and a temporary file
     upload = (float32 if config.prune.dtype == "float32" else source.weight_bytes) + built - source.weight_bytes
     return disk, upload + stored_original
 
 
 def _planned_space(config: PushConfig, source: Source, removals: int, float32: int) -> SpacePlan | None:
-    """The Space as far as it can be known before any work; None if none was asked for."""
+    """The preliminary plan of the Space; None if no Space is requested."""
     if not config.space or config.create_pr:
         return None
     made = (ONNX, *config.quantize) if config.onnx else ()
-    wanted = [row.precision for row in in_space() if row.name in made]
-    # What is not a layer stays whole, so the pruned model is at least this large.
+    precisions = [row.precision for row in in_space() if row.name in made]
+    # Only layers are removed, so the pruned model is at least this large.
     pruned = float32 * (source.layer_count - removals) // source.layer_count
-    # A GGUF file's weights are counted at eight times its size, which is the most that they can be.
+    # `float32` assumes eight times the size of a GGUF file, which is the upper bound.
     least = float32 // 8 if source.gguf is not None else float32
-    return plan_space(source.base, wanted, BeforeAfter(least, min(least, pruned)))
+    return plan_space(source.base, precisions, BeforeAfter(least, min(least, pruned)))
 
 
 def _access(source: Source) -> str:
     size = f"{source.weight_bytes / 1e6:,.1f} MB"
     if source.base.repo_id is None:
-        return f"on this machine, {size}"
+        return f"local, {size}"
     kind = "gated, access granted" if source.base.gated else "private, readable" if source.base.private else "open"
     return f"{kind}, {size} at commit {(source.base.commit or '')[:12]}"
 
 
-def _card_words(source: Source, removals: int, targets: Targets) -> str:
-    """Build the header as it will be, without what is measured, and judge it.
+def _card_summary(source: Source, removals: int, targets: Targets) -> str:
+    """Build the future header of the card, without measurements, and check it.
 
     Raises:
-        CardInvalid
+        CardInvalid: the header is not valid.
     """
     import yaml
 
@@ -179,10 +180,10 @@ def _card_words(source: Source, removals: int, targets: Targets) -> str:
 
 
 def plan_publish(folder: Path, config: PublishConfig, hub: Hub) -> PublishPlan:
-    """All checks of a publish, cheapest first.
+    """Run all checks of a publish, cheapest first.
 
     Raises:
-        GradmapError: the first thing that would make it fail.
+        GradmapError: the first check that fails.
     """
     from gradmap_hub.card.card import card_text
     from gradmap_hub.hub.publisher import Publisher
@@ -194,16 +195,16 @@ def plan_publish(folder: Path, config: PublishConfig, hub: Hub) -> PublishPlan:
     base = checks.licensed(record.base)
     target = config.to or record.target or f"{checks.account.name}/{folder.resolve().name}"
     space_folder = space_folder_of(folder)
-    wanted = config.space and not config.create_pr and (space_folder / "app.py").is_file()
-    targets = Targets.of(target, plan_of(dataclasses.replace(record, base=base)) if wanted else None, config)
-    # Only where this folder was published before may something exist already; `Publisher.publish` then compares it.
+    with_space = config.space and not config.create_pr and (space_folder / "app.py").is_file()
+    targets = Targets.of(target, plan_of(dataclasses.replace(record, base=base)) if with_space else None, config)
+    # A target may exist only if this folder was published to it before; `Publisher.publish` compares the content.
     checks.targets(targets, base.name, resuming=(target == record.target, targets.space_target == record.space))
-    elsewhere = target != record.target
+    moved = target != record.target
     named = dataclasses.replace(
         without_stale(record, folder),
         base=base,
         target=target,
-        space=targets.space_target if targets.space else None if elsewhere else record.space,
+        space=targets.space_target if targets.space else None if moved else record.space,
     )
     rewrites = named != record
     model = look_through(folder, "model", named, targets, publisher, card=card_text(named) if rewrites else None)
@@ -213,35 +214,40 @@ def plan_publish(folder: Path, config: PublishConfig, hub: Hub) -> PublishPlan:
         upload += look_through(space_folder, "space", named, targets, publisher).size
     weights = sum(entry.bytes for entry in record.artifacts if entry.format == "safetensors")
     checks.add("weights", f"in {folder.name}, {weights / 1e6:,.1f} MB")
-    checks.add("licence", license_words(base))
+    checks.add("licence", license_description(base))
     checks.add("card", f"{CARD} is valid, with {model.card.results} results")
-    checks.add("files", f"{len(model.files)} in the model, none of them private to this machine")
-    checks.room(Path(tempfile.gettempdir()), upload, upload)  # where it is downloaded again and compared
+    checks.add("files", f"{len(model.files)} in the model, none with private data")
+    checks.room(Path(tempfile.gettempdir()), upload, upload)  # for the download that is compared
     found = space_folder if targets.space else None
     return PublishPlan(targets, folder, named, rewrites, found, upload, checks.found)
 
 
 def look_through(
     folder: Path, kind: str, record: RunRecord, targets: Targets, publisher: Publisher, *, card: str | None = None
-) -> Checked:
-    """Every file of a folder, judged for what may not be published, and its card (or what it is going to be).
+) -> ScreenedFolder:
+    """Check that every file of a folder may be published and that its card is valid.
+
+    Args:
+        kind: "model" or "space".
+        card: The future README.md, if it is not written yet.
 
     Raises:
-        UnsafeToPublish, CardInvalid
+        UnsafeToPublish: a file is private, or of an unexpected type.
+        CardInvalid: the header of README.md is not valid.
     """
     from gradmap_hub.hub.screening import this_machine
 
     known = (record.base.name, record.name, targets.target, targets.space_target)
-    private = this_machine(publisher.hub.token, {"the folder it was made in": folder.resolve()}, known)
+    private = this_machine(publisher.hub.token, {"the model folder": folder.resolve()}, known)
     license_id = record.base.license
-    # An id that is not on our list was shown to the Hub before.
+    # The Hub has accepted an id outside our list before.
     accepted = (license_id,) if license_id and not is_known_license(license_id) else ()
     return publisher.check(folder, kind, private, accepted_licenses=accepted, card=card)
 
 
 def check_space_folder(folder: Path, base: Base) -> None:
-    """Raises UnsafeToPublish: an export of an original lies there that must not be passed on; it was made for this
-    machine alone, or under other terms."""
+    """Raises UnsafeToPublish: the folder contains an export of an original that must not be redistributed, made for
+    local use or under other terms."""
     if may_be_stored(base):
         return
     for file in (row.file for row in in_space()):
@@ -249,17 +255,17 @@ def check_space_folder(folder: Path, base: Base) -> None:
             terms = "gated" if base.gated else "private" if base.private else f"under the licence {base.license}"
             raise UnsafeToPublish(
                 f"{ORIGINAL_FOLDER}/{file}",
-                f"is an export of {base.name}, which is {terms} and must not be passed on",
-                hint="Write the Space anew with `gradmap-hub space FOLDER`, or leave it out with --no-space.",
+                f"is an export of {base.name}, which is {terms} and must not be redistributed",
+                hint="Rewrite the Space with `gradmap-hub space FOLDER`, or leave it out with --no-space.",
             )
 
 
 def _check_artifacts(record: RunRecord, folder: Path) -> None:
-    """Raises SourceError: a file is not there, or not of the size that the record and the card tell of."""
+    """Raises SourceError: a file is missing, or its size differs from the record."""
     for entry in record.artifacts:
         path = folder / entry.path
         if not path.is_file() or path.stat().st_size != entry.bytes:
             raise SourceError(
-                f"{entry.path} in {folder} is not the file that its gradmap.json describes.",
-                hint="Finish the run that makes it (with --resume), or make it again with `gradmap-hub export`.",
+                f"{entry.path} in {folder} is not the file that gradmap.json describes.",
+                hint="Finish the run with --resume, or export it again with `gradmap-hub export`.",
             )

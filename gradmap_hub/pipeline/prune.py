@@ -1,4 +1,4 @@
-"""`prune`: from the source to checkpoint, record and card in a folder."""
+"""`prune`: writes a pruned checkpoint with its record and card into a folder."""
 
 from __future__ import annotations
 
@@ -57,7 +57,14 @@ def prune(
 
     Args:
         model: A Hub id, a local folder or a .gguf file.
-        repeats: What must be found again for the result to be that of an earlier run.
+        output: Folder for the result; new or empty.
+        revision: Branch, tag or commit of the original.
+        resume: Continue an unfinished run in `output`.
+        command: The command line, for the record.
+        repeats: Commit and checksums of an earlier run that must match.
+
+    Returns:
+        The record, as written to gradmap.json.
 
     Raises:
         GradmapError: one of its subclasses says what is wrong; see errors.py.
@@ -68,7 +75,7 @@ def prune(
     source = find_source(model, revision, hub)
     check_family(source, config)
     check_expected(source, repeats)
-    config.removals(source.layer_count)  # raises if it asks for too many
+    config.removals(source.layer_count)  # raises if there are too many
     check_disk(output, source.weight_bytes * 2)
     with no_empty_folders(output):
         run = Run(source, config, output, hub, reporter, command=command, expected=repeats)
@@ -77,7 +84,7 @@ def prune(
 
 @contextmanager
 def no_empty_folders(output: Path) -> Iterator[None]:
-    """A run that fails before it has anything to keep leaves no folder behind."""
+    """Remove the folders of a run that fails before it writes any file."""
     created = [folder for folder in (work_folder(output), output, *output.parents) if not folder.exists()]
     try:
         yield
@@ -90,22 +97,29 @@ def no_empty_folders(output: Path) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _BothLosses:
-    """Per evaluation text, the mean NLL of each sequence: the original, and pruned before compensation."""
+    """Per evaluation text, the mean NLL of each sequence in nats per token: the original, and pruned before
+    compensation."""
 
     original: list[list[float]]
     pruned: list[list[float]]
 
 
 def prune_stages(run: Run, config: PruneConfig, *, target: str | None = None, license: str | None = None) -> RunRecord:
-    """The stages of pruning, in order; each is on disk before the next begins. The record is not written.
+    """Run the stages of pruning in order; the result of each is on disk before the next begins.
 
     Args:
-        target: The repository it will be published to, if it is known.
+        target: The repository to publish to, if known.
         license: The licence stated by the publisher, for an original that states none.
+
+    Returns:
+        The record, which is not written yet.
+
+    Raises:
+        GradmapError: one of its subclasses says what is wrong; see errors.py.
     """
     from gradmap_hub.pruning.candidates import decide
 
-    run.precision()  # refuses what the machine cannot do, before anything is fetched
+    run.precision()  # raises before the download if the machine does not support it
     run.output.mkdir(parents=True, exist_ok=True)
     removals = config.removals(run.source.layer_count)
     rows, extra = calibrate(run)
@@ -166,7 +180,7 @@ def _evaluate_original(run: Run, removed: Sequence[int], texts: Sequence[Rows]) 
 
 
 def _evaluate_written(run: Run, texts: Sequence[Rows]) -> RowLosses:
-    """Perplexity of the written checkpoint, loaded afresh."""
+    """Losses of the written checkpoint, loaded again."""
 
     def compute() -> RowLosses:
         decoder = run.open(run.output)
@@ -178,7 +192,7 @@ def _evaluate_written(run: Run, texts: Sequence[Rows]) -> RowLosses:
 
 
 def settings_of(run: Run, config: PruneMethod, rows: CalibrationRows, extra: Sequence[Rows]) -> dict[str, Any]:
-    """Every option of the run, for `--from`: texts by the names that are published, "auto" resolved."""
+    """All options of the run, for `--from`: texts by their published names, "auto" resolved."""
     dtype, device = run.precision()
     settings = dataclasses.asdict(config) | {
         "calibration": [text.name for text in rows.sources],

@@ -1,6 +1,6 @@
-"""`publish`: upload what is already built. The model first, then the Space, the collection, the visibility.
+"""`publish`: uploads finished folders, first the model, then the Space; then collection and visibility.
 
-Nothing is computed again; what was published is downloaded and compared.
+Nothing is computed again. The published files are downloaded and compared.
 """
 
 from __future__ import annotations
@@ -24,15 +24,19 @@ from gradmap_hub.units import size
 
 if TYPE_CHECKING:
     from gradmap_hub.hub.client import Hub
-    from gradmap_hub.hub.collections import Collected
-    from gradmap_hub.hub.publisher import Checked, Published, Publisher
+    from gradmap_hub.hub.collections import CollectionLink
+    from gradmap_hub.hub.publisher import Published, Publisher, ScreenedFolder
     from gradmap_hub.hub.space_watch import SpaceState
 
 
 def publish_folder(
     folder: Path, config: PublishConfig | None = None, *, hub: Hub | None = None, reporter: Reporter | None = None
 ) -> PushResult:
-    """Publish a folder made by `prune` or `push`, and the Space folder beside it if there is one.
+    """Publish a folder made by `prune` or `push`, and the Space folder next to it, if it exists.
+
+    Args:
+        folder: The model folder.
+        config: Where and how to publish; by default private, in the user's own account.
 
     Raises:
         GradmapError: one of its subclasses says what is wrong; see errors.py.
@@ -43,7 +47,7 @@ def publish_folder(
     hub, reporter = connect(hub, reporter)
     remove_leftovers(folder)
     plan = plan_publish(folder, config, hub)
-    if plan.rewrites:  # the card names the repository it stands in
+    if plan.rewrites:  # the card contains the name of its repository
         if plan.record.measured_note:
             reporter.note(f"{plan.record.measured_note}.")
         write_results(plan.record, folder, reporter)
@@ -52,8 +56,11 @@ def publish_folder(
 
 @dataclass(frozen=True)
 class PushResult:
-    """What a push built and published. `space` is None if there is none, and `space_reason` says why; `space_state` is
-    None if it was not looked at. `collection` is None if none was asked for, or `collection_reason` says why."""
+    """The result of a push or publish.
+
+    `space` is None if no Space was published; `space_reason` then says why. `space_state` is None if its start was not
+    awaited. `collection` is None if none was requested or `collection_reason` says why it failed.
+    """
 
     record: RunRecord
     folder: Path
@@ -62,7 +69,7 @@ class PushResult:
     space: Published | None
     space_reason: str
     space_state: SpaceState | None = None
-    collection: Collected | None = None
+    collection: CollectionLink | None = None
     collection_reason: str = ""
 
 
@@ -74,11 +81,20 @@ def publish_both(
     config: PublishConfig,
     publisher: Publisher,
 ) -> PushResult:
-    """The model first; a refused Space never takes it back. Visibility changes last."""
+    """Publish the model, then the Space; a rejected Space does not affect the model. Visibility changes last.
+
+    Args:
+        folder: The model folder; `record` describes it.
+        space_folder: The folder of the Space, or None.
+        targets: The repositories.
+
+    Raises:
+        GradmapError: see `look_through`, `Publisher.publish`, `Publisher.propose` and `Publisher.verify`.
+    """
     from gradmap_hub.hub.publisher import SpaceRefused
     from gradmap_hub.hub.space_watch import watch_space
 
-    # Both are looked through before either is uploaded.
+    # Both are checked before either is uploaded.
     remove_leftovers(folder)
     if space_folder is not None:
         remove_leftovers(space_folder)
@@ -89,11 +105,11 @@ def publish_both(
     if targets.create_pr:
         proposed = _publish(lambda: publisher.propose(model_files, targets.target, message=message), model_files,
                             publisher)  # fmt: skip
-        return PushResult(record, folder, space_folder, proposed, None, "a pull request carries the model alone")
+        return PushResult(record, folder, space_folder, proposed, None, "a pull request contains the model only")
     terms = targets.terms(record.base.name, "model")
     model = _publish(lambda: publisher.publish(model_files, targets.target, terms, message=message), model_files,
                      publisher)  # fmt: skip
-    result = PushResult(record, folder, space_folder, model, None, targets.space_reason or "not asked for")
+    result = PushResult(record, folder, space_folder, model, None, targets.space_reason or "not requested")
     try:
         if space_folder is not None and targets.space is not None:
             try:
@@ -113,16 +129,16 @@ def publish_both(
             if result.space is not None and not (result.space_state and result.space_state.failed):
                 publisher.make_public(targets.space_target, "space")
             elif result.space is not None:
-                publisher.reporter.note(f"{targets.space_target} stays private, as it does not run.")
+                publisher.reporter.note(f"{targets.space_target} stays private, because it does not run.")
     except HubError as error:
-        # The model is safe; whoever reads only the last lines must learn it.
+        # The model is published; say so in the last lines of the output.
         error.hint = f"The model is published and verified: {model.url} at {model.commit}. {error.hint or ''}".strip()
         raise
     return result
 
 
 def _collect(result: PushResult, collection: str, publisher: Publisher) -> PushResult:
-    """Add what was published to the collection; a failure is told and undoes nothing."""
+    """Add the published repositories to the collection; a failure is reported and undoes nothing."""
     from gradmap_hub.hub.collections import add_to_collection
 
     published: list[tuple[str, Literal["model", "space"]]] = [(result.model.repo_id, "model")]
@@ -133,8 +149,10 @@ def _collect(result: PushResult, collection: str, publisher: Publisher) -> PushR
     try:
         collected = add_to_collection(hub, collection, hub.account(), published)
     except HubError as error:
-        reporter.finish("not done")
-        reporter.note(f"The collection: {error.message} What is published stands; add it by hand, or run again.")
+        reporter.finish("failed")
+        reporter.note(
+            f"The collection: {error.message} The repositories are published; add them by hand, or run again."
+        )
         return dataclasses.replace(result, collection_reason=error.message)
     reporter.finish(collected.url)
     return dataclasses.replace(result, collection=collected)
@@ -143,10 +161,10 @@ def _collect(result: PushResult, collection: str, publisher: Publisher) -> PushR
 def _publish_space(
     folder: Path, record: RunRecord, targets: Targets, model: Published, publisher: Publisher
 ) -> Published:
-    """The Space on the hardware that it has; a new one on a CPU, or where that needs a paid plan, on ZeroGPU.
+    """Publish the Space on its current hardware; a new one on a CPU, or on ZeroGPU if a CPU needs a paid plan.
 
     Raises:
-        SpaceRefused: the account may have neither.
+        SpaceRefused: the account may use neither.
         GradmapError: see `Publisher.publish`.
     """
     from gradmap_hub.hub.publisher import SpaceNeedsPlan, SpaceRefused
@@ -158,7 +176,7 @@ def _publish_space(
     try:
         return _publish_space_on(folder, record, targets, model, publisher, zero=False)
     except SpaceNeedsPlan as on_cpu:
-        publisher.reporter.note(f"{on_cpu.message} Trying {ZERO_GPU}, of which a free account may have two.")
+        publisher.reporter.note(f"{on_cpu.message} Trying {ZERO_GPU}; a free account may have two.")
         try:
             return _publish_space_on(folder, record, targets, model, publisher, zero=True)
         except SpaceRefused as on_zero:
@@ -197,7 +215,7 @@ def _publish_space_on(
     return _publish(publish, files, publisher)
 
 
-def _publish(publish: Callable[[], Published], files: Checked, publisher: Publisher) -> Published:
+def _publish(publish: Callable[[], Published], files: ScreenedFolder, publisher: Publisher) -> Published:
     published = publish()
     reporter = publisher.reporter
     reporter.start(f"Verifying the published {'model' if files.kind == 'model' else 'Space'}")
@@ -207,6 +225,6 @@ def _publish(publish: Callable[[], Published], files: Checked, publisher: Publis
 
 
 def remove_leftovers(folder: Path) -> None:
-    """What an export left that was killed."""
+    """Remove the partial files of a killed export."""
     for leftover in folder.glob("*.partial"):
         shutil.rmtree(leftover, ignore_errors=True)

@@ -1,7 +1,7 @@
-"""`push`: everything that can be known is checked first, then prune, export, card, Space, publish.
+"""`push`: checks everything first, then prunes, exports, writes card and Space, and publishes.
 
-Each stage takes the record and returns it with what it added; its result is on disk before the next begins, so that a
-run can be resumed.
+Each stage takes the record and returns it with its additions. Its result is on disk before the next stage begins, so
+that a run can be resumed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _ExportText:
-    """What exports are measured on (`held_out`) and may be fitted to (`fit`, (sequences, tokens)), where needed."""
+    """Sequences to measure exports on (`held_out`) and to fit them on (`fit`, (sequences, tokens)), if needed."""
 
     held_out: Rows | None = None
     fit: Tensor | None = None
@@ -45,7 +45,11 @@ class _ExportText:
 def push(
     config: PushConfig, *, command: str = "", reporter: Reporter | None = None, hub: Hub | None = None
 ) -> PushResult:
-    """Prune, export, write card and Space, publish both, and verify what was published.
+    """Prune, export, write card and Space, publish both, and verify the published files.
+
+    Args:
+        config: What to prune and how, the formats, the targets.
+        command: The command line, for the record.
 
     Raises:
         GradmapError: one of its subclasses says what is wrong; see errors.py.
@@ -56,7 +60,7 @@ def push(
     hub, reporter = connect(hub, reporter)
     plan = make_plan(config, hub)
     if config.onnx:
-        environment.prepare(reporter)  # if it fails, it fails before the work
+        environment.prepare(reporter)  # fails before the work, if at all
     with no_empty_folders(plan.output):
         run = Run(
             plan.source, config.prune, plan.output, hub, reporter, command=command, expected=config.repeats
@@ -67,12 +71,12 @@ def push(
     record, plan = _space(run, record, plan, text)
     space_folder = space_folder_of(plan.output) if plan.targets.space is not None else None
     if config.space and space_folder is None and remove_space(space_folder_of(plan.output), record):
-        reporter.note("Removed the Space folder of an earlier run of this push: there is no Space any more.")
+        reporter.note("Removed the Space folder of an earlier run of this push, because no Space is published.")
     return publish_both(record, plan.output, space_folder, plan.targets, config, Publisher(hub, reporter))
 
 
 def _export(run: Run, record: RunRecord, config: PushConfig) -> tuple[RunRecord, _ExportText]:
-    """The ONNX files that were asked for; those of an earlier run that were not are removed."""
+    """Export the requested ONNX files; those of an earlier run in other formats are removed."""
     if not config.onnx:
         remove_onnx(run.output)
         return record, _ExportText()
@@ -86,8 +90,8 @@ def _export(run: Run, record: RunRecord, config: PushConfig) -> tuple[RunRecord,
 
 
 def _space(run: Run, record: RunRecord, plan: PushPlan, text: _ExportText) -> tuple[RunRecord, PushPlan]:
-    """Record and card, and the Space folder if there is one: planned again now that the sizes are known and a format
-    may have failed its check, and once more when the original is exported."""
+    """Write record, card and the Space folder. The Space is planned again, because the sizes are known now and a format
+    may have failed its check; and once more after the export of the original."""
     targets = plan.targets
     if targets.space is not None:
         targets = targets.with_space(plan_of(record))

@@ -36,10 +36,10 @@ def compare_with_calibration(
     reporter: Reporter,
     hub: Hub,
 ) -> list[Contamination]:
-    """Per text, its sequences with a 13-gram overlap with calibration sequences, or why that was not checked.
+    """Per text, the sequences that have a 13-gram overlap with calibration sequences, or why this was not checked.
 
-    The calibration texts are searched in `folder`, in the working folder and next to each text; on the Hub if the
-    original or a text is from there.
+    The calibration texts are searched in `folder`, in the working folder and next to each text; on the Hub only if the
+    original or a text comes from there.
 
     Args:
         texts: Sequences of each text.
@@ -88,8 +88,8 @@ def _find_contamination(
 def _calibration(
     record: RunRecord, tokenizer: Any, places: Sequence[Path], *, hub: Hub, online: bool
 ) -> dict[str, Tensor] | None:
-    """Sequences by text, and those that chose the layers, which are of all texts, under one further name. None if the
-    sequences drawn differ from the recorded ones.
+    """The calibration sequences by text, and under one further name those that chose the layers, drawn from all texts.
+    None if they differ from the recorded ones.
 
     Raises:
         GradmapError: the texts are not available, or differ from the recorded ones.

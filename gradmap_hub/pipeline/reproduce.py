@@ -1,7 +1,7 @@
-"""Repeat a run from its record (`--from`): the same original at the same commit, the same settings, the same texts.
+"""Repeats a run from its record (`--from`): the same original at the same commit, the same settings and texts.
 
-A difference is refused before anything is fetched; versions that may change the last bits are reported. Records are not
-trusted: they name files by their last part only, and a text is used only if it has the recorded sha256.
+Differences raise an error before the download; package versions that may change the last bits are reported. Records are
+untrusted: they contain file names without folders, and a text is used only if it has the recorded sha256.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from gradmap_hub.record import FILE_NAME, RunRecord, read_record
 if TYPE_CHECKING:
     from gradmap_hub.hub.client import Hub
 
-# A data set is recorded with its commit; every other text is a file of the machine of the first run.
+# A data set is recorded with its commit; other texts were local files of the first run.
 _PINNED = re.compile(r".+@[0-9a-f]{40}")
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 _HOW_MUCH = frozenset({"ratio", "layers", "drop"})
-# Settings that decide which rows are drawn.
+# Settings that determine the calibration sequences.
 _DRAWING = frozenset({"samples", "seq_len", "eval_rows", "seed"})
-# `TextPerplexity.kind` of texts given with --eval-text; the others are rows held out of the calibration texts.
+# `TextPerplexity.kind` of texts given with --eval-text; the others are held-out sequences of the calibration texts.
 _ANOTHER_SOURCE = "another source"
-# Packages whose other versions may round differently.
+# Packages that may round differently in other versions.
 _COMPUTING = ("torch", "transformers", "numpy")
 
 
 @dataclass(frozen=True)
 class Repeat:
-    """An earlier run and how to repeat it. `remarks`: reasons why the bytes may differ nevertheless."""
+    """An earlier run and how to repeat it. `remarks`: reasons why the result may still differ."""
 
     record: RunRecord
     model: str
@@ -50,15 +50,18 @@ class Repeat:
 
 
 def repeat(where: str, *, model: str | None, revision: str | None, given: Mapping[str, Any], hub: Hub) -> Repeat:
-    """Read a record (its path, a folder with gradmap.json, or a model on the Hub) and derive the run that repeats it.
+    """Read a record and derive the run that repeats it.
 
-    `given`: fields of PruneConfig that override the record's; `calibration` only says where the recorded texts are.
-    `model` and `revision`, unless None, override the record's too.
+    Args:
+        where: The path of the record, a folder with gradmap.json, or a model on the Hub.
+        model: Overrides the recorded original, unless None.
+        revision: Overrides the recorded commit, unless None.
+        given: Fields of PruneConfig that override the record's; `calibration` only locates the recorded texts.
 
     Raises:
-        SourceError: there is no record, or it lacks a setting.
-        CalibrationError: a text is missing, or is not the recorded one.
-        UsageError: an invalid value; a local original that was not given.
+        SourceError: the record is missing or lacks a setting.
+        CalibrationError: a text is missing, or differs from the recorded one.
+        UsageError: a value is invalid, or the original was local and `model` is None.
         RepositoryNotFound, GatedRepository, RateLimited, HubError
     """
     record, folder = _find(where, hub)
@@ -75,7 +78,7 @@ def repeat(where: str, *, model: str | None, revision: str | None, given: Mappin
         if base.repo_id is None:
             raise UsageError(f"{where} was made from a local model, {base.name}: say where it is, as MODEL.")
         if not _HUB_ID.fullmatch(base.repo_id):
-            raise SourceError(f"{where} names an original that cannot be a model on the Hub.")
+            raise SourceError(f"{where} names an original that is not a valid Hub id.")
     same = model in (None, base.repo_id) or base.repo_id is None
     expected = Expected(
         commit=base.commit if same and revision is None else None,
@@ -95,15 +98,16 @@ def repeat(where: str, *, model: str | None, revision: str | None, given: Mappin
 def push_config_from(again: Repeat, given: Mapping[str, Any] | None = None) -> PushConfig:
     """The push that repeats an earlier run.
 
-    A record of a published model decides formats and Space: what that push published, this one does. The licence is the
-    record's where the publisher stated it (`--license`), its name and link in every case. Target, visibility and output
-    folder are never taken from a record.
+    If the recorded model was published, formats and Space are those of that push. The licence is taken from the record
+    if the publisher stated it (`--license`), its name and link in any case. Target, visibility and output folder are
+    never taken from a record.
 
-    `given`: fields of PushConfig that override the record's; all but `model`, `revision` and `repeats`, which are those
-    of `again`.
+    Args:
+        again: The earlier run.
+        given: Fields of PushConfig that override the record's; all but `model`, `revision` and `repeats`.
 
     Raises:
-        UsageError: an invalid value.
+        UsageError: a value is invalid.
     """
     record, base = again.record, again.record.base
     fields: dict[str, Any] = {"prune": again.prune}
@@ -123,29 +127,29 @@ def push_config_from(again: Repeat, given: Mapping[str, Any] | None = None) -> P
 
 
 def find_calibration(record: RunRecord, places: Sequence[Path]) -> tuple[str, ...]:
-    """The calibration texts of a record: data sets at their commits, and files found in `places` by name and sum.
+    """The calibration texts of a record: data sets at their commits, and files found in `places` by name and sha256.
 
     Raises:
-        SourceError: the record lacks settings or sums.
-        CalibrationError: a text is missing, or is not the recorded one.
+        SourceError: the record lacks settings or checksums.
+        CalibrationError: a text is missing, or differs from the recorded one.
     """
     if record.settings is None:
-        raise SourceError("The record does not hold the settings of its run.")
+        raise SourceError("The record does not contain the settings of its run.")
     names = record.settings.get("calibration")
     return _texts("calibration", names, _calibration_sums(record), None, places)
 
 
 def check_expected(source: Source, expected: Expected | None) -> None:
-    """Raises SourceError: the original that was found is not that of the record."""
+    """Raises SourceError: the commit of the original differs from the recorded one."""
     if expected is not None and expected.commit not in (None, source.base.commit):
         raise SourceError(
-            f"{source.base.name} here is not the original of the record, which is commit {expected.commit} on the Hub.",
-            hint="A folder of that name hides the model on the Hub: run the command elsewhere.",
+            f"{source.base.name} is not the recorded original, which is commit {expected.commit} on the Hub.",
+            hint="A local folder of that name hides the model on the Hub: run the command in another folder.",
         )
 
 
 def _find(where: str, hub: Hub) -> tuple[RunRecord, Path]:
-    """The record, and the folder in which its texts are searched."""
+    """The record, and the folder in which to search its texts."""
     path = Path(where).expanduser()
     if path.is_dir():
         return RunRecord.read(path), path
@@ -153,8 +157,8 @@ def _find(where: str, hub: Hub) -> tuple[RunRecord, Path]:
         return read_record(path), path.parent
     if path.suffix == ".json" or where.count("/") != 1 or where.startswith((".", "/", "~")):
         raise SourceError(
-            f"There is no record {where}.",
-            hint=f"Give --from a {FILE_NAME}, a folder that holds one, or a model on the Hub (owner/name).",
+            f"The record {where} does not exist.",
+            hint=f"Give --from a {FILE_NAME}, a folder with one, or a model on the Hub (owner/name).",
         )
     remote = hub.model(where, None)
     if FILE_NAME not in remote.files:
@@ -180,9 +184,9 @@ def _settings(record: RunRecord, where: str, given: Mapping[str, Any]) -> dict[s
     known = {entry.name for entry in dataclasses.fields(PruneConfig)}
     if unknown := sorted(set(recorded) - known):
         raise SourceError(
-            f"{where} was written by gradmap-hub {record.gradmap_hub}; its setting {', '.join(unknown)} is not known "
-            f"to this version, {__version__}.",
-            hint="Install that version, or a later one.",
+            f"{where} was written by gradmap-hub {record.gradmap_hub}; its setting {', '.join(unknown)} is unknown to "
+            f"this version, {__version__}.",
+            hint="Install that version or a later one.",
         )
     settings = recorded | {name: value for name, value in given.items() if name != "calibration"}
     if missing := sorted(known - set(settings)):
@@ -194,7 +198,7 @@ def _settings(record: RunRecord, where: str, given: Mapping[str, Any]) -> dict[s
 
 
 def _made_with(record: RunRecord) -> str:
-    return f"The command it was made with: {' '.join(record.command.split())}"
+    return f"Its command: {' '.join(record.command.split())}"
 
 
 def _prune_config(settings: Mapping[str, Any], where: str) -> PruneConfig:
@@ -220,7 +224,7 @@ def _evaluation_sums(record: RunRecord) -> dict[str, list[str]]:
 
 
 def _by_name(texts: Sequence[tuple[str, str]]) -> dict[str, list[str]]:
-    """{name: sums}: texts of several folders may have the same name."""
+    """{name: checksums}: texts in different folders may have the same name."""
     found: dict[str, list[str]] = {}
     for name, sha256 in texts:
         found.setdefault(name, []).append(sha256)
@@ -230,10 +234,10 @@ def _by_name(texts: Sequence[tuple[str, str]]) -> dict[str, list[str]]:
 def _texts(
     option: str, names: Any, sums: Mapping[str, list[str]], given: Sequence[str] | None, places: Sequence[Path]
 ) -> tuple[str, ...]:
-    """The sources of the recorded texts, in their order: a data set at its commit, or the path of a file, from `given`
-    or in one of `places`, that has the recorded sha256."""
+    """The sources of the recorded texts, in order: a data set at its commit, or the path of a file, from `given` or in
+    one of `places`, with the recorded sha256."""
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
-        raise SourceError(f"The settings of the record hold no list of texts ({option}).")
+        raise SourceError(f"The settings of the record contain no list of texts ({option}).")
     sum_of = _reader()
     offered = [_offered(source, names, sums, sum_of) for source in given or ()]
     left = {name: list(values) for name, values in sums.items()}
@@ -243,7 +247,7 @@ def _texts(
             found.append(name)
             continue
         if not left.get(name):
-            raise SourceError(f"The record does not hold the sha256 of its text {name}.")
+            raise SourceError(f"The record does not contain the sha256 of its text {name}.")
         found.append(str(_locate(option, name, left[name].pop(0), [path for path in offered if path], places, sum_of)))
     return tuple(found)
 
@@ -264,17 +268,17 @@ def _reader() -> Callable[[Path], str]:
 def _offered(
     source: str, names: Sequence[str], sums: Mapping[str, list[str]], sum_of: Callable[[Path], str]
 ) -> Path | None:
-    """The path of a text from the command line, or None for a data set that the record names.
+    """The path of a text from the command line, or None for a recorded data set.
 
     Raises:
-        CalibrationError: the record does not name this text.
+        CalibrationError: the record does not contain this text.
     """
     if not is_local_text(source):
         if any(name == source or name.startswith(f"{source}@") for name in names):
             return None
         raise CalibrationError(
             f"The record was not made with the text {source}.",
-            hint="Leave out that --calibration, or leave out --from to make another model.",
+            hint="Leave out that --calibration, or leave out --from to make a different model.",
         )
     path = Path(source).expanduser()
     if sum_of(path) not in {sha256 for values in sums.values() for sha256 in values}:
@@ -303,20 +307,20 @@ def _locate(
     if changed is not None:
         raise _changed(changed)
     raise CalibrationError(
-        f"The record was made with the text {name}, which is neither next to it nor in this folder.",
+        f"The text {name} of the record is neither next to the record nor in this folder.",
         hint=f"Say where it is with --{option} FILE; its sha256 is {sha256}.",
     )
 
 
 def _changed(path: Path) -> CalibrationError:
     return CalibrationError(
-        f"{path} is not the text that the record was made with: its sha256 differs.",
-        hint="Give the unchanged text with --calibration FILE, or leave out --from to make another model.",
+        f"{path} is not the recorded text: its sha256 differs.",
+        hint="Give the unchanged text with --calibration FILE, or leave out --from to make a different model.",
     )
 
 
 def _remarks(record: RunRecord) -> list[str]:
-    """One remark on the versions that differ from those of the first run, if any."""
+    """A remark on package versions that differ from those of the first run, if any."""
     here = {"gradmap-hub": __version__}
     there = {"gradmap-hub": record.gradmap_hub}
     for name in _COMPUTING:
@@ -329,4 +333,4 @@ def _remarks(record: RunRecord) -> list[str]:
     different = [f"{name} {there[name]} (here {here[name]})" for name in there if there[name] != here[name]]
     if not different:
         return []
-    return [f"The record was made with {', '.join(different)}: the result may differ in its last bits."]
+    return [f"The record was made with {', '.join(different)}: the result may differ in the last bits."]

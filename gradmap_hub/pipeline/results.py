@@ -1,21 +1,21 @@
-"""Record, card and the numbers of a Space, written together."""
+"""Writes record, card and the data of the Space together."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from gradmap_hub.evaluation.staleness import without_stale
 from gradmap_hub.layout import space_folder_of
 from gradmap_hub.progress import Reporter
 from gradmap_hub.record import RunRecord
 
-if TYPE_CHECKING:
-    pass
-
 
 def write_results(record: RunRecord, folder: Path, reporter: Reporter | None = None) -> RunRecord:
-    """Record, card and the numbers of a Space beside the folder, without measurements of other files than it holds."""
+    """Write record, card and the data of the Space next to the folder, without measurements of changed files.
+
+    Returns:
+        The record as written.
+    """
     from gradmap_hub.card.card import write_card
     from gradmap_hub.space.app import refresh_compare
 

@@ -1,4 +1,4 @@
-"""The context of a run: its original, its method, where it writes, and the cache of its finished stages."""
+"""The context of a run: original, method, output folder, and the cache of finished stages."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ if TYPE_CHECKING:  # torch is only imported once there is something to compute
 
 
 class Run:
-    """What the stages of `prune`, `inspect` and `sweep` share.
+    """The state that the stages of `prune`, `inspect` and `sweep` share.
 
     Args:
-        output: The folder of the result; the work folder stands beside it.
-        kind: Which command's results the cached stages are; those of another command are not reused.
-        expected: What a run that repeats an earlier one must find again.
+        output: The folder of the result; the work folder is next to it.
+        command: The command line, for the record.
+        kind: The command; cached stages of another command are not reused.
+        expected: Commit and checksums of an earlier run that must match.
     """
 
     def __init__(
@@ -53,10 +54,10 @@ class Run:
         self.expected = expected or Expected()
         self.original = OriginalModel(source, hub, self.work)
         self.stages = Stages(self.work, reporter, {"version": __version__, "what": kind, "base": identity(source)})
-        self._opened: list[Decoder] = []  # none or one; branches share it
+        self._opened: list[Decoder] = []  # at most one; shared with branches
 
     def branch(self, name: str, label: str) -> Run:
-        """This run continued with results of its own (see `Stages.branch`) and the same original."""
+        """A copy of this run with its own stage results (see `Stages.branch`) and the same original."""
         other = copy.copy(self)
         other.stages = self.stages.branch(name, label)
         other.work = other.stages.folder
@@ -69,7 +70,7 @@ class Run:
         return self._opened[0]
 
     def open(self, folder: Path) -> Decoder:
-        """A checkpoint of this family, opened as the method says: in memory, or streamed with --low-memory."""
+        """Open a checkpoint of this family, in memory or streamed (--low-memory)."""
         dtype, device = self.precision()
         return open_decoder(
             folder, self.source.architecture, self.method.seq_len, dtype=dtype, device=device,
@@ -80,7 +81,7 @@ class Run:
         """The dtype of the computation and its device.
 
         Raises:
-            UsageError: --compute or --device asks for what the model or the machine does not have.
+            UsageError: the model or the machine does not support --compute or --device.
         """
         from gradmap_hub.models.decoder import choose_precision
 
@@ -89,6 +90,6 @@ class Run:
         )
 
     def release(self) -> None:
-        """Close the original: the next stage needs the memory."""
+        """Close the original to free its memory for the next stage."""
         self._opened.clear()
         gc.collect()

@@ -62,7 +62,7 @@ def write_space_folder(
 
     remove_unwanted(destination, plan)
     companions: dict[str, Path] = {}
-    originals = _held_by_repository(original.source) if plan.runtime == "onnx" else {}
+    originals = _repository_files(original.source) if plan.runtime == "onnx" else {}
     if plan.stored:
         checkpoint, stored = original.checkpoint(), destination / ORIGINAL_FOLDER
         quality = _export(stages, plan, checkpoint, stored, rows, fit)
@@ -127,7 +127,7 @@ def remove_space(space: Path, record: RunRecord) -> bool:
     return same
 
 
-def _held_by_repository(source: Source) -> dict[str, ModelFiles]:
+def _repository_files(source: Source) -> dict[str, ModelFiles]:
     """The ONNX files in the original's repository, by precision."""
     from gradmap_hub.space.app import ModelFiles
 

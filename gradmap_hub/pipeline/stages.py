@@ -1,4 +1,4 @@
-"""The stages of pruning that `prune`, `inspect` and `sweep` share: each computes once and is resumed from disk."""
+"""The pruning stages that `prune`, `inspect` and `sweep` share; finished ones are loaded from disk."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:  # torch is only imported once there is something to compute
     from gradmap_hub.data.rows import CalibrationRows, Rows
     from gradmap_hub.pruning.scoring import LayerScores
 
-# Files of the work folder: new values of weights, under "layer:parameter name within the layer".
+# Files in the work folder with changed weights; the keys are "layer:parameter name within the layer".
 COMPENSATION_FILE, HEALED_FILE = "correction.safetensors", "healed.safetensors"
 
 
 @dataclass(frozen=True)
 class OriginalWeights:
-    """Bytes of the original's weights; `sha256` of local weights, which no commit identifies."""
+    """Bytes of the original's weights; `sha256` only for local weights, which have no commit."""
 
     bytes: int
     sha256: str | None = None
@@ -39,10 +39,10 @@ class RowLosses:
 
 
 def fetch_weights(run: Run) -> OriginalWeights:
-    """Have the original's weights on this machine.
+    """Download the original's weights, unless they are local.
 
     Raises:
-        SourceError: they are not those that a repeated run expects.
+        SourceError: they differ from those of the run to repeat.
     """
 
     def compute() -> OriginalWeights:
@@ -57,13 +57,14 @@ def fetch_weights(run: Run) -> OriginalWeights:
     expected = run.expected.weights_sha256
     if expected is not None and fetched.sha256 != expected:
         raise SourceError(
-            f"{run.source.base.name} is not the original of the record: the sha256 of its weights differs.",
-            hint="Give the folder or file that the first run used, or leave out --from to make another model.",
+            f"{run.source.base.name} is not the recorded original: the sha256 of its weights differs.",
+            hint="Give the folder or file that the first run used, or leave out --from to make a different model.",
         )
     return fetched
 
 
 def score(run: Run, rows: CalibrationRows) -> LayerScores:
+    """Score all layers on the first `scoring_rows` calibration sequences."""
     from gradmap_hub.pruning.scoring import LayerScores, score_layers
 
     scoring = rows.fit[: run.method.scoring_rows]
@@ -86,7 +87,7 @@ def score(run: Run, rows: CalibrationRows) -> LayerScores:
 def select(
     run: Run, rows: CalibrationRows, scores: LayerScores, removals: int, drop: Sequence[int] | None = None
 ) -> Selected:
-    """The measured candidate sets of `removals` layers; `drop` names the layers instead."""
+    """Measure candidate sets of `removals` layers on held-out sequences; `drop` fixes the layers instead."""
     from gradmap_hub.data.rows import sha256_of_ids
 
     method = run.method
@@ -108,7 +109,7 @@ def select(
 
 
 def compensate(run: Run, rows: CalibrationRows, selected: Selected) -> Compensated:
-    """Fit the compensation of the best few sets; the set with the lowest held-out loss afterwards wins."""
+    """Fit the compensation of the best few sets and choose the set with the lowest held-out loss afterwards."""
     file = run.work / COMPENSATION_FILE
 
     def compute() -> Compensated:
@@ -136,7 +137,7 @@ def _compensation_summary(record: CompensationRecord) -> str:
 
 
 def heal(run: Run, rows: CalibrationRows, chosen: Compensated) -> HealRecord | None:
-    """Distil the original into the layers around the gaps, from the compensated weights on; None if not asked for."""
+    """Distil the original into the layers around the gaps, from the compensated weights; None if not requested."""
     if not run.method.heal:
         return None
     file = run.work / HEALED_FILE
@@ -173,9 +174,9 @@ def _heal_summary(record: HealRecord) -> str:
 
 
 def new_values(run: Run, compensation: CompensationRecord, healed: HealRecord | None) -> Overrides:
-    """The weights that compensation and healing changed, from the work folder."""
+    """The weights that compensation and healing changed, by layer and parameter name, from the work folder."""
     overrides = _load_overrides(run.work / COMPENSATION_FILE) if compensation.applied else {}
-    if healed is not None and healed.applied:  # trained from the compensated values, which these replace
+    if healed is not None and healed.applied:  # they started from the compensated values and replace them
         overrides |= _load_overrides(run.work / HEALED_FILE)
     return overrides
 
@@ -194,7 +195,11 @@ def _load_overrides(path: Path) -> Overrides:
 
 
 def losses_without(run: Run, sets: Sequence[Sequence[int]], texts: Sequence[Rows]) -> list[list[list[float]]]:
-    """Per set of layers and text, the mean NLL (nats per token) of each sequence in the original without that set."""
+    """Losses of the original without each of `sets` of layers.
+
+    Returns:
+        Per set and text, the mean NLL of each sequence in nats per token.
+    """
     decoder = run.decoder()
     kept = [[layer for layer in range(decoder.count) if layer not in removed] for removed in sets]
     measured = [decoder.losses_of(text.ids, kept, run.reporter.advance) for text in texts]
@@ -202,7 +207,7 @@ def losses_without(run: Run, sets: Sequence[Sequence[int]], texts: Sequence[Rows
 
 
 def texts_inputs(run: Run, texts: Sequence[Rows]) -> dict[str, Any]:
-    """What a measurement on these texts depends on."""
+    """The inputs of a stage that measures on these texts."""
     return {"texts": [(text.sha256, len(text.ids)) for text in texts], "seq_len": run.method.seq_len}
 
 
@@ -213,7 +218,13 @@ def evaluation_record(
     pruned: Sequence[Sequence[float]],
     compensated: Sequence[Sequence[float]],
 ) -> EvaluationRecord:
-    """Perplexities from the NLL of each sequence per text."""
+    """Perplexities and intervals from losses.
+
+    Args:
+        original: Per text, the mean NLL of each sequence in nats per token, for the original.
+        pruned: The same for the pruned model before compensation.
+        compensated: The same for the result.
+    """
     from gradmap_hub.evaluation.metrics import perplexity, ratio_interval
 
     measured = [

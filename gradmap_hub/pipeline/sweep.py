@@ -1,8 +1,8 @@
-"""The stages of `sweep`: what `prune` would make at each of several ratios, measured without writing a checkpoint.
+"""`sweep`: measures the result of `prune` at several ratios without writing checkpoints.
 
-Texts, weights, the scoring pass and the original's losses are shared by all ratios. From there each number of layers is
-a branch of its own with the very stages of `prune` (see `run`): choose, correct, heal. The new weights are put in for
-the measurement only. A result counts on disk as soon as it is there; what is there is not computed again.
+All ratios share texts, weights, the scoring pass and the losses of the original. Each number of layers is a branch (see
+`Run.branch`) with the stages of `prune`: select, compensate, heal. The changed weights are in the model only during the
+measurement. Every result is stored at once and is not computed again.
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ if TYPE_CHECKING:  # torch is only imported once there is something to compute
     from gradmap_hub.data.rows import CalibrationRows, Rows
     from gradmap_hub.pruning.scoring import LayerScores
 
-NOT_ASKED_FOR = "not asked for"
-STREAMED = "with --low-memory the weights come from the disk, whose speed it would be"
+NOT_ASKED_FOR = "not requested"
+STREAMED = "with --low-memory the weights are read from disk, so it would be the speed of the disk"
 
 
 @dataclass(frozen=True)
 class _Pruned:
-    """Per evaluation text, the mean NLL of each row: before and after correction and healing."""
+    """Per evaluation text, the mean NLL of each sequence in nats per token, without and with the changed weights."""
 
     uncorrected: list[list[float]]
     corrected: list[list[float]]
@@ -69,7 +69,7 @@ class _Pruned:
 
 @dataclass(frozen=True)
 class _Size:
-    """`bytes`: the original's files; the tensors that the written checkpoint would hold."""
+    """Before and after. `bytes`: the files of the original, and the tensors of the checkpoint that is not written."""
 
     parameters: BeforeAfter
     bytes: BeforeAfter
@@ -77,7 +77,7 @@ class _Size:
 
 @dataclass(frozen=True)
 class _Shared:
-    """What all ratios start from. `original`: losses of the original on `texts`."""
+    """The results that all ratios share. `original`: losses of the original on `texts`."""
 
     rows: CalibrationRows
     scores: LayerScores
@@ -86,34 +86,39 @@ class _Shared:
 
 
 def default_sweep_output(model: str) -> Path:
-    """NAME-sweep in the working folder."""
+    """NAME-sweep in the current folder."""
     return Path(f"{Path(model).stem if model.endswith('.gguf') else Path(model).name}-sweep")
 
 
 def check_sweep_output(output: Path, source: Source) -> None:
-    """Raises OutputExists: the folder holds something else than a sweep, or one of another model."""
+    """Raises OutputExists: the folder contains other files than a sweep, or a sweep of another model."""
     if output.exists() and not output.is_dir():
         raise OutputExists(f"{output} is a file.", hint="Choose another folder.")
     if not output.exists() or not any(output.iterdir()):
         return
     if not (output / SWEEP_FILE).is_file():
-        raise OutputExists(
-            f"The folder {output} is not empty; nothing in it was touched.", hint="Choose another folder."
-        )
+        raise OutputExists(f"The folder {output} is not empty; it was left unchanged.", hint="Choose another folder.")
     there = SweepRecord.read(output).base
     if (there.name, there.repo_id) != (source.base.name, source.base.repo_id):
         raise OutputExists(
-            f"The folder {output} holds a sweep of {there.name}; it was left as it is.", hint="Choose another folder."
+            f"The folder {output} holds a sweep of {there.name}; it was left unchanged.", hint="Choose another folder."
         )
 
 
 def sweep(
     config: SweepConfig, *, command: str = "", reporter: Reporter | None = None, hub: Hub | None = None
 ) -> tuple[SweepRecord, Path]:
-    """Measure quality, size and speed of the model at several ratios; returns the record and the folder that holds it.
+    """Measure quality, size and speed of a model at several ratios.
 
-    The tables are written anew after every ratio, the figure after the last. What an earlier sweep of the same model
-    left is not computed again.
+    The tables are updated after every ratio, the figure is written after the last. Results of an earlier sweep of the
+    same model are not computed again.
+
+    Args:
+        config: The model, the ratios and how to prune.
+        command: The command line, for the record.
+
+    Returns:
+        The record and its folder.
 
     Raises:
         GradmapError: one of its subclasses says what is wrong; see errors.py.
@@ -135,8 +140,12 @@ def sweep(
 
 
 def sweep_stages(run: Run, config: SweepConfig) -> Iterator[SweepRecord]:
-    """Measure one number of layers after another, fewest first; yields the record with every further one in it."""
-    run.precision()  # refuses what cannot be, before anything is fetched
+    """Measure one number of layers after another, in ascending order; yields the record after each.
+
+    Raises:
+        GradmapError: one of its subclasses says what is wrong; see errors.py.
+    """
+    run.precision()  # raises before the download if the machine does not support it
     rows, extra = calibrate(run)
     texts = evaluation_texts(run, rows, extra)
     weights = fetch_weights(run)
@@ -184,7 +193,7 @@ def _measure(run: Run, shared: _Shared, count: int, ratios: Sequence[float], *, 
         for texts in (shared.original.rows, pruned.uncorrected, pruned.corrected)
     )
     base = perplexity(original)
-    assert chosen.winner is not None  # there is one unless the layers were chosen by hand
+    assert chosen.winner is not None  # None only if the layers were chosen by hand
     return SweepPoint(
         ratios=list(ratios),
         removed=chosen.removed,
@@ -209,14 +218,14 @@ def _evaluate_original(run: Run, texts: Sequence[Rows]) -> RowLosses:
         run.reporter.total(sum(len(text.ids) for text in texts))
         return RowLosses(losses_without(run, [()], texts)[0])
 
-    # On a branch: other texts to measure on are no reason to choose or correct anew.
+    # On a branch, so that other evaluation texts do not invalidate selection and compensation.
     return run.stages.branch().run(
         "evaluate-original", "Measuring the original", RowLosses, compute, inputs=texts_inputs(run, texts)
     )
 
 
 def _evaluate(run: Run, chosen: Compensated, healed: HealRecord | None, texts: Sequence[Rows]) -> _Pruned:
-    """The losses of the pruned model, first as it is, then with the new weights put in for a while."""
+    """The losses of the pruned model without and with the changed weights."""
 
     def compute() -> _Pruned:
         from gradmap_hub.pruning.removal import storage_dtype
@@ -230,7 +239,7 @@ def _evaluate(run: Run, chosen: Compensated, healed: HealRecord | None, texts: S
         stored = storage_dtype(run.method.dtype, run.source.base.dtype)
         with ExitStack() as replaced:
             for (layer, name), value in overrides.items():
-                rounded = value.to(stored).to(value.dtype).to(decoder.device)  # as read back from the checkpoint
+                rounded = value.to(stored).to(value.dtype).to(decoder.device)  # as in a checkpoint that is read back
                 replaced.enter_context(decoder.replaced(layer, {name: rounded}))
             return _Pruned(uncorrected, losses_without(run, [chosen.removed], texts)[0])
 
@@ -252,7 +261,7 @@ def _size(run: Run, removed: Sequence[int]) -> _Size:
             BeforeAfter(checkpoint_bytes(run.original.checkpoint()), after * stored.itemsize),
         )
 
-    # On a branch: the number format decides nothing of what is measured after.
+    # On a branch, because no later stage depends on the stored dtype.
     return run.stages.branch().run(
         "size",
         "Size",
@@ -264,7 +273,7 @@ def _size(run: Run, removed: Sequence[int]) -> _Size:
 
 
 def _time(run: Run, removed: Sequence[int], rows: CalibrationRows) -> Speed:
-    """Speed against the original, from the decoder's own model: layers are left out and put back."""
+    """Speed relative to the original, on the loaded model, with the layers left out temporarily."""
     from gradmap_hub.evaluation import speed
 
     dtype, device = run.precision()
@@ -292,5 +301,5 @@ def _time(run: Run, removed: Sequence[int], rows: CalibrationRows) -> Speed:
         Speed,
         compute,
         inputs={"hardware": hardware(), "precision": [str(dtype), device], "tokens": [len(prompt), new_tokens]},
-        describe=lambda found: f"reading x{found.prefill.ratio:.2f}, writing x{found.decode.ratio:.2f}",
+        describe=lambda found: f"prefill x{found.prefill.ratio:.2f}, decode x{found.decode.ratio:.2f}",
     )

@@ -1,4 +1,4 @@
-"""Calibration and evaluation text of a run, as token sequences."""
+"""Reads the calibration and evaluation texts of a run as token sequences."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ if TYPE_CHECKING:  # torch is only imported once there is something to compute
 
 @dataclass(frozen=True)
 class EvaluationText:
-    """Rows to measure on. `contaminated`: those that share words with calibration rows; None if not looked at."""
+    """Sequences to measure on. `contaminated`: indices of those with a 13-gram overlap with calibration sequences; None
+    if not checked."""
 
     rows: Rows
     kind: str
@@ -30,7 +31,14 @@ class EvaluationText:
 
 
 def calibrate(run: Run) -> tuple[CalibrationRows, list[Rows]]:
-    """Tokenise and split the texts. Cheap, so it is done on every run, and before any weight is fetched."""
+    """Tokenise and split the texts. This is cheap, so every run repeats it, before the weights are fetched.
+
+    Returns:
+        The calibration sequences, and those of each --eval-text.
+
+    Raises:
+        CalibrationError: a text is missing, too short or given twice, or differs from that of the run to repeat.
+    """
     from gradmap_hub.data.rows import evaluation_rows, split_rows
 
     config = run.method
@@ -41,8 +49,8 @@ def calibrate(run: Run) -> tuple[CalibrationRows, list[Rows]]:
     if clash:
         name = next(text.name for text in extra_texts if text.sha256 in clash)
         raise CalibrationError(
-            f"{name} is given both as calibration and as evaluation text.",
-            hint="Rows of the calibration text are held out for evaluation anyway; leave out that --eval-text.",
+            f"{name} is both a calibration and an evaluation text.",
+            hint="Sequences of the calibration text are held out for evaluation anyway; leave out that --eval-text.",
         )
     tokenizer = run.original.tokenizer()
     rows = split_rows(
@@ -56,8 +64,8 @@ def calibrate(run: Run) -> tuple[CalibrationRows, list[Rows]]:
     )
     if run.expected.rows_sha256 not in (None, rows.sha256):
         raise CalibrationError(
-            "The calibration rows drawn here are not those of the record: text, tokenizer or their versions differ.",
-            hint="Use the texts and the versions that the record names, or leave out --from to make another model.",
+            "The calibration sequences differ from the recorded ones: another text, tokenizer or package version.",
+            hint="Use the recorded texts and versions, or leave out --from to make a different model.",
         )
     extra = [evaluation_rows(text, tokenizer, seq_len=config.seq_len, rows=config.eval_rows) for text in extra_texts]
     run.reporter.finish(f"{rows.fit.numel():,} tokens from {', '.join(text.name for text in texts)}")
@@ -65,10 +73,10 @@ def calibrate(run: Run) -> tuple[CalibrationRows, list[Rows]]:
 
 
 def _check_contamination(run: Run, rows: CalibrationRows, extra: Sequence[Rows]) -> list[list[int]]:
-    """Per evaluation text, its rows that share a run of words with a calibration row.
+    """Per evaluation text, the indices of its sequences with a 13-gram overlap with a calibration sequence.
 
     Raises:
-        CalibrationError: that is more than half of a text's rows.
+        CalibrationError: more than half of the sequences of a text have one.
     """
     from gradmap_hub.data.contamination import shared_rows
 
@@ -76,7 +84,7 @@ def _check_contamination(run: Run, rows: CalibrationRows, extra: Sequence[Rows])
         return []
     decode = run.original.tokenizer().batch_decode
     sources = {source.name: decode(source.ids.tolist()) for source in rows.sources}
-    selection = decode(rows.selection.tolist())  # of the same texts; it decided between layers
+    selection = decode(rows.selection.tolist())  # from the same texts; used to choose the layers
     found: list[list[int]] = []
     for text in extra:
         words = decode(text.ids.tolist())
@@ -88,33 +96,32 @@ def _check_contamination(run: Run, rows: CalibrationRows, extra: Sequence[Rows])
         worst = max(hits, key=lambda name: hits[name])
         if 2 * len(shared) > len(words):
             raise CalibrationError(
-                f"{len(shared)} of the {len(words)} rows of the evaluation text {text.name} share 13 words in a row "
-                f"with rows of the calibration text {worst}.",
-                hint="Measure on another text, or calibrate on another one: a model looks better on what it was "
-                "fitted to.",
+                f"{len(shared)} of the {len(words)} sequences of the evaluation text {text.name} have a 13-gram "
+                f"overlap with the calibration text {worst}.",
+                hint="Use another evaluation or calibration text: a model is too good on text that it was fitted to.",
             )
         run.reporter.note(
-            f"{len(shared)} of the {len(words)} rows of {text.name} share 13 words in a row with calibration rows "
-            f"({worst}); the record names them."
+            f"{len(shared)} of the {len(words)} sequences of {text.name} have a 13-gram overlap with calibration text "
+            f"({worst}); the record lists them."
         )
     return found
 
 
 def export_rows(run: Run) -> tuple[Rows, Tensor]:
-    """What an export is measured on (text of another source if there is some, else held-out rows of the first text),
-    and what it may be fitted on."""
+    """Sequences for exports: those to measure on, from an --eval-text if given, else held out of the first calibration
+    text; and those to fit on, (sequences, tokens)."""
     rows, extra = calibrate(run)
     return (extra or rows.held_out)[0], rows.fit
 
 
 def evaluation_texts(run: Run, rows: CalibrationRows, extra: Sequence[Rows]) -> list[EvaluationText]:
-    """What perplexity is measured on.
+    """The texts on which perplexity is measured: held-out calibration sequences, and `extra`.
 
     Raises:
-        CalibrationError: more than half of the rows of an `extra` text share a run of words with calibration rows.
+        CalibrationError: more than half of the sequences of an `extra` text overlap with calibration sequences.
     """
     contaminated = _check_contamination(run, rows, extra)
-    # The held-out rows are of the calibration texts by intention.
+    # Held-out sequences come from the calibration texts by design, so their overlap is not checked.
     held_out = [EvaluationText(text, "calibration (held out)") for text in rows.held_out]
     return held_out + [
         EvaluationText(text, "another source", shared) for text, shared in zip(extra, contaminated, strict=True)
@@ -122,6 +129,7 @@ def evaluation_texts(run: Run, rows: CalibrationRows, extra: Sequence[Rows]) -> 
 
 
 def calibration_record(run: Run, rows: CalibrationRows) -> CalibrationRecord:
+    """The description of the calibration sequences in the record."""
     return CalibrationRecord(
         source=", ".join(source.name for source in rows.sources),
         samples=len(rows.fit),

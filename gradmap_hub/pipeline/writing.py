@@ -1,4 +1,4 @@
-"""The pruned checkpoint: written, read back, compared."""
+"""Writes the pruned checkpoint, reads it back and compares the logits."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:  # torch is only imported once there is something to compute
 
 @dataclass(frozen=True)
 class WrittenModel:
+    """A written checkpoint. `parameters`: numbers of them; `dtype`: of the stored weights."""
+
     verification: VerificationRecord
     parameters: BeforeAfter
     bytes: BeforeAfter
@@ -32,7 +34,11 @@ class WrittenModel:
 def write(
     run: Run, removed: Sequence[int], compensation: CompensationRecord, healed: HealRecord | None
 ) -> WrittenModel:
-    """Remove the layers, put the compensated and healed weights in, save, read back, compare the logits."""
+    """Write the checkpoint without the removed layers and with the compensated and healed weights, and verify it.
+
+    Raises:
+        VerificationError: the checkpoint that is read back differs from the model in memory.
+    """
 
     def compute() -> WrittenModel:
         from gradmap_hub.models import checkpoint
@@ -88,7 +94,7 @@ def _write_from_memory(
 def _write_streamed(
     run: Run, removed: Sequence[int], overrides: Mapping[tuple[int, str], Any], dtype: Any
 ) -> tuple[VerificationRecord, BeforeAfter]:
-    """The same without a model in memory: from file to file, and both ends streamed for the comparison."""
+    """As `_write_from_memory`, layer by layer from file to file, with both models streamed for the comparison."""
     from gradmap_hub.models.streaming import key_report, open_streamed, pruned_logits
     from gradmap_hub.pruning.removal import parameter_count
     from gradmap_hub.pruning.verification import probe_ids, verify
@@ -99,7 +105,7 @@ def _write_streamed(
     written = open_streamed(run.output, architecture, run.method.seq_len, dtype=_float32())
     probe = probe_ids(written.model.config)
     run.release()
-    # Rounded as the written file is, so that the two are the same numbers computed in the same precision.
+    # Round to the stored dtype, so that both models compute with the same numbers in the same precision.
     original = open_streamed(source, architecture, probe.shape[1], dtype=_float32(), rounding=dtype)
     before = parameter_count(original.model)
     for (layer, name), value in overrides.items():

@@ -1,7 +1,7 @@
-"""Prompt to token ids and back: the tokenizer, the chat template and the end-of-text ids.
+"""Converts text to token ids and back: the tokenizer, the chat template and the end-of-text ids.
 
-Standalone: `runtime` uses it, and it is copied into every Space folder for both engines there, so that all of them
-give a model the same token ids.
+Standalone: `runtime` uses it, and it is copied into every Space folder, so that every engine prompts a model in the
+same way.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-# What is read of a model beside its graph or weights; the last ones may be absent.
+# Files read from a model folder besides graph or weights; the last ones are optional.
 TEXT_FILES = (
     "config.json",
     "tokenizer.json",
@@ -31,11 +31,15 @@ TEXT_FILES = (
 
 
 class ModelError(Exception):
-    """A model cannot be loaded or cannot use a prompt; the page shows the message."""
+    """A model cannot be loaded or prompted; the message is shown to the user."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; {} if there is no file, since several are optional."""
+    """The object in a JSON file; empty if the file is missing, because several are optional.
+
+    Raises:
+        ModelError: the file is not valid JSON, or not an object.
+    """
     if not path.is_file():
         return {}
     try:
@@ -43,19 +47,19 @@ def read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ModelError(f"{path.name} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
-        raise ModelError(f"{path.name} does not hold a JSON object.")
+        raise ModelError(f"{path.name} does not contain a JSON object.")
     return content
 
 
 def special_token(value: object) -> str | None:
-    """A special token of a tokenizer configuration, written as text or as {"content": text, ...}; else None."""
+    """A special token in a tokenizer configuration, given as text or as {"content": text, ...}; None otherwise."""
     if isinstance(value, Mapping):
         value = value.get("content")
     return value if isinstance(value, str) else None
 
 
 def end_ids(folder: Path, tokenizer: Tokenizer, tokens: Mapping[str, str]) -> frozenset[int]:
-    """The ids that end an answer: what `generate` would use, else the tokenizer's own end token."""
+    """The ids that end an answer: those that `generate` uses, else the tokenizer's own end token."""
     for name in ("generation_config.json", "config.json"):
         value = read_json(folder / name).get("eos_token_id")
         if isinstance(value, int):
@@ -67,7 +71,7 @@ def end_ids(folder: Path, tokenizer: Tokenizer, tokens: Mapping[str, str]) -> fr
 
 
 def chat_template_of(folder: Path, tokenizer_config: Mapping[str, Any]) -> str | None:
-    """chat_template.jinja, else the key in tokenizer_config.json (text, or a list of named templates)."""
+    """The chat template, from its file or else from tokenizer_config.json (a text, or a list of named ones)."""
     file = folder / "chat_template.jinja"
     if file.is_file():
         return file.read_text(encoding="utf-8")
@@ -79,7 +83,7 @@ def chat_template_of(folder: Path, tokenizer_config: Mapping[str, Any]) -> str |
 
 
 class GenerationTag(Extension):
-    """`{% generation %}` marks the assistant's part for training; here its body is rendered unchanged."""
+    """`{% generation %}` marks the assistant's part for training; here its body is printed."""
 
     tags = {"generation"}  # noqa: RUF012 - the name and the type are jinja2's
 
@@ -90,10 +94,16 @@ class GenerationTag(Extension):
 
 
 def render_chat(template: str, messages: Sequence[Mapping[str, Any]], tokens: Mapping[str, str]) -> str:
-    """Render messages ({"role", "content"}) with a chat template, up to where the answer begins.
+    """Render messages ({"role", "content"}) with a chat template, up to the start of the answer.
 
-    The template is untrusted, so it runs in jinja2's sandbox: no access to Python's internals, no changes to its
+    The template is untrusted, so it runs in jinja2's sandbox: no access to Python attributes, no changes to its
     arguments.
+
+    Args:
+        tokens: Special tokens by name, such as bos_token.
+
+    Raises:
+        ModelError: the template fails.
     """
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", GenerationTag]
@@ -103,7 +113,7 @@ def render_chat(template: str, messages: Sequence[Mapping[str, Any]], tokens: Ma
         raise TemplateError(message)
 
     def to_json(value: object, indent: int | None = None) -> str:
-        # Jinja's own filter escapes HTML characters, which would change the prompt.
+        # Jinja's own filter escapes HTML characters, which changes the prompt.
         return json.dumps(value, ensure_ascii=False, indent=indent)
 
     environment.globals["raise_exception"] = raise_exception
@@ -117,14 +127,14 @@ def render_chat(template: str, messages: Sequence[Mapping[str, Any]], tokens: Ma
             documents=None,
             **tokens,
         )
-    # A template is a program: whatever it raises (a refused attribute, a type error) is its own failure.
+    # A template is a program and may raise anything, such as a security or type error.
     except Exception as error:
-        raise ModelError(f"The model's chat template could not be used: {error}") from error
+        raise ModelError(f"The model's chat template failed: {error}") from error
 
 
 @dataclass(frozen=True)
 class TextCodec:
-    """Text to token ids and back, for one model."""
+    """Encodes and decodes text for one model. `ends`: the ids that end an answer."""
 
     tokenizer: Tokenizer
     chat_template: str | None
@@ -144,7 +154,7 @@ class TextCodec:
 
     @classmethod
     def with_tokenizer(cls, folder: Path, tokenizer: Tokenizer) -> TextCodec:
-        # A stored tokenizer may truncate or pad; a prompt must arrive as it was typed.
+        # A stored tokenizer may truncate or pad; prompts must stay unchanged.
         tokenizer.no_truncation()
         tokenizer.no_padding()
         config = read_json(folder / "tokenizer_config.json")
@@ -158,7 +168,7 @@ class TextCodec:
         )
 
     def encode(self, prompt: str) -> list[int]:
-        """The token ids of a prompt, as one user message, or as plain text if the model has no chat template."""
+        """The ids of a prompt as one user message, or as plain text if the model has no chat template."""
         if self.chat_template is None:
             return self.encode_text(prompt)
         return self.encode_chat([{"role": "user", "content": prompt}])
@@ -175,11 +185,11 @@ class TextCodec:
 
     def _some(self, ids: list[int]) -> list[int]:
         if not ids:
-            raise ModelError("The prompt has no tokens.")
+            raise ModelError("This prompt has no tokens.")
         return ids
 
     def stream(self) -> Callable[[int], str]:
-        """A function that takes the ids one by one and returns the text each one completes."""
+        """A function that takes ids one by one and returns the text that each completes."""
         stream = DecodeStream(skip_special_tokens=True)
 
         def next_piece(token: int) -> str:
@@ -187,8 +197,8 @@ class TextCodec:
             try:
                 return stream.step(self.tokenizer, token) or ""
             except Exception:
-                # tokenizers gives up on some malformed byte sequences ("Invalid prefix encountered"),
-                # which a damaged model can well write; a fresh stream goes on from here.
+                # tokenizers fails on some malformed byte sequences ("Invalid prefix encountered"), which a damaged
+                # model may generate; continue with a new stream.
                 stream = DecodeStream(skip_special_tokens=True)
                 return stream.step(self.tokenizer, token) or ""
 

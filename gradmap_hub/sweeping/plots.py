@@ -1,6 +1,6 @@
 """The figure of a sweep: quality and speed against size.
 
-matplotlib is imported when something is drawn.
+matplotlib is imported only when the figure is drawn.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 
 def sweep_plot(record: SweepRecord, path: Path) -> None:
-    """Perplexity over that of the original against the share of parameters removed, and below the speed, if measured.
+    """Plot relative perplexity against the share of parameters removed, and relative speed below it, if measured.
 
-    The axis of perplexity is logarithmic, so that the chord by which the knee is found is a straight line.
+    The perplexity axis is logarithmic, so that the chord that defines the knee is a straight line.
     """
     timed = [point for point in record.points if point.speed is not None]
 
@@ -78,19 +78,19 @@ def _quality_panel(axes: Axes, record: SweepRecord) -> None:
 
 
 def _mark_points(axes: Axes, record: SweepRecord, knee: SweepPoint | None) -> None:
-    """A ring around the knee, and around what is recommended if that is another; in words on a line to the top, where
-    a curve that rises leaves room."""
+    """Draw a ring around the knee, and around the recommended point if it differs. The labels are at the top, where a
+    rising curve leaves room."""
     ratio = record.recommendation.ratio
     chosen = next((point for point in record.points if ratio is not None and ratio in point.ratios), None)
-    marks = {id(point): (point, words) for point, words in ((chosen, "recommended"), (knee, "knee")) if point}
-    for row, (point, words) in enumerate(marks.values()):
+    marks = {id(point): (point, label) for point, label in ((chosen, "recommended"), (knee, "knee")) if point}
+    for row, (point, label) in enumerate(marks.values()):
         x = 100 * point.parameter_share
         axes.plot([x], [point.perplexity], marker="o", markersize=15, markerfacecolor="none",
                   markeredgecolor=REMOVED, markeredgewidth=2.2, linestyle="none", zorder=4)  # fmt: skip
         axes.axvline(x, color=REMOVED, linewidth=1.2, linestyle=":", zorder=1)
         left_of = point.parameter_share > 0.4 * record.points[-1].parameter_share
         axes.annotate(
-            f"{words}: ratio {point.ratios[0]:g}, \u00d7{point.perplexity:.2f}",
+            f"{label}: ratio {point.ratios[0]:g}, \u00d7{point.perplexity:.2f}",
             (x, 1.0), xycoords=axes.get_xaxis_transform(), xytext=(-8 if left_of else 8, -22 * row),
             textcoords="offset points", color=REMOVED, fontweight="bold", va="top",
             ha="right" if left_of else "left", bbox={"facecolor": "white", "edgecolor": "none", "pad": 1}, zorder=5,
@@ -107,10 +107,10 @@ def _speed_panel(axes: Axes, points: Sequence[SweepPoint]) -> None:
         axes.errorbar(x, y, yerr=errors, color=colour, marker=marker, markersize=7, linewidth=2.0, capsize=4)
         return line_handle(label, colour, marker=marker)
 
-    apart = 0.7 * points[-1].parameter_share  # the bars of the two must not lie on one another
-    reading = line(lambda speed: speed.prefill, "reading a prompt", KEPT, "o", -apart)
-    writing = line(lambda speed: speed.decode, "writing, with range of the rounds", REMOVED, "s", apart)
+    apart = 0.7 * points[-1].parameter_share  # the error bars of the two must not overlap
+    prefill = line(lambda speed: speed.prefill, "prefill", KEPT, "o", -apart)
+    decode = line(lambda speed: speed.decode, "decode, with range of the rounds", REMOVED, "s", apart)
     axes.set_ylabel("speed, as a multiple\nof the original's")
     axes.yaxis.set_major_formatter("\u00d7{x:.2f}")
     axes.grid(axis="y", color=GRID, linewidth=0.8)
-    legend(axes, [reading, writing])
+    legend(axes, [prefill, decode])

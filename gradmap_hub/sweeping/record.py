@@ -1,4 +1,4 @@
-"""What a sweep measured, one JSON file (sweep.json); the table and the figure are drawn from it alone."""
+"""The results of a sweep, stored as sweep.json; table and figure are made from it alone."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ SWEEP_FILE = "sweep.json"
 
 @dataclass(frozen=True)
 class SweepPoint:
-    """One number of layers removed, as `prune` would remove and correct them.
+    """The result of removing one number of layers, with the same compensation and healing as `prune`.
 
-    `ratios`: those asked for that come to it. `bytes`: the original's files; the tensors that the written checkpoint
-    would hold. `perplexity`: pruned and corrected over original, over all rows of all texts, each row of the same
-    weight; `interval`: its 95% bootstrap interval; `uncorrected`: the same before the correction. `speed`: None if it
-    was not measured. `seconds`: of each stage, when it was computed.
+    `ratios`: the requested ratios that remove this number. `bytes`: the files of the original, and the tensors that a
+    written checkpoint would contain. `perplexity`: that of the result divided by that of the original, over all
+    sequences of all texts with equal weight; `interval`: its 95% bootstrap interval; `uncorrected`: the same ratio
+    before compensation. `speed`: None if not measured. `seconds`: per stage, when it was computed.
     """
 
     ratios: list[float]
@@ -53,20 +53,22 @@ class SweepPoint:
 
     @property
     def share(self) -> float:
-        """Of the layers, that which is removed."""
+        """Share of the layers that is removed."""
         return len(self.removed) / self.layers.before
 
     @property
     def parameter_share(self) -> float:
-        """Of the parameters, that which is removed."""
+        """Share of the parameters that is removed."""
         return 1 - self.parameters.after / self.parameters.before
 
 
 @dataclass(frozen=True)
 class Recommendation:
-    """`ratio` is None if nothing can be recommended; `reason` says why, or why this one. `knee`: the ratio of the knee,
-    if there is one; `knee_reason` in words either way. `max_loss`: the bound asked for, in percent. `push`: the command
-    that makes and publishes what is recommended."""
+    """The recommended ratio, or None, and the reason.
+
+    `knee`: the ratio of the knee, or None; `knee_reason`: the explanation. `max_loss`: the requested bound in percent.
+    `push`: the command that publishes a model with the recommended ratio.
+    """
 
     ratio: float | None
     reason: str
@@ -78,8 +80,8 @@ class Recommendation:
 
 @dataclass(frozen=True)
 class SweepRecord:
-    """`ratios`: all that were asked for; `points` those that are measured, fewest layers removed first. `settings`: the
-    fields of PruneConfig. `seconds`: of the stages that all ratios share. `no_speed`: why speed was not measured."""
+    """A sweep. `ratios`: all requested ones; `points`: the measured ones, in ascending order of the layers removed;
+    `settings`: the fields of PruneConfig; `seconds`: of the shared stages; `no_speed`: why speed was not measured."""
 
     schema_version: int
     gradmap_hub: str
@@ -97,7 +99,7 @@ class SweepRecord:
 
     @property
     def missing(self) -> list[float]:
-        """Ratios asked for that are not measured yet."""
+        """Requested ratios that are not measured yet."""
         return sorted(set(self.ratios) - {ratio for point in self.points for ratio in point.ratios})
 
     def write(self, folder: Path) -> None:
@@ -108,14 +110,14 @@ class SweepRecord:
         """Read `folder`/sweep.json.
 
         Raises:
-            SourceError: there is none, or it is not one.
+            SourceError: the file is missing or invalid.
         """
         path = folder / SWEEP_FILE
         try:
             return from_json(SweepRecord, json.loads(path.read_text(encoding="utf-8")))
         except FileNotFoundError:
             raise SourceError(
-                f"{folder} has no {SWEEP_FILE}.", hint="Make it with `gradmap-hub sweep MODEL`."
+                f"{folder} has no {SWEEP_FILE}.", hint="Create it with `gradmap-hub sweep MODEL`."
             ) from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise SourceError(f"{path} cannot be read as a sweep of gradmap-hub: {error}") from error
+            raise SourceError(f"{path} is not a valid sweep of gradmap-hub: {error}") from error

@@ -1,4 +1,4 @@
-"""sweep.json, sweep.md and sweep.png: what a sweep measured, for programs, for reading and at a glance."""
+"""Writes the results of a sweep: sweep.json, the tables in sweep.md, the figure sweep.png."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TABLE_FILE, PLOT_FILE = "sweep.md", "sweep.png"
 
 
 def write_report(record: SweepRecord, folder: Path) -> None:
-    """Write the tables, and once all ratios are measured the figure, which would be an earlier sweep's until then."""
+    """Write record and tables, and the figure once all ratios are measured; until then an old figure is removed."""
     from gradmap_hub.sweeping.plots import sweep_plot
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -25,14 +25,14 @@ def write_report(record: SweepRecord, folder: Path) -> None:
 
 
 def columns(record: SweepRecord) -> list[str]:
-    """The heads of `rows`."""
+    """The column headers of `rows`."""
     heads = ["ratio", "layers", "parameters", "weights", "perplexity [95 %]"]
-    return heads if record.no_speed else [*heads, "reading", "writing"]
+    return heads if record.no_speed else [*heads, "prefill", "decode"]
 
 
 def rows(record: SweepRecord, *, ranges: bool = True) -> list[list[str]]:
-    """The original, then one row per number of layers, as text. Perplexity and speed are multiples of the original's;
-    `ranges`: speed with the range of its rounds."""
+    """The table cells: the original, then one row per number of layers. Perplexity and speed are multiples of the
+    original's; `ranges`: add the range of the rounds to the speed."""
     if not record.points:
         return []
     first = record.points[0]
@@ -55,32 +55,34 @@ def rows(record: SweepRecord, *, ranges: bool = True) -> list[list[str]]:
 
 
 def recommended(record: SweepRecord) -> SweepPoint | None:
-    """The point that is recommended, if there is one."""
+    """The recommended point, if any."""
     ratio = record.recommendation.ratio
     return next((point for point in record.points if ratio is not None and ratio in point.ratios), None)
 
 
 def verdict(record: SweepRecord) -> str:
-    """What is recommended and why, in a line or two."""
+    """The recommendation and its reason, in one or two sentences."""
     given = record.recommendation
     if given.ratio is None:
         text = f"No ratio is recommended: {given.reason}."
     else:
         text = f"Recommended: {given.ratio:g}, {given.reason}."
     if given.max_loss is not None:
-        text += f" By shape: {f'{given.knee:g}, ' if given.knee is not None else ''}{given.knee_reason}."
+        text += (
+            f" By the shape of the curve: {f'{given.knee:g}, ' if given.knee is not None else ''}{given.knee_reason}."
+        )
     return text
 
 
 def markdown(record: SweepRecord) -> str:
-    """sweep.md: the table, what is recommended, perplexity text by text, and how it was measured."""
+    """The content of sweep.md: table, recommendation, perplexity by text, and measurement settings."""
     calibration, settings = record.calibration, record.settings
     base = f"{record.base.name} at {record.base.commit}" if record.base.commit else record.base.name
     parts = [f"# {record.base.name}: quality against size", ""]
     parts += _table(columns(record), rows(record), left=0)
     if record.missing:
         left = ", ".join(f"{ratio:g}" for ratio in record.missing)
-        parts += ["", f"Not finished: {left} still to be measured."]
+        parts += ["", f"Not finished: {left} not measured yet."]
     parts += ["", verdict(record), ""]
     if record.recommendation.push:
         parts += ["```", record.recommendation.push, "```", ""]
@@ -93,41 +95,41 @@ def markdown(record: SweepRecord) -> str:
              f"{text.compensated:.2f}", f"{text.interval[0]:.2f} to {text.interval[1]:.2f}"]
             for text in point.evaluation.texts
         ]  # fmt: skip
-        heads = ["text", "kind", "tokens", "original", "pruned", "pruned and corrected", "of original, 95 %"]
+        heads = ["text", "kind", "tokens", "original", "pruned", "pruned and compensated", "of original, 95 %"]
         removed = ", ".join(map(str, point.removed))
         parts += [f"Ratio {' '.join(f'{ratio:g}' for ratio in point.ratios)}: without layers {removed} "
                   f"({point.metric}).", "", *_table(heads, texts, left=2), ""]  # fmt: skip
     parts += [
-        "## How it was measured",
+        "## Measurement",
         "",
         f"- {base}; gradmap-hub {record.gradmap_hub}; {record.hardware}; "
         + ", ".join(f"{name} {version}" for name, version in record.versions.items()),
-        f"- Calibrated on {calibration.samples} rows of {calibration.sequence_length} tokens from {calibration.source} "
-        f"(sha256 of the rows: {calibration.sha256}). Nothing is measured on them.",
-        "- Perplexity over that of the original: exp of the mean difference of the rows' losses, all rows of all texts "
-        "with the same weight; intervals by paired bootstrap over the rows.",
-        f"- {_speed_words(record)}",
+        f"- Calibrated on {calibration.samples} sequences of {calibration.sequence_length} tokens from "
+        f"{calibration.source} (sha256: {calibration.sha256}), on which nothing is measured.",
+        "- Perplexity relative to the original: exp of the mean difference of the losses per sequence, all sequences "
+        "of all texts with equal weight; intervals by paired bootstrap over the sequences.",
+        f"- {_speed_summary(record)}",
         f"- Computed in {settings.get('compute')} on {settings.get('device')}, "
-        f"{sum(record.seconds.values()):.0f} s once and "
+        f"{sum(record.seconds.values()):.0f} s for the shared stages and "
         + ", ".join(f"{sum(point.seconds.values()):.0f}" for point in record.points)
-        + " s for the ratios.",
+        + " s per ratio.",
     ]
     return "\n".join(parts) + "\n"
 
 
-def _speed_words(record: SweepRecord) -> str:
+def _speed_summary(record: SweepRecord) -> str:
     speed = next((point.speed for point in record.points if point.speed is not None), None)
     if speed is None:
         return f"Speed was not measured: {record.no_speed}."
     return (
-        "Speed: tokens per second over those of the original, which ran in turn with it; PyTorch eager in "
-        f"{speed.dtype} on {speed.device}, {speed.threads} threads, batch 1; reading {speed.prompt_tokens} tokens at "
-        f"once and writing {speed.new_tokens} with the KV cache; median and range of {speed.rounds} rounds."
+        "Speed: tokens per second relative to the original, measured in alternation; PyTorch eager in "
+        f"{speed.dtype} on {speed.device}, {speed.threads} threads, batch 1; prefill of {speed.prompt_tokens} "
+        f"tokens, decode of {speed.new_tokens} with the KV cache; median and range of {speed.rounds} rounds."
     )
 
 
 def _table(heads: Sequence[str], lines: Sequence[Sequence[str]], left: int) -> list[str]:
-    """A Markdown table; all columns but the first `left` are aligned to the right."""
+    """A Markdown table; all columns after the first `left` are right-aligned."""
     marks = ["---" if index < left else "---:" for index in range(len(heads))]
     return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in (heads, marks, *lines)]
 

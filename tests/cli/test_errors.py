@@ -82,11 +82,11 @@ def test_tokens(world: Any, fails: Any) -> None:
         fails(1, "prune", "acme/tiny", "out", "--layers", "1", token="hf_wrong", words=("does not accept your token",)),
     ):
         assert "hf_wrong" not in done.err
-    fails(1, *push(world, "--layers", "1"), token=reader, words=("may only read",))
+    fails(1, *push(world, "--layers", "1"), token=reader, words=("is read-only",))
 
 
 def test_target_names(world: Any, fails: Any) -> None:
-    fails(1, *push(world, "--layers", "1", "--to", "bob/tiny"), words=("may not write to bob",))
+    fails(1, *push(world, "--layers", "1", "--to", "bob/tiny"), words=("without write access to bob",))
     fails(2, *push(world, "--layers", "1", "--to", "tiny"), words=("OWNER/NAME",))
     fails(2, *push(world, "--layers", "1", "--to", "ada/a..b"), words=("ada/a..b",))
 
@@ -98,7 +98,7 @@ def test_hub_that_does_not_answer(world: Any, fails: Any) -> None:
 
 def test_target_with_other_content_is_left_alone(world: Any, fails: Any, variant: Any) -> None:
     world.hub.seed("ada/taken", variant(without=["LICENSE"]))
-    fails(1, *push(world, "--layers", "1", "--to", "ada/taken"), words=("ada/taken", "left as it is"))
+    fails(1, *push(world, "--layers", "1", "--to", "ada/taken"), words=("ada/taken", "was not changed"))
 
 
 # -- arguments -------------------------------------------------------------------------------------------------------

@@ -365,7 +365,7 @@ def test_publish_after_prune(world: Any, plain: Pushed, killed: Any, tmp_path: P
     assert not [entry for entry in world.hub.requests[asked:] if entry.method == "PUT" or "/commit/" in entry.path]
     # Another model's repository is not overwritten.
     refused = world.cli.run("publish", folder, "--to", plain.answer["model"]["repo_id"])
-    assert refused.code == 1 and "left as it is" in refused.err
+    assert refused.code == 1 and "was not changed" in refused.err
     assert sums(folder) == built
 
 

@@ -72,10 +72,10 @@ def test_changed_text_is_refused(world: Any, first: Path, tmp_path: Path) -> Non
     before, asked = world.repositories(), len(world.hub.requests)
     for command in (("push", "--output", "again"), ("prune", "again")):
         done = world.cli.run(*command, "--from", first, "-c", changed, cwd=tmp_path)
-        assert done.code == 1 and done.err.startswith(f"error {changed} is not the text"), done.err
+        assert done.code == 1 and done.err.startswith(f"error {changed} is not the recorded text"), done.err
         assert "sha256" in done.err and "Traceback" not in done.err
     done = world.cli.run("push", "--from", first, cwd=tmp_path)  # the same file, found by its name
-    assert done.code == 1 and "is not the text" in done.err
+    assert done.code == 1 and "is not the recorded text" in done.err
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
     assert world.repositories() == before and not world.weights_asked_for(asked)
 

@@ -1,4 +1,4 @@
-"""Evaluation rows that share 13 words in a row with calibration rows: found, named, refused where they are most."""
+"""Evaluation sequences with a 13-gram overlap with calibration sequences: found, listed, refused if they are most."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ def test_prune_names_the_rows_and_refuses_most_of_a_text(
     held_out, extra = record.evaluation.texts
     assert held_out.contaminated is None
     assert extra.contaminated and 2 * len(extra.contaminated) <= extra.rows
-    said = [note for note in reporter.notes if "share 13 words" in note]
-    assert len(said) == 1 and f"{len(extra.contaminated)} of the 4 rows of evaluation.txt" in said[0]
+    said = [note for note in reporter.notes if "13-gram overlap" in note]
+    assert len(said) == 1 and f"{len(extra.contaminated)} of the 4 sequences of evaluation.txt" in said[0]
     assert "calibration.txt" in said[0]
     back = RunRecord.read(tmp_path / "small").evaluation
     assert back is not None and back.texts[1].contaminated == extra.contaminated

@@ -60,7 +60,7 @@ def test_it_is_not_looked_at_for_ever(server: LocalHub, ada: Side, folder: Path)
     server.set_space_build(SPACE, polls=1000)
     result = publish(ada, folder, wait_space=40, public=True)
     assert result.space_state is not None and not result.space_state.failed
-    assert result.space_state.words == f"building after 40 s, and goes on: {server.url}/spaces/{SPACE}"
+    assert result.space_state.words == f"building after 40 s, still in progress: {server.url}/spaces/{SPACE}"
     assert ada.waits == [1, 2, 4, 8, 15, 10] and sum(ada.waits) == 40
     assert not ada.api.space_info(SPACE).private
 
@@ -71,7 +71,7 @@ def test_a_build_that_fails_is_shown_and_stays_private(server: LocalHub, ada: Si
     result = publish(ada, folder, wait_space=60, public=True)
     assert result.space_state is not None and result.space_state.failed
     log = f"{server.url}/spaces/{SPACE}?logs=build"
-    assert result.space_state.words == f"build error: No matching distribution found for torch==9; its log: {log}"
+    assert result.space_state.words == f"build error: No matching distribution found for torch==9; log: {log}"
     assert f"The Space: {result.space_state.words}" in ada.heard.notes
     assert not ada.api.model_info(TARGET).private and ada.api.space_info(SPACE).private
     server.set_space_build(SPACE, polls=0)
@@ -217,7 +217,7 @@ def test_a_collection_that_fails_undoes_nothing(server: LocalHub, ada: Side, fol
     server.faults.add(Fault("collections", "status", status=403, skip=2))
     result = publish(ada, folder, collection="Mine", public=True)
     assert result.collection is None and "Mine" in result.collection_reason
-    assert "What is published stands" in ada.heard.notes[-1]
+    assert "The repositories are published" in ada.heard.notes[-1]
     assert not ada.api.model_info(TARGET).private and not ada.api.space_info(SPACE).private
 
 
@@ -234,9 +234,9 @@ def test_what_is_checked(server: LocalHub, ada: Side, folder: Path) -> None:
     assert list(found) == [
         "account", "target", "space", "collection", "weights", "licence", "card", "files", "disk", "upload",
     ]  # fmt: skip
-    assert found["target"] == f"{TARGET} is not there yet; it is created private"
-    assert found["space"] == f"{SPACE} is not there yet; it is created private"
-    assert found["collection"] == "ada/Mine is not there yet; it is created private"
+    assert found["target"] == f"{TARGET} does not exist yet; it is created private"
+    assert found["space"] == f"{SPACE} does not exist yet; it is created private"
+    assert found["collection"] == "ada/Mine does not exist yet; it is created private"
     assert found["licence"] == "apache-2.0, from the original" and found["card"] == "README.md is valid, with 1 results"
     assert found["files"].startswith("8 in the model")
     assert local_bytes(folder.parent) == before

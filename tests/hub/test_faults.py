@@ -160,7 +160,7 @@ def test_what_passes_is_survived(
             assert [entry.status for entry in heads if entry.path == failed.path][:2] == [429, 200]
             return
         assert ada.waits == [seconds]
-        assert ada.heard.notes == [f"The Hub asks to wait {seconds} s (status 429)"]
+        assert ada.heard.notes == [f"The Hub requests a wait of {seconds} s (status 429)"]
     else:
         assert all(wait <= 16 for wait in ada.waits)
 
@@ -261,7 +261,7 @@ def test_not_known_is_said_so(server: LocalHub, ada: Side, folder: Path, tmp_pat
     looks = 2  # before and after the repository is created; two more were the preflight's
     server.faults.add(Fault(route="commit", kind="reset-after"))
     server.faults.add(Fault(route="repo-info", kind="reset-before", skip=2 + looks, times=100))
-    with pytest.raises(PublishInterrupted, match="Whether the commit arrived is not known"):
+    with pytest.raises(PublishInterrupted, match="It is unknown whether the commit arrived"):
         publish(ada, folder)
     server.faults.clear()
     publish(ada, folder)
@@ -274,7 +274,7 @@ def test_a_hub_that_asks_for_too_much(server: LocalHub, ada: Side, folder: Path)
     with pytest.raises(RateLimited, match="3600 s"):
         publish(ada, folder)
     assert ada.waits == [120, 120]
-    assert ada.heard.notes[0] == "The Hub asks to wait 3600 s (status 429); trying again after 120 s"
+    assert ada.heard.notes[0] == "The Hub requests a wait of 3600 s (status 429); retrying after 120 s"
 
 
 class Racing:
@@ -338,5 +338,5 @@ def test_an_upload_that_was_stopped_goes_on(
     assert len(before) == 2
     ada.hub.api.preupload_lfs_files = plain  # type: ignore[method-assign]
     publish(ada, folder)
-    assert "which the Hub had already" in [line for line in ada.heard.lines if " onnx/model.onnx" in line][-1]
+    assert "already on the Hub" in [line for line in ada.heard.lines if " onnx/model.onnx" in line][-1]
     check_end_state(server, ada, folder, tmp_path, lost=False, private=True)

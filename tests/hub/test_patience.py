@@ -67,7 +67,7 @@ def test_waits_double_and_end() -> None:
     assert waits_of(0, Retry("x")) == ([], [], "yes")
     waits, said, answer = waits_of(4, Retry("status 503"))
     assert (waits, answer) == ([1, 2, 4, 8], "yes")
-    assert said[0] == "status 503; trying again in 1.0 s (2 of 5)"
+    assert said[0] == "status 503; retrying in 1.0 s (2 of 5)"
     assert waits_of(5, Retry("x"))[2] == "gave up"
     assert waits_of(9, Retry("x"), tries=8)[0] == [1, 2, 4, 8, 16, 16, 16]
     assert waits_of(1, None) == ([], [], "gave up")
@@ -89,7 +89,7 @@ def test_what_is_asked_for_is_waited_for_within_reason() -> None:
     assert waits_of(2, Retry("status 429", 37))[0] == [37, 37]
     waits, said, answer = waits_of(5, Retry("status 429", 3600))
     assert waits == [120, 120] and answer == "gave up"  # 300 s in all
-    assert said[0] == "The Hub asks to wait 3600 s (status 429); trying again after 120 s"
+    assert said[0] == "The Hub requests a wait of 3600 s (status 429); retrying after 120 s"
 
 
 # The HTTP library of the client that is installed: requests, httpx or httpx2.

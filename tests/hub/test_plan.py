@@ -52,8 +52,8 @@ def test_what_is_checked(server: Any, ada: Side, seeded: str, tmp_path: Path) ->
     found = checks(ada, config(seeded, tmp_path))
     assert list(found) == ["account", "target", "space", "weights", "licence", "card", "disk", "upload"]
     assert found["account"] == "ada, token of role write"
-    assert found["target"] == "ada/out is not there yet; it is created private"
-    assert found["space"] == "ada/out-compare is not there yet; it is created private"
+    assert found["target"] == "ada/out does not exist yet; it is created private"
+    assert found["space"] == "ada/out-compare does not exist yet; it is created private"
     assert found["weights"].startswith("open, 0.1 MB at commit ")
     assert found["licence"] == "apache-2.0, from the original"
     assert found["card"] == (
@@ -84,7 +84,7 @@ def test_targets_that_are_there(ada: Side, seeded: str, tmp_path: Path) -> None:
     assert found["target"] == "ada/small holds an earlier push of 8 files, private; one commit replaces it"
     assert "earlier push of 6 files" in found["space"]
     ada.api.create_repo("ada/empty", private=True)
-    assert checks(ada, config(seeded, tmp_path, to="ada/empty"))["target"] == "ada/empty is there, empty and private"
+    assert checks(ada, config(seeded, tmp_path, to="ada/empty"))["target"] == "ada/empty exists, empty and private"
 
 
 def test_pull_request(ada: Side, seeded: str, tmp_path: Path) -> None:

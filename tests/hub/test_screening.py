@@ -116,14 +116,14 @@ def test_nothing_is_uploaded(server: Any, ada: Side, folder: Path, where: str) -
     """Also not the model, where it is the Space that holds a token."""
     place = folder if where == "model" else folder.with_name("small-space")
     put(place, "notes.txt", f"token {ada.hub.token}".encode())
-    with pytest.raises(UnsafeToPublish, match=r"notes\.txt holds your token"):
+    with pytest.raises(UnsafeToPublish, match=r"notes\.txt contains your token"):
         publish_folder(folder, PublishConfig(wait_space=0), hub=ada.hub)
     assert {entry.method for entry in server.requests} == {"GET"}
 
 
 def test_the_folder_it_was_made_in(server: Any, ada: Side, folder: Path) -> None:
     put(folder, "notes.txt", str(folder).encode())
-    with pytest.raises(UnsafeToPublish, match="folder it was made in"):
+    with pytest.raises(UnsafeToPublish, match="path of the model folder"):
         publish_folder(folder, PublishConfig(wait_space=0), hub=ada.hub)
 
 
@@ -136,7 +136,7 @@ def replaced(old: str, new: str) -> Callable[[], str]:
 
 
 BAD: dict[str, tuple[Callable[[], str], str]] = {
-    "none": (lambda: "# small\n", "there is none"),
+    "none": (lambda: "# small\n", "it is missing"),
     "not yaml": (replaced("license: apache-2.0", "license: [apache-2.0"), "Invalid YAML"),
     "key twice": (replaced("license: apache-2.0", "license: mit\nlicense: mit"), "duplicated"),
     "no licence": (replaced("license: apache-2.0\n", ""), '"license" is missing'),

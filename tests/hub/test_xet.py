@@ -51,7 +51,7 @@ def test_each_file_has_a_line_with_its_bytes(server: LocalHub, ada: Side, folder
     (folder / "model.safetensors").write_bytes(tensors(5, 3_000_000))
     publish(ada, folder, space=False)
     [line] = [line for line in ada.heard.lines if "model.safetensors" in line]
-    assert re.search(r": 3\.0 MB, of which 3\.0 MB left by xet, [\d.,]+ [kM]B/s$", line), line
+    assert re.search(r": 3\.0 MB, 3\.0 MB of them sent with xet, [\d.,]+ [kM]B/s$", line), line
     sizes = [(folder / name).stat().st_size for name in ("model.safetensors", "onnx/model.onnx", "assets/layers.png")]
     assert ada.heard.told == sum(sizes)
     assert sum(sizes) <= sent_by_xet(server) < 1.01 * sum(sizes) + 2000
@@ -63,7 +63,7 @@ def test_a_display_that_is_no_more(
     """The bytes are counted where the client has its display; without, a file is told when it is finished."""
     monkeypatch.setattr("gradmap_hub.hub.xet._DISPLAYS", ())
     publish(ada, folder, space=False)
-    assert len([line for line in ada.heard.lines if line.startswith("Uploading ") and "left by xet" in line]) == 3
+    assert len([line for line in ada.heard.lines if line.startswith("Uploading ") and "sent with xet" in line]) == 3
     assert remote_bytes(ada, TARGET, "model", tmp_path / "copy") == local_bytes(folder)
 
 
@@ -103,7 +103,7 @@ def test_what_the_hub_has_is_not_sent_by_xet(
     server.requests.clear()
     publish(ada, folder, space=False)
     assert not {"xet-xorb", "xet-shard", "lfs-put"} & routes(server)
-    assert "which the Hub had already" in [line for line in ada.heard.lines if "model.safetensors" in line][-1]
+    assert "already on the Hub" in [line for line in ada.heard.lines if "model.safetensors" in line][-1]
     assert remote_bytes(ada, TARGET, "model", tmp_path / "copy") == local_bytes(folder)
 
 

@@ -329,7 +329,7 @@ def test_the_command_prints_the_table_and_ends_with_the_push(config: SweepConfig
     parsed = invoke(*words, "--json")
     answer = json.loads(parsed.stdout)
     assert answer["folder"] == str(config.output) and answer["recommendation"]["ratio"] is None
-    assert "takes 3 ratios" in answer["recommendation"]["reason"]
+    assert "needs at least 3 ratios" in answer["recommendation"]["reason"]
     assert answer["points"][1]["perplexity"] == record.points[1].perplexity
 
 

@@ -249,5 +249,5 @@ def test_a_whole_space_is_used_again_but_not_one_of_an_earlier_version(written: 
 @pytest.mark.parametrize("change", [{"gated": True}, {"private": True}, {"license": "llama3"}, {"license": None}])
 def test_an_export_that_must_not_be_passed_on_stops_a_publish(written: Path, change: dict[str, Any]) -> None:
     check_space_folder(written, OPEN)
-    with pytest.raises(UnsafeToPublish, match=r"original/model.*must not be passed on"):
+    with pytest.raises(UnsafeToPublish, match=r"original/model.*must not be redistributed"):
         check_space_folder(written, base(**change))

@@ -49,7 +49,7 @@ def test_the_knee_is_that_of_the_logarithm() -> None:
     """Perplexity that doubles with every step is a straight line, though it bends as it stands."""
     points = curve([2.0, 4.0, 8.0, 16.0], noise=1.001)
     found, why = knee_of(points)
-    assert found is None and why.startswith("no knee: at no ratio")
+    assert found is None and why.startswith("no knee: the loss is at no ratio")
     assert recommend(points).ratio is None
 
 
@@ -60,7 +60,7 @@ def test_a_curve_that_bends_the_other_way_has_none() -> None:
 @pytest.mark.parametrize("count", [1, 2])
 def test_fewer_than_three_ratios_have_none(count: int) -> None:
     found, why = knee_of(curve([1.05, 1.6][:count]))
-    assert found is None and "takes 3 ratios" in why
+    assert found is None and "needs at least 3 ratios" in why
 
 
 def test_a_bend_within_the_noise_is_none() -> None:
@@ -75,7 +75,7 @@ def test_points_without_an_interval_do_not_count(interval: list[float]) -> None:
 
     points = curve([1.05, 1.1, 1.9])
     points[1] = dataclasses.replace(points[1], interval=interval)
-    assert "takes 3 ratios" in knee_of(points)[1]
+    assert "needs at least 3 ratios" in knee_of(points)[1]
 
 
 @pytest.mark.parametrize(
