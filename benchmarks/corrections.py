@@ -26,7 +26,7 @@ from gradmap_hub.data.rows import Rows
 from gradmap_hub.models.decoder import Decoder
 from gradmap_hub.progress import SilentReporter
 from gradmap_hub.pruning.compensation import Overrides, fit_compensation
-from gradmap_hub.pruning.heal import heal
+from gradmap_hub.pruning.heal import heal_model
 from gradmap_hub.pruning.residual import ATTENTION, MLP
 from gradmap_hub.pruning.sites import Site, sites_at_gaps
 
@@ -108,7 +108,7 @@ def main() -> None:
         show(variant.name, perplexities(decoder, texts, kept, overrides), len(overrides), seconds)
         for steps in heal_steps if variant.name == DEFAULT else ():
             started = time.perf_counter()
-            _, healed = heal(decoder, rows, removed, overrides, steps, 0, SilentReporter())
+            _, healed = heal_model(decoder, rows, removed, overrides, steps, 0, SilentReporter())
             seconds = time.perf_counter() - started
             changed = {**overrides, **healed}
             name = f"{variant.name}, then {steps} steps of healing"

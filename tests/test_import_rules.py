@@ -144,6 +144,16 @@ def test_packages_form_no_circle() -> None:
     assert not graph, {name: others & set(graph) for name, others in graph.items()}
 
 
+def test_no_module_is_too_long_to_read() -> None:
+    """The embedded Hub's store is one subject and longer."""
+    lines = {
+        name: len(path.read_text(encoding="utf-8").splitlines())
+        for name, path in MODULES.items()
+        if unit(name) != "local_hub"
+    }
+    assert not {name: count for name, count in lines.items() if count > 450}
+
+
 @pytest.mark.parametrize("target", sorted(ONLY))
 def test_some_modules_have_few_importers(target: str) -> None:
     wanted = target if target == "huggingface_hub" else f"gradmap_hub.{target}"

@@ -143,7 +143,7 @@ def heal(run: Run, rows: CalibrationRows, chosen: Compensated) -> HealRecord | N
     file = run.work / HEALED_FILE
 
     def compute() -> HealRecord:
-        from gradmap_hub.pruning.heal import heal as heal_model
+        from gradmap_hub.pruning.heal import heal_model
 
         file.unlink(missing_ok=True)
         compensated = _load_overrides(run.work / COMPENSATION_FILE)

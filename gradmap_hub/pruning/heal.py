@@ -129,7 +129,7 @@ def _stop_training(parameter: nn.Parameter) -> None:
     parameter.grad = None
 
 
-def heal(
+def heal_model(
     decoder: Decoder,
     rows: CalibrationRows,
     removed: Sequence[int],

@@ -85,9 +85,9 @@ def prune_model(
     chosen, overrides = compensate_layers(decoder, rows, selected, method, reporter=reporter)
     healed = None
     if method.heal:
-        from gradmap_hub.pruning.heal import heal
+        from gradmap_hub.pruning.heal import heal_model
 
-        healed, values = heal(decoder, rows, chosen.removed, overrides, method.heal, method.seed, reporter)
+        healed, values = heal_model(decoder, rows, chosen.removed, overrides, method.heal, method.seed, reporter)
         overrides = overrides | (values if healed.applied else {})
     return PrunedModel(scores, chosen, healed, overrides)
 

@@ -40,7 +40,7 @@ from gradmap_hub.models.transformers_compat import ONLY_5, has_5
 from gradmap_hub.progress import SilentReporter
 from gradmap_hub.pruning.compensation import fit_compensation
 from gradmap_hub.pruning.fitting import accumulate_gram, fitted_gain, site_kind, solved, through_norm
-from gradmap_hub.pruning.heal import heal
+from gradmap_hub.pruning.heal import heal_model
 from gradmap_hub.pruning.removal import parameter_count, remove_layers
 from gradmap_hub.pruning.residual import ATTENTION, MLP, Tap, writer_of
 from gradmap_hub.pruning.ridge import RidgeSolution
@@ -555,7 +555,7 @@ def test_experts_that_no_token_reaches_can_be_trained_with_the_others(random_row
     decoder = decoder_of(model, "mixtral")
     ids = own_text(model, random_rows(2, 4))
     rows = CalibrationRows(ids, ids, [], [])
-    record, _ = heal(decoder, rows, [1, 3], {}, 2, 0, SilentReporter())
+    record, _ = heal_model(decoder, rows, [1, 3], {}, 2, 0, SilentReporter())
     assert record.steps == 2 and len(record.checks) > 0
 
 

@@ -22,7 +22,7 @@ from gradmap_hub.errors import UsageError
 from gradmap_hub.progress import SilentReporter
 from gradmap_hub.pruning import heal as healing
 from gradmap_hub.pruning.compensation import fit_compensation
-from gradmap_hub.pruning.heal import divergence_gradient, heal, layers_around_gaps, rate_at
+from gradmap_hub.pruning.heal import divergence_gradient, heal_model, layers_around_gaps, rate_at
 from gradmap_hub.record import HealCheck, HealRecord, RunRecord
 
 TOKENS = 40
@@ -100,7 +100,7 @@ def test_held_out_loss_falls_and_is_the_one_on_record(
     decoder, rows, reporter = decoder_of(model, TOKENS), rows_of(model), Counting()
     config = PruneConfig(drop=REMOVED, samples=8)
     correction, corrected = fit_compensation(decoder, rows, REMOVED, config, SilentReporter())
-    record, overrides = heal(decoder, rows, REMOVED, corrected, STEPS, 0, reporter)
+    record, overrides = heal_model(decoder, rows, REMOVED, corrected, STEPS, 0, reporter)
     assert record.applied and record.layers == KEPT and record.steps == STEPS
     assert record.loss_before == pytest.approx(correction.loss_after, abs=1e-5)
     assert record.loss_after < 0.995 * record.loss_before
@@ -124,7 +124,7 @@ def test_same_seed_same_bytes_and_another_seed_others(
     rows = rows_of(model)
 
     def once(seed: int) -> tuple[HealRecord, dict[tuple[int, str], Tensor]]:
-        return heal(decoder_of(model, TOKENS), rows, REMOVED, {}, 12, seed, SilentReporter())
+        return heal_model(decoder_of(model, TOKENS), rows, REMOVED, {}, 12, seed, SilentReporter())
 
     (first, values), (again, same), (_, others) = once(3), once(3), once(4)
     assert first == again and first.applied
@@ -142,7 +142,7 @@ def test_what_does_not_help_is_not_applied(
     model = model_of("llama")
     state = state_of(model)
     rows = rows_of(model, judge=prune_copy(model, REMOVED))
-    record, overrides = heal(decoder_of(model, TOKENS), rows, REMOVED, {}, 24, 0, SilentReporter())
+    record, overrides = heal_model(decoder_of(model, TOKENS), rows, REMOVED, {}, 24, 0, SilentReporter())
     assert not record.applied and not overrides and not record.layers
     assert record.loss_after == record.loss_before < min(check.loss for check in record.checks)
     assert "did not clearly lower" in record.reason
@@ -158,7 +158,7 @@ def test_what_diverges_is_not_applied(
     monkeypatch.setattr(healing, "RATE", 1e30)
     model = model_of("llama")
     state = state_of(model)
-    record, overrides = heal(decoder_of(model, TOKENS), rows_of(model), REMOVED, {}, 8, 0, SilentReporter())
+    record, overrides = heal_model(decoder_of(model, TOKENS), rows_of(model), REMOVED, {}, 8, 0, SilentReporter())
     assert not record.applied and not overrides
     json.dumps(dataclasses.asdict(record), allow_nan=False)
     assert untouched(model, state)
@@ -171,7 +171,7 @@ def test_an_interruption_leaves_the_model(
     model = model_of("llama")
     state = state_of(model)
     with pytest.raises(KeyboardInterrupt):
-        heal(decoder_of(model, TOKENS), rows_of(model), REMOVED, {}, 12, 0, Counting(stop_at))
+        heal_model(decoder_of(model, TOKENS), rows_of(model), REMOVED, {}, 12, 0, Counting(stop_at))
     assert untouched(model, state)
 
 
@@ -185,7 +185,7 @@ def test_a_bfloat16_model_is_trained_in_float32(
     monkeypatch.setattr(healing, "RATE", 1e-4)
     model = model_of("llama").bfloat16()
     rows = rows_of(model)
-    record, overrides = heal(decoder_of(model, TOKENS), rows, REMOVED, {}, 32, 0, SilentReporter())
+    record, overrides = heal_model(decoder_of(model, TOKENS), rows, REMOVED, {}, 32, 0, SilentReporter())
     assert record.applied and all(value.dtype == torch.bfloat16 for value in overrides.values())
     moved = [
         (value != model.model.layers[layer].get_parameter(name)).float().mean()
@@ -206,7 +206,7 @@ def test_one_step_is_adam_on_the_divergence(
     model = model_of("llama").double()
     rows = rows_of(model)
     rows = CalibrationRows(rows.fit[:1], rows.selection, [], [])
-    record, overrides = heal(decoder_of(model, TOKENS), rows, REMOVED, {}, 1, 0, SilentReporter())
+    record, overrides = heal_model(decoder_of(model, TOKENS), rows, REMOVED, {}, 1, 0, SilentReporter())
     thin = prune_copy(model, REMOVED)
     with torch.no_grad():
         teacher = model(input_ids=rows.fit, use_cache=False).logits.log_softmax(dim=-1)
@@ -299,7 +299,7 @@ def test_prune_writes_what_healing_found(
         raise AssertionError("trained again")
 
     with monkeypatch.context() as patched:
-        patched.setattr(healing, "heal", never)
+        patched.setattr(healing, "heal_model", never)
         again = prune_tiny(tiny_folder, output, text_file, "--heal", "4", "--resume")
         assert again.exit_code == 0, again.output
         other = prune_tiny(tiny_folder, output, text_file, "--heal", "5", "--resume")
