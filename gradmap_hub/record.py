@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from gradmap_hub.errors import SourceError
+from gradmap_hub.files import write_text
 from gradmap_hub.measurements import BeforeAfter, Measured
 
 T = TypeVar("T")
@@ -294,7 +295,7 @@ class RunRecord:
 
     def write(self, folder: Path) -> None:
         path = folder / FILE_NAME
-        path.write_text(to_json(self) + "\n", encoding="utf-8")
+        write_text(path, to_json(self) + "\n")
 
     @staticmethod
     def read(folder: Path) -> RunRecord:

@@ -134,6 +134,8 @@ def _file(entry: dict[str, Any], runtime: str) -> str:
             f"compare.json names no file for {entry['name']}: an earlier version of gradmap-hub wrote it. "
             "Write the Space again with `gradmap-hub space FOLDER`."
         )
+    if "/" in file or "\\" in file or file.startswith("."):
+        raise FactsError(f"compare.json names a file in another folder: {file!r}.")
     return file
 
 

@@ -31,6 +31,7 @@ from gradmap_hub.card.results import (
     write_results,
 )
 from gradmap_hub.figures import save_plot
+from gradmap_hub.files import write_text
 from gradmap_hub.layout import CARD
 from gradmap_hub.measurements import TextMetric
 from gradmap_hub.models.architectures import ARCHITECTURES
@@ -59,7 +60,7 @@ def write_card(record: RunRecord, folder: Path) -> list[Path]:
         plots[SHIFT_PLOT] = shift_plot
     written = [folder / CARD]
     folder.mkdir(parents=True, exist_ok=True)
-    written[0].write_text(card_text(record), encoding="utf-8", newline="\n")
+    write_text(written[0], card_text(record))
     for name, draw in plots.items():
         path = folder / name
         path.parent.mkdir(exist_ok=True)

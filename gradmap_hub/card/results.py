@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from gradmap_hub.files import write_text
 from gradmap_hub.layout import RESULTS_FOLDER
 from gradmap_hub.measurements import MeasuredMetric, MeasuredTask
 from gradmap_hub.record import RunRecord
@@ -132,7 +133,7 @@ def write_results(record: RunRecord, folder: Path) -> list[Path]:
     place.mkdir(exist_ok=True)
     for name, entry in wanted.items():
         text = yaml.safe_dump([entry], sort_keys=False, allow_unicode=True, width=10_000)
-        (place / name).write_text(text, encoding="utf-8", newline="\n")
+        write_text(place / name, text)
     return [place / name for name in wanted]
 
 

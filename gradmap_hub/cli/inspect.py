@@ -19,7 +19,7 @@ from gradmap_hub.errors import UsageError
 
 if TYPE_CHECKING:
     from gradmap_hub.pipeline.inspect import Inspection
-    from gradmap_hub.pruning.scoring import LayerScores
+    from gradmap_hub.pruning.scores import LayerScores
 
 
 def register(app: typer.Typer) -> None:

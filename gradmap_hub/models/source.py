@@ -133,6 +133,8 @@ def _folder_source(path: Path) -> Source:
     only_5 = needs_5(config)
     config = in_both_forms(config)
     files = choose_files(folder_sizes(path))
+    for name in ("config.json", *files.companions):
+        _check_inside(path, name)
     check_weights(path, files)
     base = Base(
         name=path.resolve().name,
@@ -142,6 +144,18 @@ def _folder_source(path: Path) -> Source:
         needs_5=only_5,
     )
     return Source(base, architecture, _depth(config), files, files.weight_bytes, folder=path, config=config)
+
+
+def _check_inside(folder: Path, name: str) -> None:
+    """Raises SourceError: a file that is copied into the result is a link out of the folder. The folder may come from
+    somebody else, and a link `LICENSE -> ~/.ssh/id_rsa` would be published. The Hub's cache links to its own blobs."""
+    root, target = folder.resolve(), (folder / name).resolve()
+    cached = target.parent.name == "blobs" and root.parent.name == "snapshots" and target.parents[1] == root.parents[1]
+    if not target.is_relative_to(root) and not cached:
+        raise SourceError(
+            f"{name} in {folder} is a link to a file outside of the folder.",
+            hint="Replace the link with the file itself, if it belongs to the model.",
+        )
 
 
 def _card_header(path: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from gradmap_hub.record import Candidate
 
 if TYPE_CHECKING:  # torch is only imported once there is something to compute
     from gradmap_hub.hub.client import Hub
-    from gradmap_hub.pruning.scoring import LayerScores
+    from gradmap_hub.pruning.scores import LayerScores
 
 
 @dataclass(frozen=True)

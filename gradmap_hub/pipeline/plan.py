@@ -211,6 +211,7 @@ def plan_publish(folder: Path, config: PublishConfig, hub: Hub) -> PublishPlan:
     upload = model.size
     if targets.space is not None:
         check_space_folder(space_folder, base)
+        check_space_code(space_folder)
         upload += look_through(space_folder, "space", named, targets, publisher).size
     weights = sum(entry.bytes for entry in record.artifacts if entry.format == "safetensors")
     checks.add("weights", f"in {folder.name}, {weights / 1e6:,.1f} MB")
@@ -243,6 +244,20 @@ def look_through(
     # The Hub has accepted an id outside our list before.
     accepted = (license_id,) if license_id and not is_known_license(license_id) else ()
     return publisher.check(folder, kind, private, accepted_licenses=accepted, card=card)
+
+
+def check_space_code(folder: Path) -> None:
+    """Raises UnsafeToPublish: the folder contains code that is not of the installed app; it would run under the user's
+    account."""
+    from gradmap_hub.space.integrity import foreign_code
+
+    found = foreign_code(folder)
+    if found is not None:
+        raise UnsafeToPublish(
+            f"{folder.name}/{found}",
+            "is not part of the comparison app of this version of gradmap-hub",
+            hint="Rewrite the Space folder with `gradmap-hub space FOLDER`, or leave it out with --no-space.",
+        )
 
 
 def check_space_folder(folder: Path, base: Base) -> None:

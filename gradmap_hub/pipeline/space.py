@@ -98,7 +98,10 @@ def _quantised(plan: SpacePlan) -> list[str]:
 
 
 def finished_space(folder: Path, record: RunRecord, precisions: Collection[str]) -> Path | None:
-    """The existing Space folder of a model folder if it is for the same original and has all precisions, else None."""
+    """The existing Space folder of a model folder, else None: if it is for the same original, has all precisions, and
+    contains no code but that of the installed app."""
+    from gradmap_hub.space.integrity import foreign_code
+
     space = space_folder_of(folder)
     try:
         facts = json.loads((space / "compare.json").read_text(encoding="utf-8"))
@@ -109,7 +112,8 @@ def finished_space(folder: Path, record: RunRecord, precisions: Collection[str])
     except (OSError, ValueError, KeyError, TypeError):  # missing, incomplete, or of an earlier version
         return None
     there = {name for name, here in stored.items() if not here or (space / ORIGINAL_FOLDER / files[name]).is_file()}
-    return space if set(precisions) <= there and (space / "app.py").is_file() else None
+    complete = set(precisions) <= there and (space / "app.py").is_file()
+    return space if complete and foreign_code(space) is None else None
 
 
 def remove_space(space: Path, record: RunRecord) -> bool:

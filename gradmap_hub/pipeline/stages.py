@@ -17,7 +17,7 @@ from gradmap_hub.units import ranges, size
 
 if TYPE_CHECKING:  # torch is only imported once there is something to compute
     from gradmap_hub.data.rows import CalibrationRows, Rows
-    from gradmap_hub.pruning.scoring import LayerScores
+    from gradmap_hub.pruning.scores import LayerScores
 
 # Files in the work folder with changed weights; the keys are "layer:parameter name within the layer".
 COMPENSATION_FILE, HEALED_FILE = "correction.safetensors", "healed.safetensors"
@@ -65,7 +65,7 @@ def fetch_weights(run: Run) -> OriginalWeights:
 
 def score(run: Run, rows: CalibrationRows) -> LayerScores:
     """Score all layers on the first `scoring_rows` calibration sequences."""
-    from gradmap_hub.pruning.scoring import LayerScores, score_layers
+    from gradmap_hub.pruning.scores import LayerScores, score_layers
 
     scoring = rows.fit[: run.method.scoring_rows]
 

@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 
 if TYPE_CHECKING:  # torch is only imported once there is something to compute
     from gradmap_hub.data.rows import CalibrationRows, Rows
-    from gradmap_hub.pruning.scoring import LayerScores
+    from gradmap_hub.pruning.scores import LayerScores
 
 NOT_ASKED_FOR = "not requested"
 STREAMED = "with --low-memory the weights are read from disk, so it would be the speed of the disk"

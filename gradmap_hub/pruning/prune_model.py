@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from gradmap_hub.config import PruneMethod
 from gradmap_hub.progress import Reporter, SilentReporter
-from gradmap_hub.pruning.scoring import LayerScores
+from gradmap_hub.pruning.scores import LayerScores
 from gradmap_hub.record import Candidate, CompensationRecord, HealRecord
 
 if TYPE_CHECKING:  # torch is only imported once there is something to compute

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from gradmap_hub.files import write_text
 from gradmap_hub.formats import in_space, of_precision
 from gradmap_hub.models.safetensors_files import clean_config
 from gradmap_hub.record import Quality, RunRecord
@@ -23,7 +24,7 @@ EXAMPLES = (
     "List three uses for a paper clip.",
 )
 # A module of this package that the app uses too; it imports nothing of this package.
-_PROMPTING = Path(__file__).parents[1] / "runtime" / "prompting.py"
+PROMPTING = Path(__file__).parents[1] / "runtime" / "prompting.py"
 # Only for Spaces on ZeroGPU; zerogpu.py adds it.
 ZERO_GPU_MODULE = "zero_gpu.py"
 _ENGINES = {"onnx": "onnx_engine.py", "transformers": "transformers_engine.py"}
@@ -86,19 +87,16 @@ def write_space(
     original = destination / ORIGINAL_FOLDER
     remove_unwanted(destination, plan)
     written: list[Path] = []
-    for path in [*sorted(content.iterdir()), _PROMPTING]:
+    for path in [*sorted(content.iterdir()), PROMPTING]:
         if path.suffix in (".py", ".css") and path.name not in unwanted:
             written.append(Path(shutil.copyfile(path, destination / path.name)))
     requirements = destination / "requirements.txt"
     shutil.copyfile(content / f"requirements-{plan.runtime}.txt", requirements)
     facts = destination / "compare.json"
-    facts.write_text(
-        json.dumps(_compare(record, plan, pruned_repo, originals or {}), indent=2, ensure_ascii=False, allow_nan=False)
-        + "\n",
-        encoding="utf-8",
-    )
+    content_of_facts = _compare(record, plan, pruned_repo, originals or {})
+    write_text(facts, json.dumps(content_of_facts, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     readme = destination / "README.md"
-    readme.write_text(_readme(record, plan, pruned_repo, content), encoding="utf-8")
+    write_text(readme, _readme(record, plan, pruned_repo, content))
     written += [requirements, facts, readme]
     if plan.stored:
         original.mkdir(exist_ok=True)
@@ -160,7 +158,7 @@ def refresh_compare(record: RunRecord, folder: Path) -> None:
     wanted = _perplexity(record)
     if isinstance(content, dict) and content.get("perplexity", wanted) != wanted:
         text = json.dumps(content | {"perplexity": wanted}, indent=2, ensure_ascii=False, allow_nan=False)
-        facts.write_text(text + "\n", encoding="utf-8")
+        write_text(facts, text + "\n")
 
 
 def _precision(record: RunRecord, plan: SpacePlan, name: str, original: ModelFiles) -> dict[str, object]:

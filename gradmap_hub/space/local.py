@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -18,6 +19,19 @@ from pathlib import Path
 from gradmap_hub.errors import GradmapError, MissingExtra
 
 START_SECONDS = 120
+# Environment variables that are passed on to the app.
+_KEPT = frozenset(
+    {
+        "PATH", "HOME", "USER", "LOGNAME", "LANG", "LANGUAGE", "TZ", "TMPDIR", "TMP", "TEMP", "SYSTEMROOT",
+        "USERPROFILE", "APPDATA", "LOCALAPPDATA", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "VIRTUAL_ENV",
+        "HTTP_PROXY", "HTTPS_PROXY",
+        "NO_PROXY", "ALL_PROXY",
+    }
+)  # fmt: skip
+_KEPT_PREFIXES = (
+    "HF_", "HUGGINGFACE_", "GRADIO_", "PYTHON", "LC_", "XDG_", "SSL_", "REQUESTS_", "CURL_", "OMP_", "MKL_",
+    "OPENBLAS_", "CUDA_", "NVIDIA_", "ORT_", "TORCH_", "TRANSFORMERS_",
+)  # fmt: skip
 
 
 @contextmanager
@@ -37,7 +51,7 @@ def running_space(
     port = port or free_port(host)
     url = f"http://{host}:{port}"
     environment = {
-        **os.environ,
+        **_environment(),
         **variables,
         "GRADIO_SERVER_NAME": host,
         "GRADIO_SERVER_PORT": str(port),
@@ -59,6 +73,17 @@ def running_space(
                 process.kill()
                 process.wait()
     log.unlink(missing_ok=True)
+
+
+def _environment() -> dict[str, str]:
+    """What the app needs of our environment: the system's own settings and those of the packages it imports. Compiled
+    modules are looked for elsewhere than in the folder, which may come from somebody else."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name.upper() in _KEPT or name.upper().startswith(_KEPT_PREFIXES)
+    }
+    return kept | {"PYTHONPYCACHEPREFIX": str(Path(tempfile.gettempdir()) / "gradmap-hub-pycache")}
 
 
 def run_space(folder: Path, variables: Mapping[str, str], *, host: str, port: int, open_browser: bool) -> None:

@@ -12,12 +12,15 @@ import re
 import shutil
 from pathlib import Path
 
+from gradmap_hub.files import write_text
 from gradmap_hub.layout import CARD
 from gradmap_hub.space.app import PYTHON_VERSION, ZERO_GPU_MODULE, content_folder
 
 CPU, ZERO_GPU = "cpu-basic", "zero-a10g"
 # The Hub allows 3.10.13 and 3.12.12, and torch 2.8 to 2.11.
 _ZERO_PYTHON, _ZERO_TORCH = "3.12.12", "torch==2.11.0"
+# The lines of requirements.txt that only a ZeroGPU Space has.
+ZERO_REQUIREMENTS = frozenset({_ZERO_TORCH, "spaces"})
 _HARDWARE = re.compile(r"^suggested_hardware:.*\n", re.MULTILINE)
 _PYTHON = re.compile(r"^python_version:.*$", re.MULTILINE)
 _TORCH = re.compile(r"^torch==.*$", re.MULTILINE)
@@ -43,14 +46,14 @@ def set_hardware(folder: Path, *, zero: bool) -> None:
     line = f"suggested_hardware: {ZERO_GPU if zero else CPU}\n"
     text = _HARDWARE.sub(line, text, count=1) if _HARDWARE.search(text) else text.replace("---\n", f"---\n{line}", 1)
     text = _PYTHON.sub(f'python_version: "{_ZERO_PYTHON if zero else PYTHON_VERSION}"', text, count=1)
-    card.write_text(text, encoding="utf-8")
+    write_text(card, text)
     requirements = (content_folder() / f"requirements-{_runtime(folder)}.txt").read_text(encoding="utf-8")
     if zero:
         requirements = _TORCH.sub(_ZERO_TORCH, requirements) + "# Hands out the GPU.\nspaces\n"
         shutil.copyfile(content_folder() / ZERO_GPU_MODULE, folder / ZERO_GPU_MODULE)
     else:
         (folder / ZERO_GPU_MODULE).unlink(missing_ok=True)
-    (folder / "requirements.txt").write_text(requirements, encoding="utf-8")
+    write_text(folder / "requirements.txt", requirements)
 
 
 def _runtime(folder: Path) -> str:

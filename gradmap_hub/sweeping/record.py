@@ -9,6 +9,7 @@ from typing import Any
 
 from gradmap_hub.errors import SourceError
 from gradmap_hub.evaluation.speed import Speed
+from gradmap_hub.files import write_text
 from gradmap_hub.measurements import BeforeAfter
 from gradmap_hub.record import (
     Base,
@@ -103,7 +104,7 @@ class SweepRecord:
         return sorted(set(self.ratios) - {ratio for point in self.points for ratio in point.ratios})
 
     def write(self, folder: Path) -> None:
-        (folder / SWEEP_FILE).write_text(to_json(self) + "\n", encoding="utf-8")
+        write_text(folder / SWEEP_FILE, to_json(self) + "\n")
 
     @staticmethod
     def read(folder: Path) -> SweepRecord:

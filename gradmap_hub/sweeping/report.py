@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gradmap_hub.evaluation.speed import Ratio
+from gradmap_hub.files import write_text
 from gradmap_hub.sweeping.record import SweepPoint, SweepRecord
 
 TABLE_FILE, PLOT_FILE = "sweep.md", "sweep.png"
@@ -17,7 +18,7 @@ def write_report(record: SweepRecord, folder: Path) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     record.write(folder)
-    (folder / TABLE_FILE).write_text(markdown(record), encoding="utf-8")
+    write_text(folder / TABLE_FILE, markdown(record))
     if record.missing:
         (folder / PLOT_FILE).unlink(missing_ok=True)
     else:

@@ -94,7 +94,7 @@ def test_nothing_to_go_on(world: Any, tmp_path: Path) -> None:
     for command, code, words in (
         (("push",), 2, "--from"),
         (("prune", "acme/tiny"), 2, "OUTPUT"),
-        (("push", "--from", "nowhere.json"), 1, "no record nowhere.json"),
+        (("push", "--from", "nowhere.json"), 1, "The record nowhere.json does not exist"),
         (("push", "--from", "acme/nothing"), 1, "no model acme/nothing"),
         (("push", "--from", "acme/tiny"), 1, "acme/tiny has no gradmap.json"),
     ):
