@@ -65,7 +65,8 @@ def fetch_weights(run: Run) -> OriginalWeights:
 
 def score(run: Run, rows: CalibrationRows) -> LayerScores:
     """Score all layers on the first `scoring_rows` calibration sequences."""
-    from gradmap_hub.pruning.scores import LayerScores, score_layers
+    from gradmap_hub.pruning.scores import LayerScores
+    from gradmap_hub.pruning.scoring import score_layers
 
     scoring = rows.fit[: run.method.scoring_rows]
 

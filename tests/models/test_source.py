@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from gradmap_hub.models import checkpoint
 from gradmap_hub.models.architectures import ARCHITECTURES, SUPPORTED
 from gradmap_hub.models.gguf import read_metadata
 from gradmap_hub.models.safetensors_files import check_weights, choose_files, read_config, read_safetensors_header
+from gradmap_hub.models.source import find_source
 from gradmap_hub.models.support import architecture_of
 
 LLAMA = {
@@ -336,3 +338,24 @@ def test_code_of_a_class_built_into_transformers_is_ignored() -> None:
     assert architecture_of({**config, "auto_map": built_in}).model_type == "phi3"
     with pytest.raises(RemoteCodeRefused):
         architecture_of({**config, "auto_map": {"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}})
+
+
+def test_a_link_out_of_the_folder_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
+    """A folder may come from somebody else, and LICENSE is copied into what is published."""
+    secret = tmp_path / "id_rsa"
+    secret.write_text("private")
+    (tiny_folder / "LICENSE").unlink(missing_ok=True)
+    (tiny_folder / "LICENSE").symlink_to(secret)
+    with pytest.raises(SourceError, match=r"LICENSE in .* is a link to a file outside"):
+        find_source(str(tiny_folder), None, cast("Any", None))
+
+
+def test_links_into_the_cache_of_the_hub_are_followed(tiny_folder: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "models--acme--tiny"
+    snapshot, blobs = cache / "snapshots" / "0123", cache / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, path in enumerate(tiny_folder.iterdir()):
+        shutil.copyfile(path, blobs / str(number))
+        (snapshot / path.name).symlink_to(Path("..") / ".." / "blobs" / str(number))
+    assert find_source(str(snapshot), None, cast("Any", None)).layer_count > 1

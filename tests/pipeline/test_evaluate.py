@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from rich.console import Console
 
 pytest.importorskip("lm_eval")
 pytest.importorskip("onnxruntime")
@@ -306,8 +307,9 @@ def test_a_metric_from_outside(
     assert recorded["further"][0]["title"] == "In top 5"
     assert command.evaluation_json(record, copy)["texts"] == [recorded]
     assert "| In top 5 |" in (copy / "README.md").read_text()
-    with command.stdout.capture() as shown:
-        command._print(record)
+    console = Console(width=200)
+    with console.capture() as shown:
+        console.print(*command._view(record))
     assert "In top 5" in shown.get() and "Top-1 agreement" in shown.get()
     # Without such a row there is no key.
     (plain, _) = json.loads((world.folder / FILE_NAME).read_text())["measured"]["texts"]

@@ -1,0 +1,91 @@
+"""What may be run or published from a Space folder that came from somebody else."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from gradmap_hub.errors import UnsafeToPublish
+from gradmap_hub.pipeline.plan import check_space_code
+from gradmap_hub.space.app import PROMPTING, content_folder
+from gradmap_hub.space.integrity import foreign_code
+from gradmap_hub.space.local import _environment
+from gradmap_hub.space.zerogpu import ZERO_REQUIREMENTS
+
+
+@pytest.fixture
+def space(tmp_path: Path) -> Path:
+    """A Space folder of the installed app."""
+    folder = tmp_path / "small-space"
+    (folder / "original").mkdir(parents=True)
+    for path in (*content_folder().glob("*.py"), *content_folder().glob("*.css"), PROMPTING):
+        shutil.copyfile(path, folder / path.name)
+    shutil.copyfile(content_folder() / "requirements-onnx.txt", folder / "requirements.txt")
+    for name in ("compare.json", "README.md", ".gitattributes"):
+        (folder / name).write_text("{}")
+    return folder
+
+
+def test_the_installed_app_is_accepted(space: Path) -> None:
+    assert foreign_code(space) is None
+    requirements = space / "requirements.txt"
+    requirements.write_text(requirements.read_text() + "# Hands out the GPU.\n" + "\n".join(ZERO_REQUIREMENTS))
+    assert foreign_code(space) is None
+    check_space_code(space)
+
+
+def changed(space: Path) -> str:
+    (space / "app.py").write_text((space / "app.py").read_text() + "\nimport os\n")
+    return "app.py"
+
+
+def shadowing_module(space: Path) -> str:
+    (space / "numpy.py").write_text("")
+    return "numpy.py"
+
+
+def shadowing_package(space: Path) -> str:
+    (space / "gradio").mkdir()
+    return "gradio"
+
+
+def extension(space: Path) -> str:
+    (space / "numpy.so").write_bytes(b"\0")
+    return "numpy.so"
+
+
+def requirement(space: Path) -> str:
+    (space / "requirements.txt").write_text("gradio\nanother-package\n")
+    return "requirements.txt"
+
+
+def link(space: Path) -> str:
+    (space / "render.py").unlink()
+    (space / "render.py").symlink_to(content_folder() / "render.py")
+    return "render.py"
+
+
+@pytest.mark.parametrize(
+    "change", [changed, shadowing_module, shadowing_package, extension, requirement, link], ids=lambda f: f.__name__
+)
+def test_other_code_is_named_and_not_published(space: Path, change: Callable[[Path], str]) -> None:
+    name = change(space)
+    assert foreign_code(space) == name
+    with pytest.raises(UnsafeToPublish, match=name) as refused:
+        check_space_code(space)
+    assert "gradmap-hub space FOLDER" in (refused.value.hint or "")
+
+
+def test_the_app_gets_the_environment_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("HF_HOME", "/somewhere")
+    given = _environment()
+    assert "AWS_SECRET_ACCESS_KEY" not in given
+    assert given["HF_HOME"] == "/somewhere" and given["PATH"] == os.environ["PATH"]
+    # Compiled modules in the folder itself are not looked at.
+    assert given["PYTHONPYCACHEPREFIX"] and sys.version_info >= (3, 8)
