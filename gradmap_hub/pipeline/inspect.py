@@ -52,14 +52,14 @@ def inspect(
     """
     import tempfile
 
-    from gradmap_hub.pruning.candidates import candidates
-    from gradmap_hub.pruning.search import Search
-
     method = method or PruneMethod()
     hub, reporter = connect(hub, reporter)
     check_texts(method)
     source = find_source(model, revision, hub)
     check_family(source, method)
+    from gradmap_hub.pruning.candidates import candidates
+    from gradmap_hub.pruning.search import Search
+
     with tempfile.TemporaryDirectory(prefix="gradmap-inspect-") as scratch:
         run = Run(source, method, Path(scratch) / "model", hub, reporter)
         rows, _ = calibrate(run)
