@@ -13,7 +13,7 @@ from gradmap_hub.space.plan import ORIGINAL_FOLDER
 from gradmap_hub.space.zerogpu import ZERO_REQUIREMENTS
 
 # What the app consists of; and what else is in its folder and is only read.
-_CODE, _DATA = (".py", ".css"), (".json", ".md")
+_CODE, _DATA = (".py", ".css"), (".json", ".md", ".txt")
 _REQUIREMENTS = "requirements.txt"
 
 
@@ -29,11 +29,9 @@ def foreign_code(folder: Path) -> str | None:
     for path in sorted(folder.iterdir()):
         if path.is_symlink() or (path.is_dir() and path.name not in (ORIGINAL_FOLDER, "__pycache__")):
             return path.name
+        if path.name == _REQUIREMENTS and not set(_lines(path)) <= wanted | ZERO_REQUIREMENTS:
+            return path.name
         if path.is_dir() or path.suffix in _DATA or path.name.startswith(".git"):
-            continue
-        if path.name == _REQUIREMENTS:
-            if not set(_lines(path)) <= wanted | ZERO_REQUIREMENTS:
-                return path.name
             continue
         ours = installed.get(path.name)
         if ours is None or path.read_bytes() != ours.read_bytes():

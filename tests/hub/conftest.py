@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import shutil
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ from gradmap_hub.hub.retry import Patience
 from gradmap_hub.local_hub import LocalHub, Request
 from gradmap_hub.measurements import BeforeAfter
 from gradmap_hub.record import Base, CalibrationRecord, CompensationRecord, LayerDecision, RunRecord
+from gradmap_hub.space.app import content_folder
 
 BASE = "acme/base"
 TARGET = "ada/small"
@@ -137,8 +139,8 @@ def write_folders(root: Path, *, seed: int = 0, record: RunRecord | None = None,
     (model / "onnx" / "model.onnx").write_bytes(random.Random(seed + 1).randbytes(20_000))
     (model / "assets" / "layers.png").write_bytes(b"\x89PNG\r\n\x1a\n\x00" + random.Random(seed + 2).randbytes(500))
     (space / "README.md").write_text(SPACE_CARD)
-    (space / "app.py").write_text("print('hello')\n")
-    (space / "requirements.txt").write_text("onnxruntime\n")
+    shutil.copyfile(content_folder() / "app.py", space / "app.py")
+    shutil.copyfile(content_folder() / "requirements-onnx.txt", space / "requirements.txt")
     facts = {"pruned": {"repo_id": TARGET}, "original": {"name": BASE}}
     (space / "compare.json").write_text(json.dumps(facts))
     (space / "original" / "LICENSE").write_text("You may do with it what you like.\n")

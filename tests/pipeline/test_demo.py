@@ -199,7 +199,7 @@ def _sha256(path: Path) -> str:
 
 def test_answer_has_the_recorded_keys(demo: dict[str, Any]) -> None:
     """Those of push, without the collection that only tests/cli/test_contract.py asks for, and the demo's own."""
-    contract = json.loads((Path(__file__).parent / "golden" / "contract.json").read_text(encoding="utf-8"))
+    contract = json.loads((Path(__file__).parents[1] / "golden" / "contract.json").read_text(encoding="utf-8"))
     pushed = {place for place in contract["shapes"]["answer of push"] if place.isidentifier()}
     # The fixture adds two keys.
     assert set(demo) - {"output", "stderr"} == pushed - {"collection"} | set(contract["demo"])
