@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -57,6 +57,9 @@ def running_space(
         "GRADIO_SERVER_PORT": str(port),
         "GRADIO_ANALYTICS_ENABLED": "False",
     }
+    # Compiled modules are not compared with the installed app, and Python would run them in place of the source.
+    if (folder / "__pycache__").exists():
+        shutil.rmtree(folder / "__pycache__")
     log = folder.parent / f"{folder.name}.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -76,14 +79,12 @@ def running_space(
 
 
 def _environment() -> dict[str, str]:
-    """What the app needs of our environment: the system's own settings and those of the packages it imports. Compiled
-    modules are looked for elsewhere than in the folder, which may come from somebody else."""
-    kept = {
+    """The variables that the app needs: the system's own, and the settings of the packages it imports."""
+    return {
         name: value
         for name, value in os.environ.items()
         if name.upper() in _KEPT or name.upper().startswith(_KEPT_PREFIXES)
     }
-    return kept | {"PYTHONPYCACHEPREFIX": str(Path(tempfile.gettempdir()) / "gradmap-hub-pycache")}
 
 
 def run_space(folder: Path, variables: Mapping[str, str], *, host: str, port: int, open_browser: bool) -> None:
