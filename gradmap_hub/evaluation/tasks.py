@@ -198,35 +198,33 @@ def run_tasks(
     with _quiet(offline=documents is not None), tempfile.TemporaryDirectory(prefix="gradmap-tasks-") as folder:
         write_definitions(Path(folder), names, documents)
         # Imported here because it is optional and takes seconds; Any, because decorators hide its signatures.
-        lm_eval: Any = importlib.import_module("lm_eval")
+        # Its `simple_evaluate` also seeds the generators of the process, and lists the packages of the environment,
+        # which takes seconds.
+        evaluator: Any = importlib.import_module("lm_eval.evaluator")
         manager: Any = importlib.import_module("lm_eval.tasks")
-        definitions = manager.TaskManager(include_path=folder, include_defaults=False)
-        result = lm_eval.simple_evaluate(
-            model=_language_model(model, tokenizer, started, advanced),
-            tasks=_load(definitions, names),
-            task_manager=definitions,
-            num_fewshot=0,
+        result = evaluator.evaluate(
+            lm=_language_model(model, tokenizer, started, advanced),
+            task_dict=_load(manager.TaskManager(include_path=folder, include_defaults=False), names),
             limit=limit,
             log_samples=True,
             bootstrap_iters=0,  # ours are computed from the documents
-            # Nothing is random; None leaves the generators of the process unchanged.
-            random_seed=None,
-            numpy_random_seed=None,
-            torch_random_seed=None,
         )
     return {name: _result(name, result) for name in names}
 
 
-def _load(manager: Any, names: Sequence[str]) -> list[Any]:
-    """The task objects, with their documents."""
+def _load(manager: Any, names: Sequence[str]) -> dict[str, Any]:
+    """What the harness evaluates: the tasks with their documents, without examples in the prompt."""
     try:
-        return [task for name in names for task in manager.load([name])["tasks"].values()]
+        loaded = manager.load(list(names))
     except Exception as error:  # from datasets, pyarrow, requests or huggingface_hub: no common base class
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise SourceError(
             f"The documents of {', '.join(names)} cannot be loaded: {said[:300]}",
             hint="Check the connection, or give a folder that holds them with --tasks-from.",
         ) from error
+    for task in loaded["tasks"].values():
+        task.set_config(key="num_fewshot", value=0)
+    return loaded
 
 
 def _language_model(

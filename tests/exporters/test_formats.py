@@ -336,7 +336,7 @@ def test_an_interrupted_export_leaves_nothing_that_looks_whole(
     np.save(tmp_path / "rows.npy", made.rows)
     script = (
         "import signal, sys, numpy as np\nfrom pathlib import Path\n"
-        "from gradmap_hub.exporters import export as formats\n"
+        "from gradmap_hub.exporters import export\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # as the command line does
         "root = Path(sys.argv[1])\n"
         "export.export('int8', Path(sys.argv[2]), root / 'model' / 'onnx',"
@@ -348,7 +348,9 @@ def test_an_interrupted_export_leaves_nothing_that_looks_whole(
     )
     until = time.monotonic() + 60
     while not (tmp_path / "model" / "onnx.partial").is_dir() and time.monotonic() < until:
+        assert running.poll() is None, "the export ended before it was interrupted"
         time.sleep(0.05)
+    assert (tmp_path / "model" / "onnx.partial").is_dir()
     time.sleep(1)  # the builder's process has begun
     os.kill(running.pid, sign)
     assert running.wait(30) != 0

@@ -91,17 +91,17 @@ def test_plain_transformers_and_onnx_runtime_agree(demo: dict[str, Any]) -> None
     reference, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
     assert reference.config.num_hidden_layers == 22
+    asked = [tokenizer(prompt, return_tensors="pt") for prompt in PROMPTS]
+    with torch.no_grad():
+        wanted = [reference(**inputs).logits for inputs in asked]
+    greedy = [reference.generate(**inputs, max_new_tokens=24, do_sample=False) for inputs in asked]
     for exported in (
         ORTModelForCausalLM.from_pretrained(folder, subfolder="onnx", file_name="model.onnx"),
         ORTModelForCausalLM.from_pretrained(folder / "onnx"),
     ):
-        for prompt in PROMPTS:
-            inputs = tokenizer(prompt, return_tensors="pt")
-            with torch.no_grad():
-                difference = (exported(**inputs).logits - reference(**inputs).logits).abs().max()
-            assert float(difference) <= 1e-3
-            greedy = [model.generate(**inputs, max_new_tokens=24, do_sample=False) for model in (reference, exported)]
-            assert torch.equal(*greedy)
+        for inputs, logits, tokens in zip(asked, wanted, greedy, strict=True):
+            assert float((exported(**inputs).logits - logits).abs().max()) <= 1e-3
+            assert torch.equal(exported.generate(**inputs, max_new_tokens=24, do_sample=False), tokens)
 
 
 def test_tied_embedding_is_stored_once(demo: dict[str, Any]) -> None:
