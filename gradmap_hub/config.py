@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,10 +38,13 @@ COMPENSATIONS: tuple[str, ...] = ("auto", "projection", "weight", "none")
 DTYPES: tuple[str, ...] = ("auto", "float32", "bfloat16", "float16")
 DEVICES: tuple[str, ...] = ("auto", "cpu", "cuda")
 COMPUTES: tuple[str, ...] = ("auto", "float32", "bfloat16")
+HEAL_PARTS: tuple[str, ...] = ("auto", "all", "gaps", "lora")
 PRESETS: tuple[str, ...] = ("default", "paper")
 
 # The default text: WikiText on the Hub.
 DEFAULT_CALIBRATION = "Salesforce/wikitext:wikitext-2-raw-v1/train"
+# Stands for a text that the original writes itself.
+SELF = "self"
 # The default text of `evaluate`.
 DEFAULT_EVALUATION = "Salesforce/wikitext:wikitext-2-raw-v1/test"
 
@@ -55,6 +59,43 @@ def help_of(config_class: type, name: str) -> str:
         if entry.name == name:
             return entry.metadata["help"]
     raise KeyError(name)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long to heal: `amount` of `unit`, which is tokens, seconds or steps."""
+
+    amount: int
+    unit: Literal["tokens", "seconds", "steps"]
+
+
+_UNITS: dict[str, tuple[int, Literal["tokens", "seconds", "steps"]]] = {
+    "": (1, "steps"),
+    "k": (10**3, "tokens"),
+    "K": (10**3, "tokens"),
+    "M": (10**6, "tokens"),
+    "B": (10**9, "tokens"),
+    "s": (1, "seconds"),
+    "m": (60, "seconds"),
+    "h": (3600, "seconds"),
+}
+_BUDGET = re.compile(r"(\d+(?:\.\d+)?)([kKMBsmh]?)", re.ASCII)
+
+
+def parse_budget(text: str | int) -> Budget | None:
+    """500k -> 500,000 tokens, 30m -> 1,800 seconds, 20 -> 20 steps; None for 0.
+
+    Raises:
+        UsageError: neither of them.
+    """
+    found = _BUDGET.fullmatch(str(text).strip())
+    factor, unit = _UNITS[found[2]] if found else (0, "steps")
+    amount = float(found[1]) * factor if found else 0.5
+    if amount != int(amount) or (found and amount == 0 and found[2]):
+        raise UsageError(
+            f"--heal takes tokens (500k, 10M), a time (30m, 2h) or a number of steps (20); got {str(text)!r}."
+        )
+    return Budget(int(amount), unit) if amount else None
 
 
 @dataclass(frozen=True)
@@ -104,10 +145,20 @@ class PruneMethod:
         "Stream the weights from disk layer by layer, forward and backward: about three layers in memory at any depth. "
         "Same result; slower if the disk is slow.",
     )
-    heal: int = _option(
-        0,
-        "Steps of a short distillation from the original after the compensation: it trains the layers around the gaps, "
-        "one sequence per step, and is kept only if it lowers the held-out loss. 0: none.",
+    heal: str = _option(
+        "0",
+        "Budget of a distillation from the original after the compensation, kept only if it lowers the held-out "
+        "divergence: tokens (500k, 10M), time (30m, 2h) or steps (20). 0: none.",
+    )
+    heal_text: tuple[str, ...] = _option(
+        (),
+        "Text to heal on; repeat to mix sources. `self`: text that the original writes itself. Default: the "
+        "calibration text, and for a model with a chat template also `self`.",
+    )
+    heal_part: str = _option(
+        "auto",
+        "Weights that healing trains: all layers, those around the gaps, or lora (low-rank adapters, merged "
+        "afterwards). auto: the largest part that fits into memory.",
     )
     device: Device = _option("auto", "Where to compute. auto: CUDA if a GPU is available, else the CPU.")
     compute: Compute = _option(
@@ -125,18 +176,24 @@ class PruneMethod:
             ("site", ("auto", "around-gaps", "largest-shift")),
             ("device", DEVICES),
             ("compute", COMPUTES),
+            ("heal_part", HEAL_PARTS),
         ):
             if getattr(self, name) not in allowed:
-                raise UsageError(f"--{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}.")
-        for name, least in (("samples", 4), ("seq_len", 16), ("eval_rows", 2), ("seed", 0), ("heal", 0)):
+                flag = name.replace("_", "-")
+                raise UsageError(f"--{flag} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}.")
+        for name, least in (("samples", 4), ("seq_len", 16), ("eval_rows", 2), ("seed", 0)):
             if getattr(self, name) < least:
                 raise UsageError(f"--{name.replace('_', '-')} must be at least {least}; got {getattr(self, name)}.")
         if self.low_memory and self.device == "cuda":
             raise UsageError("--low-memory computes on the CPU; leave out --device cuda.")
-        if self.heal and self.low_memory:
-            raise UsageError("--heal trains weights in memory; leave out --low-memory or --heal.")
+        parse_budget(self.heal)
         if not self.calibration:
             raise UsageError("--calibration needs at least one text.")
+
+    @property
+    def budget(self) -> Budget | None:
+        """How long to heal; None: not at all."""
+        return parse_budget(self.heal)
 
     @property
     def scoring_rows(self) -> int:
@@ -221,7 +278,9 @@ class MethodOptions(TypedDict, total=False):
     dtype: DType
     seed: int
     low_memory: bool
-    heal: int
+    heal: str
+    heal_text: tuple[str, ...]
+    heal_part: str
     device: Device
     compute: Compute
 

@@ -148,18 +148,25 @@ class CompensationRecord:
 
 @dataclass(frozen=True)
 class HealCheck:
-    """A check after `step` steps: `loss` on held-out sequences, and `divergence`, the mean since the last check of the
-    training objective, KL(original || pruned) on the fitting sequences; both in nats per token."""
+    """A look at the held-out sequences after `step` steps and `tokens` tokens: `loss`, the mean NLL, and `held_out`,
+    the mean KL(original || pruned). `divergence`: the mean of the training objective since the last check. All in nats
+    per token; None before version 0.2."""
 
     step: int
     divergence: float
     loss: float
+    tokens: int = 0
+    held_out: float | None = None
 
 
 @dataclass(frozen=True)
 class HealRecord:
-    """The optional distillation after stage 2. `steps` of one sequence each; `rate`: peak learning rate; losses on
-    held-out sequences; `layers`: the trained ones (original indices), empty if the result was discarded."""
+    """The distillation after stage 2.
+
+    `rate`: peak learning rate. Losses (mean NLL) and divergences (mean KL from the original) are of the `held_out`
+    sequences, in nats per token. `layers`: the trained ones (original indices), empty if the result was discarded.
+    `part`: all, gaps or lora (see `healing.parts`). `tokens` trained on, from `texts`, which were read `repeats` times;
+    `seconds` of training."""
 
     applied: bool
     steps: int
@@ -169,6 +176,14 @@ class HealRecord:
     reason: str = ""
     layers: list[int] = field(default_factory=list)
     checks: list[HealCheck] = field(default_factory=list)
+    part: str = "gaps"
+    tokens: int = 0
+    repeats: float = 0.0
+    seconds: float = 0.0
+    divergence_before: float | None = None
+    divergence_after: float | None = None
+    texts: list[TextSource] = field(default_factory=list)
+    held_out: list[TextSource] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

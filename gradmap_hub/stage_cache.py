@@ -38,6 +38,16 @@ class Stages:
         self._label = ""
         folder.mkdir(parents=True, exist_ok=True)
 
+    @property
+    def key(self) -> str:
+        """The key of the stages so far."""
+        return self._key
+
+    @property
+    def label(self) -> str:
+        """What the titles of the stages begin with."""
+        return self._label
+
     def branch(self, name: str = "", label: str = "") -> Stages:
         """A branch of the stages from here on: its keys do not affect other branches or later stages of this object.
         With a `name`, it has its own results (in a folder of that name) and timings. `label` prefixes the titles."""

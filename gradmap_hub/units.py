@@ -21,3 +21,11 @@ def ranges(indices: Sequence[int]) -> str:
         if index is not None:
             start = previous = index
     return ", ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """75 -> '75 s', 1860 -> '31 min', 7200 -> '2 h 0 min'."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"

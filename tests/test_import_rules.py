@@ -32,6 +32,7 @@ RULES: dict[str, set[str]] = {
     "models": set(),
     "data": {"models"},
     "pruning": {"models", "data"},
+    "healing": {"models", "data", "pruning"},
     "evaluation": {"models", "data", "runtime"},
     "sweeping": {"evaluation"},
     "card": {"models"},
@@ -43,7 +44,7 @@ RULES: dict[str, set[str]] = {
     "serving": {"runtime"},
     "stage_cache": set(),
     "pipeline": {
-        "models", "data", "pruning", "evaluation", "sweeping", "card", "space", "exporters", "hub", "local_hub",
+        "models", "data", "pruning", "healing", "evaluation", "sweeping", "card", "space", "exporters", "hub", "local_hub",
         "runtime", "stage_cache",
     },
     "cli": {"pipeline", "card", "hub", "local_hub", "pruning", "runtime", "serving", "space", "sweeping", "models"},

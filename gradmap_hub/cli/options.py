@@ -43,9 +43,10 @@ HOW_MUCH = ("ratio", "layers", "drop")
 METHOD = ("metric", "schedule", "compensation", "preset")
 TEXTS = ("calibration", "eval_text", "samples", "seq_len", "eval_rows")
 COMPUTING = ("low_memory", "device", "compute")
-HOW = (*METHOD, *TEXTS, "dtype", "seed", "heal", *COMPUTING)
+HEALING = ("heal", "heal_text", "heal_part")
+HOW = (*METHOD, *TEXTS, "dtype", "seed", *HEALING, *COMPUTING)
 _SHORT = {"ratio": "-r", "calibration": "-c"}
-_METAVARS = {"heal": "STEPS"}
+_METAVARS = {"heal": "BUDGET"}
 # Types of the options that differ from the type of the field; choices are typed as str.
 _TYPED: dict[str, Any] = {
     "ratio": float | None,
@@ -53,6 +54,7 @@ _TYPED: dict[str, Any] = {
     "drop": str | None,
     "calibration": list[str] | None,
     "eval_text": list[str] | None,
+    "heal_text": list[str] | None,
 }
 _PRESET = typer.Option("--preset", help="default, or paper: the settings of the GradMAP paper.")
 
@@ -129,8 +131,9 @@ def _options(typed: dict[str, Any]) -> PruneOptions:
         values["drop"] = _indices(values["drop"])
     if "calibration" in values:
         values["calibration"] = tuple(values["calibration"] or (DEFAULT_CALIBRATION,))
-    if "eval_text" in values:
-        values["eval_text"] = tuple(values["eval_text"] or ())
+    for name in ("eval_text", "heal_text"):
+        if name in values:
+            values[name] = tuple(values[name] or ())
     return PruneOptions(values, preset)
 
 

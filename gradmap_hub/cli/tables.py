@@ -11,7 +11,8 @@ from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from gradmap_hub.record import RunRecord
+from gradmap_hub.record import HealRecord, RunRecord
+from gradmap_hub.units import duration, ranges
 
 if TYPE_CHECKING:
     from gradmap_hub.pipeline.checks import Check
@@ -92,9 +93,7 @@ def record_view(record: RunRecord) -> Iterator[RenderableType]:
     else:
         yield escape(f"Compensation not applied: {compensation.reason}.")
     if record.heal is not None and record.heal.applied:
-        layers = ", ".join(map(str, record.heal.layers))
-        change = f"{record.heal.loss_before:.3f} -> {record.heal.loss_after:.3f}"
-        yield f"Healed layers {layers} in {record.heal.steps} steps: held-out loss {change}."
+        yield f"Healed {healing_text(record.heal)}."
     elif record.heal is not None:
         yield escape(f"Healing not applied: {record.heal.reason}.")
 
@@ -134,3 +133,9 @@ def published_view(result: PushResult) -> Iterator[str]:
     elif result.collection_reason:
         yield escape(f"collection  not updated: {result.collection_reason}")
     yield escape(f"folder {result.folder}")
+
+
+def healing_text(heal: HealRecord) -> str:
+    """with 500,000 tokens in 21 min, layers 0-11: held-out loss 3.4 -> 2.9."""
+    spent = f"with {heal.tokens:,} tokens in {duration(heal.seconds)}" if heal.tokens else f"in {heal.steps} steps"
+    return f"{spent}, layers {ranges(heal.layers)}: held-out loss {heal.loss_before:.3f} -> {heal.loss_after:.3f}"

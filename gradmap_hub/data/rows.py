@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,12 +33,14 @@ class CalibrationRows:
     """The sequences of a run.
 
     `fit` (n, seq_len) for scoring and compensation, `selection` (m, seq_len) for decisions, both int64, and per
-    calibration text the sequences `held_out` for evaluation. The three are disjoint. `sources`: `fit` per text."""
+    calibration text the sequences `held_out` for evaluation. The three are disjoint. `sources`: `fit` per text.
+    `training`: per text all sequences but those for decisions and evaluation, which healing may train on."""
 
     fit: Tensor
     selection: Tensor
     held_out: list[Rows]
     sources: list[Rows]
+    training: list[Rows] = field(default_factory=list)
 
     @property
     def sha256(self) -> str:
@@ -94,6 +96,7 @@ def split_rows(
     select: list[Tensor] = []
     held: list[Rows] = []
     sources: list[Rows] = []
+    training: list[Rows] = []
     for position, text in enumerate(texts):
         rows = tokenize(text, tokenizer, seq_len)
         fit_share = _share(samples, len(texts), position)
@@ -110,10 +113,12 @@ def split_rows(
         order = torch.randperm(usable, generator=generator)
         fit.append(rows.ids[order[:fit_share]])
         select.append(rows.ids[order[fit_share : fit_share + selection_share]])
+        others = torch.cat([order[:fit_share], order[fit_share + selection_share :]])
         held.append(Rows(text.name, text.sha256, rows.ids[usable:]))
+        training.append(Rows(text.name, text.sha256, rows.ids[others]))
         sources.append(Rows(text.name, text.sha256, fit[-1]))
     # Interleaved, so that the first sequences, which score the layers, include every text.
-    return CalibrationRows(_interleave(fit), _interleave(select), held, sources)
+    return CalibrationRows(_interleave(fit), _interleave(select), held, sources, training)
 
 
 def evaluation_rows(text: Text, tokenizer: Any, *, seq_len: int, rows: int) -> Rows:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from gradmap_hub.config import PruneMethod
+from gradmap_hub.config import SELF, PruneMethod
 from gradmap_hub.errors import CalibrationError
 
 _TEXT_SUFFIXES = (".txt", ".jsonl", ".utf8", ".raw", ".md")
@@ -25,7 +25,7 @@ def is_local_text(source: str) -> bool:
 
 def check_texts(config: PruneMethod) -> None:
     """Raises CalibrationError: a text file of the run does not exist."""
-    check_text_files((*config.calibration, *config.eval_text))
+    check_text_files(name for name in (*config.calibration, *config.eval_text, *config.heal_text) if name != SELF)
 
 
 def check_text_files(sources: Iterable[str]) -> None:

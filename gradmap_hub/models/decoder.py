@@ -43,6 +43,7 @@ class Decoder:
         self.output: nn.Module = model.get_output_embeddings()  # pyright: ignore
         self.head = self.head_of(self.output)
         self.device: torch.device = self.output.weight.device  # pyright: ignore
+        self.dtype: torch.dtype = self.output.weight.dtype  # pyright: ignore
         # Off even if the config sets them: recording outputs patches the layers until a pass ends, but ours abort.
         self._quiet = {"use_cache": False, "output_hidden_states": False, "output_attentions": False}
         if hasattr(model.config, "output_router_logits"):
@@ -338,9 +339,12 @@ def choose_precision(compute: str, device: str, stored: str, *, streamed: bool) 
         raise UsageError(
             f"--compute bfloat16 would round these weights, which are stored in {stored}; use --compute float32."
         )
-    if chosen == "cuda":
-        fast = torch.cuda.is_bf16_supported()
-    else:
-        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    half = compute == "bfloat16" or (compute == "auto" and stored == "bfloat16" and fast)
+    half = compute == "bfloat16" or (compute == "auto" and stored == "bfloat16" and fast_bfloat16(chosen))
     return (torch.bfloat16 if half else torch.float32), chosen
+
+
+def fast_bfloat16(device: str) -> bool:
+    """Whether a device ("cpu", "cuda") multiplies bfloat16 faster than float32."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradmap_hub import __version__
-from gradmap_hub.config import Expected, PruneConfig, PruneMethod
+from gradmap_hub.config import SELF, Expected, PruneConfig, PruneMethod
 from gradmap_hub.data.texts import check_texts
 from gradmap_hub.evaluation.staleness import with_earlier
 from gradmap_hub.layout import check_disk, check_output, weight_artifacts, work_folder
 from gradmap_hub.machine import hardware, versions
 from gradmap_hub.models.source import check_family, find_source
 from gradmap_hub.pipeline.connect import connect
+from gradmap_hub.pipeline.heal import heal
 from gradmap_hub.pipeline.reproduce import check_expected
 from gradmap_hub.pipeline.results import write_results
 from gradmap_hub.pipeline.run import Run
@@ -25,7 +26,6 @@ from gradmap_hub.pipeline.stages import (
     compensate,
     evaluation_record,
     fetch_weights,
-    heal,
     losses_without,
     score,
     select,
@@ -197,6 +197,7 @@ def settings_of(run: Run, config: PruneMethod, rows: CalibrationRows, extra: Seq
     settings = dataclasses.asdict(config) | {
         "calibration": [text.name for text in rows.sources],
         "eval_text": [text.name for text in extra],
+        "heal_text": [name if name == SELF else Path(name).name for name in config.heal_text],
         "compute": str(dtype).removeprefix("torch."),
         "device": device,
     }

@@ -33,6 +33,8 @@ _HOW_MUCH = frozenset({"ratio", "layers", "drop"})
 _DRAWING = frozenset({"samples", "seq_len", "eval_rows", "seed"})
 # `TextPerplexity.kind` of texts given with --eval-text; the others are held-out sequences of the calibration texts.
 _ANOTHER_SOURCE = "another source"
+# Settings that records of earlier versions lack, with the values that mean the same as before.
+_LATER: dict[str, Any] = {"heal_text": [], "heal_part": "auto"}
 # Packages that may round differently in other versions.
 _COMPUTING = ("torch", "transformers", "numpy")
 
@@ -178,7 +180,7 @@ def _settings(record: RunRecord, where: str, given: Mapping[str, Any]) -> dict[s
             f"{where} was written by gradmap-hub {record.gradmap_hub}, which did not record the settings of a run.",
             hint=_made_with(record),
         )
-    recorded = dict(record.settings)
+    recorded = _LATER | record.settings
     if _HOW_MUCH & set(given):
         recorded |= dict.fromkeys(_HOW_MUCH)
     known = {entry.name for entry in dataclasses.fields(PruneConfig)}
@@ -204,7 +206,7 @@ def _made_with(record: RunRecord) -> str:
 def _prune_config(settings: Mapping[str, Any], where: str) -> PruneConfig:
     lists = {name: tuple(value) for name, value in settings.items() if isinstance(value, list)}
     try:
-        return PruneConfig(**{**settings, **lists})
+        return PruneConfig(**{**settings, **lists, "heal": str(settings["heal"])})  # steps were a number
     except UsageError:
         raise
     except (TypeError, ValueError, AttributeError) as error:  # a value of the wrong type

@@ -116,7 +116,7 @@ def compensate(run: Run, rows: CalibrationRows, selected: Selected) -> Compensat
     def compute() -> Compensated:
         file.unlink(missing_ok=True)
         chosen, overrides = compensate_layers(run.decoder(), rows, selected, run.method, reporter=run.reporter)
-        _save_overrides(overrides, file)
+        save_overrides(overrides, file)
         return chosen
 
     return run.stages.run(
@@ -137,58 +137,23 @@ def _compensation_summary(record: CompensationRecord) -> str:
     return f"compensation at {places}: held-out loss {record.loss_before:.3f} -> {record.loss_after:.3f}"
 
 
-def heal(run: Run, rows: CalibrationRows, chosen: Compensated) -> HealRecord | None:
-    """Distil the original into the layers around the gaps, from the compensated weights; None if not requested."""
-    if not run.method.heal:
-        return None
-    file = run.work / HEALED_FILE
-
-    def compute() -> HealRecord:
-        from gradmap_hub.pruning.heal import heal_model
-
-        file.unlink(missing_ok=True)
-        compensated = _load_overrides(run.work / COMPENSATION_FILE)
-        record, overrides = heal_model(
-            run.decoder(), rows, chosen.removed, compensated, run.method.heal, run.method.seed, run.reporter
-        )
-        _save_overrides(overrides, file)
-        return record
-
-    return run.stages.run(
-        "heal",
-        "Healing the layers around the gaps",
-        HealRecord,
-        compute,
-        inputs={"steps": run.method.heal, "seed": run.method.seed},
-        files=lambda: [file],
-        describe=_heal_summary,
-    )
-
-
-def _heal_summary(record: HealRecord) -> str:
-    if not record.applied:
-        return f"not applied: {record.reason}"
-    return (
-        f"layers {ranges(record.layers)}, {record.steps} steps: held-out loss {record.loss_before:.3f} -> "
-        f"{record.loss_after:.3f}"
-    )
-
-
 def new_values(run: Run, compensation: CompensationRecord, healed: HealRecord | None) -> Overrides:
     """The weights that compensation and healing changed, by layer and parameter name, from the work folder."""
-    overrides = _load_overrides(run.work / COMPENSATION_FILE) if compensation.applied else {}
+    overrides = load_overrides(run.work / COMPENSATION_FILE) if compensation.applied else {}
     if healed is not None and healed.applied:  # they started from the compensated values and replace them
-        overrides |= _load_overrides(run.work / HEALED_FILE)
+        overrides |= load_overrides(run.work / HEALED_FILE)
     return overrides
 
 
-def _save_overrides(overrides: Mapping[tuple[int, str], Any], path: Path) -> None:
+def save_overrides(overrides: Mapping[tuple[int, str], Any], path: Path) -> None:
+    """Write changed weights as safetensors, with the keys "layer:parameter name"."""
     from safetensors.torch import save_file
 
     save_file({f"{layer}:{name}": value for (layer, name), value in overrides.items()}, path)
 
 
-def _load_overrides(path: Path) -> Overrides:
+def load_overrides(path: Path) -> Overrides:
+    """The weights that `save_overrides` wrote."""
     from safetensors.torch import load_file
 
     split = {key.partition(":")[::2]: value for key, value in load_file(path).items()}

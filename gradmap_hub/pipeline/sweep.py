@@ -24,6 +24,7 @@ from gradmap_hub.machine import hardware, versions
 from gradmap_hub.measurements import BeforeAfter
 from gradmap_hub.models.source import Source, find_source
 from gradmap_hub.pipeline.connect import connect
+from gradmap_hub.pipeline.heal import heal
 from gradmap_hub.pipeline.prune import no_empty_folders, settings_of
 from gradmap_hub.pipeline.run import Run
 from gradmap_hub.pipeline.stages import (
@@ -31,7 +32,6 @@ from gradmap_hub.pipeline.stages import (
     compensate,
     evaluation_record,
     fetch_weights,
-    heal,
     losses_without,
     new_values,
     score,
@@ -239,7 +239,8 @@ def _evaluate(run: Run, chosen: Compensated, healed: HealRecord | None, texts: S
         stored = storage_dtype(run.method.dtype, run.source.base.dtype)
         with ExitStack() as replaced:
             for (layer, name), value in overrides.items():
-                rounded = value.to(stored).to(value.dtype).to(decoder.device)  # as in a checkpoint that is read back
+                # as in a checkpoint that is read back
+                rounded = value.to(stored).to(decoder.dtype).to(decoder.device)
                 replaced.enter_context(decoder.replaced(layer, {name: rounded}))
             return _Pruned(uncorrected, losses_without(run, [chosen.removed], texts)[0])
 

@@ -1,4 +1,4 @@
-"""Depth pruning as one computation in memory: score, select, compensate, heal. No file is read or written here.
+"""Depth pruning as one computation in memory: score, select, compensate. No file is read or written here.
 
 `prune_model` does the computation of `gradmap_hub.prune`; the pipeline runs the same functions as stages and stores
 their results on disk. `Overrides` are the weights that change: (original layer, parameter name within it) -> new value.
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from gradmap_hub.config import PruneMethod
 from gradmap_hub.progress import Reporter, SilentReporter
 from gradmap_hub.pruning.scores import LayerScores
-from gradmap_hub.record import Candidate, CompensationRecord, HealRecord
+from gradmap_hub.record import Candidate, CompensationRecord
 
 if TYPE_CHECKING:  # torch is only imported once there is something to compute
     from torch import Tensor, nn
@@ -50,7 +50,6 @@ class PrunedModel:
 
     scores: LayerScores
     chosen: Compensated
-    healed: HealRecord | None
     overrides: Overrides
 
     @property
@@ -83,13 +82,7 @@ def prune_model(
     scores = score_layers(decoder, rows.fit[: method.scoring_rows], row_done=reporter.advance)
     selected = select_layers(decoder, rows, scores, method, removals, drop=drop, reporter=reporter)
     chosen, overrides = compensate_layers(decoder, rows, selected, method, reporter=reporter)
-    healed = None
-    if method.heal:
-        from gradmap_hub.pruning.heal import heal_model
-
-        healed, values = heal_model(decoder, rows, chosen.removed, overrides, method.heal, method.seed, reporter)
-        overrides = overrides | (values if healed.applied else {})
-    return PrunedModel(scores, chosen, healed, overrides)
+    return PrunedModel(scores, chosen, overrides)
 
 
 def select_layers(

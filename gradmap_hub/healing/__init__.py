@@ -1,0 +1,1 @@
+"""Distil the original into the pruned model on a budget of tokens: text, teacher, objective, training."""

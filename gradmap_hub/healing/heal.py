@@ -1,0 +1,139 @@
+"""Healing: after compensation, train the pruned model to predict what the original predicts.
+
+Stage 2 solves for single linears; healing trains all weights of the layers together, for as many tokens as the user
+pays for. The paper (arXiv 2602.14649) trains nothing. Kept is the state with the lowest divergence from the original
+on held-out sequences, and only if it is lower than before by more than its standard error.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from gradmap_hub.data.rows import sha256_of_ids
+from gradmap_hub.healing.corpus import Corpus
+from gradmap_hub.healing.parts import Part, start_training, trained_values
+from gradmap_hub.healing.teacher import TeacherCache
+from gradmap_hub.healing.training import HeldOut, NotFinite, Recipe, Trainer, Watcher
+from gradmap_hub.models.architectures import Architecture
+from gradmap_hub.pruning.compensation import lowers
+from gradmap_hub.record import HealCheck, HealRecord, TextSource
+
+
+@dataclass(frozen=True)
+class Student:
+    """The pruned model that is trained: float32 weights, and the function from its last hidden states to logits.
+
+    `identity` distinguishes it from other students, for resuming."""
+
+    model: nn.Module
+    head: Callable[[Tensor], Tensor]
+    architecture: Architecture
+    identity: str
+
+    def weights(self) -> dict[str, int]:
+        """Number of weights of "all" layers together, and of the "rest"."""
+        layers = sum(p.numel() for p in self.model.get_submodule(self.architecture.layers).parameters())
+        return {"all": layers, "rest": sum(p.numel() for p in self.model.parameters()) - layers}
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The original's predictions on disk: for the sequences to train on and for the held-out ones."""
+
+    train: TeacherCache
+    held_out: TeacherCache
+
+    @staticmethod
+    def of(corpus: Corpus, folder: Path, vocabulary: int, identity: str, *, autocast: bool) -> Teacher:
+        """Not computed yet. `identity`: of the original, with its dtype."""
+        watched = torch.cat([rows.ids for rows in corpus.held_out])
+        return Teacher(
+            TeacherCache(folder / "train", corpus.ids, vocabulary, identity, autocast=autocast),
+            TeacherCache(folder / "held-out", watched, vocabulary, identity, autocast=autocast),
+        )
+
+    @property
+    def parts(self) -> tuple[TeacherCache, TeacherCache]:
+        return self.train, self.held_out
+
+
+def heal_model(
+    student: Student,
+    corpus: Corpus,
+    teacher: Teacher,
+    part: Part,
+    recipe: Recipe,
+    folder: Path,
+    watcher: Watcher | None = None,
+) -> tuple[HealRecord, dict[tuple[int, str], Tensor]]:
+    """Train `student` on `corpus`, resuming from a state in `folder`.
+
+    Returns the record, and the trained weights, (index in the student, name within the layer) -> value, float32; empty
+    if the divergence on the held-out sequences did not fall clearly. The same seed gives the same bytes on the same
+    machine.
+    """
+    start_training(student.model, student.architecture, part)
+    key = hashlib.sha256(
+        repr(
+            (student.identity, corpus.sha256, sha256_of_ids(torch.tensor(corpus.order)), part, recipe.identity)
+        ).encode()
+    ).hexdigest()
+    trainer = Trainer(student.model, student.head, corpus, *teacher.parts, recipe, folder, key)
+    before = trainer.held_out()
+    stopped = ""
+    try:
+        trainer.run(watcher)
+    except NotFinite as error:
+        if not error.best_step:
+            raise
+        stopped = f"; stopped at step {error.step}, where the loss is not a number"
+    after = _best(trainer, before)
+    helps = lowers(before.divergences, after.divergences)
+    kept = after if helps else before
+    progress = trainer.progress
+    record = HealRecord(
+        applied=helps,
+        steps=progress.step,
+        rate=recipe.rate,
+        loss_before=float(before.losses.mean()),
+        loss_after=float(kept.losses.mean()),
+        reason=("lowest held-out divergence" if helps else "it did not clearly lower the held-out divergence")
+        + stopped,
+        layers=part.layers if helps else [],
+        checks=[
+            HealCheck(
+                round(check.tokens / corpus.ids.shape[1] / recipe.sequences),
+                check.trained,
+                check.loss,
+                check.tokens,
+                check.divergence,
+            )
+            for check in progress.checks
+        ],
+        part=part.name,
+        tokens=progress.step * recipe.sequences * corpus.ids.shape[1],
+        repeats=round(corpus.repeats, 3),
+        seconds=round(progress.seconds, 1),
+        divergence_before=float(before.divergences.mean()),
+        divergence_after=float(kept.divergences.mean()),
+        texts=[TextSource(rows.name, rows.sha256, len(rows.ids)) for rows in corpus.sources],
+        held_out=[TextSource(rows.name, rows.sha256, len(rows.ids)) for rows in corpus.held_out],
+    )
+    return record, trained_values(student.model, student.architecture, part) if helps else {}
+
+
+def _best(trainer: Trainer, before: HeldOut) -> HeldOut:
+    """Put the best state into the model and return what it reaches."""
+    best = trainer.best()
+    if not best:
+        return before
+    with torch.no_grad():
+        for name, parameter in zip(trainer.names, trainer.trained, strict=True):
+            parameter.copy_(best[name])
+    return trainer.held_out()

@@ -1,0 +1,127 @@
+"""Which weights are trained: all layers, those around the gaps, or low-rank adapters that are merged afterwards.
+
+Never the embedding, the head and the final norm: in small models the first two are one matrix and the largest of all,
+and what they cost in time and memory trains the layers further (docs/method.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from gradmap_hub.errors import MissingExtra
+from gradmap_hub.models.architectures import Architecture
+
+# Trained layers after each gap, and at the end of the model.
+BEHIND, LAST = 2, 3
+# Rank and scale of the adapters.
+RANK, ALPHA = 32, 64
+# Bytes per trained weight: value, gradient and the two moments of AdamW in float32.
+TRAINED_BYTES = 16
+# Share of the free memory that training may plan to use; the rest is for activations.
+SHARE = 0.6
+
+
+@dataclass(frozen=True)
+class Part:
+    """The trained weights. `name`: all, gaps or lora; `layers`: indices in the student."""
+
+    name: str
+    layers: list[int]
+
+
+def layers_around_gaps(kept: Sequence[int], removed: Sequence[int]) -> list[int]:
+    """Original indices of the last kept layer before each gap, the first ones after it, and the last ones."""
+    found: set[int] = set(kept[-LAST:])
+    for layer in removed:
+        found.update([other for other in kept if other < layer][-1:])
+        found.update([other for other in kept if other > layer][:BEHIND])
+    return sorted(found)
+
+
+def choose_part(
+    wanted: str, kept: Sequence[int], removed: Sequence[int], weights: Mapping[str, int], free: int
+) -> Part:
+    """The part for `wanted`, or for "auto" the largest that fits into `free` bytes.
+
+    Args:
+        kept: Original indices of the student's layers.
+        weights: Number of weights: "all" layers together, and the "rest" of the model.
+    """
+    around = [kept.index(layer) for layer in layers_around_gaps(kept, removed)]
+    everything = list(range(len(kept)))
+    if wanted == "auto":
+        resident = 4 * (weights["all"] + weights["rest"])
+        room = SHARE * free - resident
+        share = len(around) / len(kept)
+        wanted = next(
+            (
+                name
+                for name, trained in (("all", weights["all"]), ("gaps", share * weights["all"]))
+                if (TRAINED_BYTES - 4) * trained <= room
+            ),
+            "lora",
+        )
+    return Part(wanted, around if wanted == "gaps" else everything)
+
+
+def free_bytes(device: str) -> int:
+    """Memory that is free for the training."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.mem_get_info()[0]
+    import psutil
+
+    return psutil.virtual_memory().available
+
+
+def start_training(student: nn.Module, architecture: Architecture, part: Part) -> None:
+    """Let exactly the weights of `part` require a gradient; adapters are added for "lora".
+
+    Raises:
+        MissingExtra: peft is not installed.
+    """
+    student.requires_grad_(False)
+    if part.name == "lora":
+        _add_adapters(student, architecture)
+        return
+    layers: Any = student.get_submodule(architecture.layers)
+    for index in part.layers:
+        for parameter in layers[index].parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
+
+
+def trained_values(student: nn.Module, architecture: Architecture, part: Part) -> dict[tuple[int, str], Tensor]:
+    """Copies of the trained weights: (index in the student, name within the layer) -> value. Adapters are merged."""
+    layers: Any = student.get_submodule(architecture.layers)
+    found: dict[tuple[int, str], Tensor] = {}
+    if part.name == "lora":
+        for index, layer in enumerate(layers):
+            for name, module in layer.named_modules():
+                if hasattr(module, "merge") and hasattr(module, "get_base_layer"):
+                    module.merge()
+                    found[index, f"{name}.weight"] = module.get_base_layer().weight.detach().clone()
+        return found
+    for index in part.layers:
+        for name, parameter in layers[index].named_parameters():
+            found[index, name] = parameter.detach().to("cpu", copy=True)
+    return found
+
+
+def _add_adapters(student: nn.Module, architecture: Architecture) -> None:
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise MissingExtra("Healing with adapters", "lora") from error
+    prefix = f"{architecture.layers}."
+    linears = [
+        name
+        for name, module in student.named_modules()
+        if name.startswith(prefix) and type(module).__name__ in ("Linear", "Conv1D")
+    ]
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, bias="none", target_modules=linears)
+    inject_adapter_in_model(config, student)

@@ -1,0 +1,204 @@
+"""Text that the original writes itself, for calibration and healing: no data set, and what its users ask it for.
+
+A chat model is given only the opening of a user's turn in its own template, so that it writes the question, and then
+answers it (Magpie, arXiv 2406.08464). A base model continues from its first token. Samples that repeat themselves,
+are too short, or are near duplicates of earlier ones are dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradmap_hub.errors import CalibrationError
+
+# Stands for the content of a message when a template is taken apart.
+_MARK = "\u2063gradmap\u2063"
+
+
+@dataclass(frozen=True)
+class SelfTextRecipe:
+    """How text is sampled and filtered; all of it is in the record.
+
+    `repeated`: the largest share of 4-grams of words that occurred before in a sample. `similar`: the largest Jaccard
+    similarity of the word 5-grams of two samples, estimated by MinHash."""
+
+    seed: int = 0
+    temperature: float = 1.0
+    top_p: float = 0.95
+    batch: int = 48
+    question_tokens: int = 96
+    answer_tokens: int = 256
+    least_tokens: int = 24
+    repeated: float = 0.25
+    similar: float = 0.7
+
+    def settings(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class SelfText:
+    """The samples, and how many were drawn and dropped. `tokens`: of the samples kept."""
+
+    samples: list[str]
+    tokens: int
+    drawn: int
+    repetitive: int
+    short: int
+    duplicates: int
+
+
+def write_self_text(
+    model: Any,
+    tokenizer: Any,
+    tokens: int,
+    recipe: SelfTextRecipe,
+    advance: Callable[[int], None] = lambda _tokens: None,
+) -> SelfText:
+    """Let `model` write about `tokens` tokens of conversations, or of plain text if it has no chat template. The same
+    seed gives the same text on the same machine.
+
+    Raises:
+        CalibrationError: almost nothing of what the model writes passes the filters.
+    """
+    draw = _conversations if tokenizer.chat_template else _continuations
+    kept: list[str] = []
+    seen = _Seen(recipe.similar)
+    total = drawn = repetitive = short = duplicates = 0
+    with torch.random.fork_rng():
+        torch.manual_seed(recipe.seed)
+        for content, sample in draw(model, tokenizer, recipe):
+            drawn += 1
+            length = len(tokenizer(sample, add_special_tokens=False)["input_ids"])
+            if length < recipe.least_tokens:
+                short += 1
+            elif repeated_share(content) > recipe.repeated:
+                repetitive += 1
+            elif not seen.is_new(content):
+                duplicates += 1
+            else:
+                kept.append(sample)
+                total += length
+                advance(length)
+            if total >= tokens:
+                break
+            if drawn >= 200 and len(kept) < drawn / 20:
+                raise CalibrationError(
+                    f"Of {drawn} texts that the model wrote, {len(kept)} pass the filters ({repetitive} repeat "
+                    f"themselves, {short} are too short, {duplicates} are near duplicates).",
+                    hint="Give a text instead of `self`.",
+                )
+    return SelfText(kept, total, drawn, repetitive, short, duplicates)
+
+
+def repeated_share(text: str, n: int = 4) -> float:
+    """Share of the `n`-grams of words that occurred before in the text; 0 for a text without any."""
+    words = text.lower().split()
+    grams = [tuple(words[start : start + n]) for start in range(len(words) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+class _Seen:
+    """The texts so far, for the search for near duplicates (datasketch's MinHash)."""
+
+    def __init__(self, similar: float) -> None:
+        from datasketch import MinHashLSH
+
+        self._index = MinHashLSH(threshold=similar, num_perm=64)
+        self._count = 0
+
+    def is_new(self, text: str) -> bool:
+        """Whether no similar text was seen; remembers a new one."""
+        from datasketch import MinHash
+
+        words = text.lower().split()
+        sketch = MinHash(num_perm=64, seed=1)
+        grams = {" ".join(words[start : start + 5]) for start in range(max(1, len(words) - 4))}
+        sketch.update_batch([gram.encode() for gram in grams])
+        if self._index.query(sketch):
+            return False
+        self._index.insert(str(self._count), sketch)
+        self._count += 1
+        return True
+
+
+def _conversations(model: Any, tokenizer: Any, recipe: SelfTextRecipe) -> Iterator[tuple[str, str]]:
+    """Endless (question and answer, the conversation in the model's template)."""
+    opening = render(tokenizer, [{"role": "user", "content": _MARK}]).split(_MARK)[0]
+    start = torch.tensor([tokenizer(opening, add_special_tokens=False)["input_ids"]] * recipe.batch)
+    while True:
+        questions = [
+            text.strip()
+            for text in sample(model, tokenizer, list(start), recipe.question_tokens, recipe)
+            if text.strip()
+        ]
+        if not questions:
+            yield "", ""
+            continue
+        prompts = [render(tokenizer, [{"role": "user", "content": question}], answer=True) for question in questions]
+        ids = [torch.tensor(tokenizer(prompt, add_special_tokens=False)["input_ids"]) for prompt in prompts]
+        for question, answer in zip(
+            questions, sample(model, tokenizer, ids, recipe.answer_tokens, recipe), strict=True
+        ):
+            turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer.strip()}]
+            yield f"{question}\n{answer}", render(tokenizer, turns)
+
+
+def _continuations(model: Any, tokenizer: Any, recipe: SelfTextRecipe) -> Iterator[tuple[str, str]]:
+    """Endless (text, text), each from the token that begins a document."""
+    first = next(
+        (
+            token
+            for token in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+            if token is not None
+        ),
+        0,
+    )
+    start = [torch.tensor([first])] * recipe.batch
+    while True:
+        for text in sample(model, tokenizer, start, recipe.question_tokens + recipe.answer_tokens, recipe):
+            yield text, text
+
+
+def render(tokenizer: Any, messages: Sequence[dict[str, str]], *, answer: bool = False) -> str:
+    """Messages in the chat template (transformers renders it in a sandbox); with `answer`, up to where the model's turn
+    begins.
+
+    Raises:
+        CalibrationError: the template fails.
+    """
+    try:
+        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=answer)
+    except Exception as error:  # templates raise their own
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CalibrationError(
+            f"The chat template of the model fails: {first}", hint="Give a text instead of `self`."
+        ) from error
+
+
+def sample(model: Any, tokenizer: Any, prompts: Sequence[Tensor], tokens: int, recipe: SelfTextRecipe) -> list[str]:
+    """Continuations of `prompts` (each (tokens)) of at most `tokens` tokens, sampled together."""
+    longest = max(len(prompt) for prompt in prompts)
+    pad = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
+    ids = torch.full((len(prompts), longest), pad)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):  # on the left, so that all continue at the same place
+        ids[row, longest - len(prompt) :] = prompt
+        mask[row, longest - len(prompt) :] = 1
+    with torch.no_grad():
+        found = model.generate(
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            max_new_tokens=tokens,
+            do_sample=True,
+            temperature=recipe.temperature,
+            top_p=recipe.top_p,
+            top_k=0,
+            pad_token_id=pad,
+        )
+    return tokenizer.batch_decode(found[:, longest:], skip_special_tokens=True)

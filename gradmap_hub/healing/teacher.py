@@ -1,0 +1,176 @@
+"""The original's next-token distributions, computed once and kept on disk: the teacher is not in memory in training.
+
+Per position the K most likely tokens (index and float16 log-probability) and the float16 mass of all others. A
+sequence is written once; an interrupted computation goes on at the first sequence that is missing.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradmap_hub.errors import DiskTooSmall, GradmapError
+from gradmap_hub.files import write_text
+from gradmap_hub.healing.objective import CHUNK, TopK, top_k
+
+if TYPE_CHECKING:
+    from gradmap_hub.models.decoder import Decoder
+
+# Tokens of a distribution that are stored; docs/method.md has the measurement.
+K = 64
+# Sequences after which the progress is recorded.
+_FLUSH = 32
+
+
+def cache_bytes(positions: int, vocabulary: int, k: int = K) -> int:
+    """Size of the cache of `positions` tokens on disk."""
+    return positions * (k * (_index_type(vocabulary)().itemsize + 2) + 2)
+
+
+def _index_type(vocabulary: int) -> Any:
+    return np.uint16 if vocabulary <= 1 << 16 else np.uint32
+
+
+class TeacherCache:
+    """The distributions for `ids` (sequences, tokens), in the files of `folder`.
+
+    Args:
+        teacher: What identifies the original, its dtype included: a cache of another one is replaced.
+        autocast: Compute it in bfloat16, whatever the dtype of the weights.
+    """
+
+    def __init__(
+        self, folder: Path, ids: Tensor, vocabulary: int, teacher: str, *, autocast: bool = False, k: int = K
+    ) -> None:
+        self.folder = folder
+        self.ids = ids
+        self.k = min(k, vocabulary)
+        self._autocast = autocast
+        self._key = hashlib.sha256(f"{teacher}:{self.k}:{autocast}:".encode() + ids.numpy().tobytes()).hexdigest()
+        self._state = folder / "teacher.json"
+        self._shapes = {
+            "indices": (_index_type(vocabulary), (*ids.shape, self.k)),
+            "logprobs": (np.float16, (*ids.shape, self.k)),
+            "rest": (np.float16, tuple(ids.shape)),
+        }
+        self._arrays: dict[str, Any] = {}
+
+    @property
+    def done(self) -> int:
+        """Number of sequences, from the first, that are on disk."""
+        try:
+            stored = json.loads(self._state.read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return 0
+        return int(stored["done"]) if stored.get("key") == self._key else 0
+
+    @property
+    def bytes(self) -> int:
+        return sum(int(np.prod(shape)) * kind().itemsize for kind, shape in self._shapes.values())
+
+    def fill(self, decoder: Decoder, advance: Callable[[int], None] = lambda _sequences: None) -> None:
+        """Compute what is missing with the original.
+
+        Raises:
+            DiskTooSmall: the disk is full; what was computed before stays.
+        """
+        done = self.done
+        advance(done)
+        if done == len(self.ids):
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._open("r+" if done else "w+")
+            for start in range(done, len(self.ids), _FLUSH):
+                group = self.ids[start : start + _FLUSH]
+                for place, found in enumerate(self._distributions(decoder, group), start=start):
+                    self._arrays["indices"][place] = found.indices.cpu().numpy()
+                    self._arrays["logprobs"][place] = found.logprobs.cpu().numpy()
+                    self._arrays["rest"][place] = found.rest.cpu().numpy()
+                    advance(1)
+                for array in self._arrays.values():
+                    array.flush()
+                write_text(self._state, json.dumps({"key": self._key, "done": start + len(group)}))
+        except OSError as error:
+            if self.done == 0:
+                self.remove()
+            raise _full(self.folder, self.bytes, error) from error
+        finally:
+            self._arrays = {}
+
+    def _distributions(self, decoder: Decoder, ids: Tensor) -> list[TopK]:
+        """Per sequence of `ids` (n, tokens), the original's distribution at every position."""
+        found: list[TopK] = []
+        with torch.no_grad(), torch.autocast(decoder.device.type, torch.bfloat16, enabled=self._autocast):
+            states = [decoder.embed(row) for row in ids.split(1)]
+            decoder.carry(states, range(decoder.count))
+            for state in states:
+                parts = [top_k(decoder.head(part), self.k) for part in decoder.norm(state)[0].split(CHUNK)]
+                found.append(
+                    TopK(
+                        torch.cat([part.indices for part in parts]),
+                        torch.cat([part.logprobs for part in parts]),
+                        torch.cat([part.rest for part in parts]),
+                    )
+                )
+        return found
+
+    def of(self, places: Sequence[int]) -> TopK:
+        """The distributions of some sequences, one after the other: (sequences * tokens, K)."""
+        if not self._arrays:
+            self._open("r")
+        kinds = {"indices": np.int64, "logprobs": np.float32, "rest": np.float32}
+        found = {
+            name: torch.from_numpy(array[list(places)].astype(kinds[name])).flatten(0, 1)
+            for name, array in self._arrays.items()
+        }
+        return TopK(found["indices"], found["logprobs"], found["rest"])
+
+    def _open(self, mode: Any) -> None:
+        """Map the arrays. A file that is not written in full reads as zeros; `done` says how far it is."""
+        if mode == "w+":
+            self._state.unlink(missing_ok=True)
+            self._reserve()
+            mode = "r+"
+        self._arrays = {
+            name: np.memmap(self.folder / f"teacher-{name}.bin", dtype=kind, mode=mode, shape=shape)
+            for name, (kind, shape) in self._shapes.items()
+        }
+
+    def _reserve(self) -> None:
+        """Allocate the files: writing to a mapped hole of a full disk would kill the process."""
+        for name, (kind, shape) in self._shapes.items():
+            size = int(np.prod(shape)) * kind().itemsize
+            with (self.folder / f"teacher-{name}.bin").open("wb") as stream:
+                _allocate(stream, size)
+
+    def remove(self) -> None:
+        """Delete the files."""
+        self._arrays = {}
+        for path in (self._state, *(self.folder / f"teacher-{name}.bin" for name in self._shapes)):
+            path.unlink(missing_ok=True)
+
+
+def _allocate(stream: Any, size: int) -> None:
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(stream.fileno(), 0, size)
+        return
+    block = bytes(1 << 20)  # macOS
+    for start in range(0, size, len(block)):
+        stream.write(block[: size - start])
+
+
+def _full(folder: Path, needed: int, error: OSError) -> GradmapError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DiskTooSmall(str(folder), needed, shutil.disk_usage(folder).free)
+    return GradmapError(f"The original's predictions cannot be stored in {folder}: {error}")

@@ -1,0 +1,339 @@
+"""The training loop: AdamW on the divergence from the teacher, resumable, on accelerate.
+
+A step trains on `sequences` of the corpus on all processes together. Weights and moments are float32; on a machine that
+multiplies bfloat16 natively, the passes run in it (autocast). The state on disk (weights, moments, position) is
+replaced as a whole, so that a killed run goes on from the last one; the position alone determines the order of the
+data and the learning rate.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from gradmap_hub.errors import GradmapError
+from gradmap_hub.healing.corpus import Corpus
+from gradmap_hub.healing.objective import divergence
+from gradmap_hub.healing.teacher import TeacherCache
+
+# Peak learning rate of AdamW, and tokens of a step; docs/method.md has the measurements.
+RATE = 3e-4
+TOKENS_PER_STEP = 1024
+BETAS = (0.9, 0.95)
+# Norm to which gradients are clipped.
+CLIP = 1.0
+# Share of the steps with a rising rate; over the rest it falls along a cosine to almost 0.
+WARM_UP = 0.1
+# Checks of the held-out loss during training. The best state is kept.
+CHECKS = 8
+STATE, BEST = "state.safetensors", "best.safetensors"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train. `rate`: peak learning rate. `sequences` per step; `micro`: how many pass at once. `save_every`:
+    seconds between states on disk. `autocast`: passes in bfloat16."""
+
+    rate: float
+    sequences: int
+    micro: int
+    autocast: bool
+    save_every: float = 150.0
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What of it affects the result."""
+        return {name: value for name, value in asdict(self).items() if name != "save_every"}
+
+
+@dataclass(frozen=True)
+class Check:
+    """A look at the held-out sequences after `tokens` tokens: mean NLL (`loss`) and mean KL to the original
+    (`divergence`), both in nats per token, and `trained`: the mean of the objective since the last check."""
+
+    tokens: int
+    loss: float
+    divergence: float
+    trained: float
+
+
+class Watcher(Protocol):
+    """Is told how a training goes on: `advance` by the tokens of each step, `checked` at each check."""
+
+    def advance(self, tokens: int) -> None: ...
+    def checked(self, check: Check) -> None: ...
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Per sequence of the held-out set, NLL and divergence from the original in nats per token: (n)."""
+
+    losses: Tensor
+    divergences: Tensor
+
+
+@dataclass
+class Progress:
+    """What a run has done: written with every state."""
+
+    step: int = 0
+    since: float = 0.0
+    since_steps: int = 0
+    best: float = math.inf
+    best_step: int = 0
+    seconds: float = 0.0
+    checks: list[Check] = field(default_factory=list)
+
+
+class Distilled(nn.Module):
+    """The student with its objective, so that wrappers (DDP, FSDP) see one forward pass that ends in a loss."""
+
+    def __init__(self, student: Any, head: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.student = student
+        self._head = head
+
+    def forward(self, ids: Tensor, teacher: Any, labels: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Divergence (and NLL of `labels`) of every position, in nats: (sequences * tokens)."""
+        hidden = self.student.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        return divergence(hidden.flatten(0, 1), self._head, teacher, labels)
+
+
+def rate_at(step: int, steps: int) -> float:
+    """Learning rate of a step (from 0) as a share of its peak: linear warm-up, then a cosine to almost 0."""
+    warm = max(1, round(steps * WARM_UP))
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + math.cos(math.pi * (step - warm + 1) / (steps - warm + 1)))
+
+
+class Trainer:
+    """Trains the parameters of `student` that require a gradient, in place.
+
+    Args:
+        head: From the student's last hidden states (positions, d) to logits.
+        watched: Held-out sequences with their teacher.
+        folder: Where the state is kept.
+        key: What the run depends on; the state of another run is not used.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        head: Callable[[Tensor], Tensor],
+        corpus: Corpus,
+        teacher: TeacherCache,
+        watched: TeacherCache,
+        recipe: Recipe,
+        folder: Path,
+        key: str,
+    ) -> None:
+        from accelerate import Accelerator
+
+        self.corpus, self.teacher, self.watched, self.recipe = corpus, teacher, watched, recipe
+        self.folder, self.key = folder, key
+        self.accelerator = Accelerator(
+            mixed_precision="bf16" if recipe.autocast else "no",
+            cpu=next(student.parameters()).device.type == "cpu",
+        )
+        student.eval()  # no dropout: the original's predictions have none
+        self.names = [name for name, parameter in student.named_parameters() if parameter.requires_grad]
+        model = Distilled(student, head)
+        trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+        # Weight decay would pull the weights away from the original, towards zero.
+        optimizer = torch.optim.AdamW(trained, lr=0.0, betas=BETAS, weight_decay=0.0, fused=_fused(trained))
+        self.student, self.trained = student, trained
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.steps = len(corpus.order) // recipe.sequences
+        self.progress = Progress()
+
+    def run(self, watcher: Watcher | None = None) -> None:
+        """Train to the end, from the state on disk if there is one.
+
+        Raises:
+            NotFinite: the loss is not finite; `best` gives the best state before.
+        """
+        self._resume()
+        progress, tokens_of = self.progress, self.corpus.ids.shape[1]
+        if watcher is not None and progress.step:
+            watcher.advance(progress.step * self.recipe.sequences * tokens_of)
+        check_after = {round(self.steps * check / CHECKS) for check in range(1, CHECKS + 1)}
+        saved = started = time.monotonic()
+        before = progress.seconds
+        while progress.step < self.steps:
+            places = self._places(progress.step)
+            loss = self._step(places, rate_at(progress.step, self.steps))
+            progress.step += 1
+            if not math.isfinite(loss):
+                raise NotFinite(progress.step, progress.best_step)
+            progress.since += loss
+            progress.since_steps += 1
+            progress.seconds = before + time.monotonic() - started
+            if watcher is not None:
+                watcher.advance(len(places) * tokens_of)
+            if progress.step in check_after:
+                self._check()
+                if watcher is not None:
+                    watcher.checked(progress.checks[-1])
+            if time.monotonic() - saved > self.recipe.save_every:
+                self._save()
+                saved = time.monotonic()
+        if self.recipe.save_every < math.inf:
+            self._save()
+
+    def _places(self, step: int) -> list[int]:
+        start = step * self.recipe.sequences
+        return self.corpus.order[start : start + self.recipe.sequences]
+
+    def _step(self, places: Sequence[int], rate: float) -> float:
+        """One optimizer step; returns the mean divergence in nats per token."""
+        mine = places[self.accelerator.process_index :: self.accelerator.num_processes]
+        tokens = self.corpus.ids.shape[1] * len(places)
+        total = torch.zeros((), device=self.accelerator.device)
+        groups = [mine[start : start + self.recipe.micro] for start in range(0, len(mine), self.recipe.micro)]
+        for number, group in enumerate(groups):
+            last = number == len(groups) - 1
+            with self.accelerator.autocast(), _no_sync(self.accelerator, self.model, not last):
+                values, _ = self.model(*self._batch(self.corpus.ids, self.teacher, group))
+                # DDP takes the mean over the processes, of which each has its share of the tokens.
+                self.accelerator.backward(values.sum() * (self.accelerator.num_processes / tokens))
+            total += values.detach().sum()
+        self.accelerator.clip_grad_norm_(self.trained, CLIP)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.recipe.rate * rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return float(self.accelerator.reduce(total, "sum")) / tokens
+
+    def _batch(self, ids: Tensor, teacher: TeacherCache, places: Sequence[int]) -> tuple[Tensor, Any]:
+        device = self.accelerator.device
+        return ids[list(places)].to(device), teacher.of(places).to(device)
+
+    def held_out(self) -> HeldOut:
+        """Losses and divergences of the held-out sequences."""
+        ids = self.watched.ids
+        losses: list[float] = []
+        divergences: list[float] = []
+        with torch.no_grad(), self.accelerator.autocast():
+            for place in range(len(ids)):
+                batch, teacher = self._batch(ids, self.watched, [place])
+                labels = torch.cat([batch[0, 1:], batch[0, :1]])  # the last position has none and is dropped
+                values, nll = self.model(batch, teacher, labels)
+                assert nll is not None
+                losses.append(float(nll[:-1].mean()))
+                divergences.append(float(values.mean()))
+        return HeldOut(torch.tensor(losses), torch.tensor(divergences))
+
+    def _check(self) -> None:
+        found = self.held_out()
+        loss, value = float(found.losses.mean()), float(found.divergences.mean())
+        if not math.isfinite(loss + value):
+            raise NotFinite(self.progress.step, self.progress.best_step)
+        trained = self.progress.since / max(1, self.progress.since_steps)
+        tokens = self.progress.step * self.recipe.sequences * self.corpus.ids.shape[1]
+        self.progress.checks.append(Check(tokens, loss, value, trained))
+        self.progress.since, self.progress.since_steps = 0.0, 0
+        if value < self.progress.best:
+            self.progress.best, self.progress.best_step = value, self.progress.step
+            if self.progress.step < self.steps:  # the last state is on disk anyway
+                self._write(BEST, self._weights())
+
+    def best(self) -> dict[str, Tensor]:
+        """The trained values with the lowest held-out divergence, by parameter name; empty if none was checked."""
+        if self.progress.best_step == 0:
+            return {}
+        if self.progress.best_step == self.progress.step == self.steps:
+            return self._weights()
+        from safetensors.torch import load_file
+
+        return load_file(self.folder / BEST)
+
+    # -- the state on disk --------------------------------------------------------------------------------------------
+
+    def _weights(self) -> dict[str, Tensor]:
+        return {
+            name: parameter.detach().to("cpu", copy=True)
+            for name, parameter in zip(self.names, self.trained, strict=True)
+        }
+
+    def _save(self) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        values = {f"weight/{name}": value for name, value in self._weights().items()}
+        for place, moments in self.optimizer.state_dict()["state"].items():
+            values |= {f"{key}/{place}": torch.as_tensor(value).cpu() for key, value in moments.items()}
+        self._write(STATE, values, {"key": self.key, "progress": json.dumps(asdict(self.progress))})
+
+    def _write(self, name: str, values: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        partial = self.folder / f"{name}.partial"
+        try:
+            save_file(dict(values), partial, metadata)
+        except (SafetensorError, OSError) as error:
+            partial.unlink(missing_ok=True)
+            raise GradmapError(
+                f"The state of the healing cannot be written to {self.folder}: {error}",
+                hint="Free some space and run the same command again with --resume; it goes on from the last state.",
+            ) from error
+        os.replace(partial, self.folder / name)
+
+    def _resume(self) -> None:
+        """Load the state on disk, if it is one of this run."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(self.folder / STATE, framework="pt") as stored:
+                metadata = stored.metadata() or {}
+                if metadata.get("key") != self.key:
+                    return
+                values = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - not a mapping
+        except (FileNotFoundError, SafetensorError):
+            return
+        read = json.loads(metadata["progress"])
+        self.progress = Progress(**(read | {"checks": [Check(**check) for check in read["checks"]]}))
+        with torch.no_grad():
+            for name, parameter in zip(self.names, self.trained, strict=True):
+                parameter.copy_(values.pop(f"weight/{name}"))
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, value in values.items():
+            key, _, place = name.partition("/")
+            state.setdefault(int(place), {})[key] = value
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
+
+
+class NotFinite(GradmapError):
+    """The training diverged. `step`: where; `best_step`: the step of the best state before, 0 if there is none."""
+
+    def __init__(self, step: int, best_step: int) -> None:
+        kept = f"the best state, of step {best_step}, is kept" if best_step else "nothing is changed"
+        super().__init__(f"The loss of the healing is not a number at step {step}; {kept}.")
+        self.step = step
+        self.best_step = best_step
+
+
+def _fused(parameters: Sequence[nn.Parameter]) -> bool:
+    """Whether AdamW can run as one kernel."""
+    return all(parameter.device.type in ("cpu", "cuda") and parameter.is_floating_point() for parameter in parameters)
+
+
+@contextmanager
+def _no_sync(accelerator: Any, model: nn.Module, without: bool) -> Iterator[None]:
+    """Leave out the exchange of gradients between processes, if `without`."""
+    if not without:
+        yield
+        return
+    with accelerator.no_sync(model):
+        yield

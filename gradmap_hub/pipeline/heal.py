@@ -1,0 +1,308 @@
+"""The healing stage of a run: text, the original's predictions, training."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import time
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from gradmap_hub.config import SELF
+from gradmap_hub.data.texts import Text, read_text, text_of
+from gradmap_hub.errors import CalibrationError
+from gradmap_hub.files import write_text
+from gradmap_hub.layout import check_disk
+from gradmap_hub.models.original import open_decoder
+from gradmap_hub.models.source import identity
+from gradmap_hub.pipeline.run import Run
+from gradmap_hub.pipeline.stages import COMPENSATION_FILE, HEALED_FILE, load_overrides, save_overrides
+from gradmap_hub.pruning.prune_model import Compensated
+from gradmap_hub.record import HealRecord
+from gradmap_hub.units import duration, ranges
+
+if TYPE_CHECKING:  # torch is only imported once there is something to compute
+    from torch import Tensor
+
+    from gradmap_hub.data.rows import CalibrationRows, Rows
+    from gradmap_hub.healing.corpus import Corpus
+    from gradmap_hub.healing.heal import Student, Teacher
+    from gradmap_hub.healing.parts import Part
+    from gradmap_hub.healing.training import Check, Recipe
+    from gradmap_hub.progress import Reporter
+
+SELF_FILE = "self.jsonl"
+# Held-out sequences of a text that is not a calibration text.
+HELD_OUT = 8
+# Share of the tokens that a chat model writes itself if no text for healing is given.
+SELF_SHARE = 0.25
+_PARTS = {"all": "all layers", "gaps": "the layers around the gaps", "lora": "low-rank adapters"}
+# Training steps that are timed to turn a time into tokens.
+_TIMED = 3
+
+
+@dataclass(frozen=True)
+class SelfTextFile:
+    """The text that the original wrote: its file in the work folder, and how it came about."""
+
+    sha256: str
+    tokens: int
+    drawn: int
+    repetitive: int
+    short: int
+    duplicates: int
+    recipe: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class TimedBudget:
+    """The sequences that fit into a time, from the measured seconds per sequence of reading and of training."""
+
+    sequences: int
+    reading: float
+    training: float
+
+
+def heal(run: Run, rows: CalibrationRows, chosen: Compensated) -> HealRecord | None:
+    """Distil the original into the compensated model; None if not requested.
+
+    Raises:
+        CalibrationError: a text is too short to be held out.
+        DiskTooSmall: the predictions of the original do not fit on the disk.
+    """
+    budget = run.method.budget
+    if budget is None:
+        return None
+    file, work = run.work / HEALED_FILE, run.work / "healing"
+    recipe = recipe_of(run)
+    sequences = budget.amount * recipe.sequences if budget.unit == "steps" else budget.amount // run.method.seq_len
+    if budget.unit == "seconds":
+        sequences = _timed(run, rows, chosen, recipe, budget.amount).sequences
+    corpus = _corpus(run, rows, max(recipe.sequences, sequences))
+
+    def compute() -> HealRecord:
+        from gradmap_hub.healing.heal import heal_model
+
+        file.unlink(missing_ok=True)
+        teacher = _teacher(run, corpus, recipe)
+        student, part = _student(run, chosen)
+        run.reporter.start(f"{run.stages.label}Healing, {_PARTS[part.name]}")
+        run.reporter.total(corpus.tokens, unit="tokens")
+        record, values = heal_model(student, corpus, teacher, part, recipe, work, _Told(run.reporter))
+        kept = [layer for layer in range(run.source.layer_count) if layer not in set(chosen.removed)]
+        save_overrides({(kept[layer], name): value for (layer, name), value in values.items()}, file)
+        return dataclasses.replace(record, layers=[kept[layer] for layer in record.layers])
+
+    healed = run.stages.run(
+        "heal",
+        "Healing",
+        HealRecord,
+        compute,
+        inputs={
+            "corpus": corpus.sha256,
+            "sequences": len(corpus.order),
+            "seed": run.method.seed,
+            "part": run.method.heal_part,
+            "recipe": recipe.identity,
+        },
+        files=lambda: [file],
+        describe=_summary,
+    )
+    shutil.rmtree(work, ignore_errors=True)  # the predictions and the state of the training
+    return healed
+
+
+class _Told:
+    """Passes on the progress of a training."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        self._reporter = reporter
+
+    def advance(self, tokens: int) -> None:
+        self._reporter.advance(tokens)
+
+    def checked(self, check: Check) -> None:
+        self._reporter.note(
+            f"After {check.tokens:,} tokens: held-out divergence {check.divergence:.3f}, loss {check.loss:.3f}"
+        )
+
+
+def _summary(record: HealRecord) -> str:
+    if not record.applied:
+        return f"not applied: {record.reason}"
+    return (
+        f"layers {ranges(record.layers)}, {record.tokens:,} tokens: held-out divergence "
+        f"{record.divergence_before:.3f} -> {record.divergence_after:.3f}, loss {record.loss_before:.3f} -> "
+        f"{record.loss_after:.3f}"
+    )
+
+
+# -- text -------------------------------------------------------------------------------------------------------------
+
+
+def _corpus(run: Run, rows: CalibrationRows, sequences: int, *, own: bool = True) -> Corpus:
+    """The sequences to train on and to watch. `own`: with text that the original writes, if wanted."""
+    from gradmap_hub.data.rows import Rows, tokenize
+    from gradmap_hub.healing.corpus import make_corpus
+
+    tokenizer = run.original.tokenizer()
+    chat = bool(tokenizer.chat_template)
+    names = run.method.heal_text
+    sources: list[tuple[Rows, Tensor]] = []
+    if not names:
+        watched = rows.selection.split([len(part) for part in _even(len(rows.selection), len(rows.training))])
+        sources = list(zip(rows.training, watched, strict=True))
+    given = [text_of(name, run.hub) for name in names if name != SELF]
+    if own and (SELF in names or (not names and chat)):
+        share = SELF_SHARE if not names else 1 / len(names)
+        wanted = round(share * sequences) + HELD_OUT
+        given.append(self_text(run, wanted * run.method.seq_len))
+    for text in given:
+        cut = tokenize(text, tokenizer, run.method.seq_len)
+        if len(cut.ids) < 2 * HELD_OUT:
+            raise CalibrationError(
+                f"The text {text.name} is too short to heal on: {cut.ids.numel():,} tokens; at least "
+                f"{2 * HELD_OUT * run.method.seq_len:,} needed, a part of which is held out.",
+                hint="Give a longer text, or shorter sequences with --seq-len.",
+            )
+        sources.append((Rows(cut.name, cut.sha256, cut.ids[:-HELD_OUT]), cut.ids[-HELD_OUT:]))
+    corpus = make_corpus(sources, sequences, run.method.seed)
+    if corpus.repeats > 1:
+        run.reporter.note(
+            f"The text for healing is shorter than the budget: its {corpus.ids.numel():,} tokens are read "
+            f"{corpus.repeats:.1f} times."
+        )
+    return corpus
+
+
+def _even(total: int, parts: int) -> list[range]:
+    """`total` things in `parts` groups of nearly equal size."""
+    bounds = [total * place // parts for place in range(parts + 1)]
+    return [range(start, end) for start, end in pairwise(bounds)]
+
+
+def self_text(run: Run, tokens: int) -> Text:
+    """About `tokens` tokens that the original writes itself, kept in the work folder (see `healing.self_text`)."""
+    from gradmap_hub.healing.self_text import SelfTextRecipe
+
+    file = run.work / SELF_FILE
+    recipe = SelfTextRecipe(seed=run.method.seed)
+
+    def compute() -> SelfTextFile:
+        from gradmap_hub.healing.self_text import write_self_text
+
+        decoder = run.decoder()
+        run.reporter.total(tokens, unit="tokens")
+        found = write_self_text(decoder.model, run.original.tokenizer(), tokens, recipe, run.reporter.advance)
+        write_text(file, "".join(json.dumps({"text": sample}, ensure_ascii=False) + "\n" for sample in found.samples))
+        return SelfTextFile(
+            read_text(file).sha256, found.tokens, found.drawn, found.repetitive, found.short, found.duplicates,
+            recipe.settings(),
+        )  # fmt: skip
+
+    written = run.stages.branch().run(
+        "self-text",
+        "Letting the original write text",
+        SelfTextFile,
+        compute,
+        inputs={"tokens": tokens, "recipe": recipe.settings()},
+        files=lambda: [file],
+        describe=lambda found: (
+            f"{found.tokens:,} tokens; of {found.drawn} samples dropped {found.repetitive} that "
+            f"repeat themselves, {found.short} short ones, {found.duplicates} near duplicates"
+        ),
+    )
+    text = read_text(file, name=SELF)
+    if text.sha256 != written.sha256:
+        raise CalibrationError(f"{file} has changed since it was written; delete it and run the command again.")
+    return text
+
+
+# -- teacher and student ----------------------------------------------------------------------------------------------
+
+
+def recipe_of(run: Run) -> Recipe:
+    """How this machine trains the model."""
+    from gradmap_hub.healing.training import RATE, TOKENS_PER_STEP, Recipe
+    from gradmap_hub.models.decoder import fast_bfloat16
+
+    sequences = max(1, TOKENS_PER_STEP // run.method.seq_len)
+    autocast = run.method.compute != "float32" and fast_bfloat16(run.precision()[1])
+    return Recipe(RATE, sequences, sequences, autocast)
+
+
+def _teacher(run: Run, corpus: Corpus, recipe: Recipe) -> Teacher:
+    """The original's predictions for the corpus, computed as far as they are missing."""
+    from gradmap_hub.healing.heal import Teacher
+
+    dtype, _ = run.precision()
+    teacher = Teacher.of(
+        corpus,
+        run.work / "healing" / "teacher",
+        int(run.decoder().output.weight.shape[0]),  # pyright: ignore[reportAttributeAccessIssue]
+        f"{identity(run.source)} {dtype}",
+        autocast=recipe.autocast,
+    )
+    check_disk(run.work, sum(cache.bytes for cache in teacher.parts if not cache.done))
+    tokens = run.method.seq_len
+    run.reporter.start(f"{run.stages.label}Reading the original's predictions")
+    run.reporter.total(sum(len(cache.ids) for cache in teacher.parts) * tokens, unit="tokens")
+    for cache in teacher.parts:
+        cache.fill(run.decoder(), lambda sequences: run.reporter.advance(sequences * tokens))
+    run.reporter.finish(f"{corpus.ids.numel():,} tokens")
+    return teacher
+
+
+def _student(run: Run, chosen: Compensated) -> tuple[Student, Part]:
+    """The compensated model with float32 weights, and what of it is trained."""
+    import torch
+
+    from gradmap_hub.healing.heal import Student
+    from gradmap_hub.healing.parts import choose_part, free_bytes
+    from gradmap_hub.pruning.prune_model import apply_pruning
+
+    run.release()
+    device = run.precision()[1]
+    decoder = open_decoder(
+        run.original.checkpoint(), run.source.architecture, run.method.seq_len, dtype=torch.float32, device=device
+    )
+    overrides = load_overrides(run.work / COMPENSATION_FILE) if chosen.compensation.applied else {}
+    head = decoder.head
+    model = apply_pruning(
+        decoder,
+        run.source.architecture,
+        chosen.removed,
+        {key: value.float() for key, value in overrides.items()},
+    )
+    kept = [layer for layer in range(run.source.layer_count) if layer not in set(chosen.removed)]
+    student = Student(model, head, run.source.architecture, run.stages.key)
+    part = choose_part(run.method.heal_part, kept, chosen.removed, student.weights(), free_bytes(device))
+    return student, part
+
+
+def _timed(run: Run, rows: CalibrationRows, chosen: Compensated, recipe: Recipe, seconds: int) -> TimedBudget:
+    """How much fits into `seconds`: a few sequences are read by the original and trained on, and forgotten."""
+
+    def compute() -> TimedBudget:
+        from gradmap_hub.healing.heal import heal_model
+
+        corpus = _corpus(run, rows, _TIMED * recipe.sequences, own=False)
+        started = time.monotonic()
+        teacher = _teacher(run, corpus, recipe)
+        read = sum(len(cache.ids) for cache in teacher.parts)
+        reading = (time.monotonic() - started) / read
+        student, part = _student(run, chosen)
+        record, _ = heal_model(student, corpus, teacher, part, recipe, run.work / "healing" / "timed", None)
+        training = record.seconds / len(corpus.order)
+        return TimedBudget(int(seconds / (reading + training)), reading, training)
+
+    return run.stages.branch().run(
+        "heal-time",
+        "Timing the healing",
+        TimedBudget,
+        compute,
+        inputs={"seconds": seconds, "part": run.method.heal_part, "recipe": recipe.identity},
+        describe=lambda found: f"{found.sequences * run.method.seq_len:,} tokens fit into {duration(seconds)}",
+    )
