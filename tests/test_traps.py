@@ -263,6 +263,7 @@ def test_every_trap_is_found_in_the_code_and_its_tests_exist() -> None:
             assert name.partition("[")[0] in functions[file], trap.name
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(has_5(), reason="some cases are only made with transformers 4.57")
 def test_the_cases_of_the_tests_exist() -> None:
     tests = sorted({test for trap in TRAPS for test in trap.tests})

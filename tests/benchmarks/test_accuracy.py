@@ -198,6 +198,7 @@ def measured(
     return cells, found, path, work.store.computed
 
 
+@pytest.mark.slow
 def test_a_handful_of_rows_share_their_sets_and_a_second_run_computes_nothing(
     measured: tuple[Any, ...],
     work_of: Callable[..., methods.Work],

@@ -329,6 +329,7 @@ def _upload_begun(root: Path, process: subprocess.Popen[str]) -> bool:
     return False
 
 
+@pytest.mark.slow
 def test_hub_gone_in_mid_upload(world: Any, large: Path, tmp_path: Path, sums: Sums) -> None:
     from gradmap_hub.local_hub import LocalHub
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_ctrl_c_and_the_same_command_again(world: Any, tmp_path: Path) -> None:
     command = ["sweep", "acme/tiny", tmp_path / "swept", "--ratios", "0.2,0.4,0.6", *world.cli.quick]

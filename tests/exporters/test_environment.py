@@ -41,6 +41,7 @@ def test_with_transformers_4_there_is_nothing_to_make(monkeypatch: pytest.Monkey
     assert environment.python() == sys.executable and not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_without_a_package_index_one_line_says_what_was_tried(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """pip itself, with no index to ask; what it needs is in neither environment, whichever lane this is."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

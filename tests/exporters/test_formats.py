@@ -214,6 +214,7 @@ def test_weights_that_come_from_four_bits_lose_nothing_more(shop: Shop, tmp_path
     assert lost["regrid", 4] < 0.4 * lost["nearest", 4] and lost["regrid", 4] < 2 * lost["nearest", 8]
 
 
+@pytest.mark.slow
 def test_a_model_the_builder_does_not_know_is_quantised_from_optimums_graph(
     shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

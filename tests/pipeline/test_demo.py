@@ -19,8 +19,8 @@ pytestmark = pytest.mark.real
 PROMPTS = ("The capital of France is", "Once upon a time there was a", "A list of three fruits: ")
 
 
-# The whole push, on a quarter of the demo's text.
-LESS_TEXT = ("--samples", "8", "--seq-len", "256", "--eval-rows", "6")
+# The whole push, on an eighth of the demo's text.
+LESS_TEXT = ("--samples", "8", "--seq-len", "128", "--eval-rows", "6")
 ON_LESS_TEXT = """
 import json, sys
 from pathlib import Path
@@ -94,14 +94,14 @@ def test_plain_transformers_and_onnx_runtime_agree(demo: dict[str, Any]) -> None
     asked = [tokenizer(prompt, return_tensors="pt") for prompt in PROMPTS]
     with torch.no_grad():
         wanted = [reference(**inputs).logits for inputs in asked]
-    greedy = [reference.generate(**inputs, max_new_tokens=24, do_sample=False) for inputs in asked]
+    greedy = [reference.generate(**inputs, max_new_tokens=12, do_sample=False) for inputs in asked]
     for exported in (
         ORTModelForCausalLM.from_pretrained(folder, subfolder="onnx", file_name="model.onnx"),
         ORTModelForCausalLM.from_pretrained(folder / "onnx"),
     ):
         for inputs, logits, tokens in zip(asked, wanted, greedy, strict=True):
             assert float((exported(**inputs).logits - logits).abs().max()) <= 1e-3
-            assert torch.equal(exported.generate(**inputs, max_new_tokens=24, do_sample=False), tokens)
+            assert torch.equal(exported.generate(**inputs, max_new_tokens=12, do_sample=False), tokens)
 
 
 def test_tied_embedding_is_stored_once(demo: dict[str, Any]) -> None:

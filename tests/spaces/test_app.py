@@ -106,6 +106,7 @@ def test_the_page_asks_no_other_host(running: Any) -> None:
     assert not re.findall(r"<(?:script|link)[^>]+(?:src|href)=\"https?://(?!127\.0\.0\.1)[^\"]+fonts", page)
 
 
+@pytest.mark.slow
 def test_missing_models_are_an_error_state_and_it_still_ends_cleanly(
     kit: SimpleNamespace, pair: Any, tmp_path: Path
 ) -> None:

@@ -248,6 +248,7 @@ def test_a_model_that_cannot_be_loaded_is_said(
         assert kit.stop_app(app) == 0
 
 
+@pytest.mark.slow
 def test_visitors_wait_their_turn_and_a_closed_page_frees_it(browser: Any, slow_app: Any) -> None:
     """The first one closes the page in the middle of a long answer; the second, who waited, is served at once."""
     first, second = (Visit(browser, slow_app.url, 1280, "light") for _ in range(2))
