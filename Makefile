@@ -8,7 +8,7 @@ BIN5 := .venv5/bin
 STAMP5 := .venv5/.installed
 PIP5 := $(BIN5)/pip --disable-pip-version-check
 
-.PHONY: install install-5 demo test test-fast test-5 test-all reliability architectures architectures-5 check bench bench-inference clean
+.PHONY: install install-5 demo test test-fast test-5 test-all reliability architectures architectures-5 check bench bench-inference bench-heal clean
 
 install: $(STAMP)
 
@@ -75,6 +75,10 @@ bench: install
 # Of the folders that `make demo` leaves; export int8 and others into them first, to have them in the table.
 bench-inference: install
 	$(BIN)/python -m benchmarks.inference $(wildcard $(DEMO)/*-gradmap-*[0-9]) --original $(DEMO)/original
+
+# Perplexity, chat and answers by budget of healing; about an hour for its two budgets.
+bench-heal: install
+	$(BIN)/python -m benchmarks.healing
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache

@@ -12,14 +12,14 @@ import gradmap_hub
 from gradmap_hub import errors
 
 DESTINATION = Path(__file__).with_name("api.md")
-FUNCTIONS = ("prune", "inspect", "push", "publish", "export", "evaluate", "sweep", "load")
+FUNCTIONS = ("prune", "heal", "inspect", "push", "publish", "export", "evaluate", "sweep", "load")
 OPTIONS = ("PruneMethod", "PublishConfig")
 _HEAD = """# Python API
 
 Written from the docstrings by `python docs/make_api.py`; a test holds the two equal.
 
 ```python
-from gradmap_hub import prune, push, export, evaluate, sweep, load
+from gradmap_hub import prune, heal, push, export, evaluate, sweep, load
 ```
 
 `import gradmap_hub` loads nothing heavy; torch, transformers and ONNX Runtime load when a function first needs them.

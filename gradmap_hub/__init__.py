@@ -1,6 +1,6 @@
 """gradmap-hub: prune a causal language model by depth, measure it and publish it.
 
-    from gradmap_hub import prune, push, export, evaluate, sweep, load
+    from gradmap_hub import prune, heal, push, export, evaluate, sweep, load
 
 The functions are documented in `gradmap_hub.api`; they and the heavy packages load when first used.
 """
@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gradmap_hub.api import evaluate, export, inspect, load, prune, publish, push, sweep
+    from gradmap_hub.api import evaluate, export, heal, inspect, load, prune, publish, push, sweep
     from gradmap_hub.config import PruneMethod, PublishConfig
     from gradmap_hub.errors import GradmapError
 
@@ -20,7 +20,9 @@ except PackageNotFoundError:  # a checkout that was never installed
     __version__ = "0.0.0"
 
 _EXPORTED = {
-    **dict.fromkeys(("evaluate", "export", "inspect", "load", "prune", "publish", "push", "sweep"), "gradmap_hub.api"),
+    **dict.fromkeys(
+        ("evaluate", "export", "heal", "inspect", "load", "prune", "publish", "push", "sweep"), "gradmap_hub.api"
+    ),
     "PruneMethod": "gradmap_hub.config",
     "PublishConfig": "gradmap_hub.config",
     "GradmapError": "gradmap_hub.errors",
@@ -33,6 +35,7 @@ __all__ = [
     "__version__",
     "evaluate",
     "export",
+    "heal",
     "inspect",
     "load",
     "prune",

@@ -16,6 +16,7 @@ from gradmap_hub.config import (
     DEFAULT_CALIBRATION,
     DEFAULT_EVALUATION,
     EvaluateConfig,
+    HealConfig,
     MethodOptions,
     PruneConfig,
     PruneMethod,
@@ -58,7 +59,7 @@ def prune(
         drop: Indices of the decoder layers to remove.
         revision: Branch, tag or commit of the original.
         resume: Resume an unfinished run in `output`.
-        method: Fields of `PruneMethod`, such as `calibration=("text.txt",)`, `samples=64`, `heal=20`.
+        method: Fields of `PruneMethod`, such as `calibration=("text.txt",)`, `samples=64`, `heal="500k"`.
 
     Returns:
         The record of the run; `gradmap.json` in `output` holds the same.
@@ -75,6 +76,45 @@ def prune(
 
     config = _prune_config(ratio, layers, drop, method)
     return run(str(model), Path(output), config, revision=revision, resume=resume, reporter=reporter)
+
+
+def heal(
+    folder: StrPath,
+    *,
+    tokens: int | None = None,
+    time: str | None = None,
+    text: Sequence[str] = (),
+    part: str = "auto",
+    against: str | None = None,
+    reporter: Reporter | None = None,
+) -> RunRecord:
+    """Train a pruned folder to predict what its original predicts; weights, exports, record and card are renewed. An
+    interrupted call goes on where it was when it is made again.
+
+    Args:
+        folder: A folder made by `prune` or `push`.
+        tokens: How many tokens to train on; give this or `time`.
+        time: How long to train, about, such as "30m".
+        text: Texts to train on: files, datasets of the Hub, or "self", text that the original writes itself. By
+            default the calibration text, and for a model with a chat template also "self".
+        part: The weights to train: all, gaps (the layers around the gaps), lora, or auto, the largest that fits.
+        against: The original, a Hub id or a folder; by default as recorded.
+
+    Returns:
+        The record of the folder; `heal` says what was done and what it brought.
+
+    Raises:
+        GradmapError: one of its subclasses says what is wrong.
+
+    Example:
+        >>> from gradmap_hub import heal
+        >>> healed = heal("small", tokens=500_000, text=["notes.txt", "self"]).heal
+        >>> healed.divergence_before, healed.divergence_after
+    """
+    from gradmap_hub.pipeline.heal_folder import heal_folder
+
+    config = HealConfig(None if tokens is None else str(tokens), time, tuple(text), part, against)
+    return heal_folder(Path(folder), config, reporter=reporter)
 
 
 def inspect(

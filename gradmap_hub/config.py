@@ -10,6 +10,7 @@ import math
 import re
 import shlex
 from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal, TypedDict, TypeVar
 
@@ -90,7 +91,7 @@ def parse_budget(text: str | int) -> Budget | None:
     """
     found = _BUDGET.fullmatch(str(text).strip())
     factor, unit = _UNITS[found[2]] if found else (0, "steps")
-    amount = float(found[1]) * factor if found else 0.5
+    amount = Decimal(found[1]) * factor if found else Decimal("0.5")
     if amount != int(amount) or (found and amount == 0 and found[2]):
         raise UsageError(
             f"--heal takes tokens (500k, 10M), a time (30m, 2h) or a number of steps (20); got {str(text)!r}."
@@ -335,6 +336,43 @@ class EvaluateConfig:
             raise UsageError("--tasks-from needs --tasks.")
         if self.limit is not None and not self.tasks:
             raise UsageError("--limit is for tasks; name them with --tasks, or limit the text with --rows.")
+
+
+@dataclass(frozen=True)
+class HealConfig:
+    """How to heal a finished folder.
+
+    Raises:
+        UsageError: a value outside its range, or not exactly one of `tokens` and `time`.
+    """
+
+    tokens: str | None = _option(None, "How many tokens to train on: 500k, 10M, or a number.")
+    time: str | None = _option(None, "How long to train, about: 90s, 30m, 2h.")
+    text: tuple[str, ...] = _option((), help_of(PruneMethod, "heal_text"))
+    part: str = _option("auto", help_of(PruneMethod, "heal_part"))
+    against: str | None = _option(None, "The original: a Hub id or a folder. Default: the recorded one.")
+
+    def __post_init__(self) -> None:
+        if (self.tokens is None) == (self.time is None):
+            raise UsageError("Give exactly one of --tokens and --time.")
+        wanted = "tokens" if self.tokens is not None else "seconds"
+        try:
+            budget = parse_budget(self.budget)
+        except UsageError:
+            budget = None
+        if budget is None or budget.unit != wanted:
+            if self.tokens is not None:
+                raise UsageError(f"--tokens takes a number such as 500k or 10M; got {self.tokens!r}.")
+            raise UsageError(f"--time takes a duration such as 90s, 30m or 2h; got {self.time!r}.")
+        if self.part not in HEAL_PARTS:
+            raise UsageError(f"--part must be one of {', '.join(HEAL_PARTS)}; got {self.part!r}.")
+
+    @property
+    def budget(self) -> str:
+        """As `PruneMethod.heal` takes it."""
+        if self.tokens is None:
+            return str(self.time)
+        return f"{Decimal(self.tokens) / 1000}k" if self.tokens.isascii() and self.tokens.isdigit() else self.tokens
 
 
 @dataclass(frozen=True)

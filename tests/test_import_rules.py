@@ -44,8 +44,8 @@ RULES: dict[str, set[str]] = {
     "serving": {"runtime"},
     "stage_cache": set(),
     "pipeline": {
-        "models", "data", "pruning", "healing", "evaluation", "sweeping", "card", "space", "exporters", "hub", "local_hub",
-        "runtime", "stage_cache",
+        "models", "data", "pruning", "healing", "evaluation", "sweeping", "card", "space", "exporters", "hub",
+        "local_hub", "runtime", "stage_cache",
     },
     "cli": {"pipeline", "card", "hub", "local_hub", "pruning", "runtime", "serving", "space", "sweeping", "models"},
     "__main__": {"cli"},
@@ -203,7 +203,7 @@ def test_the_command_line_starts_without_the_heavy_packages() -> None:
 
 @pytest.mark.parametrize(
     "command",
-    ["compare", "demo", "evaluate", "export", "generate", "hub", "inspect", "prune", "publish", "push", "serve",
+    ["compare", "demo", "evaluate", "export", "generate", "heal", "hub", "inspect", "prune", "publish", "push", "serve",
      "space", "sweep"],
 )  # fmt: skip
 def test_every_command_explains_itself(command: str) -> None:

@@ -18,6 +18,7 @@ from gradmap_hub.cli import (
     evaluate,
     export,
     generate,
+    heal,
     hub,
     inspect,
     prune,
@@ -127,5 +128,5 @@ def _root(
     del version, debug  # --version acts when it is parsed, --debug before anything is (see `main`)
 
 
-for _command in (push, prune, inspect, publish, export, space, evaluate, generate, serve, sweep, hub, demo):
+for _command in (push, prune, heal, inspect, publish, export, space, evaluate, generate, serve, sweep, hub, demo):
     _command.register(app)

@@ -16,7 +16,7 @@ class Corpus:
     """Sequences to train on, and others to watch.
 
     `ids` (n, tokens) int64: each distinct sequence that is used, in the order of its first use. `repeats`: how often
-    the whole is read (1.0: once). `held_out`: per source, sequences that are not trained on. `sources`: per source, the
+    the whole is read (1.0: once). `held_out`: sequences that are not trained on. `sources`: per source, the
     sequences of `ids` that are its own.
     """
 
@@ -38,15 +38,11 @@ class Corpus:
         return sha256_of_ids(self.ids)
 
 
-def make_corpus(sources: Sequence[tuple[Rows, Tensor]], sequences: int, seed: int) -> Corpus:
-    """The first `sequences` sequences of an endless seeded shuffle of all sources.
-
-    Args:
-        sources: Per text its sequences to train on, and (n, tokens) others of it to watch.
-    """
+def make_corpus(sources: Sequence[Rows], held_out: Sequence[Rows], sequences: int, seed: int) -> Corpus:
+    """The first `sequences` sequences of an endless seeded shuffle of all sources, and the ones to watch."""
     draw = torch.Generator().manual_seed(seed)
-    ids = torch.cat([rows.ids for rows, _ in sources])
-    origin = torch.cat([torch.full((len(rows.ids),), place) for place, (rows, _) in enumerate(sources)])
+    ids = torch.cat([rows.ids for rows in sources])
+    origin = torch.cat([torch.full((len(rows.ids),), place) for place, rows in enumerate(sources)])
     order: list[int] = []
     while len(order) < sequences:
         order += torch.randperm(len(ids), generator=draw).tolist()
@@ -57,6 +53,6 @@ def make_corpus(sources: Sequence[tuple[Rows, Tensor]], sequences: int, seed: in
     return Corpus(
         ids[used],
         [place_of[place] for place in order],
-        [Rows(rows.name, rows.sha256, watched) for rows, watched in sources],
-        [Rows(rows.name, rows.sha256, ids[used][origins == place]) for place, (rows, _) in enumerate(sources)],
+        list(held_out),
+        [Rows(rows.name, rows.sha256, ids[used][origins == place]) for place, rows in enumerate(sources)],
     )

@@ -213,7 +213,8 @@ class Trainer:
             group["lr"] = self.recipe.rate * rate
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return float(self.accelerator.reduce(total, "sum")) / tokens
+        reduced: Any = self.accelerator.reduce(total, "sum")
+        return float(reduced) / tokens
 
     def _batch(self, ids: Tensor, teacher: TeacherCache, places: Sequence[int]) -> tuple[Tensor, Any]:
         device = self.accelerator.device

@@ -55,6 +55,11 @@ class Decoder:
         return len(self.layers)
 
     @property
+    def vocabulary(self) -> int:
+        """Number of logits."""
+        return int(self.output.weight.shape[0])  # pyright: ignore
+
+    @property
     def rows_per_pass(self) -> int:
         """Sequences to carry through the layers together: 1 if the layers are in memory (least activation memory), more
         if fetching a layer is expensive."""

@@ -31,9 +31,9 @@ from gradmap_hub.models.checkpoint import checkpoint_bytes
 from gradmap_hub.models.decoder import choose_precision
 from gradmap_hub.models.original import OriginalModel, load_tokenizer
 from gradmap_hub.models.safetensors_files import read_config
-from gradmap_hub.models.source import Source, find_source
+from gradmap_hub.models.source import Source
 from gradmap_hub.pipeline.connect import connect
-from gradmap_hub.pipeline.recorded import compare_with_calibration
+from gradmap_hub.pipeline.recorded import compare_with_calibration, find_original
 from gradmap_hub.pipeline.results import write_results
 from gradmap_hub.progress import Reporter
 from gradmap_hub.record import RunRecord
@@ -70,7 +70,7 @@ def evaluate_stages(folder: Path, config: EvaluateConfig, *, reporter: Reporter,
     check_text_files(config.text)
     names = _check_tasks(config)
     _check_length(folder, config)
-    source = _find_original(folder, record, config, hub)
+    source = find_original(folder, record, config.against, hub)
     work = work_folder(folder)
     work.mkdir(parents=True, exist_ok=True)
     original = OriginalModel(source, hub, work)
@@ -168,26 +168,6 @@ def _check_length(folder: Path, config: EvaluateConfig) -> None:
     longest = read_config(folder / "config.json").get("max_position_embeddings")
     if isinstance(longest, int) and config.seq_len > longest:
         raise UsageError(f"--seq-len is {config.seq_len}; this model reads at most {longest} tokens.")
-
-
-def _find_original(folder: Path, record: RunRecord, config: EvaluateConfig, hub: Hub) -> Source:
-    """The model given with --against, else the recorded one.
-
-    Raises:
-        SourceError: the recorded one was local, or the model has another number of layers than recorded.
-    """
-    model = config.against or record.base.repo_id
-    if model is None:
-        raise SourceError(
-            f"{folder} was made from a local model, {record.base.name}.", hint="Give its path with --against."
-        )
-    source = find_source(model, record.base.commit if config.against is None else None, hub)
-    if source.layer_count != record.layers_before:
-        raise SourceError(
-            f"{model} has {source.layer_count} layers; {folder} was made from a model of {record.layers_before}.",
-            hint=f"Give the original of {folder} with --against.",
-        )
-    return source
 
 
 def _read_texts(

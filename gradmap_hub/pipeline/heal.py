@@ -6,13 +6,14 @@ import dataclasses
 import json
 import shutil
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from gradmap_hub.config import SELF
 from gradmap_hub.data.texts import Text, read_text, text_of
-from gradmap_hub.errors import CalibrationError
+from gradmap_hub.errors import CalibrationError, UsageError
 from gradmap_hub.files import write_text
 from gradmap_hub.layout import check_disk
 from gradmap_hub.models.original import open_decoder
@@ -24,16 +25,22 @@ from gradmap_hub.record import HealRecord
 from gradmap_hub.units import duration, ranges
 
 if TYPE_CHECKING:  # torch is only imported once there is something to compute
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from gradmap_hub.data.rows import CalibrationRows, Rows
     from gradmap_hub.healing.corpus import Corpus
     from gradmap_hub.healing.heal import Student, Teacher
     from gradmap_hub.healing.parts import Part
     from gradmap_hub.healing.training import Check, Recipe
+    from gradmap_hub.models.decoder import Decoder
     from gradmap_hub.progress import Reporter
 
+# The model to train and the function from its last hidden states to logits.
+OpenStudent: TypeAlias = "Callable[[], tuple[nn.Module, Callable[[Tensor], Tensor]]]"
+
 SELF_FILE = "self.jsonl"
+# The held-out sequences of the calibration text, as the record calls them.
+_CHOSE = "calibration sequences that chose the layers"
 # Held-out sequences of a text that is not a calibration text.
 HELD_OUT = 8
 # Share of the tokens that a chat model writes itself if no text for healing is given.
@@ -72,14 +79,44 @@ def heal(run: Run, rows: CalibrationRows, chosen: Compensated) -> HealRecord | N
         CalibrationError: a text is too short to be held out.
         DiskTooSmall: the predictions of the original do not fit on the disk.
     """
+
+    def compensated() -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+        from gradmap_hub.pruning.prune_model import apply_pruning
+
+        decoder = open_float32(run, run.original.checkpoint())
+        overrides = load_overrides(run.work / COMPENSATION_FILE) if chosen.compensation.applied else {}
+        exact = {key: value.float() for key, value in overrides.items()}
+        return apply_pruning(decoder, run.source.architecture, chosen.removed, exact), decoder.head
+
+    return None if run.method.budget is None else heal_stage(run, rows, chosen.removed, compensated)
+
+
+def heal_stage(run: Run, rows: CalibrationRows, removed: Sequence[int], open_student: OpenStudent) -> HealRecord:
+    """Train what `open_student` gives; the trained weights are in the work folder, by original layer.
+
+    Raises:
+        CalibrationError: a text is too short to be held out.
+        DiskTooSmall: the predictions of the original do not fit on the disk.
+    """
     budget = run.method.budget
-    if budget is None:
-        return None
+    assert budget is not None
+    kept = [layer for layer in range(run.source.layer_count) if layer not in set(removed)]
     file, work = run.work / HEALED_FILE, run.work / "healing"
     recipe = recipe_of(run)
+
+    def student() -> tuple[Student, Part]:
+        from gradmap_hub.healing.heal import Student
+        from gradmap_hub.healing.parts import choose_part, free_bytes
+
+        run.release()
+        model, head = open_student()
+        found = Student(model, head, run.source.architecture, run.stages.key)
+        free = free_bytes(run.precision()[1])
+        return found, choose_part(run.method.heal_part, kept, removed, found.weights(), free)
+
     sequences = budget.amount * recipe.sequences if budget.unit == "steps" else budget.amount // run.method.seq_len
     if budget.unit == "seconds":
-        sequences = _timed(run, rows, chosen, recipe, budget.amount).sequences
+        sequences = _timed(run, rows, student, recipe, budget.amount).sequences
     corpus = _corpus(run, rows, max(recipe.sequences, sequences))
 
     def compute() -> HealRecord:
@@ -87,11 +124,10 @@ def heal(run: Run, rows: CalibrationRows, chosen: Compensated) -> HealRecord | N
 
         file.unlink(missing_ok=True)
         teacher = _teacher(run, corpus, recipe)
-        student, part = _student(run, chosen)
+        pupil, part = student()
         run.reporter.start(f"{run.stages.label}Healing, {_PARTS[part.name]}")
         run.reporter.total(corpus.tokens, unit="tokens")
-        record, values = heal_model(student, corpus, teacher, part, recipe, work, _Told(run.reporter))
-        kept = [layer for layer in range(run.source.layer_count) if layer not in set(chosen.removed)]
+        record, values = heal_model(pupil, corpus, teacher, part, recipe, work, _Told(run.reporter))
         save_overrides({(kept[layer], name): value for (layer, name), value in values.items()}, file)
         return dataclasses.replace(record, layers=[kept[layer] for layer in record.layers])
 
@@ -148,12 +184,12 @@ def _corpus(run: Run, rows: CalibrationRows, sequences: int, *, own: bool = True
     from gradmap_hub.healing.corpus import make_corpus
 
     tokenizer = run.original.tokenizer()
-    chat = bool(tokenizer.chat_template)
     names = run.method.heal_text
-    sources: list[tuple[Rows, Tensor]] = []
-    if not names:
-        watched = rows.selection.split([len(part) for part in _even(len(rows.selection), len(rows.training))])
-        sources = list(zip(rows.training, watched, strict=True))
+    # A streamed original reads well, but writes token by token: a pass over its files for each.
+    chat = bool(tokenizer.chat_template) and not run.method.low_memory
+    sources, held_out = ([], []) if names else (list(rows.training), [Rows(_CHOSE, "", rows.selection)])
+    if SELF in names and run.method.low_memory:
+        raise UsageError("Text that the original writes needs it in memory; leave out --low-memory or that text.")
     given = [text_of(name, run.hub) for name in names if name != SELF]
     if own and (SELF in names or (not names and chat)):
         share = SELF_SHARE if not names else 1 / len(names)
@@ -167,20 +203,15 @@ def _corpus(run: Run, rows: CalibrationRows, sequences: int, *, own: bool = True
                 f"{2 * HELD_OUT * run.method.seq_len:,} needed, a part of which is held out.",
                 hint="Give a longer text, or shorter sequences with --seq-len.",
             )
-        sources.append((Rows(cut.name, cut.sha256, cut.ids[:-HELD_OUT]), cut.ids[-HELD_OUT:]))
-    corpus = make_corpus(sources, sequences, run.method.seed)
+        sources.append(Rows(cut.name, cut.sha256, cut.ids[:-HELD_OUT]))
+        held_out.append(Rows(cut.name, cut.sha256, cut.ids[-HELD_OUT:]))
+    corpus = make_corpus(sources, held_out, sequences, run.method.seed)
     if corpus.repeats > 1:
         run.reporter.note(
             f"The text for healing is shorter than the budget: its {corpus.ids.numel():,} tokens are read "
             f"{corpus.repeats:.1f} times."
         )
     return corpus
-
-
-def _even(total: int, parts: int) -> list[range]:
-    """`total` things in `parts` groups of nearly equal size."""
-    bounds = [total * place // parts for place in range(parts + 1)]
-    return [range(start, end) for start, end in pairwise(bounds)]
 
 
 def self_text(run: Run, tokens: int) -> Text:
@@ -241,7 +272,7 @@ def _teacher(run: Run, corpus: Corpus, recipe: Recipe) -> Teacher:
     teacher = Teacher.of(
         corpus,
         run.work / "healing" / "teacher",
-        int(run.decoder().output.weight.shape[0]),  # pyright: ignore[reportAttributeAccessIssue]
+        run.decoder().vocabulary,
         f"{identity(run.source)} {dtype}",
         autocast=recipe.autocast,
     )
@@ -255,34 +286,18 @@ def _teacher(run: Run, corpus: Corpus, recipe: Recipe) -> Teacher:
     return teacher
 
 
-def _student(run: Run, chosen: Compensated) -> tuple[Student, Part]:
-    """The compensated model with float32 weights, and what of it is trained."""
+def open_float32(run: Run, folder: Path) -> Decoder:
+    """A checkpoint in memory, with float32 weights whatever it stores."""
     import torch
 
-    from gradmap_hub.healing.heal import Student
-    from gradmap_hub.healing.parts import choose_part, free_bytes
-    from gradmap_hub.pruning.prune_model import apply_pruning
-
-    run.release()
-    device = run.precision()[1]
-    decoder = open_decoder(
-        run.original.checkpoint(), run.source.architecture, run.method.seq_len, dtype=torch.float32, device=device
+    return open_decoder(
+        folder, run.source.architecture, run.method.seq_len, dtype=torch.float32, device=run.precision()[1]
     )
-    overrides = load_overrides(run.work / COMPENSATION_FILE) if chosen.compensation.applied else {}
-    head = decoder.head
-    model = apply_pruning(
-        decoder,
-        run.source.architecture,
-        chosen.removed,
-        {key: value.float() for key, value in overrides.items()},
-    )
-    kept = [layer for layer in range(run.source.layer_count) if layer not in set(chosen.removed)]
-    student = Student(model, head, run.source.architecture, run.stages.key)
-    part = choose_part(run.method.heal_part, kept, chosen.removed, student.weights(), free_bytes(device))
-    return student, part
 
 
-def _timed(run: Run, rows: CalibrationRows, chosen: Compensated, recipe: Recipe, seconds: int) -> TimedBudget:
+def _timed(
+    run: Run, rows: CalibrationRows, student: Callable[[], tuple[Student, Part]], recipe: Recipe, seconds: int
+) -> TimedBudget:
     """How much fits into `seconds`: a few sequences are read by the original and trained on, and forgotten."""
 
     def compute() -> TimedBudget:
@@ -293,8 +308,8 @@ def _timed(run: Run, rows: CalibrationRows, chosen: Compensated, recipe: Recipe,
         teacher = _teacher(run, corpus, recipe)
         read = sum(len(cache.ids) for cache in teacher.parts)
         reading = (time.monotonic() - started) / read
-        student, part = _student(run, chosen)
-        record, _ = heal_model(student, corpus, teacher, part, recipe, run.work / "healing" / "timed", None)
+        pupil, part = student()
+        record, _ = heal_model(pupil, corpus, teacher, part, recipe, run.work / "healing" / "timed", None)
         training = record.seconds / len(corpus.order)
         return TimedBudget(int(seconds / (reading + training)), reading, training)
 

@@ -1,4 +1,4 @@
-"""Redraws the calibration sequences of a finished folder from its record, to find overlaps with other texts."""
+"""What a finished folder was made from, by its record: the original, and the calibration sequences drawn again."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from gradmap_hub.config import PruneMethod
 from gradmap_hub.data.texts import is_local_text, text_of
 from gradmap_hub.errors import CalibrationError, GradmapError, SourceError
 from gradmap_hub.measurements import Contamination
+from gradmap_hub.models.source import Source, find_source
 from gradmap_hub.pipeline.reproduce import find_calibration
 from gradmap_hub.progress import Reporter
 from gradmap_hub.record import RunRecord
@@ -118,3 +119,23 @@ def _calibration(
         return None
     chosen = f"{', '.join(source.name for source in rows.sources)}: sequences that chose the layers"
     return {source.name: source.ids for source in rows.sources} | {chosen: rows.selection}
+
+
+def find_original(folder: Path, record: RunRecord, against: str | None, hub: Hub) -> Source:
+    """The model `against`, given with --against, else the recorded one.
+
+    Raises:
+        SourceError: the recorded one was local, or the model has another number of layers than recorded.
+    """
+    model = against or record.base.repo_id
+    if model is None:
+        raise SourceError(
+            f"{folder} was made from a local model, {record.base.name}.", hint="Give its path with --against."
+        )
+    source = find_source(model, record.base.commit if against is None else None, hub)
+    if source.layer_count != record.layers_before:
+        raise SourceError(
+            f"{model} has {source.layer_count} layers; {folder} was made from a model of {record.layers_before}.",
+            hint=f"Give the original of {folder} with --against.",
+        )
+    return source

@@ -141,6 +141,17 @@ def find_calibration(record: RunRecord, places: Sequence[Path]) -> tuple[str, ..
     return _texts("calibration", names, _calibration_sums(record), None, places)
 
 
+def find_evaluation(record: RunRecord, places: Sequence[Path]) -> tuple[str, ...]:
+    """The --eval-text of a record, as `find_calibration`.
+
+    Raises:
+        SourceError: the record lacks settings or checksums.
+        CalibrationError: a text is missing, or differs from the recorded one.
+    """
+    names = (record.settings or {}).get("eval_text")
+    return _texts("eval-text", names, _evaluation_sums(record), None, places)
+
+
 def check_expected(source: Source, expected: Expected | None) -> None:
     """Raises SourceError: the commit of the original differs from the recorded one."""
     if expected is not None and expected.commit not in (None, source.base.commit):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gradmap_hub import __version__
 from gradmap_hub.config import Expected, PruneMethod
@@ -30,6 +30,7 @@ class Run:
         command: The command line, for the record.
         kind: The command; cached stages of another command are not reused.
         expected: Commit and checksums of an earlier run that must match.
+        of: What else the run depends on; cached stages of another one are not reused.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Run:
         command: str = "",
         kind: str = "prune",
         expected: Expected | None = None,
+        of: Any = None,
     ) -> None:
         self.source = source
         self.method = method
@@ -53,7 +55,8 @@ class Run:
         self.command = command
         self.expected = expected or Expected()
         self.original = OriginalModel(source, hub, self.work)
-        self.stages = Stages(self.work, reporter, {"version": __version__, "what": kind, "base": identity(source)})
+        depends = {"version": __version__, "what": kind, "base": identity(source)}
+        self.stages = Stages(self.work, reporter, depends if of is None else depends | {"of": of})
         self._opened: list[Decoder] = []  # at most one; shared with branches
 
     def branch(self, name: str, label: str) -> Run:

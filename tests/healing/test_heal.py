@@ -203,9 +203,7 @@ def _process(rank: int, folder: str, world: World) -> None:
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29617", "ACCELERATE_USE_CPU": "true",
     }  # fmt: skip
     torch.set_num_threads(1)
-    record, _ = heal_model(
-        world.student(), world.corpus, world.teacher, ALL, RECIPE, Path(folder) / "state", None
-    )
+    record, _ = heal_model(world.student(), world.corpus, world.teacher, ALL, RECIPE, Path(folder) / "state", None)
     if rank == 0:
         (Path(folder) / "record.json").write_text(json.dumps(dataclasses.asdict(record)))
     torch.distributed.destroy_process_group()
@@ -246,12 +244,12 @@ def test_a_corpus_uses_each_sequence_before_any_twice(random_rows: Callable[...,
     from gradmap_hub.data.rows import Rows
 
     first, second = random_rows(6, 8, 1), random_rows(4, 8, 2)
-    sources = [(Rows("a", "1", first), first[:1]), (Rows("b", "2", second), second[:1])]
-    corpus = make_corpus(sources, 25, 0)
+    sources = [Rows("a", "1", first), Rows("b", "2", second)]
+    corpus = make_corpus(sources, [], 25, 0)
     assert corpus.order[:10] == list(range(10)) and len(corpus.order) == 25 and corpus.repeats == 2.5
     assert sorted(corpus.order[10:20]) == list(range(10))
     assert [len(rows.ids) for rows in corpus.sources] == [6, 4]
-    few = make_corpus(sources, 3, 0)
+    few = make_corpus(sources, [], 3, 0)
     assert torch.equal(few.ids, corpus.ids[:3]) and sum(len(rows.ids) for rows in few.sources) == 3
-    assert make_corpus(sources, 25, 1).order[10:] != corpus.order[10:]
+    assert make_corpus(sources, [], 25, 1).order[10:] != corpus.order[10:]
     assert REMOVED

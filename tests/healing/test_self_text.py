@@ -73,7 +73,9 @@ def test_repetitions_and_near_duplicates_are_dropped(
 def test_a_model_that_only_repeats_itself_is_refused(
     chat: Any, model_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(self_text, "sample", lambda _m, _t, prompts, *_: ["on and on and on and on " * 5] * len(prompts))
+    monkeypatch.setattr(
+        self_text, "sample", lambda _m, _t, prompts, *_: ["on and on and on and on " * 5] * len(prompts)
+    )
     with pytest.raises(CalibrationError, match="0 pass the filters"):
         write_self_text(model_of("llama"), chat, 1000, RECIPE)
 

@@ -1,0 +1,50 @@
+"""`gradmap-hub heal`: a finished folder, trained further with its original as the teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import RenderableType
+from rich.markup import escape
+
+from gradmap_hub.cli.options import Folder, Json, Quiet
+from gradmap_hub.cli.output import Result, emit, stderr
+from gradmap_hub.cli.tables import record_json, record_view
+from gradmap_hub.cli.terminal import TerminalReporter
+from gradmap_hub.config import HealConfig, help_of
+from gradmap_hub.record import RunRecord
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the command line."""
+    app.command(epilog="Example: gradmap-hub heal small --tokens 10M --text notes.txt --text self")(heal)
+
+
+def heal(
+    folder: Folder,
+    tokens: Annotated[str | None, typer.Option("--tokens", metavar="N", help=help_of(HealConfig, "tokens"))] = None,
+    time: Annotated[str | None, typer.Option("--time", metavar="TIME", help=help_of(HealConfig, "time"))] = None,
+    text: Annotated[list[str] | None, typer.Option("--text", help=escape(help_of(HealConfig, "text")))] = None,
+    part: Annotated[str, typer.Option("--part", help=help_of(HealConfig, "part"))] = "auto",
+    against: Annotated[str | None, typer.Option("--against", help=help_of(HealConfig, "against"))] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train a pruned folder to predict what its original predicts. Renews weights, exports, record and card.
+
+    An interrupted run goes on where it was when the same command is given again.
+    """
+    from gradmap_hub.pipeline.heal_folder import heal_folder
+
+    config = HealConfig(tokens, time, tuple(text or ()), part, against)
+    with TerminalReporter(stderr, quiet=quiet) as reporter:
+        record = heal_folder(folder, config, reporter=reporter)
+    emit(Result(record_json(record, folder), _view(record, folder)), as_json)
+
+
+def _view(record: RunRecord, folder: Path) -> Iterator[RenderableType]:
+    yield from record_view(record)
+    yield escape(f"\nPublish it with: gradmap-hub publish {folder}")
