@@ -90,8 +90,6 @@ def heal_model(
     try:
         trainer.run(watcher)
     except NotFinite as error:
-        if not error.best_step:
-            raise
         stopped = f"; stopped at step {error.step}, where the loss is not a number"
     after = _best(trainer, before)
     helps = lowers(before.divergences, after.divergences)

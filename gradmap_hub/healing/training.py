@@ -175,7 +175,7 @@ class Trainer:
             loss = self._step(places, rate_at(progress.step, self.steps))
             progress.step += 1
             if not math.isfinite(loss):
-                raise NotFinite(progress.step, progress.best_step)
+                raise NotFinite(progress.step)
             progress.since += loss
             progress.since_steps += 1
             progress.seconds = before + time.monotonic() - started
@@ -239,7 +239,7 @@ class Trainer:
         found = self.held_out()
         loss, value = float(found.losses.mean()), float(found.divergences.mean())
         if not math.isfinite(loss + value):
-            raise NotFinite(self.progress.step, self.progress.best_step)
+            raise NotFinite(self.progress.step)
         trained = self.progress.since / max(1, self.progress.since_steps)
         tokens = self.progress.step * self.recipe.sequences * self.corpus.ids.shape[1]
         self.progress.checks.append(Check(tokens, loss, value, trained))
@@ -316,13 +316,11 @@ class Trainer:
 
 
 class NotFinite(GradmapError):
-    """The training diverged. `step`: where; `best_step`: the step of the best state before, 0 if there is none."""
+    """The loss of `step` is not a number; `Trainer.best` gives the best state before."""
 
-    def __init__(self, step: int, best_step: int) -> None:
-        kept = f"the best state, of step {best_step}, is kept" if best_step else "nothing is changed"
-        super().__init__(f"The loss of the healing is not a number at step {step}; {kept}.")
+    def __init__(self, step: int) -> None:
+        super().__init__(f"The loss of the healing is not a number at step {step}.")
         self.step = step
-        self.best_step = best_step
 
 
 def _fused(parameters: Sequence[nn.Parameter]) -> bool:
