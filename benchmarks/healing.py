@@ -71,7 +71,9 @@ def main() -> None:
             if name != "original":
                 folder = output / "pruned"
                 if not (folder / "gradmap.json").is_file():
-                    prune(original, folder, ratio=arguments.ratio, calibration=calibration, resume=True, reporter=reporter)
+                    prune(
+                        original, folder, ratio=arguments.ratio, calibration=calibration, resume=True, reporter=reporter
+                    )
             if name not in ("original", "pruned"):
                 folder, facts = _healed(output, name, original, calibration, reporter)
         found[name] = _measure(folder, original, texts, output / "chat.json") | facts
@@ -149,7 +151,9 @@ def _answer(model: Any, tokenizer: Any, prompt: str) -> str:
     messages = [{"role": "user", "content": prompt}]
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     with torch.no_grad():
-        given = model.generate(**ids, max_new_tokens=ANSWER_TOKENS, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+        given = model.generate(
+            **ids, max_new_tokens=ANSWER_TOKENS, do_sample=False, pad_token_id=tokenizer.eos_token_id
+        )
     return tokenizer.decode(given[0, ids["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
 
@@ -159,10 +163,10 @@ def _section(found: Mapping[str, Any], name: str) -> str:
     lines = [
         "## Healing",
         "",
-        f"Written by `make bench-heal` (`python -m benchmarks.healing`) on {hardware()}. Perplexity over the original's "
-        f"on {ROWS} sequences of {TOKENS} tokens of text that nothing was fitted to, with the 95% bootstrap interval of "
-        "the geometric mean; chat: mean KL from the original, in nats per token, on conversations that it wrote with a "
-        "seed of their own; repeated: share of repeated 4-grams in greedy answers to eight fixed prompts.",
+        f"Written by `make bench-heal` (`python -m benchmarks.healing`) on {hardware()}. Perplexity over the "
+        f"original's on {ROWS} sequences of {TOKENS} tokens of text that nothing was fitted to, with the 95% bootstrap "
+        "interval of the geometric mean; chat: mean KL from the original, in nats per token, on conversations that it "
+        "wrote with a seed of their own; repeated: share of repeated 4-grams in greedy answers to eight fixed prompts.",
         "",
         f"| {name} | " + " | ".join(texts) + " | geometric mean | chat | repeated | training |",
         "|---|" + "---:|" * (len(texts) + 4),

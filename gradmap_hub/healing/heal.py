@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from gradmap_hub.data.rows import sha256_of_ids
 from gradmap_hub.healing.corpus import Corpus
 from gradmap_hub.healing.parts import Part, start_training, trained_values
-from gradmap_hub.healing.teacher import TeacherCache
-from gradmap_hub.healing.training import HeldOut, NotFinite, Recipe, Trainer, Watcher
+from gradmap_hub.healing.teacher import K, TeacherCache
+from gradmap_hub.healing.training import HeldOut, NotFinite, Recipe, Trainer, Watcher, memory_kept
 from gradmap_hub.models.architectures import Architecture
 from gradmap_hub.pruning.compensation import lowers
 from gradmap_hub.record import HealCheck, HealRecord, TextSource
@@ -50,12 +50,12 @@ class Teacher:
     held_out: TeacherCache
 
     @staticmethod
-    def of(corpus: Corpus, folder: Path, vocabulary: int, identity: str, *, autocast: bool) -> Teacher:
+    def of(corpus: Corpus, folder: Path, vocabulary: int, identity: str, *, autocast: bool, k: int = K) -> Teacher:
         """Not computed yet. `identity`: of the original, with its dtype."""
         watched = torch.cat([rows.ids for rows in corpus.held_out])
         return Teacher(
-            TeacherCache(folder / "train", corpus.ids, vocabulary, identity, autocast=autocast),
-            TeacherCache(folder / "held-out", watched, vocabulary, identity, autocast=autocast),
+            TeacherCache(folder / "train", corpus.ids, vocabulary, identity, autocast=autocast, k=k),
+            TeacherCache(folder / "held-out", watched, vocabulary, identity, autocast=autocast, k=k),
         )
 
     @property
@@ -88,7 +88,8 @@ def heal_model(
     before = trainer.held_out()
     stopped = ""
     try:
-        trainer.run(watcher)
+        with memory_kept():
+            trainer.run(watcher)
     except NotFinite as error:
         stopped = f"; stopped at step {error.step}, where the loss is not a number"
     after = _best(trainer, before)

@@ -75,10 +75,9 @@ class _Divergence(torch.autograd.Function):
             inputs = hidden[part].detach().requires_grad_(wanted)
             with torch.set_grad_enabled(wanted):
                 logits = head(inputs)
-            value, student, direction = _chunk(logits.detach(), teacher, part, wanted)
+            value, loss, direction = _chunk(logits.detach(), teacher, labels, part)
             values.append(value)
-            if labels is not None:
-                losses.append(-student.gather(-1, labels[part, None])[:, 0])
+            losses.append(loss)
             if gradient is not None:
                 # d/dx of every position by itself: positions do not depend on each other here.
                 [gradient[part]] = torch.autograd.grad(logits, inputs, direction.to(logits.dtype))
@@ -94,18 +93,22 @@ class _Divergence(torch.autograd.Function):
         return gradient * outputs[0][:, None].to(gradient.dtype), None, None, None
 
 
-def _chunk(logits: Tensor, teacher: TopK, part: slice, wanted: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Values, log-probabilities of the student, and the gradient with respect to the logits if `wanted`."""
-    student = logits.float().log_softmax(dim=-1)
+def _chunk(logits: Tensor, teacher: TopK, labels: Tensor | None, part: slice) -> tuple[Tensor, Tensor, Tensor]:
+    """Divergence and NLL of each position (zeros without `labels`), and the gradient with respect to the logits.
+
+    In place in one float32 tensor: a further one of its size costs more than the arithmetic."""
+    student = logits.to(torch.float32, copy=True)
+    student -= student.logsumexp(dim=-1, keepdim=True)
     indices, logprobs, rest = teacher.indices[part], teacher.logprobs[part], teacher.rest[part]
     chosen = student.gather(-1, indices)
+    loss = torch.zeros(len(student), device=student.device)
+    if labels is not None:
+        loss = -student.gather(-1, labels[part, None])[:, 0]
     probabilities = logprobs.exp()
     others = (1 - chosen.exp().sum(dim=-1)).clamp(min=_TINY)
     value = (probabilities * (logprobs - chosen)).sum(dim=-1)
     value += rest * (rest.clamp(min=_TINY).log() - others.log())
-    if not wanted:
-        return value, student, student
-    direction = student.exp()
+    direction = student.exp_()
     direction *= (1 - rest / others)[:, None]
     direction.scatter_(-1, indices, chosen.exp() - probabilities)
-    return value, student, direction
+    return value, loss, direction

@@ -27,7 +27,7 @@ from gradmap_hub.units import duration, ranges
 if TYPE_CHECKING:  # torch is only imported once there is something to compute
     from torch import Tensor, nn
 
-    from gradmap_hub.data.rows import CalibrationRows, Rows
+    from gradmap_hub.data.rows import CalibrationRows
     from gradmap_hub.healing.corpus import Corpus
     from gradmap_hub.healing.heal import Student, Teacher
     from gradmap_hub.healing.parts import Part

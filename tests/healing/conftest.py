@@ -30,16 +30,16 @@ class World:
     def __init__(self, model: Any, make: dict[str, Callable[..., Any]], folder: Path, *, sequences: int = 60) -> None:
         self.model, self.make, self.folder = model, make, folder
         rows = own_text(model, make["rows"](14, 4))
-        self.corpus: Corpus = make_corpus(
-            [Rows("own", "0", rows[:8])], [Rows("own", "0", rows[8:])], sequences, 0
-        )
+        self.corpus: Corpus = make_corpus([Rows("own", "0", rows[:8])], [Rows("own", "0", rows[8:])], sequences, 0)
         self.decoder = make["decoder"](model, TOKENS)
         self.teacher = self.teacher_of(self.corpus)
         for cache in self.teacher.parts:
             cache.fill(self.decoder)
 
     def teacher_of(self, corpus: Corpus) -> Teacher:
-        return Teacher.of(corpus, self.folder / "teacher", self.model.config.vocab_size, "tiny", autocast=False)
+        # All tokens of the vocabulary: a random model has no likely ones.
+        size = self.model.config.vocab_size
+        return Teacher.of(corpus, self.folder / "teacher", size, "tiny", autocast=False, k=size)
 
     def student(self, identity: str = "student") -> Student:
         model = self.make["prune"](self.model, REMOVED)

@@ -8,18 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TOKENS, World
 
 from gradmap_hub.errors import DiskTooSmall
 from gradmap_hub.healing import teacher as module
 from gradmap_hub.healing.teacher import TeacherCache
 
+TOKENS = 40
 
-def cache_of(world: World, folder: Path, identity: str = "tiny", k: int = 8) -> TeacherCache:
+
+def cache_of(world: Any, folder: Path, identity: str = "tiny", k: int = 8) -> TeacherCache:
     return TeacherCache(folder, world.corpus.ids, world.model.config.vocab_size, identity, k=k)
 
 
-def test_it_holds_the_originals_distributions(world: World, tmp_path: Path) -> None:
+def test_it_holds_the_originals_distributions(world: Any, tmp_path: Path) -> None:
     cache = cache_of(world, tmp_path / "cache")
     cache.fill(world.decoder)
     places = [3, 0]
@@ -33,7 +34,7 @@ def test_it_holds_the_originals_distributions(world: World, tmp_path: Path) -> N
     assert cache.bytes == sum(path.stat().st_size for path in (tmp_path / "cache").glob("*.bin"))
 
 
-def test_an_interrupted_one_goes_on(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_one_goes_on(world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_FLUSH", 2)
     whole, cut = cache_of(world, tmp_path / "whole"), cache_of(world, tmp_path / "cut")
     whole.fill(world.decoder)
@@ -56,7 +57,7 @@ def test_an_interrupted_one_goes_on(world: World, tmp_path: Path, monkeypatch: p
     assert cache_of(world, tmp_path / "cut", identity="another").done == 0
 
 
-def test_a_full_disk_is_said_and_nothing_is_left(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_said_and_nothing_is_left(world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(_stream: Any, _size: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
