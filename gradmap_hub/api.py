@@ -15,8 +15,6 @@ from typing import TYPE_CHECKING, Any, Unpack
 from gradmap_hub.config import (
     DEFAULT_CALIBRATION,
     DEFAULT_EVALUATION,
-    EvaluateConfig,
-    HealConfig,
     MethodOptions,
     PruneConfig,
     PruneMethod,
@@ -25,6 +23,7 @@ from gradmap_hub.config import (
     PushConfig,
     SweepConfig,
 )
+from gradmap_hub.folder_config import EvaluateConfig, HealConfig
 from gradmap_hub.progress import Reporter
 from gradmap_hub.record import RunRecord
 

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 import shlex
 from dataclasses import dataclass, field
-from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal, TypedDict, TypeVar
 
+from gradmap_hub.budget import Budget, parse_budget
 from gradmap_hub.errors import UsageError
 from gradmap_hub.formats import quantized
 
@@ -50,7 +49,8 @@ SELF = "self"
 DEFAULT_EVALUATION = "Salesforce/wikitext:wikitext-2-raw-v1/test"
 
 
-def _option(default: Any, help_text: str) -> Any:
+def option(default: Any, help_text: str) -> Any:
+    """A field of a configuration with its help text."""
     return field(default=default, metadata={"help": help_text})
 
 
@@ -63,43 +63,6 @@ def help_of(config_class: type, name: str) -> str:
 
 
 @dataclass(frozen=True)
-class Budget:
-    """How long to heal: `amount` of `unit`, which is tokens, seconds or steps."""
-
-    amount: int
-    unit: Literal["tokens", "seconds", "steps"]
-
-
-_UNITS: dict[str, tuple[int, Literal["tokens", "seconds", "steps"]]] = {
-    "": (1, "steps"),
-    "k": (10**3, "tokens"),
-    "K": (10**3, "tokens"),
-    "M": (10**6, "tokens"),
-    "B": (10**9, "tokens"),
-    "s": (1, "seconds"),
-    "m": (60, "seconds"),
-    "h": (3600, "seconds"),
-}
-_BUDGET = re.compile(r"(\d+(?:\.\d+)?)([kKMBsmh]?)", re.ASCII)
-
-
-def parse_budget(text: str | int) -> Budget | None:
-    """500k -> 500,000 tokens, 30m -> 1,800 seconds, 20 -> 20 steps; None for 0.
-
-    Raises:
-        UsageError: neither of them.
-    """
-    found = _BUDGET.fullmatch(str(text).strip())
-    factor, unit = _UNITS[found[2]] if found else (0, "steps")
-    amount = Decimal(found[1]) * factor if found else Decimal("0.5")
-    if amount != int(amount) or (found and amount == 0 and found[2]):
-        raise UsageError(
-            f"--heal takes tokens (500k, 10M), a time (30m, 2h) or a number of steps (20); got {str(text)!r}."
-        )
-    return Budget(int(amount), unit) if amount else None
-
-
-@dataclass(frozen=True)
 class PruneMethod:
     """How to prune, independent of the number of layers to remove.
 
@@ -107,62 +70,62 @@ class PruneMethod:
         UsageError: a value outside its range.
     """
 
-    metric: str = _option(
+    metric: str = option(
         "auto",
         "How layers are chosen. auto: several rankings of one scoring pass propose sets, the best window is tried with "
         "every further layer, and the held-out loss decides. gradient: GradMAP's gradient L1. Others: "
         f"{', '.join(METRICS[2:])}.",
     )
-    schedule: Schedule = _option(
+    schedule: Schedule = option(
         "oneshot", "oneshot: one backward pass, then all removals. iterative: one backward pass per removal."
     )
-    compensation: Compensation = _option(
+    compensation: Compensation = option(
         "auto",
         "What is fitted and folded at a site. projection: P on the output (the paper). weight (auto): the output "
         "weight itself, a ridge regression with more unknowns. none: no compensation.",
     )
-    site: Site = _option(
+    site: Site = option(
         "auto",
         "Where to compensate. largest-shift: the layer whose mean hidden state moved most (the paper). auto: the MLP "
         "before every gap. around-gaps: also attention and MLP after it. Only sites that lower held-out loss are kept.",
     )
-    calibration: tuple[str, ...] = _option(
+    calibration: tuple[str, ...] = option(
         (DEFAULT_CALIBRATION,),
         "Calibration text; repeat to mix sources. A .txt or .jsonl file (key `text`), or a Hub dataset as "
         "owner/name[:config[/split]].",
     )
-    eval_text: tuple[str, ...] = _option(
+    eval_text: tuple[str, ...] = option(
         (), "Further text to measure perplexity on, not used for calibration; repeatable. Same formats."
     )
-    samples: int = _option(
+    samples: int = option(
         32, "Calibration sequences for the compensation; a quarter of them, at least 4, score the layers."
     )
-    seq_len: int = _option(512, "Tokens per sequence.")
-    eval_rows: int = _option(12, "Held-out sequences per evaluation text.")
-    dtype: DType = _option("auto", "Dtype of the written weights. auto: that of the original.")
-    seed: int = _option(0, "Seed of the choice of sequences.")
-    low_memory: bool = _option(
+    seq_len: int = option(512, "Tokens per sequence.")
+    eval_rows: int = option(12, "Held-out sequences per evaluation text.")
+    dtype: DType = option("auto", "Dtype of the written weights. auto: that of the original.")
+    seed: int = option(0, "Seed of the choice of sequences.")
+    low_memory: bool = option(
         False,
         "Stream the weights from disk layer by layer, forward and backward: about three layers in memory at any depth. "
         "Same result; slower if the disk is slow.",
     )
-    heal: str = _option(
+    heal: str = option(
         "0",
         "Budget of a distillation from the original after the compensation, kept only if it lowers the held-out "
         "divergence: tokens (500k, 10M), time (30m, 2h) or steps (20). 0: none.",
     )
-    heal_text: tuple[str, ...] = _option(
+    heal_text: tuple[str, ...] = option(
         (),
         "Text to heal on; repeat to mix sources. `self`: text that the original writes itself. Default: the "
         "calibration text, and for a model with a chat template also `self`.",
     )
-    heal_part: str = _option(
+    heal_part: str = option(
         "auto",
         "Weights that healing trains: all layers, those around the gaps, or lora (low-rank adapters, merged "
         "afterwards). auto: the largest part that fits into memory.",
     )
-    device: Device = _option("auto", "Where to compute. auto: CUDA if a GPU is available, else the CPU.")
-    compute: Compute = _option(
+    device: Device = option("auto", "Where to compute. auto: CUDA if a GPU is available, else the CPU.")
+    compute: Compute = option(
         "auto",
         "Dtype of the computation. auto: bfloat16 for models stored in it if the machine supports it natively, else "
         "float32.",
@@ -226,9 +189,9 @@ class PruneConfig(PruneMethod):
         UsageError: a value outside its range, or several ways to say how much.
     """
 
-    ratio: float | None = _option(None, "Share of the decoder layers to remove, between 0 and 1 (0.25 = a quarter).")
-    layers: int | None = _option(None, "Number of decoder layers to remove.")
-    drop: tuple[int, ...] | None = _option(None, "Indices of the decoder layers to remove, such as 12,13,14.")
+    ratio: float | None = option(None, "Share of the decoder layers to remove, between 0 and 1 (0.25 = a quarter).")
+    layers: int | None = option(None, "Number of decoder layers to remove.")
+    drop: tuple[int, ...] | None = option(None, "Indices of the decoder layers to remove, such as 12,13,14.")
 
     def __post_init__(self) -> None:
         asked = [value for value in (self.ratio, self.layers, self.drop) if value is not None]
@@ -300,82 +263,6 @@ def paper_preset(config: Method) -> Method:
 
 
 @dataclass(frozen=True)
-class EvaluateConfig:
-    """What to measure on a pruned model and its original.
-
-    Raises:
-        UsageError: a value outside its range.
-    """
-
-    against: str | None = _option(None, "The original: a Hub id or a folder. Default: the recorded one.")
-    text: tuple[str, ...] = _option(
-        (DEFAULT_EVALUATION,),
-        "Text to measure perplexity and agreement on; repeatable. A .txt or .jsonl file (key `text`), or a Hub dataset "
-        "as owner/name[:config[/split]].",
-    )
-    tasks: tuple[str, ...] = _option(
-        (), "Tasks of lm-evaluation-harness, comma-separated; `paper`: the seven tasks of the paper."
-    )
-    tasks_from: Path | None = _option(
-        None,
-        "Folder with the documents of the tasks as NAME.SPLIT.jsonl, in the harness' field names; none are downloaded.",
-    )
-    limit: int | None = _option(None, "Use only the first N documents of each task.")
-    seq_len: int = _option(512, "Tokens per sequence.")
-    rows: int = _option(32, "Maximum number of sequences of each text, spread evenly over it.")
-    speed: bool = _option(True, "Measure tokens per second.")
-
-    def __post_init__(self) -> None:
-        for name, least in (("limit", 2), ("seq_len", 16), ("rows", 2)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise UsageError(f"--{name.replace('_', '-')} must be at least {least}; got {value}.")
-        if not self.text:
-            raise UsageError("--text needs at least one text.")
-        if self.tasks_from is not None and not self.tasks:
-            raise UsageError("--tasks-from needs --tasks.")
-        if self.limit is not None and not self.tasks:
-            raise UsageError("--limit is for tasks; name them with --tasks, or limit the text with --rows.")
-
-
-@dataclass(frozen=True)
-class HealConfig:
-    """How to heal a finished folder.
-
-    Raises:
-        UsageError: a value outside its range, or not exactly one of `tokens` and `time`.
-    """
-
-    tokens: str | None = _option(None, "How many tokens to train on: 500k, 10M, or a number.")
-    time: str | None = _option(None, "How long to train, about: 90s, 30m, 2h.")
-    text: tuple[str, ...] = _option((), help_of(PruneMethod, "heal_text"))
-    part: str = _option("auto", help_of(PruneMethod, "heal_part"))
-    against: str | None = _option(None, "The original: a Hub id or a folder. Default: the recorded one.")
-
-    def __post_init__(self) -> None:
-        if (self.tokens is None) == (self.time is None):
-            raise UsageError("Give exactly one of --tokens and --time.")
-        wanted = "tokens" if self.tokens is not None else "seconds"
-        try:
-            budget = parse_budget(self.budget)
-        except UsageError:
-            budget = None
-        if budget is None or budget.unit != wanted:
-            if self.tokens is not None:
-                raise UsageError(f"--tokens takes a number such as 500k or 10M; got {self.tokens!r}.")
-            raise UsageError(f"--time takes a duration such as 90s, 30m or 2h; got {self.time!r}.")
-        if self.part not in HEAL_PARTS:
-            raise UsageError(f"--part must be one of {', '.join(HEAL_PARTS)}; got {self.part!r}.")
-
-    @property
-    def budget(self) -> str:
-        """As `PruneMethod.heal` takes it."""
-        if self.tokens is None:
-            return str(self.time)
-        return f"{Decimal(self.tokens) / 1000}k" if self.tokens.isascii() and self.tokens.isdigit() else self.tokens
-
-
-@dataclass(frozen=True)
 class Expected:
     """What must be unchanged for a run to reproduce an earlier one; None is not checked.
 
@@ -396,21 +283,21 @@ class PublishConfig:
         UsageError: a number outside its range.
     """
 
-    to: str | None = _option(None, "Target repository OWNER/NAME; default: your account, name of the output folder.")
-    space: bool = _option(True, "Build and publish the comparison Space.")
-    public: bool = _option(False, "Make both repositories public, after everything is verified.")
-    update: bool = _option(False, "Replace an earlier push of the same model to the same target, in one commit.")
-    create_pr: bool = _option(
+    to: str | None = option(None, "Target repository OWNER/NAME; default: your account, name of the output folder.")
+    space: bool = option(True, "Build and publish the comparison Space.")
+    public: bool = option(False, "Make both repositories public, after everything is verified.")
+    update: bool = option(False, "Replace an earlier push of the same model to the same target, in one commit.")
+    create_pr: bool = option(
         False, "Propose the model to somebody else's repository (--to) as a pull request, without a Space."
     )
-    license: str | None = _option(None, "Licence id for the card, if the original states none.")
-    license_name: str | None = _option(None, "Name of the licence, if its id is `other`.")
-    license_link: str | None = _option(None, "Text of that licence: a URL, or a file such as LICENSE.")
-    collection: str | None = _option(
+    license: str | None = option(None, "Licence id for the card, if the original states none.")
+    license_name: str | None = option(None, "Name of the licence, if its id is `other`.")
+    license_link: str | None = option(None, "Text of that licence: a URL, or a file such as LICENSE.")
+    collection: str | None = option(
         None,
         "Also add model and Space to this collection, OWNER/SLUG or [OWNER/]TITLE; a missing one is created, private.",
     )
-    wait_space: int = _option(
+    wait_space: int = option(
         300, "Seconds to wait for the published Space to build and start, which continues on the Hub. 0: do not wait."
     )
 
@@ -438,18 +325,18 @@ class PublishOptions(TypedDict, total=False):
 class PushConfig(PublishConfig):
     """What to prune, and where to write and publish the result. `repeats`: what must be unchanged (`--from`)."""
 
-    model: str = _option("", "A Hub id (org/model), a local folder, or a .gguf file.")
+    model: str = option("", "A Hub id (org/model), a local folder, or a .gguf file.")
     prune: PruneConfig = field(default_factory=lambda: PruneConfig(ratio=0.25))
-    revision: str | None = _option(None, "Branch, tag or commit of the original.")
-    output: Path | None = _option(None, "Folder for the result; default: NAME-gradmap-PERCENT here.")
-    onnx: bool = _option(True, "Export to ONNX with KV cache.")
-    quantize: tuple[str, ...] = _option(
+    revision: str | None = option(None, "Branch, tag or commit of the original.")
+    output: Path | None = option(None, "Folder for the result; default: NAME-gradmap-PERCENT here.")
+    onnx: bool = option(True, "Export to ONNX with KV cache.")
+    quantize: tuple[str, ...] = option(
         (),
         "Further ONNX files, comma-separated: int8 (weights in 8 bits), int4, genai. Each is compared with PyTorch; a "
         "file that raises perplexity by more than 2 % (int8) or 10 % (int4) is not published.",
     )
-    resume: bool = _option(False, "Continue an unfinished run in the output folder.")
-    trust_remote_code: bool = _option(False, "Not supported: models that need their own code are refused.")
+    resume: bool = option(False, "Continue an unfinished run in the output folder.")
+    trust_remote_code: bool = option(False, "Not supported: models that need their own code are refused.")
     repeats: Expected | None = None
 
     def __post_init__(self) -> None:
@@ -469,17 +356,17 @@ class SweepConfig:
         UsageError: no ratio, a ratio that is not between 0 and 1, or a negative bound.
     """
 
-    model: str = _option("", help_of(PushConfig, "model"))
-    ratios: tuple[float, ...] = _option(
+    model: str = option("", help_of(PushConfig, "model"))
+    ratios: tuple[float, ...] = option(
         (0.1, 0.2, 0.3), "Shares of the decoder layers to remove, comma-separated, each between 0 and 1."
     )
     prune: PruneMethod = field(default_factory=PruneMethod)
-    revision: str | None = _option(None, help_of(PushConfig, "revision"))
-    output: Path | None = _option(None, "Folder for sweep.json, sweep.md and sweep.png; default: NAME-sweep here.")
-    speed: bool = _option(
+    revision: str | None = option(None, help_of(PushConfig, "revision"))
+    output: Path | None = option(None, "Folder for sweep.json, sweep.md and sweep.png; default: NAME-sweep here.")
+    speed: bool = option(
         True, "Measure prefill and decode speed of the pruned model against the original (PyTorch, batch 1)."
     )
-    max_loss: float | None = _option(
+    max_loss: float | None = option(
         None, "Recommend the largest ratio at which perplexity rises by at most N percent, instead of the knee."
     )
 

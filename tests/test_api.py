@@ -13,7 +13,8 @@ from typing import Any, get_type_hints
 import pytest
 
 import gradmap_hub
-from gradmap_hub.config import EvaluateConfig, MethodOptions, PruneMethod, PublishConfig, PublishOptions
+from gradmap_hub.config import MethodOptions, PruneMethod, PublishConfig, PublishOptions
+from gradmap_hub.folder_config import EvaluateConfig
 from gradmap_hub.record import RunRecord
 
 ROOT = Path(__file__).resolve().parents[1]

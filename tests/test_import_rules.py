@@ -15,10 +15,12 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "gradmap_hub"
 # Root modules that everything may import. They import nothing of ours but each other.
 LEAVES = {
+    "budget",
     "config",
     "errors",
     "figures",
     "files",
+    "folder_config",
     "formats",
     "layout",
     "machine",

@@ -13,7 +13,8 @@ from rich.table import Table
 
 from gradmap_hub.cli.output import Result, emit, stderr
 from gradmap_hub.cli.terminal import TerminalReporter
-from gradmap_hub.config import EvaluateConfig, help_of
+from gradmap_hub.config import help_of
+from gradmap_hub.folder_config import EvaluateConfig
 from gradmap_hub.measurements import Measured, MeasuredMetric, MeasuredTask
 from gradmap_hub.record import RunRecord, as_data
 

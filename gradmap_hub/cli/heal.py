@@ -14,7 +14,8 @@ from gradmap_hub.cli.options import Folder, Json, Quiet
 from gradmap_hub.cli.output import Result, emit, stderr
 from gradmap_hub.cli.tables import record_json, record_view
 from gradmap_hub.cli.terminal import TerminalReporter
-from gradmap_hub.config import HealConfig, help_of
+from gradmap_hub.config import help_of
+from gradmap_hub.folder_config import HealConfig
 from gradmap_hub.record import RunRecord
 
 

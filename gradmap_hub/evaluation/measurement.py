@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from gradmap_hub.config import EvaluateConfig
+from gradmap_hub.folder_config import EvaluateConfig
 from gradmap_hub.progress import Reporter
 
 if TYPE_CHECKING:

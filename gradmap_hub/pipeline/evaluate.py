@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gradmap_hub import __version__
-from gradmap_hub.config import EvaluateConfig
 from gradmap_hub.data.rows import Rows, tokenize
 from gradmap_hub.data.texts import check_text_files, text_of
 from gradmap_hub.errors import CalibrationError, SourceError, UsageError
@@ -24,6 +23,7 @@ from gradmap_hub.evaluation.onnx_files import find_graphs
 from gradmap_hub.evaluation.staleness import folder_sha256
 from gradmap_hub.evaluation.suite import MEASUREMENTS
 from gradmap_hub.evaluation.texts import delete_states
+from gradmap_hub.folder_config import EvaluateConfig
 from gradmap_hub.layout import work_folder
 from gradmap_hub.machine import hardware, versions
 from gradmap_hub.measurements import BeforeAfter, Measured

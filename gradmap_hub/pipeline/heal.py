@@ -38,7 +38,7 @@ if TYPE_CHECKING:  # torch is only imported once there is something to compute
 # The model to train and the function from its last hidden states to logits.
 OpenStudent: TypeAlias = "Callable[[], tuple[nn.Module, Callable[[Tensor], Tensor]]]"
 
-SELF_FILE = "self.jsonl"
+SELF_FILE, _TEACHER = "self.jsonl", "teacher"
 # The held-out sequences of the calibration text, as the record calls them.
 _CHOSE = "calibration sequences that chose the layers"
 # Held-out sequences of a text that is not a calibration text.
@@ -146,8 +146,13 @@ def heal_stage(run: Run, rows: CalibrationRows, removed: Sequence[int], open_stu
         files=lambda: [file],
         describe=_summary,
     )
-    shutil.rmtree(work, ignore_errors=True)  # the predictions and the state of the training
+    shutil.rmtree(work, ignore_errors=True)  # the state of the training
     return healed
+
+
+def forget_teacher(run: Run) -> None:
+    """Delete the original's predictions, once no healing of this run is to come."""
+    shutil.rmtree(run.shared / _TEACHER, ignore_errors=True)
 
 
 class _Told:
@@ -218,7 +223,7 @@ def self_text(run: Run, tokens: int) -> Text:
     """About `tokens` tokens that the original writes itself, kept in the work folder (see `healing.self_text`)."""
     from gradmap_hub.healing.self_text import SelfTextRecipe
 
-    file = run.work / SELF_FILE
+    file = run.shared / SELF_FILE
     recipe = SelfTextRecipe(seed=run.method.seed)
 
     def compute() -> SelfTextFile:
@@ -233,7 +238,7 @@ def self_text(run: Run, tokens: int) -> Text:
             recipe.settings(),
         )  # fmt: skip
 
-    written = run.stages.branch().run(
+    written = run.independent.branch().run(
         "self-text",
         "Letting the original write text",
         SelfTextFile,
@@ -271,7 +276,7 @@ def _teacher(run: Run, corpus: Corpus, recipe: Recipe) -> Teacher:
     dtype, _ = run.precision()
     teacher = Teacher.of(
         corpus,
-        run.work / "healing" / "teacher",
+        run.shared / _TEACHER,
         run.decoder().vocabulary,
         f"{identity(run.source)} {dtype}",
         autocast=recipe.autocast,

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gradmap_hub.config import SELF, HealConfig, PruneMethod
+from gradmap_hub.config import SELF, PruneMethod
 from gradmap_hub.data.texts import check_text_files
 from gradmap_hub.errors import SourceError
 from gradmap_hub.files import write_text
+from gradmap_hub.folder_config import HealConfig
 from gradmap_hub.formats import ONNX
 from gradmap_hub.layout import (
     COMPANION_FILES,
@@ -27,7 +28,7 @@ from gradmap_hub.layout import (
 from gradmap_hub.models.source import check_family
 from gradmap_hub.pipeline.connect import connect
 from gradmap_hub.pipeline.export import export_checked, export_optimum
-from gradmap_hub.pipeline.heal import heal_stage, open_float32
+from gradmap_hub.pipeline.heal import forget_teacher, heal_stage, open_float32
 from gradmap_hub.pipeline.recorded import find_original
 from gradmap_hub.pipeline.reproduce import find_calibration, find_evaluation
 from gradmap_hub.pipeline.results import write_results
@@ -103,6 +104,7 @@ def heal_folder(
     texts = evaluation_texts(run, rows, extra)
     fetch_weights(run)
     healed = heal_stage(run, rows, record.removed, lambda: _open_folder(run, folder))
+    forget_teacher(run)
     if not healed.applied:
         reporter.note(f"The folder is unchanged: {healed.reason}.")
         return record

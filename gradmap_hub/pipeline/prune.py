@@ -17,7 +17,7 @@ from gradmap_hub.layout import check_disk, check_output, weight_artifacts, work_
 from gradmap_hub.machine import hardware, versions
 from gradmap_hub.models.source import check_family, find_source
 from gradmap_hub.pipeline.connect import connect
-from gradmap_hub.pipeline.heal import heal
+from gradmap_hub.pipeline.heal import forget_teacher, heal
 from gradmap_hub.pipeline.reproduce import check_expected
 from gradmap_hub.pipeline.results import write_results
 from gradmap_hub.pipeline.run import Run
@@ -129,6 +129,7 @@ def prune_stages(run: Run, config: PruneConfig, *, target: str | None = None, li
     chosen = compensate(run, rows, select(run, rows, scores, removals, config.drop))
     losses = _evaluate_original(run, chosen.removed, [text.rows for text in texts])
     healed = heal(run, rows, chosen)
+    forget_teacher(run)
     written = write(run, chosen.removed, chosen.compensation, healed)
     compensated = _evaluate_written(run, [text.rows for text in texts])
     winner = chosen.winner

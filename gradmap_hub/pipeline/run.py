@@ -57,6 +57,8 @@ class Run:
         self.original = OriginalModel(source, hub, self.work)
         depends = {"version": __version__, "what": kind, "base": identity(source)}
         self.stages = Stages(self.work, reporter, depends if of is None else depends | {"of": of})
+        # What does not depend on the stages so far, such as what the original writes or predicts: shared by branches.
+        self.shared, self.independent = self.work, self.stages.branch()
         self._opened: list[Decoder] = []  # at most one; shared with branches
 
     def branch(self, name: str, label: str) -> Run:

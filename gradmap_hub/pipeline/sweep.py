@@ -24,7 +24,7 @@ from gradmap_hub.machine import hardware, versions
 from gradmap_hub.measurements import BeforeAfter
 from gradmap_hub.models.source import Source, find_source
 from gradmap_hub.pipeline.connect import connect
-from gradmap_hub.pipeline.heal import heal
+from gradmap_hub.pipeline.heal import forget_teacher, heal
 from gradmap_hub.pipeline.prune import no_empty_folders, settings_of
 from gradmap_hub.pipeline.run import Run
 from gradmap_hub.pipeline.stages import (
@@ -176,6 +176,7 @@ def sweep_stages(run: Run, config: SweepConfig) -> Iterator[SweepRecord]:
             hardware=hardware(),
             seconds=dict(run.stages.timings),
         )
+    forget_teacher(run)
 
 
 def _measure(run: Run, shared: _Shared, count: int, ratios: Sequence[float], *, timed: bool) -> SweepPoint:

@@ -24,12 +24,13 @@ pytest.importorskip("onnxruntime")
 
 from gradmap_hub.card.card import card_text, write_card
 from gradmap_hub.cli import evaluate as command
-from gradmap_hub.config import EvaluateConfig, PruneConfig
+from gradmap_hub.config import PruneConfig
 from gradmap_hub.errors import CalibrationError, MemoryNotMeasured, SourceError, UsageError
 from gradmap_hub.evaluation import staleness as freshness
 from gradmap_hub.evaluation import texts
 from gradmap_hub.evaluation.speed import PYTORCH, peak_memory
 from gradmap_hub.evaluation.staleness import folder_sha256, with_earlier, without_stale
+from gradmap_hub.folder_config import EvaluateConfig
 from gradmap_hub.hub.card_check import check_card
 from gradmap_hub.hub.screening import Private, publishable, screen
 from gradmap_hub.hub.target import is_ours

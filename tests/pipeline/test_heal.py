@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
+from gradmap_hub.budget import Budget, parse_budget
 from gradmap_hub.card.card import card_text
 from gradmap_hub.cli.app import app
-from gradmap_hub.config import Budget, parse_budget
 from gradmap_hub.errors import CalibrationError, UsageError
 from gradmap_hub.healing import heal as healing
 from gradmap_hub.record import HealCheck, HealRecord, RunRecord, TextSource
