@@ -130,7 +130,8 @@ class _Seen:
 def _conversations(model: Any, tokenizer: Any, recipe: SelfTextRecipe) -> Iterator[tuple[str, str]]:
     """Endless (question and answer, the conversation in the model's template)."""
     opening = render(tokenizer, [{"role": "user", "content": _MARK}]).split(_MARK)[0]
-    start = torch.tensor([tokenizer(opening, add_special_tokens=False)["input_ids"]] * recipe.batch)
+    ids = tokenizer(opening, add_special_tokens=False)["input_ids"] or [_first_token(tokenizer)]
+    start = torch.tensor([ids] * recipe.batch)
     while True:
         questions = [
             text.strip()
@@ -151,18 +152,17 @@ def _conversations(model: Any, tokenizer: Any, recipe: SelfTextRecipe) -> Iterat
 
 def _continuations(model: Any, tokenizer: Any, recipe: SelfTextRecipe) -> Iterator[tuple[str, str]]:
     """Endless (text, text), each from the token that begins a document."""
-    first = next(
-        (
-            token
-            for token in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
-            if token is not None
-        ),
-        0,
-    )
+    first = _first_token(tokenizer)
     start = [torch.tensor([first])] * recipe.batch
     while True:
         for text in sample(model, tokenizer, start, recipe.question_tokens + recipe.answer_tokens, recipe):
             yield text, text
+
+
+def _first_token(tokenizer: Any) -> int:
+    """The token that begins a document."""
+    known = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    return next((token for token in known if token is not None), 0)
 
 
 def render(tokenizer: Any, messages: Sequence[dict[str, str]], *, answer: bool = False) -> str:

@@ -36,6 +36,11 @@ def test_a_chat_model_asks_and_answers(chat: Any, model_of: Callable[..., Any]) 
     assert found.drawn == len(found.samples) + found.repetitive + found.short + found.duplicates
 
 
+def test_a_template_without_an_opening(chat: Any, model_of: Callable[..., Any]) -> None:
+    chat.chat_template = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
+    assert write_self_text(model_of("llama"), chat, 200, RECIPE).samples
+
+
 def test_two_draws_of_a_seed_are_the_same(chat: Any, model_of: Callable[..., Any]) -> None:
     import torch
 
