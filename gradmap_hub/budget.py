@@ -1,4 +1,4 @@
-"""How long to heal: tokens, a time, or steps."""
+"""How long to heal (tokens, a time, or steps), and what the original's predictions take on disk."""
 
 from __future__ import annotations
 
@@ -45,3 +45,17 @@ def parse_budget(text: str | int) -> Budget | None:
             f"--heal takes tokens (500k, 10M), a time (30m, 2h) or a number of steps (20); got {str(text)!r}."
         )
     return Budget(int(amount), unit) if amount else None
+
+
+# Tokens of a distribution that are stored; docs/method.md says why so many.
+TOP_K = 64
+
+
+def index_bytes(vocabulary: int) -> int:
+    """Size of the index of a token."""
+    return 2 if vocabulary <= 1 << 16 else 4
+
+
+def teacher_bytes(tokens: int, vocabulary: int) -> int:
+    """Size on disk of the original's predictions for `tokens` tokens: indices, and probabilities in float16."""
+    return tokens * (TOP_K * (index_bytes(vocabulary) + 2) + 2)

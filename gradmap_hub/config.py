@@ -151,6 +151,8 @@ class PruneMethod:
         if self.low_memory and self.device == "cuda":
             raise UsageError("--low-memory computes on the CPU; leave out --device cuda.")
         parse_budget(self.heal)
+        if SELF in self.heal_text and self.low_memory:
+            raise UsageError("Text that the original writes needs it in memory; leave out --low-memory or that text.")
         if not self.calibration:
             raise UsageError("--calibration needs at least one text.")
 

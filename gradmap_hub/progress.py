@@ -13,7 +13,7 @@ class Reporter(Protocol):
         ...
 
     def total(self, steps: int, *, unit: str = "") -> None:
-        """The running stage has this many steps; `unit` is "bytes" if the steps are bytes."""
+        """The running stage has this many steps; `unit` is "bytes" or "tokens" if the steps are such."""
         ...
 
     def advance(self, steps: int = 1) -> None:

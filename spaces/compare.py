@@ -95,6 +95,7 @@ class Facts:
     bytes: Pair
     perplexity: tuple[Perplexity, ...]
     compensated: int
+    healed: int
     examples: tuple[str, ...]
     license: str | None
 
@@ -193,6 +194,7 @@ def read_facts(file: Path) -> Facts:
                 for row in content.get("perplexity", [])
             ),
             compensated=_compensated(content.get("compensation", {})),
+            healed=int((content.get("healed") or {}).get("tokens", 0)),
             examples=tuple(str(example) for example in content.get("examples", [])),
             license=content.get("license"),
         )

@@ -77,10 +77,16 @@ def _model(source: Source) -> str:
 def header(facts: Facts) -> str:
     return (
         f"<header class='top'><h1>{escape(facts.title)}</h1>"
-        "<p>Type a prompt. Both models answer it on the same machine with the same settings.</p>"
+        f"<p>Type a prompt. Both models answer it on the same machine with the same settings.{_healed(facts)}</p>"
         f"<p class='models'>{_model(facts.original)} <span aria-hidden='true'>{ARROW}</span>"
         f"<span class='sr'> pruned to </span> {_model(facts.pruned)}</p></header>"
     )
+
+
+def _healed(facts: Facts) -> str:
+    if not facts.healed:
+        return ""
+    return f" The pruned one was trained on {facts.healed:,} tokens to predict what the original predicts."
 
 
 def _tile(label: str, before: str, after: str, difference: str, tone: str, below: str) -> str:

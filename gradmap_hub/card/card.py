@@ -20,7 +20,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from gradmap_hub.card.markdown import FILTERS, Safe, code, escape, ranges
-from gradmap_hub.card.plots import layers_plot, shift_plot
+from gradmap_hub.card.plots import healing_plot, layers_plot, shift_plot
 from gradmap_hub.card.results import (
     is_measured,
     measured_results,
@@ -48,6 +48,7 @@ from gradmap_hub.record import (
 TEMPLATE = "card.md.jinja"
 LAYERS_PLOT = "assets/layers.png"
 SHIFT_PLOT = "assets/shift.png"
+HEALING_PLOT = "assets/healing.png"
 CALIBRATION_KIND = "calibration (held out)"
 HUB = "https://huggingface.co"
 
@@ -60,6 +61,8 @@ def write_card(record: RunRecord, folder: Path) -> list[Path]:
     written = [folder / CARD]
     folder.mkdir(parents=True, exist_ok=True)
     write_text(written[0], card_text(record))
+    if has_healing_plot(record):
+        plots[HEALING_PLOT] = healing_plot
     for name, draw in plots.items():
         path = folder / name
         path.parent.mkdir(exist_ok=True)
@@ -172,6 +175,7 @@ def _context(record: RunRecord) -> dict[str, Any]:
         ],
         "layers_plot": Safe(LAYERS_PLOT),
         "shift_plot": Safe(SHIFT_PLOT),
+        "healing_plot": Safe(HEALING_PLOT) if has_healing_plot(record) else None,
         "hub": Safe(HUB),
     }
 
@@ -265,6 +269,12 @@ def _quality(texts: Sequence[TextPerplexity]) -> str | None:
 
 def _change_size(change: float) -> str:
     return f"{abs(change):.1%}" if abs(change) < 0.1 else f"{abs(change):,.0%}"
+
+
+def has_healing_plot(record: RunRecord) -> bool:
+    """Whether a healing is shown by a curve: it needs two points beside its start."""
+    heal = record.heal
+    return heal is not None and heal.applied and sum(check.held_out is not None for check in heal.checks) > 1
 
 
 def _healing_text(record: RunRecord) -> Safe:

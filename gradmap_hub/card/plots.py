@@ -64,6 +64,24 @@ def shift_plot(record: RunRecord, figure: Figure) -> None:
     legend(axes, [patch("kept layer, before compensation", KEPT), patch("removed layer", REMOVED_AREA), *marks])
 
 
+def healing_plot(record: RunRecord, figure: Figure) -> None:
+    """Divergence from the original on held-out sequences, and of the training, against the tokens trained on."""
+    heal = record.heal
+    assert heal is not None
+    axes = figure.add_subplot()
+    checks = [check for check in heal.checks if check.held_out is not None]
+    tokens = [0, *(check.tokens for check in checks)]
+    held_out = [heal.divergence_before or 0.0, *(check.held_out or 0.0 for check in checks)]
+    axes.plot(tokens[1:], [check.divergence for check in checks], color=REMOVED, marker="o", label="in training")
+    axes.plot(tokens, held_out, color=KEPT, marker="o", label="on held-out sequences")
+    axes.set_ylim(0, 1.22 * max(held_out))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.set_xlabel("tokens trained on")
+    axes.set_ylabel("KL from the original (nats per token)")
+    axes.set_title(f"Healing: divergence from the original {held_out[0]:.2f} to {min(held_out):.2f}")
+    legend(axes, axes.get_lines())
+
+
 def corrected_layers(record: RunRecord) -> list[int]:
     """The layers with corrected weights; records of earlier versions name one at most."""
     compensation = record.compensation

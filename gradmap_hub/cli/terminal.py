@@ -13,12 +13,22 @@ from rich.progress import (
     DownloadColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     SpinnerColumn,
+    Task,
     TextColumn,
     TransferSpeedColumn,
 )
 from rich.progress import TimeElapsedColumn as Elapsed
 from rich.progress import TimeRemainingColumn as Remaining
+from rich.text import Text
+
+
+class TokenSpeed(ProgressColumn):
+    """Tokens per second of a task whose steps are tokens."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:,.0f} tokens/s" if task.speed else "")
 
 
 class TerminalReporter:
@@ -66,6 +76,8 @@ class TerminalReporter:
         if self._live is not None and self._task is not None:
             if unit == "bytes":
                 self._live.columns = (*self._live.columns[:3], DownloadColumn(), TransferSpeedColumn(), Remaining())
+            if unit == "tokens":
+                self._live.columns = (*self._live.columns, TokenSpeed())
             self._live.reset(self._task, total=steps)
 
     def advance(self, steps: int = 1) -> None:

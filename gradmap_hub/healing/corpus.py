@@ -38,21 +38,30 @@ class Corpus:
         return sha256_of_ids(self.ids)
 
 
-def make_corpus(sources: Sequence[Rows], held_out: Sequence[Rows], sequences: int, seed: int) -> Corpus:
-    """The first `sequences` sequences of an endless seeded shuffle of all sources, and the ones to watch."""
+def make_corpus(sources: Sequence[tuple[Rows, float]], held_out: Sequence[Rows], sequences: int, seed: int) -> Corpus:
+    """A shuffle of `sequences` sequences of all sources, and the ones to watch.
+
+    Args:
+        sources: Each text with its weight in the mixture. Within a text every sequence is used before any is used
+            again.
+    """
     draw = torch.Generator().manual_seed(seed)
-    ids = torch.cat([rows.ids for rows in sources])
-    origin = torch.cat([torch.full((len(rows.ids),), place) for place, rows in enumerate(sources)])
-    order: list[int] = []
-    while len(order) < sequences:
-        order += torch.randperm(len(ids), generator=draw).tolist()
-    order = order[:sequences]
-    used = list(dict.fromkeys(order))
-    place_of = {place: new for new, place in enumerate(used)}
-    origins = origin[used]
+    total = sum(weight for _, weight in sources)
+    ends = [round(sequences * sum(w for _, w in sources[: place + 1]) / total) for place in range(len(sources))]
+    picked: list[tuple[int, int]] = []  # (source, sequence within it)
+    for place, (rows, _) in enumerate(sources):
+        wanted = ends[place] - (ends[place - 1] if place else 0)
+        passes = -(-wanted // len(rows.ids))
+        own = [index for _ in range(passes) for index in torch.randperm(len(rows.ids), generator=draw).tolist()]
+        picked += [(place, index) for index in own[:wanted]]
+    picked = [picked[index] for index in torch.randperm(len(picked), generator=draw).tolist()]
+    used = {pair: number for number, pair in enumerate(dict.fromkeys(picked))}
     return Corpus(
-        ids[used],
-        [place_of[place] for place in order],
+        torch.stack([sources[place][0].ids[index] for place, index in used]),
+        [used[pair] for pair in picked],
         list(held_out),
-        [Rows(rows.name, rows.sha256, ids[used][origins == place]) for place, rows in enumerate(sources)],
+        [
+            Rows(rows.name, rows.sha256, rows.ids[[index for source, index in used if source == place]])
+            for place, (rows, _) in enumerate(sources)
+        ],
     )

@@ -15,10 +15,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from gradmap_hub.budget import TOP_K
 from gradmap_hub.data.rows import sha256_of_ids
 from gradmap_hub.healing.corpus import Corpus
 from gradmap_hub.healing.parts import Part, start_training, trained_values
-from gradmap_hub.healing.teacher import K, TeacherCache
+from gradmap_hub.healing.teacher import TeacherCache
 from gradmap_hub.healing.training import HeldOut, NotFinite, Recipe, Trainer, Watcher, memory_kept
 from gradmap_hub.models.architectures import Architecture
 from gradmap_hub.pruning.compensation import lowers
@@ -50,7 +51,7 @@ class Teacher:
     held_out: TeacherCache
 
     @staticmethod
-    def of(corpus: Corpus, folder: Path, vocabulary: int, identity: str, *, autocast: bool, k: int = K) -> Teacher:
+    def of(corpus: Corpus, folder: Path, vocabulary: int, identity: str, *, autocast: bool, k: int = TOP_K) -> Teacher:
         """Not computed yet. `identity`: of the original, with its dtype."""
         watched = torch.cat([rows.ids for rows in corpus.held_out])
         return Teacher(

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradmap_hub.budget import TOP_K, index_bytes
 from gradmap_hub.errors import DiskTooSmall, GradmapError
 from gradmap_hub.files import write_text
 from gradmap_hub.healing.objective import CHUNK, TopK, top_k
@@ -26,19 +27,8 @@ from gradmap_hub.healing.objective import CHUNK, TopK, top_k
 if TYPE_CHECKING:
     from gradmap_hub.models.decoder import Decoder
 
-# Tokens of a distribution that are stored; docs/method.md has the measurement.
-K = 64
 # Sequences after which the progress is recorded.
 _FLUSH = 32
-
-
-def cache_bytes(positions: int, vocabulary: int, k: int = K) -> int:
-    """Size of the cache of `positions` tokens on disk."""
-    return positions * (k * (_index_type(vocabulary)().itemsize + 2) + 2)
-
-
-def _index_type(vocabulary: int) -> Any:
-    return np.uint16 if vocabulary <= 1 << 16 else np.uint32
 
 
 class TeacherCache:
@@ -50,7 +40,7 @@ class TeacherCache:
     """
 
     def __init__(
-        self, folder: Path, ids: Tensor, vocabulary: int, teacher: str, *, autocast: bool = False, k: int = K
+        self, folder: Path, ids: Tensor, vocabulary: int, teacher: str, *, autocast: bool = False, k: int = TOP_K
     ) -> None:
         self.folder = folder
         self.ids = ids
@@ -59,7 +49,7 @@ class TeacherCache:
         self._key = hashlib.sha256(f"{teacher}:{self.k}:{autocast}:".encode() + ids.numpy().tobytes()).hexdigest()
         self._state = folder / "teacher.json"
         self._shapes = {
-            "indices": (_index_type(vocabulary), (*ids.shape, self.k)),
+            "indices": (np.uint16 if index_bytes(vocabulary) == 2 else np.uint32, (*ids.shape, self.k)),
             "logprobs": (np.float16, (*ids.shape, self.k)),
             "rest": (np.float16, tuple(ids.shape)),
         }

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from gradmap_hub.config import SELF
 from gradmap_hub.data.texts import Text, read_text, text_of
-from gradmap_hub.errors import CalibrationError, UsageError
+from gradmap_hub.errors import CalibrationError
 from gradmap_hub.files import write_text
 from gradmap_hub.layout import check_disk
 from gradmap_hub.models.original import open_decoder
@@ -184,23 +184,26 @@ def _summary(record: HealRecord) -> str:
 
 
 def _corpus(run: Run, rows: CalibrationRows, sequences: int, *, own: bool = True) -> Corpus:
-    """The sequences to train on and to watch. `own`: with text that the original writes, if wanted."""
+    """The sequences to train on and to watch: the calibration texts by their size, and SELF_SHARE of text that a chat
+    model writes; or what --heal-text names, in equal parts. `own`: with text that the original writes."""
     from gradmap_hub.data.rows import Rows, tokenize
     from gradmap_hub.healing.corpus import make_corpus
 
     tokenizer = run.original.tokenizer()
-    names = run.method.heal_text
-    # A streamed original reads well, but writes token by token: a pass over its files for each.
-    chat = bool(tokenizer.chat_template) and not run.method.low_memory
-    sources, held_out = ([], []) if names else (list(rows.training), [Rows(_CHOSE, "", rows.selection)])
-    if SELF in names and run.method.low_memory:
-        raise UsageError("Text that the original writes needs it in memory; leave out --low-memory or that text.")
-    given = [text_of(name, run.hub) for name in names if name != SELF]
-    if own and (SELF in names or (not names and chat)):
-        share = SELF_SHARE if not names else 1 / len(names)
-        wanted = round(share * sequences) + HELD_OUT
-        given.append(self_text(run, wanted * run.method.seq_len))
-    for text in given:
+    names = [name for name in run.method.heal_text if own or name != SELF]
+    sources: list[tuple[Rows, float]] = []
+    held_out: list[Rows] = []
+    if not names:
+        # A streamed original reads well, but writes token by token, with a pass over its files for each.
+        chat = own and bool(tokenizer.chat_template) and not run.method.low_memory
+        total = sum(len(text.ids) for text in rows.training)
+        sources = [(text, len(text.ids) / total * (1 - SELF_SHARE * chat)) for text in rows.training]
+        held_out = [Rows(_CHOSE, "", rows.selection)]
+        names = [SELF] * chat
+    share = 1 / len(names) if not sources else SELF_SHARE
+    for name in names:
+        wanted = max(2 * HELD_OUT, round(share * sequences) + HELD_OUT)
+        text = self_text(run, wanted * run.method.seq_len) if name == SELF else text_of(name, run.hub)
         cut = tokenize(text, tokenizer, run.method.seq_len)
         if len(cut.ids) < 2 * HELD_OUT:
             raise CalibrationError(
@@ -208,10 +211,10 @@ def _corpus(run: Run, rows: CalibrationRows, sequences: int, *, own: bool = True
                 f"{2 * HELD_OUT * run.method.seq_len:,} needed, a part of which is held out.",
                 hint="Give a longer text, or shorter sequences with --seq-len.",
             )
-        sources.append(Rows(cut.name, cut.sha256, cut.ids[:-HELD_OUT]))
+        sources.append((Rows(cut.name, cut.sha256, cut.ids[:-HELD_OUT]), share))
         held_out.append(Rows(cut.name, cut.sha256, cut.ids[-HELD_OUT:]))
     corpus = make_corpus(sources, held_out, sequences, run.method.seed)
-    if corpus.repeats > 1:
+    if corpus.repeats > 1 and own:
         run.reporter.note(
             f"The text for healing is shorter than the budget: its {corpus.ids.numel():,} tokens are read "
             f"{corpus.repeats:.1f} times."

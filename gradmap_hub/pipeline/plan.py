@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gradmap_hub.budget import teacher_bytes
 from gradmap_hub.config import PublishConfig, PushConfig
 from gradmap_hub.data.texts import check_texts
 from gradmap_hub.errors import SourceError, UnsafeToPublish, UsageError
@@ -102,10 +103,24 @@ def make_plan(config: PushConfig, hub: Hub) -> PushPlan:
     skipped = compensation_skipped(source.architecture, source.config)
     if skipped is not None:
         checks.add("compensation", f"skipped: {skipped}")
+    predictions = _healing(config, source)
+    if config.prune.budget is not None:
+        text = ", ".join(config.prune.heal_text) or "the calibration text, and own text of a chat model"
+        stored = f", {predictions / 1e6:,.1f} MB of the original's predictions" if predictions else ""
+        checks.add("healing", f"{config.prune.heal} on {text}{stored}")
     disk, upload = _bytes_needed(config, source, targets, float32)
+    disk += predictions
     checks.room(output, disk, upload)
     check_expected(source, config.repeats)
     return PushPlan(targets, source, output, removals, base.license or "", disk, upload, checks.found)
+
+
+def _healing(config: PushConfig, source: Source) -> int:
+    """Bytes of the original's predictions on disk; 0 if there is no healing or its tokens are not known yet."""
+    budget = config.prune.budget
+    if budget is None or budget.unit != "tokens":
+        return 0
+    return teacher_bytes(budget.amount, int(source.config.get("vocab_size") or 1 << 17))
 
 
 def _bytes_needed(config: PushConfig, source: Source, targets: Targets, float32: int) -> tuple[int, int]:

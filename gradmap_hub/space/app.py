@@ -134,9 +134,16 @@ def _compare(
             # Older records allow only one compensated matrix and do not list it.
             "matrices": len(record.compensation.corrections) or int(record.compensation.applied),
         },
+        "healed": _healed(record),
         "examples": list(EXAMPLES),
         "license": record.base.license,
     }
+
+
+def _healed(record: RunRecord) -> dict[str, object] | None:
+    """How long the pruned model was healed; None if it was not."""
+    heal = record.heal
+    return {"tokens": heal.tokens, "seconds": heal.seconds} if heal is not None and heal.applied else None
 
 
 def _perplexity(record: RunRecord) -> list[dict[str, object]]:
@@ -150,14 +157,14 @@ def _perplexity(record: RunRecord) -> list[dict[str, object]]:
 
 
 def refresh_compare(record: RunRecord, folder: Path) -> None:
-    """Write the perplexities of this record into compare.json, if `folder` has one."""
+    """Write the perplexities of this record, and its healing, into compare.json, if `folder` has one."""
     facts = folder / "compare.json"
     if not facts.is_file():
         return
     content = json.loads(facts.read_text(encoding="utf-8"))
-    wanted = _perplexity(record)
-    if isinstance(content, dict) and content.get("perplexity", wanted) != wanted:
-        text = json.dumps(content | {"perplexity": wanted}, indent=2, ensure_ascii=False, allow_nan=False)
+    wanted = {"perplexity": _perplexity(record), "healed": _healed(record)}
+    if isinstance(content, dict) and any(content.get(key, value) != value for key, value in wanted.items()):
+        text = json.dumps(content | wanted, indent=2, ensure_ascii=False, allow_nan=False)
         write_text(facts, text + "\n")
 
 

@@ -30,7 +30,7 @@ class World:
     def __init__(self, model: Any, make: dict[str, Callable[..., Any]], folder: Path, *, sequences: int = 60) -> None:
         self.model, self.make, self.folder = model, make, folder
         rows = own_text(model, make["rows"](14, 4))
-        self.corpus: Corpus = make_corpus([Rows("own", "0", rows[:8])], [Rows("own", "0", rows[8:])], sequences, 0)
+        self.corpus: Corpus = make_corpus([(Rows("own", "0", rows[:8]), 1)], [Rows("own", "0", rows[8:])], sequences, 0)
         self.decoder = make["decoder"](model, TOKENS)
         self.teacher = self.teacher_of(self.corpus)
         for cache in self.teacher.parts:

@@ -17,6 +17,7 @@ import torch
 from accelerate.state import AcceleratorState
 from torch import Tensor
 
+from gradmap_hub.data.rows import Rows
 from gradmap_hub.healing import heal as healing
 from gradmap_hub.healing import training
 from gradmap_hub.healing.corpus import make_corpus
@@ -246,15 +247,16 @@ def test_the_rate_rises_once_and_falls_to_little(steps: int) -> None:
     assert rates[: top + 1] == sorted(rates[: top + 1]) and rates[top:] == sorted(rates[top:], reverse=True)
 
 
-def test_a_corpus_uses_each_sequence_before_any_twice(random_rows: Callable[..., Any]) -> None:
-    from gradmap_hub.data.rows import Rows
-
-    first, second = random_rows(6, 8, 1), random_rows(4, 8, 2)
-    sources = [Rows("a", "1", first), Rows("b", "2", second)]
-    corpus = make_corpus(sources, [], 25, 0)
-    assert corpus.order[:10] == list(range(10)) and len(corpus.order) == 25 and corpus.repeats == 2.5
-    assert sorted(corpus.order[10:20]) == list(range(10))
-    assert [len(rows.ids) for rows in corpus.sources] == [6, 4]
-    few = make_corpus(sources, [], 3, 0)
-    assert torch.equal(few.ids, corpus.ids[:3]) and sum(len(rows.ids) for rows in few.sources) == 3
-    assert make_corpus(sources, [], 25, 1).order[10:] != corpus.order[10:]
+def test_a_corpus_mixes_by_weight_and_uses_each_sequence_before_any_twice(random_rows: Callable[..., Any]) -> None:
+    first, second = random_rows(12, 8, 1), random_rows(4, 8, 2)
+    sources = [(Rows("a", "1", first), 3.0), (Rows("b", "2", second), 1.0)]
+    corpus = make_corpus(sources, [], 40, 0)
+    read = corpus.ids[corpus.order]
+    times = {name: [int((read == row).all(1).sum()) for row in ids] for name, ids in (("a", first), ("b", second))}
+    assert sum(times["a"]) == 30 and set(times["a"]) == {2, 3}
+    assert sum(times["b"]) == 10 and set(times["b"]) == {2, 3}
+    assert len(corpus.ids) == 16 and corpus.repeats == 2.5
+    assert torch.equal(corpus.sources[1].ids.sort(0).values, second.sort(0).values)
+    few = make_corpus(sources, [], 4, 0)
+    assert [len(rows.ids) for rows in few.sources] == [3, 1] and sorted(few.order) == [0, 1, 2, 3]
+    assert make_corpus(sources, [], 40, 1).order != corpus.order
