@@ -1,4 +1,4 @@
-"""`python -m benchmarks.corrections`: ablation of stage 2 (sites, kind of compensation, ridge strength) and of healing.
+"""`python -m benchmarks.corrections`: ablation of stage 2 (sites, kind of compensation, ridge strength).
 
 All variants use one set of removed layers and the same fitting, selection and evaluation sequences; model and texts are
 those of `make bench`. Perplexity is measured on texts that no variant is fitted on.
@@ -26,7 +26,6 @@ from gradmap_hub.data.rows import Rows
 from gradmap_hub.models.decoder import Decoder
 from gradmap_hub.progress import SilentReporter
 from gradmap_hub.pruning.compensation import Overrides, fit_compensation
-from gradmap_hub.pruning.heal import heal_model
 from gradmap_hub.pruning.residual import ATTENTION, MLP
 from gradmap_hub.pruning.sites import Site, sites_at_gaps
 
@@ -77,13 +76,11 @@ def main() -> None:
     parser.add_argument("--drop", default="12,13,14,15,16,17,18", help="layers to remove")
     parser.add_argument("--rows", type=int, default=36, help="sequences of 512 tokens; a quarter is for selection")
     parser.add_argument("--evaluation", type=int, default=8, help="evaluation sequences per text (default 8)")
-    parser.add_argument("--heal", default="20,60", help="healing steps after the default compensation (20,60)")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="dtype of all passes")
     parser.add_argument("--output", type=Path, default=Path("build/bench"))
     arguments = parser.parse_args()
     decoder, tokenizer, samples = opened(arguments.output, arguments.dtype)
     removed = [int(part) for part in arguments.drop.split(",")]
-    heal_steps = [int(part) for part in arguments.heal.split(",") if part]
     kept = [layer for layer in range(decoder.count) if layer not in set(removed)]
     pools, texts, _ = data(samples, tokenizer, pool=arguments.rows, evaluation=arguments.evaluation, draws=1)
     rows = split_pool(pools[0])
@@ -106,13 +103,6 @@ def main() -> None:
         )  # fmt: skip
         seconds = time.perf_counter() - started
         show(variant.name, perplexities(decoder, texts, kept, overrides), len(overrides), seconds)
-        for steps in heal_steps if variant.name == DEFAULT else ():
-            started = time.perf_counter()
-            _, healed = heal_model(decoder, rows, removed, overrides, steps, 0, SilentReporter())
-            seconds = time.perf_counter() - started
-            changed = {**overrides, **healed}
-            name = f"{variant.name}, then {steps} steps of healing"
-            show(name, perplexities(decoder, texts, kept, changed), len(changed), seconds)
     name = f"corrections-{arguments.rows}.json"
     (arguments.output / name).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     Console(width=160).print(table)

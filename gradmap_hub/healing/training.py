@@ -145,10 +145,9 @@ class Trainer:
 
         self.corpus, self.teacher, self.watched, self.recipe = corpus, teacher, watched, recipe
         self.folder, self.key = folder, key
-        self.accelerator = Accelerator(
-            mixed_precision="bf16" if recipe.autocast else "no",
-            cpu=next(student.parameters()).device.type == "cpu",
-        )
+        # The passes set their own precision: that of an Accelerator holds for the whole process.
+        on_cpu = next(student.parameters()).device.type == "cpu"
+        self.accelerator = Accelerator(cpu=True) if on_cpu and torch.cuda.is_available() else Accelerator()
         student.eval()  # no dropout: the original's predictions have none
         self.names = [name for name, parameter in student.named_parameters() if parameter.requires_grad]
         model = Distilled(student, head)
@@ -206,7 +205,7 @@ class Trainer:
         groups = [mine[start : start + self.recipe.micro] for start in range(0, len(mine), self.recipe.micro)]
         for number, group in enumerate(groups):
             last = number == len(groups) - 1
-            with self.accelerator.autocast(), _no_sync(self.accelerator, self.model, not last):
+            with self._autocast(), _no_sync(self.accelerator, self.model, not last):
                 values, _ = self.model(*self._batch(self.corpus.ids, self.teacher, group))
                 # DDP takes the mean over the processes, of which each has its share of the tokens.
                 self.accelerator.backward(values.sum() * (self.accelerator.num_processes / tokens))
@@ -219,6 +218,9 @@ class Trainer:
         reduced: Any = self.accelerator.reduce(total, "sum")
         return float(reduced) / tokens
 
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.recipe.autocast)
+
     def _batch(self, ids: Tensor, teacher: TeacherCache, places: Sequence[int]) -> tuple[Tensor, Any]:
         device = self.accelerator.device
         return ids[list(places)].to(device), teacher.of(places).to(device)
@@ -228,7 +230,7 @@ class Trainer:
         ids = self.watched.ids
         losses: list[float] = []
         divergences: list[float] = []
-        with torch.no_grad(), self.accelerator.autocast():
+        with torch.no_grad(), self._autocast():
             for place in range(len(ids)):
                 batch, teacher = self._batch(ids, self.watched, [place])
                 labels = torch.cat([batch[0, 1:], batch[0, :1]])  # the last position has none and is dropped

@@ -43,7 +43,6 @@ class Decoder:
         self.output: nn.Module = model.get_output_embeddings()  # pyright: ignore
         self.head = self.head_of(self.output)
         self.device: torch.device = self.output.weight.device  # pyright: ignore
-        self.dtype: torch.dtype = self.output.weight.dtype  # pyright: ignore
         # Off even if the config sets them: recording outputs patches the layers until a pass ends, but ours abort.
         self._quiet = {"use_cache": False, "output_hidden_states": False, "output_attentions": False}
         if hasattr(model.config, "output_router_logits"):

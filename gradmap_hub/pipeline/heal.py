@@ -117,7 +117,8 @@ def heal_stage(run: Run, rows: CalibrationRows, removed: Sequence[int], open_stu
     sequences = budget.amount * recipe.sequences if budget.unit == "steps" else budget.amount // run.method.seq_len
     if budget.unit == "seconds":
         sequences = _timed(run, rows, student, recipe, budget.amount).sequences
-    corpus = _corpus(run, rows, max(recipe.sequences, sequences))
+    steps = max(1, round(sequences / recipe.sequences))
+    corpus = _corpus(run, rows, steps * recipe.sequences)
 
     def compute() -> HealRecord:
         from gradmap_hub.healing.heal import heal_model

@@ -241,7 +241,7 @@ def _evaluate(run: Run, chosen: Compensated, healed: HealRecord | None, texts: S
         with ExitStack() as replaced:
             for (layer, name), value in overrides.items():
                 # as in a checkpoint that is read back
-                rounded = value.to(stored).to(decoder.dtype).to(decoder.device)
+                rounded = value.to(stored).to(run.precision()[0]).to(decoder.device)
                 replaced.enter_context(decoder.replaced(layer, {name: rounded}))
             return _Pruned(uncorrected, losses_without(run, [chosen.removed], texts)[0])
 

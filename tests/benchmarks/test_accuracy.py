@@ -19,6 +19,8 @@ from benchmarks.methods import CORRECTED, DEFAULT, DENSE, ONE_SHOT, OWN, PAPER, 
 from benchmarks.peers import Patch
 
 LAYERS, TOKENS, COUNT, DOCUMENTS = 10, 32, 2, 20
+pytestmark = pytest.mark.slow
+
 SETTINGS = {"model": "tiny"}
 WORDS = ("river", "lantern", "mill", "clock", "Ada found the violin", "on day 7", "ledger", "a basket of letters")
 

@@ -19,6 +19,8 @@ from benchmarks.methods import DEFAULT, DENSE, ITERATIVE, ONE_SHOT, PAPER, PUBLI
 from benchmarks.plot import quality_time
 
 LAYERS, TOKENS, COUNT = 10, 32, 2
+pytestmark = pytest.mark.slow
+
 SETTINGS = {"model": "tiny"}
 
 

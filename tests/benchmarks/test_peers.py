@@ -11,6 +11,8 @@ from torch.nn import functional as F
 
 from benchmarks import peers
 
+pytestmark = pytest.mark.slow
+
 LAYERS = 10
 TOKENS = 48
 REMOVED = [3, 4, 5]

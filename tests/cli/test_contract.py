@@ -148,7 +148,7 @@ def records(world: Any, task_documents: Path) -> Records:
 
     push = ["push", "acme/tiny", "--layers", "2", "--output", pushed, *quick]
     run("push --dry-run", *push, "--dry-run")
-    run("push", *push, "--heal", "2", "--collection", "Small ones")
+    run("push", *push, "--heal", "2", "--heal-text", world.text, "--collection", "Small ones")
     look("push", pushed / "gradmap.json")
     look("push", facts)
     found.files = {"pushed folder": names_in(pushed), "Space folder": names_in(facts.parent)}

@@ -20,10 +20,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gradmap_hub.config import PruneConfig
-from gradmap_hub.data.rows import CalibrationRows
+from gradmap_hub.data.rows import CalibrationRows, Rows
 from gradmap_hub.errors import UnsupportedArchitecture, UsageError, VerificationError
 from gradmap_hub.exporters import export as formats
 from gradmap_hub.exporters import onnx
+from gradmap_hub.healing.corpus import make_corpus
+from gradmap_hub.healing.heal import Student, Teacher, heal_model
+from gradmap_hub.healing.parts import Part
+from gradmap_hub.healing.training import Recipe
 from gradmap_hub.models import checkpoint
 from gradmap_hub.models.architectures import (
     ARCHITECTURES,
@@ -40,7 +44,6 @@ from gradmap_hub.models.transformers_compat import ONLY_5, has_5
 from gradmap_hub.progress import SilentReporter
 from gradmap_hub.pruning.compensation import fit_compensation
 from gradmap_hub.pruning.fitting import accumulate_gram, fitted_gain, site_kind, solved, through_norm
-from gradmap_hub.pruning.heal import heal_model
 from gradmap_hub.pruning.removal import parameter_count, remove_layers
 from gradmap_hub.pruning.residual import ATTENTION, MLP, Tap, writer_of
 from gradmap_hub.pruning.ridge import RidgeSolution
@@ -546,7 +549,9 @@ def test_weights_streamed_from_disk_give_the_same(
     tell("`--low-memory`", "yes")
 
 
-def test_experts_that_no_token_reaches_can_be_trained_with_the_others(random_rows: Callable[..., Tensor]) -> None:
+def test_experts_that_no_token_reaches_can_be_trained_with_the_others(
+    random_rows: Callable[..., Tensor], tmp_path: Path
+) -> None:
     model = build("mixtral")
     for layer in model.model.layers:
         router = (layer.mlp if has_5() else layer.block_sparse_moe).gate
@@ -554,8 +559,15 @@ def test_experts_that_no_token_reaches_can_be_trained_with_the_others(random_row
         router.weight.data[:3] *= 50  # of two among three at least one is surely above 0
     decoder = decoder_of(model, "mixtral")
     ids = own_text(model, random_rows(2, 4))
-    rows = CalibrationRows(ids, ids, [], [])
-    record, _ = heal_model(decoder, rows, [1, 3], {}, 2, 0, SilentReporter())
+    corpus = make_corpus([(Rows("own", "", ids), 1.0)], [Rows("own", "", ids)], 4, 0)
+    teacher = Teacher.of(corpus, tmp_path / "teacher", decoder.vocabulary, "mixtral", autocast=False)
+    for cache in teacher.parts:
+        cache.fill(decoder)
+    thin = copy.deepcopy(model)
+    remove_layers(thin, ARCHITECTURES["mixtral"], [1, 3])
+    student = Student(thin, thin.lm_head, ARCHITECTURES["mixtral"], "thin")
+    recipe = Recipe(1e-3, 2, 2, autocast=False)
+    record, _ = heal_model(student, corpus, teacher, Part("all", [0, 1, 2]), recipe, tmp_path / "state")
     assert record.steps == 2 and len(record.checks) > 0
 
 

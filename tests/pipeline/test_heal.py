@@ -101,7 +101,9 @@ def test_a_time_becomes_tokens(tiny_folder: Path, text_file: Path, tmp_path: Pat
 
 
 def test_text_shorter_than_the_budget_is_read_again(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
-    done = prune_tiny(tiny_folder, tmp_path / "out", text_file, "--heal", "100k")
+    short = tmp_path / "short.txt"
+    short.write_text(text_file.read_text(encoding="utf-8")[:5000], encoding="utf-8")
+    done = prune_tiny(tiny_folder, tmp_path / "out", text_file, "--heal", "6k", "--heal-text", str(short))
     assert done.exit_code == 0, done.output
     healed = RunRecord.read(tmp_path / "out").heal
     assert healed is not None and healed.repeats > 1
