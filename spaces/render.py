@@ -143,13 +143,14 @@ def _layers(facts: Facts) -> str:
     number = len(removed) or facts.layers.original - facts.layers.pruned
     count = facts.compensated
     compensation = f", {'one weight matrix' if count == 1 else f'{count} weight matrices'} corrected" if count else ""
+    training = f"healed on {facts.healed:,} tokens" if facts.healed else "no retraining"
     where = f" <span class='which'>Removed: {ranges(facts.removed)}.</span>" if removed else ""
     strip = "".join(
         f"<i class='{'gone' if index in removed else 'kept'}'></i>" for index in range(facts.layers.original)
     )
     return (
         f"<div class='layers'><p>{number} of {facts.layers.original} layers removed{compensation}, "
-        f"no retraining.{where}</p><div class='strip' aria-hidden='true'>{strip}</div></div>"
+        f"{training}.{where}</p><div class='strip' aria-hidden='true'>{strip}</div></div>"
     )
 
 

@@ -51,12 +51,12 @@ class Teacher:
     held_out: TeacherCache
 
     @staticmethod
-    def of(corpus: Corpus, folder: Path, vocabulary: int, identity: str, *, autocast: bool, k: int = TOP_K) -> Teacher:
+    def of(corpus: Corpus, folder: Path, vocabulary: int, identity: str, *, k: int = TOP_K) -> Teacher:
         """Not computed yet. `identity`: of the original, with its dtype."""
         watched = torch.cat([rows.ids for rows in corpus.held_out])
         return Teacher(
-            TeacherCache(folder / "train", corpus.ids, vocabulary, identity, autocast=autocast, k=k),
-            TeacherCache(folder / "held-out", watched, vocabulary, identity, autocast=autocast, k=k),
+            TeacherCache(folder / "train", corpus.ids, vocabulary, identity, k=k),
+            TeacherCache(folder / "held-out", watched, vocabulary, identity, k=k),
         )
 
     @property

@@ -30,7 +30,7 @@ class SelfTextRecipe:
     seed: int = 0
     temperature: float = 1.0
     top_p: float = 0.95
-    batch: int = 48
+    batch: int = 64
     question_tokens: int = 96
     answer_tokens: int = 256
     least_tokens: int = 24

@@ -36,17 +36,13 @@ class TeacherCache:
 
     Args:
         teacher: What identifies the original, its dtype included: a cache of another one is replaced.
-        autocast: Compute it in bfloat16, whatever the dtype of the weights.
     """
 
-    def __init__(
-        self, folder: Path, ids: Tensor, vocabulary: int, teacher: str, *, autocast: bool = False, k: int = TOP_K
-    ) -> None:
+    def __init__(self, folder: Path, ids: Tensor, vocabulary: int, teacher: str, *, k: int = TOP_K) -> None:
         self.folder = folder
         self.ids = ids
         self.k = min(k, vocabulary)
-        self._autocast = autocast
-        self._key = hashlib.sha256(f"{teacher}:{self.k}:{autocast}:".encode() + ids.numpy().tobytes()).hexdigest()
+        self._key = hashlib.sha256(f"{teacher}:{self.k}:".encode() + ids.numpy().tobytes()).hexdigest()
         self._state = folder / "teacher.json"
         self._shapes = {
             "indices": (np.uint16 if index_bytes(vocabulary) == 2 else np.uint32, (*ids.shape, self.k)),
@@ -101,7 +97,7 @@ class TeacherCache:
     def _distributions(self, decoder: Decoder, ids: Tensor) -> list[TopK]:
         """Per sequence of `ids` (n, tokens), the original's distribution at every position."""
         found: list[TopK] = []
-        with torch.no_grad(), torch.autocast(decoder.device.type, torch.bfloat16, enabled=self._autocast):
+        with torch.no_grad():
             states = [decoder.embed(row) for row in ids.split(1)]
             decoder.carry(states, range(decoder.count))
             for state in states:

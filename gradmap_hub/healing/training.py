@@ -190,8 +190,6 @@ class Trainer:
             if time.monotonic() - saved > self.recipe.save_every:
                 self._save()
                 saved = time.monotonic()
-        if self.recipe.save_every < math.inf:
-            self._save()
 
     def _places(self, step: int) -> list[int]:
         start = step * self.recipe.sequences
@@ -293,7 +291,8 @@ class Trainer:
             partial.unlink(missing_ok=True)
             raise GradmapError(
                 f"The state of the healing cannot be written to {self.folder}: {error}",
-                hint="Free some space and run the same command again with --resume; it goes on from the last state.",
+                hint="Free some space and run the same command again (push and prune: with --resume); it goes on from "
+                "the last state.",
             ) from error
         os.replace(partial, self.folder / name)
 

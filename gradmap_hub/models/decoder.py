@@ -54,6 +54,11 @@ class Decoder:
         return len(self.layers)
 
     @property
+    def weight_dtype(self) -> torch.dtype:
+        """The dtype of the head."""
+        return self.output.weight.dtype  # pyright: ignore
+
+    @property
     def vocabulary(self) -> int:
         """Number of logits."""
         return int(self.output.weight.shape[0])  # pyright: ignore

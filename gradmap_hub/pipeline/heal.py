@@ -124,7 +124,7 @@ def heal_stage(run: Run, rows: CalibrationRows, removed: Sequence[int], open_stu
         from gradmap_hub.healing.heal import heal_model
 
         file.unlink(missing_ok=True)
-        teacher = _teacher(run, corpus, recipe)
+        teacher = _teacher(run, corpus)
         pupil, part = student()
         run.reporter.start(f"{run.stages.label}Healing, {_PARTS[part.name]}")
         run.reporter.total(corpus.tokens, unit="tokens")
@@ -233,7 +233,7 @@ def self_text(run: Run, tokens: int) -> Text:
     def compute() -> SelfTextFile:
         from gradmap_hub.healing.self_text import write_self_text
 
-        decoder = run.decoder()
+        decoder = _open_reader(run)
         run.reporter.total(tokens, unit="tokens")
         found = write_self_text(decoder.model, run.original.tokenizer(), tokens, recipe, run.reporter.advance)
         write_text(file, "".join(json.dumps({"text": sample}, ensure_ascii=False) + "\n" for sample in found.samples))
@@ -273,24 +273,34 @@ def recipe_of(run: Run) -> Recipe:
     return Recipe(RATE, sequences, sequences, autocast)
 
 
-def _teacher(run: Run, corpus: Corpus, recipe: Recipe) -> Teacher:
+def _open_reader(run: Run) -> Decoder:
+    """The original to predict and to write text: in bfloat16 where the machine multiplies it faster, even if its
+    weights are stored in float32, because a distribution needs no more."""
+    import torch
+
+    dtype = torch.bfloat16 if recipe_of(run).autocast else run.precision()[0]
+    if dtype == run.precision()[0]:
+        return run.decoder()
+    run.release()
+    return open_decoder(
+        run.original.checkpoint(), run.source.architecture, run.method.seq_len, dtype=dtype,
+        device=run.precision()[1], streamed=run.method.low_memory,
+    )  # fmt: skip
+
+
+def _teacher(run: Run, corpus: Corpus) -> Teacher:
     """The original's predictions for the corpus, computed as far as they are missing."""
     from gradmap_hub.healing.heal import Teacher
 
-    dtype, _ = run.precision()
-    teacher = Teacher.of(
-        corpus,
-        run.shared / _TEACHER,
-        run.decoder().vocabulary,
-        f"{identity(run.source)} {dtype}",
-        autocast=recipe.autocast,
-    )
-    check_disk(run.work, sum(cache.bytes for cache in teacher.parts if not cache.done))
     tokens = run.method.seq_len
     run.reporter.start(f"{run.stages.label}Reading the original's predictions")
+    decoder = _open_reader(run)
+    about = f"{identity(run.source)} {decoder.weight_dtype}"
+    teacher = Teacher.of(corpus, run.shared / _TEACHER, decoder.vocabulary, about)
+    check_disk(run.work, sum(cache.bytes for cache in teacher.parts if not cache.done))
     run.reporter.total(sum(len(cache.ids) for cache in teacher.parts) * tokens, unit="tokens")
     for cache in teacher.parts:
-        cache.fill(run.decoder(), lambda sequences: run.reporter.advance(sequences * tokens))
+        cache.fill(decoder, lambda sequences: run.reporter.advance(sequences * tokens))
     run.reporter.finish(f"{corpus.ids.numel():,} tokens")
     return teacher
 
@@ -314,7 +324,7 @@ def _timed(
 
         corpus = _corpus(run, rows, _TIMED * recipe.sequences, own=False)
         started = time.monotonic()
-        teacher = _teacher(run, corpus, recipe)
+        teacher = _teacher(run, corpus)
         read = sum(len(cache.ids) for cache in teacher.parts)
         reading = (time.monotonic() - started) / read
         pupil, part = student()

@@ -39,7 +39,7 @@ class World:
     def teacher_of(self, corpus: Corpus) -> Teacher:
         # All tokens of the vocabulary: a random model has no likely ones.
         size = self.model.config.vocab_size
-        return Teacher.of(corpus, self.folder / "teacher", size, "tiny", autocast=False, k=size)
+        return Teacher.of(corpus, self.folder / "teacher", size, "tiny", k=size)
 
     def student(self, identity: str = "student") -> Student:
         model = self.make["prune"](self.model, REMOVED)

@@ -560,7 +560,7 @@ def test_experts_that_no_token_reaches_can_be_trained_with_the_others(
     decoder = decoder_of(model, "mixtral")
     ids = own_text(model, random_rows(2, 4))
     corpus = make_corpus([(Rows("own", "", ids), 1.0)], [Rows("own", "", ids)], 4, 0)
-    teacher = Teacher.of(corpus, tmp_path / "teacher", decoder.vocabulary, "mixtral", autocast=False)
+    teacher = Teacher.of(corpus, tmp_path / "teacher", decoder.vocabulary, "mixtral")
     for cache in teacher.parts:
         cache.fill(decoder)
     thin = copy.deepcopy(model)

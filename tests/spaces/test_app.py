@@ -232,6 +232,10 @@ def test_figures_read_well(kit: SimpleNamespace, tmp_path: Path) -> None:
         ("float32 (600 \N{RIGHTWARDS ARROW} 440 kB)", "float32"),
     ]
     assert "+0.4%" in render.method(loader(kit, tmp_path)._facts)
+    assert "trained on" not in render.header(loader(kit, tmp_path)._facts)
+    healed = loader(kit, tmp_path, healed={"tokens": 500_000, "seconds": 1290.0})._facts
+    assert "The pruned one was trained on 500,000 tokens" in render.header(healed)
+    assert "healed on 500,000 tokens." in render.tiles(healed) and "no retraining" not in render.tiles(healed)
     plain = render.tiles(loader(kit, tmp_path, compensation={"applied": False}, perplexity=[])._facts)
     assert "1 of 3 layers removed, no retraining." in plain
 
