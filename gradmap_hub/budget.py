@@ -47,7 +47,7 @@ def parse_budget(text: str | int) -> Budget | None:
     return Budget(int(amount), unit) if amount else None
 
 
-# Tokens of a distribution that are stored; docs/method.md says why so many.
+# Tokens of a distribution that are stored.
 TOP_K = 64
 
 

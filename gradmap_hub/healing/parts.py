@@ -1,7 +1,6 @@
 """Which weights are trained: all layers, those around the gaps, or low-rank adapters that are merged afterwards.
 
-Never the embedding, the head and the final norm: in small models the first two are one matrix and the largest of all,
-and what they cost in time and memory trains the layers further (docs/method.md).
+Never the embedding, the head and the final norm: in small models the first two are one matrix and the largest of all.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Text that the original writes itself, for calibration and healing: no data set, and what its users ask it for.
+"""Text that the original writes itself, to heal on: no data set, and what its users ask it for.
 
 A chat model is given only the opening of a user's turn in its own template, so that it writes the question, and then
 answers it (Magpie, arXiv 2406.08464). A base model continues from its first token. Samples that repeat themselves,
@@ -23,7 +23,7 @@ _MARK = "\u2063gradmap\u2063"
 
 @dataclass(frozen=True)
 class SelfTextRecipe:
-    """How text is sampled and filtered; all of it is in the record.
+    """How text is sampled and filtered.
 
     `repeated`: the largest share of 4-grams of words that occurred before in a sample. `similar`: the largest Jaccard
     similarity of the word 5-grams of two samples, estimated by MinHash."""

@@ -27,7 +27,7 @@ from gradmap_hub.healing.corpus import Corpus
 from gradmap_hub.healing.objective import divergence
 from gradmap_hub.healing.teacher import TeacherCache
 
-# Peak learning rate of AdamW, and tokens of a step; docs/method.md has the measurements.
+# Peak learning rate of AdamW, and tokens of a step.
 RATE = 3e-4
 TOKENS_PER_STEP = 1024
 BETAS = (0.9, 0.95)
@@ -154,7 +154,7 @@ class Trainer:
         trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
         # Weight decay would pull the weights away from the original, towards zero.
         optimizer = torch.optim.AdamW(trained, lr=0.0, betas=BETAS, weight_decay=0.0, fused=_fused(trained))
-        self.student, self.trained = student, trained
+        self.trained = trained
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.steps = len(corpus.order) // recipe.sequences
         self.progress = Progress()
@@ -331,7 +331,7 @@ class NotFinite(GradmapError):
 @contextmanager
 def memory_kept() -> Iterator[None]:
     """Let glibc keep freed blocks of any size while the context lasts. It would return each activation to the system
-    and get it back page by page; that costs a quarter of a step."""
+    and get it back page by page."""
     try:
         system: Any = ctypes.CDLL(None)
         system.mallopt(_MMAP_THRESHOLD, 1 << 30)

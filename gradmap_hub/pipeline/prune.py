@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradmap_hub import __version__
-from gradmap_hub.config import SELF, Expected, PruneConfig, PruneMethod
-from gradmap_hub.data.texts import check_texts
+from gradmap_hub.config import Expected, PruneConfig, PruneMethod
+from gradmap_hub.data.texts import check_texts, is_local_text
 from gradmap_hub.evaluation.staleness import with_earlier
 from gradmap_hub.layout import check_disk, check_output, weight_artifacts, work_folder
 from gradmap_hub.machine import hardware, versions
@@ -198,7 +198,7 @@ def settings_of(run: Run, config: PruneMethod, rows: CalibrationRows, extra: Seq
     settings = dataclasses.asdict(config) | {
         "calibration": [text.name for text in rows.sources],
         "eval_text": [text.name for text in extra],
-        "heal_text": [name if name == SELF else Path(name).name for name in config.heal_text],
+        "heal_text": [Path(name).name if is_local_text(name) else name for name in config.heal_text],
         "compute": str(dtype).removeprefix("torch."),
         "device": device,
     }

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradmap_hub import __version__
-from gradmap_hub.config import Expected, PruneConfig, PushConfig
+from gradmap_hub.config import SELF, Expected, PruneConfig, PushConfig
 from gradmap_hub.data.texts import is_local_text
 from gradmap_hub.errors import CalibrationError, SourceError, UsageError
 from gradmap_hub.formats import quantized
@@ -74,6 +74,8 @@ def repeat(where: str, *, model: str | None, revision: str | None, given: Mappin
     )
     if "eval_text" not in given:
         settings["eval_text"] = _texts("eval-text", settings["eval_text"], _evaluation_sums(record), None, places)
+    if "heal_text" not in given:
+        settings["heal_text"] = _heal_texts(record, settings["heal_text"], places)
     prune = _prune_config(settings, where)
     base = record.base
     if model is None:
@@ -263,6 +265,17 @@ def _texts(
             raise SourceError(f"The record does not contain the sha256 of its text {name}.")
         found.append(str(_locate(option, name, left[name].pop(0), [path for path in offered if path], places, sum_of)))
     return tuple(found)
+
+
+def _heal_texts(record: RunRecord, names: Sequence[str], places: Sequence[Path]) -> tuple[str, ...]:
+    """The recorded texts for healing: files in `places` with the recorded sha256; others stay as they are named."""
+    sums = _by_name([(text.name, text.sha256) for text in record.heal.texts]) if record.heal is not None else {}
+    sum_of = _reader()
+    return tuple(
+        name if name == SELF or not sums.get(name)
+        else str(_locate("heal-text", name, sums[name].pop(0), [], places, sum_of))
+        for name in names
+    )  # fmt: skip
 
 
 def _reader() -> Callable[[Path], str]:
