@@ -269,8 +269,8 @@ def recipe_of(run: Run) -> Recipe:
     from gradmap_hub.models.decoder import fast_bfloat16
 
     sequences = max(1, TOKENS_PER_STEP // run.method.seq_len)
-    autocast = run.method.compute != "float32" and fast_bfloat16(run.precision()[1])
-    return Recipe(RATE, sequences, sequences, autocast)
+    # By the machine alone: a record has --compute resolved, so that a repeated run could not tell "auto" from float32.
+    return Recipe(RATE, sequences, sequences, autocast=fast_bfloat16(run.precision()[1]))
 
 
 def _open_reader(run: Run) -> Decoder:

@@ -136,6 +136,27 @@ def test_own_text_is_written_once_and_kept(
     assert (tmp_path / "again.work" / "self.jsonl").read_text(encoding="utf-8") == written
 
 
+def test_from_finds_the_text_of_healing(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    notes = tmp_path / "notes.txt"
+    notes.write_text(text_file.read_text(encoding="utf-8")[:9000], encoding="utf-8")
+    done = prune_tiny(tiny_folder, tmp_path / "out", text_file, "--heal", "2", "--heal-text", str(notes))
+    assert done.exit_code == 0, done.output
+    record = RunRecord.read(tmp_path / "out")
+    assert record.settings is not None and record.settings["heal_text"] == ["notes.txt"]
+    (tmp_path / "out" / "gradmap.json").rename(tmp_path / "gradmap.json")  # the record, with its texts beside it
+    if not (tmp_path / text_file.name).exists():
+        (tmp_path / text_file.name).write_bytes(text_file.read_bytes())
+    command = ["prune", str(tiny_folder), str(tmp_path / "again"), "--from", str(tmp_path / "gradmap.json"), "--quiet"]
+    again = CliRunner().invoke(app, command)
+    assert again.exit_code == 0, again.output
+    assert all(
+        torch.equal(value, weights(tmp_path / "again")[name]) for name, value in weights(tmp_path / "out").items()
+    )
+    notes.write_text("other words", encoding="utf-8")
+    changed = CliRunner().invoke(app, [*command[:2], str(tmp_path / "third"), *command[3:]])
+    assert isinstance(changed.exception, CalibrationError) and "notes.txt" in changed.exception.message
+
+
 def load_healed(output: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
