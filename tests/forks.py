@@ -223,9 +223,10 @@ def use_for_exports(python: str | None) -> None:
     if python is not None:
         from types import SimpleNamespace
 
-        from gradmap_hub.exporters import processes
+        from gradmap_hub.exporters import onnx, processes
 
-        processes.environment = SimpleNamespace(python=lambda: python)  # pyright: ignore[reportAttributeAccessIssue]
+        for module in (onnx, processes):  # not the function itself, which has tests of its own
+            module.environment = SimpleNamespace(python=lambda: python)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 if __name__ == "__main__":
