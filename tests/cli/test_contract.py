@@ -20,6 +20,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.long  # every command once
+
 Shape = dict[str, str]
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "contract.json"

@@ -173,6 +173,7 @@ def _truncated(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-5000])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("damage", [_garbage, _truncated])
 def test_damaged_weights(world: Any, fails: Any, variant: Any, tmp_path: Path, sums: Sums, damage: Any) -> None:
     folder = variant(change=damage)
@@ -199,6 +200,7 @@ def test_calibration_text_that_is_not_there(world: Any, fails: Any, tmp_path: Pa
     fails(1, "inspect", world.base, *missing[:2], words=("missing.txt",))
 
 
+@pytest.mark.long
 def test_calibration_text_too_short(world: Any, fails: Any, tmp_path: Path) -> None:
     short = tmp_path / "short.txt"
     short.write_text("The bird sings.")
@@ -285,6 +287,7 @@ def test_hub_command_says_where_it_is_and_stops(
     assert out == "" and "Traceback" not in err
 
 
+@pytest.mark.long
 def test_space_refused_keeps_the_model(start_world: Any, tmp_path: Path) -> None:
     from huggingface_hub import HfApi
 

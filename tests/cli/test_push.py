@@ -18,6 +18,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.long  # whole pushes
+
 Sums = Callable[[Path], dict[str, str]]
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 HOW_MUCH = ("--layers", "2", "--seed", "3")
@@ -78,7 +80,7 @@ def quantised(world: Any) -> Pushed:
     return push(world, world.root / "quantised", "--quantize", "int8")
 
 
-@pytest.fixture(params=["plain", pytest.param("full", marks=pytest.mark.long)])
+@pytest.fixture(params=["plain", "full"])
 def either(request: pytest.FixtureRequest) -> Pushed:
     return request.getfixturevalue(request.param)
 
@@ -245,7 +247,7 @@ def test_the_original_is_quantised_as_the_pruned_model_is(quantised: Pushed, tmp
 @pytest.mark.parametrize(
     ("which", "precision"),
     [
-        pytest.param("full", "float32", marks=pytest.mark.long),
+        ("full", "float32"),
         pytest.param("quantised", "int8", marks=pytest.mark.slow),
     ],
 )
@@ -339,7 +341,6 @@ def test_killed_run_goes_on(killed: tuple[Any, Any, Path], plain: Pushed, sums: 
     assert sums(folder)["model.safetensors"] == sums(plain.folder)["model.safetensors"]
 
 
-@pytest.mark.long
 def test_interrupted_run_goes_on(world: Any, plain: Pushed, sums: Sums) -> None:
     """Ctrl-C while the correction is fitted."""
     stopped, _, folder = stopped_and_resumed(world, "interrupted", "Measuring the original", signal.SIGINT)
@@ -379,7 +380,6 @@ def test_what_is_not_asked_for_again_is_not_published(world: Any, full: Pushed, 
         assert "README.md" in copy and not [name for name in copy if "onnx" in name]
 
 
-@pytest.mark.long
 def test_sigterm_leaves_no_child(world: Any, plain: Pushed) -> None:
     import psutil
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.long  # whole pushes
+
 Sums = Callable[[Path], dict[str, str]]
 WEIGHTS = "model.safetensors"
 

@@ -86,6 +86,7 @@ def test_a_file_that_is_not_a_graph_is_exported_and_recorded(
     assert PushConfig(model="model", quantize=("toy",)).quantize == ("toy",)
 
 
+@pytest.mark.long
 def test_a_graph_is_checked_chosen_and_compared(registered: Register, folder: Path, text_file: Path) -> None:
     row = Format("toy", "model_toy.onnx", "Exporting a toy", base="optimum", in_space=True, on_cpu=9)
     registered(row, copy_optimum)

@@ -82,6 +82,7 @@ def test_same_seed_same_bytes(world: Any) -> None:
     assert dataclasses.replace(first, seconds=0) == dataclasses.replace(again, seconds=0)
 
 
+@pytest.mark.long
 def test_killed_anywhere_it_ends_with_the_same_bytes(world: Any) -> None:
     """Ten kills at random steps, with a state on disk from some steps before."""
     _, wanted = run(world, "whole")
@@ -103,6 +104,7 @@ def test_killed_anywhere_it_ends_with_the_same_bytes(world: Any) -> None:
     assert not list((world.folder / "killed").glob("*.partial"))
 
 
+@pytest.mark.long
 def test_a_state_of_another_run_is_not_used(world: Any) -> None:
     saving = dataclasses.replace(RECIPE, save_every=0.0)
     with pytest.raises(KeyboardInterrupt):

@@ -31,6 +31,8 @@ from gradmap_hub.pipeline.publish import publish_folder
 
 from .conftest import SPACE, TARGET, Side, local_bytes, remote_bytes
 
+pytestmark = pytest.mark.long  # a fault at each request
+
 # What a publish of a model and its Space with --public asks of a Hub; a test below sees to it that this is all. Before
 # they download, clients from 1.x on ask for the tree as well.
 ALWAYS = (

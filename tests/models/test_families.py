@@ -53,6 +53,8 @@ from gradmap_hub.pruning.streams import Original, Streams
 from gradmap_hub.pruning.verification import logits_of, probe_ids, verify
 from gradmap_hub.pruning.writing import write_pruned
 
+pytestmark = pytest.mark.long  # every model type; tests/pruning has six of them
+
 TABLE = "model types with transformers 5" if has_5() else "model types"
 LAYERS = 5
 WINDOW = 12
@@ -815,7 +817,6 @@ def exported(name: str, folder: Path, tokenizer: Any) -> Any:
     return model
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("case", ["gpt2"])
 def test_onnx(case: str, tokenizer: Any, tmp_path: Path) -> None:
     model = exported(case, tmp_path, tokenizer)

@@ -19,6 +19,8 @@ from gradmap_hub.errors import CalibrationError, UsageError
 from gradmap_hub.healing import heal as healing
 from gradmap_hub.record import HealCheck, HealRecord, RunRecord, TextSource
 
+pytestmark = pytest.mark.long  # prunes, heals and writes text with models
+
 KEPT = [0, 2, 4]
 
 

@@ -26,6 +26,8 @@ from gradmap_hub.pipeline.prune import prune
 from gradmap_hub.progress import SilentReporter
 from gradmap_hub.record import RunRecord
 
+pytestmark = pytest.mark.long  # prunes and heals in folders
+
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory, folder_of: Callable[..., Path], text_of: Callable[..., str]) -> Path:
@@ -63,7 +65,6 @@ def sums(folder: Path) -> dict[str, str]:
     }
 
 
-@pytest.mark.long
 def test_what_depends_on_the_weights_is_renewed(root: Path) -> None:
     export_folder(root / "small", ["onnx"])
     before, old = RunRecord.read(root / "small"), sums(root / "small")

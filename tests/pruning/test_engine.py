@@ -31,6 +31,7 @@ def pruned(model: Path, output: Path, text: Path, **options: Any) -> RunRecord:
     return prune(str(model), output, PruneConfig(calibration=(str(text),), **settings))
 
 
+@pytest.mark.long
 def test_low_memory_gives_the_same_checkpoint(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
     plain = pruned(tiny_folder, tmp_path / "plain", text_file)
     streamed = pruned(tiny_folder, tmp_path / "streamed", text_file, low_memory=True)
@@ -46,12 +47,14 @@ def test_low_memory_gives_the_same_checkpoint(tiny_folder: Path, text_file: Path
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.long
 def test_the_same_seed_gives_the_same_bytes(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
     pruned(tiny_folder, tmp_path / "first", text_file, seed=3)
     pruned(tiny_folder, tmp_path / "second", text_file, seed=3)
     assert sums(tmp_path / "first") == sums(tmp_path / "second") != {}
 
 
+@pytest.mark.long
 def test_bfloat16_weights_may_be_computed_in_bfloat16(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 

@@ -17,6 +17,8 @@ import pytest
 
 from gradmap_hub.runtime.pool import RowPool
 
+pytestmark = pytest.mark.long  # many clients at once
+
 PLAIN = "/v1/completions"
 PROMPTS = [
     "The capital of France",
