@@ -42,8 +42,8 @@ test-fast: install
 
 # With the other lane installed too, the tests that compare the two run as well.
 test-all: install install-5
-	$(BIN)/python -m pytest -m ''
-	$(BIN5)/python -m pytest -m '' $(TESTS5)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m ''
+	$(BIN5)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m '' $(TESTS5)
 
 # What transformers and the Hub's client have a part in. Exporters and Space are tested with 4.57, which they run on.
 TESTS5 := tests/runtime tests/serving tests/local_hub tests/hub tests/models tests/data tests/pruning tests/evaluation tests/sweeping tests/card tests/space \
