@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gradmap_hub.errors import CalibrationError
+from gradmap_hub.healing.sampling import sample
 from gradmap_hub.healing.training import memory_kept
 
 # Stands for the content of a message when a template is taken apart.
@@ -137,7 +138,7 @@ def _conversations(model: Any, tokenizer: Any, recipe: SelfTextRecipe) -> Iterat
     while True:
         questions = [
             text.strip()
-            for text in sample(model, tokenizer, list(start), recipe.question_tokens, recipe)
+            for text in _write(model, tokenizer, list(start), recipe.question_tokens, recipe)
             if text.strip()
         ]
         if not questions:
@@ -146,7 +147,7 @@ def _conversations(model: Any, tokenizer: Any, recipe: SelfTextRecipe) -> Iterat
         prompts = [render(tokenizer, [{"role": "user", "content": question}], answer=True) for question in questions]
         ids = [torch.tensor(tokenizer(prompt, add_special_tokens=False)["input_ids"]) for prompt in prompts]
         for question, answer in zip(
-            questions, sample(model, tokenizer, ids, recipe.answer_tokens, recipe), strict=True
+            questions, _write(model, tokenizer, ids, recipe.answer_tokens, recipe), strict=True
         ):
             turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer.strip()}]
             yield f"{question}\n{answer}", render(tokenizer, turns)
@@ -157,7 +158,7 @@ def _continuations(model: Any, tokenizer: Any, recipe: SelfTextRecipe) -> Iterat
     first = _first_token(tokenizer)
     start = [torch.tensor([first])] * recipe.batch
     while True:
-        for text in sample(model, tokenizer, start, recipe.question_tokens + recipe.answer_tokens, recipe):
+        for text in _write(model, tokenizer, start, recipe.question_tokens + recipe.answer_tokens, recipe):
             yield text, text
 
 
@@ -183,41 +184,7 @@ def render(tokenizer: Any, messages: Sequence[dict[str, str]], *, answer: bool =
         ) from error
 
 
-def sample(model: Any, tokenizer: Any, prompts: Sequence[Tensor], tokens: int, recipe: SelfTextRecipe) -> list[str]:
-    """Continuations of `prompts` (each (tokens)) of at most `tokens` tokens, sampled together."""
-    longest = max(len(prompt) for prompt in prompts)
-    pad = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
-    ids = torch.full((len(prompts), longest), pad)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):  # on the left, so that all continue at the same place
-        ids[row, longest - len(prompt) :] = prompt
-        mask[row, longest - len(prompt) :] = 1
-    with torch.no_grad():
-        found = model.generate(
-            input_ids=ids.to(model.device),
-            attention_mask=mask.to(model.device),
-            max_new_tokens=tokens,
-            do_sample=True,
-            temperature=1.0,
-            top_p=1.0,
-            top_k=0,
-            logits_processor=[_Nucleus(recipe)],
-            pad_token_id=pad,
-        )
-    return tokenizer.batch_decode(found[:, longest:], skip_special_tokens=True)
-
-
-class _Nucleus:
-    """Temperature and top-p among the `top_k` most likely tokens. transformers' own top-p sorts the whole vocabulary of
-    every row for every token, which costs more than the model."""
-
-    def __init__(self, recipe: SelfTextRecipe) -> None:
-        self._recipe = recipe
-
-    def __call__(self, _ids: Tensor, scores: Tensor) -> Tensor:
-        values, indices = scores.topk(min(self._recipe.top_k, scores.shape[-1]), dim=-1)
-        values = values.float() / self._recipe.temperature
-        probabilities = values.softmax(dim=-1)
-        before = probabilities.cumsum(dim=-1) - probabilities
-        values = values.masked_fill(before >= self._recipe.top_p, -torch.inf)
-        return torch.full_like(scores, -torch.inf).scatter_(-1, indices, values.to(scores.dtype))
+def _write(model: Any, tokenizer: Any, prompts: Sequence[Tensor], tokens: int, recipe: SelfTextRecipe) -> list[str]:
+    return sample(
+        model, tokenizer, prompts, tokens, temperature=recipe.temperature, top_p=recipe.top_p, top_k=recipe.top_k
+    )

@@ -79,7 +79,7 @@ def test_a_model_that_only_repeats_itself_is_refused(
     chat: Any, model_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        self_text, "sample", lambda _m, _t, prompts, *_: ["on and on and on and on " * 5] * len(prompts)
+        self_text, "sample", lambda _m, _t, prompts, *_, **__: ["on and on and on and on " * 5] * len(prompts)
     )
     with pytest.raises(CalibrationError, match="0 pass the filters"):
         write_self_text(model_of("llama"), chat, 1000, RECIPE)
