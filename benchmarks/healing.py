@@ -28,23 +28,15 @@ from gradmap_hub.cli.output import stderr
 from gradmap_hub.cli.terminal import TerminalReporter
 from gradmap_hub.data.rows import evaluation_rows, tokenize
 from gradmap_hub.data.texts import Text, read_text
-from gradmap_hub.healing.self_text import SelfTextRecipe, repeated_share, write_self_text
+from gradmap_hub.evaluation.samples import PROMPTS
+from gradmap_hub.healing.self_text import SelfTextRecipe, write_self_text
 from gradmap_hub.machine import hardware
+from gradmap_hub.measurements import repeated_share
 from gradmap_hub.pipeline import demo
 
 ROWS, TOKENS = 32, 512
 CHAT_TOKENS, CHAT_SEED = 8_000, 1_000
 ANSWER_TOKENS = 96
-PROMPTS = (
-    "Explain gravity to a child in two sentences.",
-    "What is the capital of France?",
-    "Give me three tips for sleeping better.",
-    "Write a short poem about the sea.",
-    "What is the difference between a virus and a bacterium?",
-    "Write an email that asks a colleague to move a meeting to Thursday.",
-    "How do I boil an egg?",
-    "Name three renewable sources of energy and one advantage of each.",
-)
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- healing -->", "<!-- /healing -->"
 

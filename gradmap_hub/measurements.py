@@ -161,6 +161,13 @@ class Sample:
     pruned: str
 
 
+def repeated_share(text: str, n: int = 4) -> float:
+    """Share of the `n`-grams of words that occurred before in the text; 0 for a text without any."""
+    words = text.lower().split()
+    grams = [tuple(words[start : start + n]) for start in range(len(words) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
 @dataclass(frozen=True)
 class Measured:
     """Results of `evaluate`, valid for weights with the checksum `weights_sha256` (of `layout.weights_sha256`) and ONNX
@@ -183,3 +190,12 @@ class Measured:
     settings: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     hardware: str = ""
+
+    @property
+    def repeated(self) -> tuple[float, float] | None:
+        """Mean `repeated_share` of the original's and of the pruned model's greedy answers; None without answers."""
+        if not self.samples:
+            return None
+        answers = ([sample.original for sample in self.samples], [sample.pruned for sample in self.samples])
+        original, pruned = (sum(map(repeated_share, texts)) / len(texts) for texts in answers)
+        return original, pruned

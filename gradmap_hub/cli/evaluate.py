@@ -143,6 +143,9 @@ def _view(record: RunRecord) -> Iterator[RenderableType]:
         yield f"\n[bold]{escape(sample.prompt)}[/]"
         for name, answer in (("original", sample.original), ("pruned", sample.pruned)):
             yield f"  {name:9} {escape(' '.join(answer.split()))}"
+    if measured.repeated is not None:
+        original, pruned = measured.repeated
+        yield f"\n4-grams that an answer repeats: {100 * pruned:.1f} % (original {100 * original:.1f} %)"
     if record.measured_note:
         yield f"\n{escape(record.measured_note)}."
 

@@ -10,7 +10,18 @@ from gradmap_hub.evaluation.measurement import ORIGINAL, PRUNED, Context, Step
 from gradmap_hub.evaluation.speed import Backend, Eager
 from gradmap_hub.measurements import Sample
 
-TOKENS = 48
+# Instructions of the kinds that users of a small chat model give: facts, an explanation, lists, advice, prose.
+PROMPTS = (
+    "What is the capital of France?",
+    "Explain gravity to a child in two sentences.",
+    "Give me three tips for sleeping better.",
+    "Write a short poem about the sea.",
+    "What is the difference between a virus and a bacterium?",
+    "Write an email that asks a colleague to move a meeting to Thursday.",
+    "How do I boil an egg?",
+    "Name three renewable sources of energy and one advantage of each.",
+)
+TOKENS = 96
 
 
 @dataclass(frozen=True)

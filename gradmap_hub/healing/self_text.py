@@ -17,6 +17,7 @@ from torch import Tensor
 from gradmap_hub.errors import CalibrationError
 from gradmap_hub.healing.sampling import sample
 from gradmap_hub.healing.training import memory_kept
+from gradmap_hub.measurements import repeated_share
 
 # Stands for the content of a message when a template is taken apart.
 _MARK = "\u2063gradmap\u2063"
@@ -97,13 +98,6 @@ def write_self_text(
                     hint="Give a text instead of `self`.",
                 )
     return SelfText(kept, total, drawn, repetitive, short, duplicates)
-
-
-def repeated_share(text: str, n: int = 4) -> float:
-    """Share of the `n`-grams of words that occurred before in the text; 0 for a text without any."""
-    words = text.lower().split()
-    grams = [tuple(words[start : start + n]) for start in range(len(words) - n + 1)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 class _Seen:

@@ -20,6 +20,7 @@ from gradmap_hub.errors import CalibrationError, SourceError, UsageError
 from gradmap_hub.evaluation import costs, tasks
 from gradmap_hub.evaluation.measurement import ORIGINAL, PRUNED, Context, Models, Step
 from gradmap_hub.evaluation.onnx_files import find_graphs
+from gradmap_hub.evaluation.samples import PROMPTS
 from gradmap_hub.evaluation.staleness import folder_sha256
 from gradmap_hub.evaluation.suite import MEASUREMENTS
 from gradmap_hub.evaluation.texts import delete_states
@@ -37,7 +38,6 @@ from gradmap_hub.pipeline.recorded import compare_with_calibration, find_origina
 from gradmap_hub.pipeline.results import write_results
 from gradmap_hub.progress import Reporter
 from gradmap_hub.record import RunRecord
-from gradmap_hub.space.app import EXAMPLES
 from gradmap_hub.stage_cache import Stages
 from gradmap_hub.units import size
 
@@ -83,7 +83,7 @@ def evaluate_stages(folder: Path, config: EvaluateConfig, *, reporter: Reporter,
         tokenizer=original.tokenizer(),
         texts=texts,
         tasks=names,
-        prompts=EXAMPLES,
+        prompts=PROMPTS,
         config=config,
         reporter=reporter,
         work=work,

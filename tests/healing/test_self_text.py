@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,8 @@ import pytest
 
 from gradmap_hub.errors import CalibrationError
 from gradmap_hub.healing import self_text
-from gradmap_hub.healing.self_text import SelfTextRecipe, repeated_share, write_self_text
+from gradmap_hub.healing.self_text import SelfTextRecipe, write_self_text
+from gradmap_hub.measurements import BeforeAfter, Measured, Sample, repeated_share
 
 TEMPLATE = (
     "{% for message in messages %}<s>{{ message['role'] }}: {{ message['content'] }}</s>{% endfor %}"
@@ -95,3 +97,14 @@ def test_a_template_that_fails_is_one_line(chat: Any, model_of: Callable[..., An
 def test_repeated_share() -> None:
     assert repeated_share("a b c d e f g") == 0 == repeated_share("a b")
     assert repeated_share("a b c d a b c d a b c d") == pytest.approx(5 / 9)
+
+
+def test_repetition_of_a_folder_is_the_mean_of_its_answers() -> None:
+    """What card and terminal say of greedy answers."""
+    loop, prose = "a b c d a b c d a b c d", "a b c d e f g"
+    measured = Measured(
+        "1", "", "original", None, "", BeforeAfter(1, 1), "float32", [],
+        samples=[Sample("?", prose, loop), Sample("?", prose, prose)],
+    )  # fmt: skip
+    assert measured.repeated == (0, pytest.approx(5 / 18))
+    assert dataclasses.replace(measured, samples=[]).repeated is None

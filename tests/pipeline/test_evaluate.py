@@ -236,7 +236,7 @@ def test_what_it_was_measured_on_is_on_record(world: SimpleNamespace) -> None:
     assert measured.harness and measured.versions["torch"] and measured.hardware and measured.precision == "float32"
     assert measured.settings["limit"] == 4 and measured.settings["seq_len"] == TOKENS
     assert [text.contamination and text.contamination.rows for text in measured.texts] == [0, 0]
-    assert len(measured.samples) == 3 and all(sample.original for sample in measured.samples)
+    assert len(measured.samples) == 8 and all(sample.original for sample in measured.samples)
     assert str(world.root) not in to_json(world.record)
     assert not list(world.folder.with_name("small.work").glob("evaluate-*.safetensors"))
 
