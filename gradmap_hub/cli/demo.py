@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from gradmap_hub.pipeline.demo import DemoResult
 
 
+# About three minutes on two cores, the text that the model writes included.
+HEAL = "48k"
+
+
 def register(app: typer.Typer) -> None:
     """Add the command to the command line."""
     app.command(epilog="Example: gradmap-hub demo --output try --open")(demo)
@@ -31,6 +35,9 @@ def demo(
         "gradmap-demo"
     ),
     ratio: Annotated[float, typer.Option("--ratio", "-r", help=help_of(PruneConfig, "ratio"))] = 0.25,
+    heal: Annotated[
+        str, typer.Option(metavar="BUDGET", help="Heal on so many tokens (48k) or for so long (3m); 0: not at all.")
+    ] = HEAL,
     space: WithSpace = True,
     onnx: Onnx = True,
     open_browser: Annotated[bool, typer.Option("--open", help="Run the published Space and open it.")] = False,
@@ -41,10 +48,10 @@ def demo(
     """The whole push on this machine, no account needed: a real 135M model, a real Hub client, an embedded Hub."""
     from gradmap_hub.pipeline.demo import run_demo
 
-    PruneConfig(ratio=ratio)  # refuse a bad ratio before anything is downloaded
+    PruneConfig(ratio=ratio, heal=heal)  # refuse a bad ratio or budget before anything is downloaded
     with TerminalReporter(stderr, quiet=quiet) as reporter:
         run_demo(
-            output, ratio=ratio, onnx=onnx, space=space, resume=resume, quiet=quiet, reporter=reporter,
+            output, ratio=ratio, heal=heal, onnx=onnx, space=space, resume=resume, quiet=quiet, reporter=reporter,
             open_browser=open_browser and not as_json,
             finished=lambda done: emit(Result(done.json(), _view(done)), as_json),
         )  # fmt: skip

@@ -7,6 +7,7 @@ are too short, or are near duplicates of earlier ones are dropped.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -74,9 +75,13 @@ def write_self_text(
     kept: list[str] = []
     seen = _Seen(recipe.similar)
     total = drawn = repetitive = short = duplicates = 0
+
+    def rows() -> int:
+        return _rows(tokens - total, recipe)
+
     with torch.random.fork_rng(), memory_kept():
         torch.manual_seed(recipe.seed)
-        for content, sample in draw(model, tokenizer, recipe):
+        for content, sample in draw(model, tokenizer, recipe, rows):
             drawn += 1
             length = len(tokenizer(sample, add_special_tokens=False)["input_ids"])
             if length < recipe.least_tokens:
@@ -98,6 +103,11 @@ def write_self_text(
                     hint="Give a text instead of `self`.",
                 )
     return SelfText(kept, total, drawn, repetitive, short, duplicates)
+
+
+def _rows(tokens: int, recipe: SelfTextRecipe) -> int:
+    """How many texts to write together: enough for `tokens`, should a third of them be lost to the filters."""
+    return max(1, min(recipe.batch, math.ceil(1.5 * tokens / recipe.answer_tokens)))
 
 
 class _Seen:
@@ -124,15 +134,17 @@ class _Seen:
         return True
 
 
-def _conversations(model: Any, tokenizer: Any, recipe: SelfTextRecipe) -> Iterator[tuple[str, str]]:
-    """Endless (question and answer, the conversation in the model's template)."""
+def _conversations(
+    model: Any, tokenizer: Any, recipe: SelfTextRecipe, rows: Callable[[], int]
+) -> Iterator[tuple[str, str]]:
+    """Endless (question and answer, the conversation in the model's template), `rows()` written together."""
     opening = render(tokenizer, [{"role": "user", "content": _MARK}]).split(_MARK)[0]
     ids = tokenizer(opening, add_special_tokens=False)["input_ids"] or [_first_token(tokenizer)]
-    start = torch.tensor([ids] * recipe.batch)
+    start = torch.tensor(ids)
     while True:
         questions = [
             text.strip()
-            for text in _write(model, tokenizer, list(start), recipe.question_tokens, recipe)
+            for text in _write(model, tokenizer, [start] * rows(), recipe.question_tokens, recipe)
             if text.strip()
         ]
         if not questions:
@@ -147,12 +159,13 @@ def _conversations(model: Any, tokenizer: Any, recipe: SelfTextRecipe) -> Iterat
             yield f"{question}\n{answer}", render(tokenizer, turns)
 
 
-def _continuations(model: Any, tokenizer: Any, recipe: SelfTextRecipe) -> Iterator[tuple[str, str]]:
-    """Endless (text, text), each from the token that begins a document."""
-    first = _first_token(tokenizer)
-    start = [torch.tensor([first])] * recipe.batch
+def _continuations(
+    model: Any, tokenizer: Any, recipe: SelfTextRecipe, rows: Callable[[], int]
+) -> Iterator[tuple[str, str]]:
+    """Endless (text, text), each from the token that begins a document, `rows()` written together."""
+    start = torch.tensor([_first_token(tokenizer)])
     while True:
-        for text in _write(model, tokenizer, start, recipe.question_tokens + recipe.answer_tokens, recipe):
+        for text in _write(model, tokenizer, [start] * rows(), recipe.question_tokens + recipe.answer_tokens, recipe):
             yield text, text
 
 

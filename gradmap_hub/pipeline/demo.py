@@ -152,6 +152,7 @@ def run_demo(
     output: Path,
     *,
     ratio: float,
+    heal: str,
     onnx: bool,
     space: bool,
     resume: bool,
@@ -165,6 +166,7 @@ def run_demo(
 
     Args:
         ratio: Share of the layers to remove.
+        heal: Budget of healing; 0: none.
         onnx: Export to ONNX.
         space: Publish and run the Space.
         resume: Continue an unfinished demo in `output`.
@@ -195,6 +197,7 @@ def run_demo(
         for sample in CALIBRATION:
             arguments += ["--calibration", str(samples[sample.name])]
         arguments += ["--eval-text", str(samples[ELSEWHERE.name])]
+        arguments += ["--heal", heal]
         arguments += [flag for flag, on in (("--no-onnx", not onnx), ("--no-space", not space)) if on]
         arguments += ["--resume"] if folder.exists() else []
         arguments += extra

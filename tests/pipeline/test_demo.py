@@ -28,8 +28,8 @@ from gradmap_hub.pipeline.demo import run_demo
 from gradmap_hub.progress import SilentReporter
 
 run_demo(
-    Path(sys.argv[1]), ratio=0.25, onnx=True, space=True, resume=False, quiet=False, reporter=SilentReporter(),
-    finished=lambda done: print(json.dumps(done.json())), extra=tuple(sys.argv[2:]),
+    Path(sys.argv[1]), ratio=0.25, heal=sys.argv[2], onnx=True, space=True, resume=False, quiet=False,
+    reporter=SilentReporter(), finished=lambda done: print(json.dumps(done.json())), extra=tuple(sys.argv[3:]),
 )
 """
 
@@ -38,7 +38,7 @@ run_demo(
 def demo(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     output = tmp_path_factory.mktemp("demo") / "out"
     command = {
-        "less text": ["-c", ON_LESS_TEXT, str(output), *LESS_TEXT],
+        "less text": ["-c", ON_LESS_TEXT, str(output), "2k", *LESS_TEXT],
         "as a user": ["-m", "gradmap_hub", "demo", "--output", str(output), "--json"],
     }[request.param]
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
