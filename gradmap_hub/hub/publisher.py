@@ -79,7 +79,7 @@ class Publisher:
 
     def __init__(self, hub: Hub, reporter: Reporter | None = None) -> None:
         self.reporter = reporter or SilentReporter()
-        self.hub = hub.reporting(self.reporter)
+        self.hub = hub if reporter is None else hub.reporting(reporter)
         self.guard = Guard(self.hub)
 
     def check(

@@ -207,15 +207,17 @@ def test_space_matches_the_runtime(plain: Pushed, full: Pushed) -> None:
 ASK_ENGINE = """
 import json, sys
 from pathlib import Path
+from compare import read_facts
 from generation import Settings, begin
 from onnx_engine import load
 
-for precision in ("int8", "float32"):
+precisions = {entry.name: entry for entry in read_facts(Path("compare.json")).precisions}
+for name in ("int8", "float32"):
     for folder, path in (("original", ""), (sys.argv[1], "onnx")):
-        answer = begin(load(Path(folder), path, precision), "The small bird", Settings(max_new_tokens=8))
+        answer = begin(load(Path(folder), path, precisions[name]), "The small bird", Settings(max_new_tokens=8))
         while answer.finish_reason is None:
             answer.advance()
-        print(json.dumps([precision, folder == "original", answer.token_ids]))
+        print(json.dumps([name, folder == "original", answer.token_ids]))
 """
 
 
