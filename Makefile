@@ -46,7 +46,7 @@ test-all: install install-5
 	$(BIN5)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m '' $(TESTS5)
 
 # What transformers and the Hub's client have a part in. Exporters and Space are tested with 4.57, which they run on.
-TESTS5 := tests/runtime tests/serving tests/local_hub tests/hub tests/models tests/data tests/pruning tests/evaluation tests/sweeping tests/card tests/space \
+TESTS5 := tests/runtime tests/serving tests/local_hub tests/hub tests/models tests/data tests/pruning tests/healing tests/evaluation tests/sweeping tests/card tests/space \
   tests/pipeline tests/benchmarks tests/cli $(filter-out tests/conftest.py, $(wildcard tests/*.py))
 
 test-5: install-5

@@ -104,7 +104,7 @@ class _Allocated(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
-            self.lazy_initialization(key_states)
+            self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
             self._memory = [
                 states.new_empty(*states.shape[:2], self.room, states.shape[3]) for states in (key_states, value_states)
             ]
