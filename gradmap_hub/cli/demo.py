@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from gradmap_hub.pipeline.demo import DemoResult
 
 
-# About three minutes on two cores, the text that the model writes included.
+# Enough to bring the perplexity down visibly, and no more, so that the demo stays short.
 HEAL = "48k"
 
 
