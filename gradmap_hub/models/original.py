@@ -17,6 +17,10 @@ if TYPE_CHECKING:  # torch is only imported once there is something to compute
     from gradmap_hub.models.decoder import Decoder
 
 
+TRANSLATED = "readable"
+"""Folder, in a run's work folder, of an original whose config was translated (`safetensors_files.readable`)."""
+
+
 class OriginalModel:
     """The files of a `Source` on this machine. Each is fetched when first needed.
 
@@ -30,7 +34,7 @@ class OriginalModel:
         self.source = source
         self._hub = hub
         self._converted = work / "original"
-        self._translated = work / "readable"
+        self._translated = work / TRANSLATED
         self._tokenizer: Any = None
 
     def companions(self) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from gradmap_hub.data.texts import check_texts, is_local_text
 from gradmap_hub.evaluation.staleness import with_earlier
 from gradmap_hub.layout import check_disk, check_output, weight_artifacts, work_folder
 from gradmap_hub.machine import hardware, versions
+from gradmap_hub.models.original import TRANSLATED
 from gradmap_hub.models.source import check_family, find_source
 from gradmap_hub.pipeline.connect import connect
 from gradmap_hub.pipeline.heal import forget_teacher, heal
@@ -84,11 +86,14 @@ def prune(
 
 @contextmanager
 def no_empty_folders(output: Path) -> Iterator[None]:
-    """Remove the folders of a run that fails before it writes any file."""
-    created = [folder for folder in (work_folder(output), output, *output.parents) if not folder.exists()]
+    """Remove the folders of a run that fails before it writes any result."""
+    work = work_folder(output)
+    created = [folder for folder in (work, output, *output.parents) if not folder.exists()]
     try:
         yield
     except BaseException:
+        if work in created:
+            shutil.rmtree(work / TRANSLATED, ignore_errors=True)  # no result: a resumed run writes it again
         for folder in created:
             with suppress(OSError):
                 folder.rmdir()  # fails unless it is empty

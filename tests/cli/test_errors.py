@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from gradmap_hub.models.transformers_compat import has_5
+
 Sums = Callable[[Path], dict[str, str]]
 PUSH = ("--layers", "1", "--no-onnx", "--no-space")
 
@@ -288,6 +290,7 @@ def test_hub_command_says_where_it_is_and_stops(
 
 
 @pytest.mark.long
+@pytest.mark.skipif(has_5(), reason="no Space: it has transformers 4.57, and this original is for 5")
 def test_space_refused_keeps_the_model(start_world: Any, tmp_path: Path) -> None:
     from huggingface_hub import HfApi
 

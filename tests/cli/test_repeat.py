@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from gradmap_hub.models.transformers_compat import has_5
+
 pytestmark = pytest.mark.long  # whole pushes
 
 Sums = Callable[[Path], dict[str, str]]
@@ -89,7 +91,9 @@ def test_options_override_the_record(world: Any, first: Path, tmp_path: Path) ->
     assert same.json["layers"] == {"before": 5, "after": 3} and same.json["space"] is None
     assert same.json["commit"] == record_of(first)["base"]["commit"]
     other = world.cli.run(*command, "--ratio", "0.2", "--space", "--to", "club/x", cwd=tmp_path).json
-    assert other["layers"] == {"before": 5, "after": 4} and other["space"] == "club/x-compare"
+    assert other["layers"] == {"before": 5, "after": 4}
+    # Without ONNX files the Space loads the original with transformers 4.57.
+    assert other["space"] == (None if has_5() else "club/x-compare")
 
 
 def test_nothing_to_go_on(world: Any, tmp_path: Path) -> None:
