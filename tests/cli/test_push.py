@@ -18,6 +18,8 @@ from typing import Any
 
 import pytest
 
+from gradmap_hub.models.transformers_compat import has_5
+
 pytestmark = pytest.mark.long  # whole pushes
 
 Sums = Callable[[Path], dict[str, str]]
@@ -37,6 +39,15 @@ class Pushed:
     @property
     def answer(self) -> dict[str, Any]:
         return self.done.json
+
+    @property
+    def kinds(self) -> dict[str, Path]:
+        """What was published, with its folder. Without ONNX files a Space loads the original itself, with transformers
+        4.57, which does not read one that 5 saved."""
+        without = "the original is for transformers 5" in self.answer["space"].get("reason", "")
+        assert without == (has_5() and not (self.folder / "onnx").exists())
+        space = self.folder.with_name(f"{self.folder.name}-space")
+        return {"model": self.folder} if without else {"model": self.folder, "space": space}
 
 
 def push(world: Any, folder: Path, *options: str) -> Pushed:
@@ -87,14 +98,16 @@ def either(request: pytest.FixtureRequest) -> Pushed:
 
 def test_answer(either: Pushed) -> None:
     answer = either.answer
-    assert answer["space"]["stage"] == "RUNNING" and answer["space"]["state"].startswith("running on cpu-basic")
-    for kind, further in (("model", set[str]()), ("space", {"stage", "state"})):
-        assert set(answer[kind]) == {"repo_id", "commit", "url"} | further
+    further = {"model": set[str](), "space": {"stage", "state"}}
+    for kind in either.kinds:
+        assert set(answer[kind]) == {"repo_id", "commit", "url"} | further[kind]
         assert len(answer[kind]["commit"]) == 40
     name = either.folder.name
     assert answer["model"]["repo_id"] == f"ada/{name}"
-    assert answer["space"]["repo_id"] == f"ada/{name}-compare"
-    assert answer["space"]["url"] == f"{either.world.hub.url}/spaces/ada/{name}-compare"
+    if "space" in either.kinds:
+        assert answer["space"]["stage"] == "RUNNING" and answer["space"]["state"].startswith("running on cpu-basic")
+        assert answer["space"]["repo_id"] == f"ada/{name}-compare"
+        assert answer["space"]["url"] == f"{either.world.hub.url}/spaces/ada/{name}-compare"
     assert answer["folder"] == str(either.folder)
     assert len(answer["removed"]) == 2
     assert json.loads((either.folder / "gradmap.json").read_text())["compensation"]["applied"]
@@ -104,7 +117,7 @@ def test_answer(either: Pushed) -> None:
 
 
 def test_what_is_published_is_the_folder(either: Pushed, tmp_path: Path, sums: Sums) -> None:
-    for kind, folder in (("model", either.folder), ("space", either.folder.with_name(f"{either.folder.name}-space"))):
+    for kind, folder in either.kinds.items():
         copy = sums(published(either.world, kind, either.answer, tmp_path))
         copy.pop(".gitattributes", None)
         assert copy == sums(folder)
@@ -115,11 +128,11 @@ def test_what_is_published_is_the_folder(either: Pushed, tmp_path: Path, sums: S
 
 
 def test_repositories_are_private_and_nothing_was_sent_twice(either: Pushed) -> None:
-    for kind in ("model", "space"):
+    for kind in either.kinds:
         assert api(either.world).repo_info(either.answer[kind]["repo_id"], repo_type=kind).private
     uploads = [entry.path for entry in either.requests if entry.method == "PUT"]
     assert len(uploads) == len(set(uploads)) > 0
-    assert len([entry for entry in either.requests if "/commit/" in entry.path]) == 2
+    assert len([entry for entry in either.requests if "/commit/" in entry.path]) == len(either.kinds)
     assert not [entry for entry in either.requests if entry.status >= 500]
 
 
@@ -130,7 +143,7 @@ def test_nothing_private_is_published_or_shown(either: Pushed) -> None:
     secret = [token, str(either.world.root), os.path.expanduser("~/"), sys.prefix, str(Path(__file__).parents[2])]
     if len(socket.gethostname()) > 7:
         secret.append(socket.gethostname())
-    for folder in (either.folder, either.folder.with_name(f"{either.folder.name}-space")):
+    for folder in either.kinds.values():
         for path in folder.rglob("*"):
             content = path.read_bytes() if path.is_file() else b""
             assert not [word for word in secret if word.encode() in content], path
@@ -143,7 +156,9 @@ def test_command_in_the_record_has_no_folders(either: Pushed) -> None:
 
 def test_original_is_carried_over(either: Pushed, sums: Sums) -> None:
     original, result = sums(either.world.base), sums(either.folder)
-    for name in (*TOKENIZER, "generation_config.json", "LICENSE"):
+    # What transformers 5 saves: a config that is translated, so that 4.57 reads it too, and no map.
+    other = {"tokenizer_config.json", "special_tokens_map.json"} if has_5() else set[str]()
+    for name in {*TOKENIZER, "generation_config.json", "LICENSE"} - other:
         assert result[name] == original[name], name
     assert "license: apache-2.0" in (either.folder / "README.md").read_text()
     assert not [name for name in result if name.endswith((".bin", ".py", ".partial", ".log"))]
@@ -165,6 +180,7 @@ def test_loads_with_plain_transformers(plain: Pushed, tmp_path: Path) -> None:
 
 
 def test_onnx_loads_both_ways_and_says_the_same(full: Pushed) -> None:
+    pytest.importorskip("optimum.onnxruntime", reason="beside transformers 5 it is in another environment")
     from optimum.onnxruntime import ORTModelForCausalLM
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -196,7 +212,9 @@ def test_the_card_runs_the_graph_alone(full: Pushed, capsys: pytest.CaptureFixtu
 
 def test_space_matches_the_runtime(plain: Pushed, full: Pushed) -> None:
     for one, runtime in ((plain, "transformers"), (full, "onnx")):
-        space = one.folder.with_name(f"{one.folder.name}-space")
+        space = one.kinds.get("space")
+        if space is None:
+            continue
         assert json.loads((space / "compare.json").read_text())["runtime"] == runtime
         assert (space / "original" / "model.onnx").is_file() == (runtime == "onnx")
         assert {path.name for path in space.glob("*_engine.py")} == {f"{runtime}_engine.py"}
@@ -268,6 +286,7 @@ def test_compare_runs_the_space_as_published(which: str, precision: str, request
         process.communicate(timeout=30)
 
 
+@pytest.mark.skipif(has_5(), reason="no Space: it has transformers 4.57, and this original is for 5")
 def test_a_space_of_another_original_holds_what_may_be_held(
     world: Any, full: Pushed, tmp_path: Path, sums: Sums
 ) -> None:
@@ -405,7 +424,7 @@ def test_second_push_sends_nothing_and_public_flips_both(plain: Pushed) -> None:
     again = push(plain.world, plain.folder, "--no-onnx", "--resume", "--public")
     sent = [entry for entry in again.requests if entry.method == "PUT" and not entry.path.endswith("/settings")]
     assert sent == [] and not [entry for entry in again.requests if "/commit/" in entry.path]
-    for kind in ("model", "space"):
+    for kind in plain.kinds:
         assert again.answer[kind] == plain.answer[kind]
         assert not api(plain.world).repo_info(plain.answer[kind]["repo_id"], repo_type=kind).private
 

@@ -817,6 +817,7 @@ def exported(name: str, folder: Path, tokenizer: Any) -> Any:
     return model
 
 
+@pytest.mark.skipif(has_5(), reason="the environment for exports does not read what transformers 5 saves")
 @pytest.mark.parametrize("case", ["gpt2"])
 def test_onnx(case: str, tokenizer: Any, tmp_path: Path) -> None:
     model = exported(case, tmp_path, tokenizer)
