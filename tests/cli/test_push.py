@@ -396,7 +396,7 @@ def test_what_is_not_asked_for_again_is_not_published(world: Any, full: Pushed, 
     for ending in ("", "-space", ".work"):
         shutil.copytree(f"{full.folder}{ending}", tmp_path / f"less{ending}")
     less = push(world, tmp_path / "less", "--no-onnx", "--resume")
-    for kind in ("model", "space"):
+    for kind in less.kinds:
         copy = sums(published(world, kind, less.answer, tmp_path))
         assert "README.md" in copy and not [name for name in copy if "onnx" in name]
 
