@@ -19,8 +19,9 @@ pytestmark = pytest.mark.real
 PROMPTS = ("The capital of France is", "Once upon a time there was a", "A list of three fruits: ")
 
 
-# The whole push, on an eighth of the demo's text.
-LESS_TEXT = ("--samples", "8", "--seq-len", "128", "--eval-rows", "6")
+# The whole push, on an eighth of the demo's text. It heals on a sample alone: what the original writes itself takes a
+# minute, however little it is.
+LESS_TEXT = ("--samples", "8", "--seq-len", "128", "--eval-rows", "6", "--heal-text")
 ON_LESS_TEXT = """
 import json, sys
 from pathlib import Path
@@ -38,7 +39,7 @@ run_demo(
 def demo(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     output = tmp_path_factory.mktemp("demo") / "out"
     command = {
-        "less text": ["-c", ON_LESS_TEXT, str(output), "2k", *LESS_TEXT],
+        "less text": ["-c", ON_LESS_TEXT, str(output), "2k", *LESS_TEXT, str(output / "samples" / "wikipedia.txt")],
         "as a user": ["-m", "gradmap_hub", "demo", "--output", str(output), "--json"],
     }[request.param]
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True)

@@ -83,6 +83,7 @@ def test_budgets() -> None:
             parse_budget(wrong)
 
 
+@pytest.mark.slow
 def test_low_memory_heals_the_same(
     monkeypatch: pytest.MonkeyPatch, tiny_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:
@@ -205,7 +206,8 @@ def test_the_card_says_it(tiny_folder: Path, text_file: Path, tmp_path: Path) ->
     )  # fmt: skip
     text = card_text(dataclasses.replace(healed, heal=spent))
     first = text.split("\n## ")[0]
-    assert "healed with 500,000 tokens of `a.txt`, `b.txt` and text that the original wrote itself in 22 min" in first
+    assert "healed with 500,000 tokens of `a.txt`, `b.txt` and text that the original wrote itself with" in first
+    assert "teacher (22 min of training)" in first
     assert "| 500,000 | 0.2500 | 0.5000 | 3.0000 |" in text and "all layers were trained" in text
     refused = HealRecord(False, 4, 3e-4, 3.5, 3.5, "it did not lower the held-out loss", [], checks)
     text = card_text(dataclasses.replace(plain, heal=refused))
