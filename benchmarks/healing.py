@@ -28,15 +28,16 @@ from gradmap_hub.cli.output import stderr
 from gradmap_hub.cli.terminal import TerminalReporter
 from gradmap_hub.data.rows import evaluation_rows, tokenize
 from gradmap_hub.data.texts import Text, read_text
-from gradmap_hub.evaluation.samples import PROMPTS
+from gradmap_hub.evaluation.samples import PROMPTS, greedy_answer
+from gradmap_hub.evaluation.speed import Eager
 from gradmap_hub.healing.self_text import SelfTextRecipe, write_self_text
 from gradmap_hub.machine import hardware
 from gradmap_hub.measurements import repeated_share
+from gradmap_hub.models.original import end_tokens
 from gradmap_hub.pipeline import demo
 
 ROWS, TOKENS = 32, 512
 CHAT_TOKENS, CHAT_SEED = 8_000, 1_000
-ANSWER_TOKENS = 96
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- healing -->", "<!-- /healing -->"
 
@@ -115,7 +116,8 @@ def _measure(folder: Path, original: Path, texts: Mapping[str, Text], chat: Path
         chat.write_text(json.dumps(written.samples), encoding="utf-8")
     talk = Text("chat", "\n\n".join(json.loads(chat.read_text(encoding="utf-8"))), "")
     rows = {name: evaluation_rows(text, tokenizer, seq_len=TOKENS, rows=ROWS).ids for name, text in texts.items()}
-    answers = [_answer(model, tokenizer, prompt) for prompt in PROMPTS]
+    ends = end_tokens(model, tokenizer)
+    answers = [greedy_answer(Eager(model), tokenizer, prompt, ends) for prompt in PROMPTS]
     return {
         "loss": {name: _loss(model, ids) for name, ids in rows.items()},
         "chat": _divergence(teacher, model, tokenize(talk, tokenizer, TOKENS).ids),
@@ -138,16 +140,6 @@ def _divergence(teacher: Any, model: Any, ids: Tensor) -> list[float]:
             wanted, reached = (each(input_ids=row).logits[0].log_softmax(dim=-1) for each in (teacher, model))
             found.append(float((wanted.exp() * (wanted - reached)).sum(dim=-1).mean()))
     return found
-
-
-def _answer(model: Any, tokenizer: Any, prompt: str) -> str:
-    messages = [{"role": "user", "content": prompt}]
-    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    with torch.no_grad():
-        given = model.generate(
-            **ids, max_new_tokens=ANSWER_TOKENS, do_sample=False, pad_token_id=tokenizer.eos_token_id
-        )
-    return tokenizer.decode(given[0, ids["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
 
 def _section(found: Mapping[str, Any], name: str) -> str:

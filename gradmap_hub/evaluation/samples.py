@@ -9,6 +9,7 @@ from typing import Any
 from gradmap_hub.evaluation.measurement import ORIGINAL, PRUNED, Context, Step
 from gradmap_hub.evaluation.speed import Backend, Eager
 from gradmap_hub.measurements import Sample
+from gradmap_hub.models.original import end_tokens
 
 # Instructions of the kinds that users of a small chat model give: facts, an explanation, lists, advice, prose.
 PROMPTS = (
@@ -36,7 +37,7 @@ def steps(context: Context) -> list[Step[Answers]]:
 def _answers(context: Context, which: str) -> Step[Answers]:
     def compute() -> Answers:
         model: Any = context.models.decoder(which).model
-        backend, ends = Eager(model), _end_tokens(model)
+        backend, ends = Eager(model), end_tokens(model, context.tokenizer)
         context.reporter.total(len(context.prompts))
         texts: list[str] = []
         for prompt in context.prompts:
@@ -76,8 +77,3 @@ def greedy_answer(backend: Backend, tokenizer: Any, prompt: str, ends: set[int])
     while len(answer) < TOKENS and (token := backend.write()) not in ends:
         answer.append(token)
     return tokenizer.decode(answer, skip_special_tokens=True).strip()
-
-
-def _end_tokens(model: Any) -> set[int]:
-    ends = model.generation_config.eos_token_id
-    return set(ends) if isinstance(ends, list) else set() if ends is None else {int(ends)}

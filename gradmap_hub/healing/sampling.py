@@ -17,6 +17,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from gradmap_hub.models.original import end_tokens
+
 # The batch is made smaller when this share of its rows has ended: what leaves costs one copy of the cache.
 _ENDED = 0.2
 
@@ -28,7 +30,7 @@ def sample(
     most likely tokens, those are drawn from that make up `top_p` of the probability at `temperature`."""
     ids, mask = _on_the_left(prompts, _pad_token(tokenizer))
     ids, mask = ids.to(model.device), mask.to(model.device)
-    ends = torch.tensor(sorted(_end_tokens(model, tokenizer)), device=model.device)
+    ends = torch.tensor(sorted(end_tokens(model, tokenizer)), device=model.device)
     found: list[list[int]] = [[] for _ in prompts]
     rows = torch.arange(len(prompts))  # the text of each row of the batch
     alive = torch.ones(len(prompts), dtype=torch.bool)
@@ -80,12 +82,6 @@ def _on_the_left(prompts: Sequence[Tensor], pad: int) -> tuple[Tensor, Tensor]:
 
 def _pad_token(tokenizer: Any) -> int:
     return next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
-
-
-def _end_tokens(model: Any, tokenizer: Any) -> set[int]:
-    named = model.generation_config.eos_token_id
-    found = set(named) if isinstance(named, list) else {named}
-    return {token for token in found | {tokenizer.eos_token_id} if token is not None}
 
 
 def _cache(capacity: int) -> Cache:

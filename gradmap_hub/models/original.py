@@ -93,6 +93,13 @@ def load_tokenizer(folder: Path, name: str) -> Any:
         raise SourceError(f"The tokenizer of {name} cannot be loaded: {first}") from error
 
 
+def end_tokens(model: Any, tokenizer: Any) -> set[int]:
+    """Ids of the tokens that end a text, by the model's generation config and by its tokenizer."""
+    named = model.generation_config.eos_token_id
+    found = set(named) if isinstance(named, list) else {named}
+    return {token for token in found | {tokenizer.eos_token_id} if token is not None}
+
+
 def open_decoder(
     folder: Path, architecture: Architecture, tokens: int, *, dtype: torch.dtype, device: str, streamed: bool = False
 ) -> Decoder:
