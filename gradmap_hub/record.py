@@ -166,7 +166,8 @@ class HealRecord:
     `rate`: peak learning rate. Losses (mean NLL) and divergences (mean KL from the original) are of the `held_out`
     sequences, in nats per token. `layers`: the trained ones (original indices), empty if the result was discarded.
     `part`: all, gaps or lora (see `healing.parts`). `tokens` trained on, from `texts`, which were read `repeats` times;
-    `seconds` of training."""
+    `seconds` of training. `self_text`: of the text that the original wrote, its tokens, how many samples were drawn and
+    dropped by which filter, and the `recipe` of sampling and filtering."""
 
     applied: bool
     steps: int
@@ -184,6 +185,7 @@ class HealRecord:
     divergence_after: float | None = None
     texts: list[TextSource] = field(default_factory=list)
     held_out: list[TextSource] = field(default_factory=list)
+    self_text: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)

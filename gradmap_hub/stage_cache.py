@@ -18,6 +18,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from gradmap_hub import distributed
+from gradmap_hub.errors import GradmapError
 from gradmap_hub.progress import Reporter
 from gradmap_hub.record import from_json, to_json
 
@@ -68,15 +70,30 @@ class Stages:
         inputs: Mapping[str, Any] | None = None,
         files: Callable[[], Sequence[Path]] = lambda: (),
         describe: Callable[[T], str] = lambda _: "",
+        together: bool = False,
     ) -> T:
         """Return the stored result of stage `name`, or compute and store it.
 
-        `files`: the files that the stage writes; if one is missing or has another size, the stage is computed again.
+        Of several processes the main one computes, or all of them if `together`; the result of the main one holds.
+
+        Args:
+            files: The files that the stage writes; if one is missing or has another size, it is computed again.
         """
         self._key = _digest({"before": self._key, "stage": name, "inputs": dict(inputs or {})})
         self.reporter.start(f"{self._label}{title}")
-        stored = self._read(name)
-        if stored is not None and stored["files"] == _sizes(files()):
+        stored = self._stored(name, files)
+        distributed.wait()  # before anything is written: all processes find the same
+        if stored is None and not distributed.is_main():
+            if together:
+                compute()
+            distributed.wait()
+            stored = self._stored(name, files)
+            if stored is None:
+                raise GradmapError(
+                    f"The main process wrote no {name}.json that this one can read in {self.folder}.",
+                    hint="All processes need the same folder, on one machine or on a shared disk.",
+                )
+        if stored is not None:
             result = from_json(kind, stored["result"])
             self.timings[name] = stored["seconds"]
             self.reporter.finish(describe(result), reused=True)
@@ -98,10 +115,16 @@ class Stages:
         partial = self.folder / f"{name}.json.partial"
         partial.write_text(text, encoding="utf-8")
         os.replace(partial, self.folder / f"{name}.json")  # atomic: a stage is never half done
+        distributed.wait()
         self.reporter.finish(describe(result))
         if seconds >= _LONG_ENOUGH:
             _give_memory_back()
         return result
+
+    def _stored(self, name: str, files: Callable[[], Sequence[Path]]) -> dict[str, Any] | None:
+        """The stored result, if its files are there."""
+        stored = self._read(name)
+        return stored if stored is not None and stored["files"] == _sizes(files()) else None
 
     def _read(self, name: str) -> dict[str, Any] | None:
         try:

@@ -17,6 +17,7 @@ PACKAGE = ROOT / "gradmap_hub"
 LEAVES = {
     "budget",
     "config",
+    "distributed",
     "errors",
     "figures",
     "files",

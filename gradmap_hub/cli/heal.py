@@ -15,6 +15,7 @@ from gradmap_hub.cli.output import Result, emit, stderr
 from gradmap_hub.cli.tables import record_json, record_view
 from gradmap_hub.cli.terminal import TerminalReporter
 from gradmap_hub.config import help_of
+from gradmap_hub.distributed import is_main
 from gradmap_hub.folder_config import HealConfig
 from gradmap_hub.record import RunRecord
 
@@ -36,13 +37,16 @@ def heal(
 ) -> None:
     """Train a pruned folder to predict what its original predicts. Renews weights, exports, record and card.
 
-    An interrupted run goes on where it was when the same command is given again.
+    An interrupted run goes on where it was when the same command is given again. On several GPUs:
+    accelerate launch -m gradmap_hub heal small --tokens 100M
     """
     from gradmap_hub.pipeline.heal_folder import heal_folder
 
     config = HealConfig(tokens, time, tuple(text or ()), part, against)
-    with TerminalReporter(stderr, quiet=quiet) as reporter:
+    with TerminalReporter(stderr, quiet=quiet or not is_main()) as reporter:
         record = heal_folder(folder, config, reporter=reporter)
+    if not is_main():
+        return
     emit(Result(record_json(record, folder), _view(record, folder)), as_json)
 
 

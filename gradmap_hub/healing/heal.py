@@ -19,6 +19,7 @@ from gradmap_hub.budget import TOP_K
 from gradmap_hub.data.rows import sha256_of_ids
 from gradmap_hub.healing.corpus import Corpus
 from gradmap_hub.healing.parts import Part, start_training, trained_values
+from gradmap_hub.healing.sharding import put
 from gradmap_hub.healing.teacher import TeacherCache
 from gradmap_hub.healing.training import HeldOut, NotFinite, Recipe, Trainer, Watcher, memory_kept
 from gradmap_hub.models.architectures import Architecture
@@ -135,5 +136,5 @@ def _best(trainer: Trainer, before: HeldOut) -> HeldOut:
         return before
     with torch.no_grad():
         for name, parameter in zip(trainer.names, trainer.trained, strict=True):
-            parameter.copy_(best[name])
+            put(parameter, best[name])
     return trainer.held_out()

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from gradmap_hub.errors import MissingExtra
+from gradmap_hub.healing.sharding import whole
 from gradmap_hub.models.architectures import Architecture
 
 # Trained layers after each gap, and at the end of the model.
@@ -103,11 +104,11 @@ def trained_values(student: nn.Module, architecture: Architecture, part: Part) -
             for name, module in layer.named_modules():
                 if hasattr(module, "merge") and hasattr(module, "get_base_layer"):
                     module.merge()
-                    found[index, f"{name}.weight"] = module.get_base_layer().weight.detach().clone()
+                    found[index, f"{name}.weight"] = whole(module.get_base_layer().weight.detach()).clone()
         return found
     for index in part.layers:
         for name, parameter in layers[index].named_parameters():
-            found[index, name] = parameter.detach().to("cpu", copy=True)
+            found[index, name] = whole(parameter.detach()).to("cpu", copy=True)
     return found
 
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from gradmap_hub.errors import GradmapError
 from gradmap_hub.healing.corpus import Corpus
 from gradmap_hub.healing.objective import divergence
+from gradmap_hub.healing.sharding import put, shard_like, whole
 from gradmap_hub.healing.teacher import TeacherCache
 
 # Peak learning rate of AdamW, and tokens of a step.
@@ -149,13 +150,15 @@ class Trainer:
         on_cpu = next(student.parameters()).device.type == "cpu"
         self.accelerator = Accelerator(cpu=True) if on_cpu and torch.cuda.is_available() else Accelerator()
         student.eval()  # no dropout: the original's predictions have none
-        self.names = [name for name, parameter in student.named_parameters() if parameter.requires_grad]
         model = Distilled(student, head)
         trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
         # Weight decay would pull the weights away from the original, towards zero.
         optimizer = torch.optim.AdamW(trained, lr=0.0, betas=BETAS, weight_decay=0.0, fused=_fused(trained))
-        self.trained = trained
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        # Asked for after `prepare`: FSDP replaces the parameters by shards.
+        prepared: Any = self.accelerator.unwrap_model(self.model)
+        named = [(name, value) for name, value in prepared.student.named_parameters() if value.requires_grad]
+        self.names, self.trained = [name for name, _ in named], [value for _, value in named]
         self.steps = len(corpus.order) // recipe.sequences
         self.progress = Progress()
 
@@ -267,14 +270,14 @@ class Trainer:
 
     def _weights(self) -> dict[str, Tensor]:
         return {
-            name: parameter.detach().to("cpu", copy=True)
+            name: whole(parameter.detach()).to("cpu", copy=True)
             for name, parameter in zip(self.names, self.trained, strict=True)
         }
 
     def _save(self) -> None:
         values = {f"weight/{name}": value for name, value in self._weights().items()}
         for place, moments in self.optimizer.state_dict()["state"].items():
-            values |= {f"{key}/{place}": torch.as_tensor(value).cpu() for key, value in moments.items()}
+            values |= {f"{key}/{place}": whole(torch.as_tensor(value)).cpu() for key, value in moments.items()}
         self._write(STATE, values, {"key": self.key, "progress": json.dumps(asdict(self.progress))})
 
     def _write(self, name: str, values: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -312,11 +315,11 @@ class Trainer:
         self.progress = Progress(**(read | {"checks": [Check(**check) for check in read["checks"]]}))
         with torch.no_grad():
             for name, parameter in zip(self.names, self.trained, strict=True):
-                parameter.copy_(values.pop(f"weight/{name}"))
+                put(parameter, values.pop(f"weight/{name}"))
         state: dict[int, dict[str, Tensor]] = {}
         for name, value in values.items():
             key, _, place = name.partition("/")
-            state.setdefault(int(place), {})[key] = value
+            state.setdefault(int(place), {})[key] = shard_like(self.trained[int(place)], value)
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from gradmap_hub import distributed
 from gradmap_hub.config import SELF
 from gradmap_hub.data.texts import Text, read_text, text_of
 from gradmap_hub.errors import CalibrationError
@@ -118,19 +119,22 @@ def heal_stage(run: Run, rows: CalibrationRows, removed: Sequence[int], open_stu
     if budget.unit == "seconds":
         sequences = _timed(run, rows, student, recipe, budget.amount).sequences
     steps = max(1, round(sequences / recipe.sequences))
-    corpus = _corpus(run, rows, steps * recipe.sequences)
+    corpus, own = _corpus(run, rows, steps * recipe.sequences)
 
     def compute() -> HealRecord:
         from gradmap_hub.healing.heal import heal_model
 
         file.unlink(missing_ok=True)
-        teacher = _teacher(run, corpus)
+        teacher = distributed.main_first(lambda: _teacher(run, corpus))
         pupil, part = student()
         run.reporter.start(f"{run.stages.label}Healing, {_PARTS[part.name]}")
         run.reporter.total(corpus.tokens, unit="tokens")
         record, values = heal_model(pupil, corpus, teacher, part, recipe, work, _Told(run.reporter))
-        save_overrides({(kept[layer], name): value for (layer, name), value in values.items()}, file)
-        return dataclasses.replace(record, layers=[kept[layer] for layer in record.layers])
+        if distributed.is_main():
+            save_overrides({(kept[layer], name): value for (layer, name), value in values.items()}, file)
+        return dataclasses.replace(
+            record, layers=[kept[layer] for layer in record.layers], self_text=dataclasses.asdict(own) if own else None
+        )
 
     healed = run.stages.run(
         "heal",
@@ -146,8 +150,10 @@ def heal_stage(run: Run, rows: CalibrationRows, removed: Sequence[int], open_stu
         },
         files=lambda: [file],
         describe=_summary,
+        together=True,
     )
-    shutil.rmtree(work, ignore_errors=True)  # the state of the training
+    if distributed.is_main():
+        shutil.rmtree(work, ignore_errors=True)  # the state of the training
     return healed
 
 
@@ -184,9 +190,11 @@ def _summary(record: HealRecord) -> str:
 # -- text -------------------------------------------------------------------------------------------------------------
 
 
-def _corpus(run: Run, rows: CalibrationRows, sequences: int, *, own: bool = True) -> Corpus:
-    """The sequences to train on and to watch: the calibration texts by their size, and SELF_SHARE of text that a chat
-    model writes; or what --heal-text names, in equal parts. `own`: with text that the original writes."""
+def _corpus(run: Run, rows: CalibrationRows, sequences: int, *, own: bool = True) -> tuple[Corpus, SelfTextFile | None]:
+    """The sequences to train on and to watch, and how the original's own text among them came about.
+
+    They are the calibration texts by their size, and SELF_SHARE of text that a chat model writes; or what --heal-text
+    names, in equal parts. `own`: with text that the original writes."""
     from gradmap_hub.data.rows import Rows, tokenize
     from gradmap_hub.healing.corpus import make_corpus
 
@@ -194,6 +202,7 @@ def _corpus(run: Run, rows: CalibrationRows, sequences: int, *, own: bool = True
     names = [name for name in run.method.heal_text if own or name != SELF]
     sources: list[tuple[Rows, float]] = []
     held_out: list[Rows] = []
+    written: SelfTextFile | None = None
     if not names:
         # A streamed original reads well, but writes token by token, with a pass over its files for each.
         chat = own and bool(tokenizer.chat_template) and not run.method.low_memory
@@ -204,7 +213,10 @@ def _corpus(run: Run, rows: CalibrationRows, sequences: int, *, own: bool = True
     share = 1 / len(names) if not sources else SELF_SHARE
     for name in names:
         wanted = max(2 * HELD_OUT, round(share * sequences) + HELD_OUT)
-        text = self_text(run, wanted * run.method.seq_len) if name == SELF else text_of(name, run.hub)
+        if name == SELF:
+            text, written = self_text(run, wanted * run.method.seq_len)
+        else:
+            text = text_of(name, run.hub)
         cut = tokenize(text, tokenizer, run.method.seq_len)
         if len(cut.ids) < 2 * HELD_OUT:
             raise CalibrationError(
@@ -220,10 +232,10 @@ def _corpus(run: Run, rows: CalibrationRows, sequences: int, *, own: bool = True
             f"The text for healing is shorter than the budget: its {corpus.ids.numel():,} tokens are read "
             f"{corpus.repeats:.1f} times."
         )
-    return corpus
+    return corpus, written
 
 
-def self_text(run: Run, tokens: int) -> Text:
+def self_text(run: Run, tokens: int) -> tuple[Text, SelfTextFile]:
     """About `tokens` tokens that the original writes itself, kept in the work folder (see `healing.self_text`)."""
     from gradmap_hub.healing.self_text import SelfTextRecipe
 
@@ -257,7 +269,7 @@ def self_text(run: Run, tokens: int) -> Text:
     text = read_text(file, name=SELF)
     if text.sha256 != written.sha256:
         raise CalibrationError(f"{file} has changed since it was written; delete it and run the command again.")
-    return text
+    return text, written
 
 
 # -- teacher and student ----------------------------------------------------------------------------------------------
@@ -322,9 +334,9 @@ def _timed(
     def compute() -> TimedBudget:
         from gradmap_hub.healing.heal import heal_model
 
-        corpus = _corpus(run, rows, _TIMED * recipe.sequences, own=False)
+        corpus, _ = _corpus(run, rows, _TIMED * recipe.sequences, own=False)
         started = time.monotonic()
-        teacher = _teacher(run, corpus)
+        teacher = distributed.main_first(lambda: _teacher(run, corpus))
         read = sum(len(cache.ids) for cache in teacher.parts)
         reading = (time.monotonic() - started) / read
         pupil, part = student()
@@ -339,4 +351,5 @@ def _timed(
         compute,
         inputs={"seconds": seconds, "part": run.method.heal_part, "recipe": recipe.identity},
         describe=lambda found: f"{found.sequences * run.method.seq_len:,} tokens fit into {duration(seconds)}",
+        together=True,
     )

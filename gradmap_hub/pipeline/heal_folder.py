@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gradmap_hub import distributed
 from gradmap_hub.config import SELF, PruneMethod
 from gradmap_hub.data.texts import check_text_files
 from gradmap_hub.errors import SourceError
@@ -78,6 +79,7 @@ def heal_folder(
 ) -> RunRecord:
     """Heal a finished folder: weights, record, card and the exports of the weights are renewed together.
 
+    Started by `accelerate launch`, all processes train together, and the main one does everything else.
     A run that was interrupted goes on where it was. Nothing in the folder changes before the training has ended and
     has clearly helped.
 
@@ -90,7 +92,8 @@ def heal_folder(
     """
     hub, reporter = connect(hub, reporter)
     folder = folder if folder.name else folder.resolve()  # "." has no folder beside it
-    _finish_earlier(folder)
+    distributed.join()
+    distributed.main_first(lambda: _finish_earlier(folder))
     record = RunRecord.read(folder)
     check_text_files(name for name in config.text if name != SELF)
     weights = _check_unchanged(record, folder)
@@ -104,6 +107,9 @@ def heal_folder(
     texts = evaluation_texts(run, rows, extra)
     fetch_weights(run)
     healed = heal_stage(run, rows, record.removed, lambda: _open_folder(run, folder))
+    distributed.leave()
+    if not distributed.is_main():
+        return record
     forget_teacher(run)
     if not healed.applied:
         reporter.note(f"The folder is unchanged: {healed.reason}.")

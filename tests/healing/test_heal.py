@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import random
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -194,7 +195,10 @@ def test_two_processes_reach_the_loss_of_one(world: Any, tmp_path: Path) -> None
     (tmp_path / "both").mkdir()
     wanted, _ = run(world, "one")
     context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=_process, args=(rank, tmp_path / "both", world)) for rank in range(2)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [context.Process(target=_process, args=(rank, port, tmp_path / "both", world)) for rank in range(2)]
     for process in processes:
         process.start()
     for process in processes:
@@ -206,10 +210,10 @@ def test_two_processes_reach_the_loss_of_one(world: Any, tmp_path: Path) -> None
     assert found["steps"] == wanted.steps and found["tokens"] == wanted.tokens
 
 
-def _process(rank: int, folder: Path, world: Any) -> None:
+def _process(rank: int, port: int, folder: Path, world: Any) -> None:
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29617", "ACCELERATE_USE_CPU": "true",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
     }  # fmt: skip
     AcceleratorState._reset_state(reset_partial_state=True)  # that of the parent process
     record, _ = heal_model(world.student(), world.corpus, world.teacher, ALL, RECIPE, folder / "state", None)
