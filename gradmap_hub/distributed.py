@@ -38,9 +38,10 @@ def join() -> None:
     if several():
         from datetime import timedelta
 
+        import torch
         from accelerate import PartialState
 
-        PartialState(timeout=timedelta(days=_PATIENCE_DAYS))
+        PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=_PATIENCE_DAYS))
 
 
 def wait() -> None:

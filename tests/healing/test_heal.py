@@ -15,8 +15,10 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from gradmap_hub.data.rows import Rows
 from gradmap_hub.healing import heal as healing
@@ -189,16 +191,25 @@ def test_adapters_are_merged(world: Any) -> None:
     assert loss == pytest.approx(record.loss_after, abs=1e-4)
 
 
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer",
+}  # fmt: skip
+
+
 @pytest.mark.long
-def test_two_processes_reach_the_loss_of_one(world: Any, tmp_path: Path) -> None:
-    """DDP over gloo, each with half of the sequences of a step."""
+@pytest.mark.parametrize("how", [{}, FSDP], ids=["DDP", "FSDP2"])
+def test_two_processes_reach_the_loss_of_one(world: Any, tmp_path: Path, how: dict[str, str]) -> None:
+    """Over gloo, each with half of the sequences of a step, and with FSDP also half of each weight."""
     (tmp_path / "both").mkdir()
     wanted, _ = run(world, "one")
     context = multiprocessing.get_context("fork")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes = [context.Process(target=_process, args=(rank, port, tmp_path / "both", world)) for rank in range(2)]
+    processes = [
+        context.Process(target=_process, args=(rank, port, how, tmp_path / "both", world)) for rank in range(2)
+    ]
     for process in processes:
         process.start()
     for process in processes:
@@ -210,13 +221,18 @@ def test_two_processes_reach_the_loss_of_one(world: Any, tmp_path: Path) -> None
     assert found["steps"] == wanted.steps and found["tokens"] == wanted.tokens
 
 
-def _process(rank: int, port: int, folder: Path, world: Any) -> None:
+def _process(rank: int, port: int, how: dict[str, str], folder: Path, world: Any) -> None:
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
-    }  # fmt: skip
+    } | how  # fmt: skip
     AcceleratorState._reset_state(reset_partial_state=True)  # that of the parent process
-    record, _ = heal_model(world.student(), world.corpus, world.teacher, ALL, RECIPE, folder / "state", None)
+    if how:
+        PartialState(cpu=True)  # accelerate offers FSDP on accelerators alone, though it works over gloo
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    student = world.student()
+    record, _ = heal_model(student, world.corpus, world.teacher, ALL, RECIPE, folder / "state", None)
+    assert any(isinstance(value, DTensor) for value in student.model.parameters()) == bool(how)
     if rank == 0:
         (folder / "record.json").write_text(json.dumps(dataclasses.asdict(record)))
     torch.distributed.destroy_process_group()
