@@ -8,7 +8,7 @@ BIN5 := .venv5/bin
 STAMP5 := .venv5/.installed
 PIP5 := $(BIN5)/pip --disable-pip-version-check
 
-.PHONY: install install-5 demo test test-fast test-5 test-all reliability architectures architectures-5 check bench bench-inference bench-heal clean
+.PHONY: install install-5 demo test test-fast test-5 test-all reliability architectures architectures-5 check bench bench-inference bench-heal check-gpu clean
 
 install: $(STAMP)
 
@@ -79,6 +79,10 @@ bench-inference: install
 # Perplexity, chat and answers by budget of healing; about an hour for its two budgets.
 bench-heal: install
 	$(BIN)/python -m benchmarks.healing
+
+# Speed and memory of training in the shapes of a 135M and an 8B model; ten minutes on one large GPU. Elsewhere --tiny.
+check-gpu: install
+	$(BIN)/python -m benchmarks.training $(if $(shell command -v nvidia-smi),,--tiny)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache

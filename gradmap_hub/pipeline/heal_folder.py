@@ -175,7 +175,12 @@ def _method(record: RunRecord, folder: Path, config: HealConfig) -> PruneMethod:
         SourceError: the record has no settings.
         CalibrationError: a text of the run is missing, or has changed.
     """
-    places = [folder, Path.cwd(), *(Path(name).expanduser().parent for name in config.text if name != SELF)]
+    places = [
+        folder,
+        folder.resolve().parent,
+        Path.cwd(),
+        *(Path(name).expanduser().parent for name in config.text if name != SELF),
+    ]
     calibration = find_calibration(record, places)
     evaluation = find_evaluation(record, places)
     settings = record.settings or {}

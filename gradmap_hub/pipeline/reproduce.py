@@ -334,7 +334,7 @@ def _locate(
         raise _changed(changed)
     raise CalibrationError(
         f"The text {name} of the record is neither next to the record nor in this folder.",
-        hint=f"Say where it is with --{option} FILE; its sha256 is {sha256}.",
+        hint=f"Copy it there, or say where it is with --{option} FILE if the command has it; its sha256 is {sha256}.",
     )
 
 
