@@ -23,7 +23,7 @@ from .store import RepoState, now
 
 Role = Literal["read", "write", "fineGrained"]
 
-#: Served without access even if the repository is gated. Case-sensitive, as on the real Hub.
+#: Text files that are served without access even if the repository is gated. Case-sensitive, as on the real Hub.
 UNGATED_FILES = frozenset({"README.md", "LICENSE", "LICENSE.md", "LICENSE.txt"})
 
 
@@ -122,9 +122,10 @@ def can_see(identity: Identity | None, key: RepoKey, state: RepoState) -> bool:
     return identity is not None and identity.can_read(key)
 
 
-def can_open(identity: Identity | None, key: RepoKey, state: RepoState, path: str) -> bool:
-    """Whether a caller who can see the repository may read this file."""
-    if state.gated is False or path in UNGATED_FILES:
+def can_open(identity: Identity | None, key: RepoKey, state: RepoState, path: str, *, is_lfs: bool) -> bool:
+    """Whether a caller who can see the repository may read this file. `is_lfs`: whether it is stored as LFS."""
+    # A commit names LFS content by its hash alone, so the name of an LFS file says nothing about what is in it.
+    if state.gated is False or (path in UNGATED_FILES and not is_lfs):
         return True
     return identity is not None and (identity.can_read(key) or identity.name in state.granted)
 

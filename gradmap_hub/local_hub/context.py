@@ -15,6 +15,7 @@ from .auth import Accounts, Identity, Signer, can_open, can_see
 from .errors import Forbidden, Gated, HubError, InvalidName, RepoNotFound, Unauthorized
 from .faults import Faults
 from .gate import cdn_host
+from .gitids import Entry
 from .names import RepoKey, RepoType, check_path, requested_key
 from .shelf import Shelf
 from .store import RepoState, Store
@@ -32,7 +33,6 @@ class Hub:
     signer: Signer
     faults: Faults
     paid_plan: bool
-    browse_private: bool
     multipart_bytes: int
     cdn_seconds: float
     #: Whether Xet uploads are accepted.
@@ -120,14 +120,14 @@ class Call:
             raise RepoNotFound
         return state
 
-    def readable(self, key: RepoKey, path: str) -> RepoState:
-        """Like :meth:`visible`, but for the content of one file.
+    def readable(self, key: RepoKey, path: str = "", entry: Entry | None = None) -> RepoState:
+        """Like :meth:`visible`, but for the content of one file, or (by default) of every file.
 
         Raises:
             Gated: the repository is gated and this caller has no access.
         """
         state = self.visible(key)
-        if not can_open(self.identity, key, state, path):
+        if not can_open(self.identity, key, state, path, is_lfs=entry is not None and entry.sha256 is not None):
             raise Gated(key.type, key.id, self.identity is not None)
         return state
 

@@ -54,9 +54,9 @@ def repo_info(store: Store, key: RepoKey, state: RepoState, oid: str, blobs: boo
 
 
 def read_card(objects: Objects, files: Mapping[str, Entry]) -> dict[str, Any]:
-    """The front matter of README.md; empty if it is missing or invalid."""
+    """The front matter of README.md; empty if it is missing, invalid or stored as LFS."""
     entry = files.get("README.md")
-    if entry is None:
+    if entry is None or entry.sha256 is not None:
         return {}
     try:
         return parse_front_matter(objects.read(entry).decode("utf-8", "replace")) or {}

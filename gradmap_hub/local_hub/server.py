@@ -46,9 +46,6 @@ class LocalHub:
         paid_plan: if False, creating a Gradio or Docker Space fails with 402, as for a free account.
         log_file: mirror :attr:`requests` to this JSON Lines file.
         allow_remote: allow connections from other machines. There is no TLS: tokens are sent in clear text.
-        browse_private: show private repositories on the browser pages, which carry no token. Safe by default because
-            only this machine can connect; turn it off together with ``allow_remote`` or on a shared machine. The API
-            never shows them without a token.
         multipart_bytes: LFS files above this size are uploaded in parts of this size, if the client supports it.
         cdn_port: a second port for LFS downloads, like the Hub's CDN: it takes signed URLs and refuses requests with
             a token. 0 picks a free port; None serves everything from the main port.
@@ -70,7 +67,6 @@ class LocalHub:
         log_file: Path | None = None,
         *,
         allow_remote: bool = False,
-        browse_private: bool = True,
         multipart_bytes: int = 64 * 1024 * 1024,
         cdn_port: int | None = 0,
         cdn_seconds: float = 3600,
@@ -98,7 +94,6 @@ class LocalHub:
             signer=Signer(self.root),
             faults=self.faults,
             paid_plan=paid_plan,
-            browse_private=browse_private,
             multipart_bytes=multipart_bytes,
             cdn_seconds=cdn_seconds,
             xet=xet,

@@ -1,5 +1,6 @@
 """Who may see, read and change what."""
 
+import json
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -160,8 +161,8 @@ def test_upload_address_is_signed(hub: LocalHub, ada: HfApi) -> None:
     assert not any("signature" in request.query for request in hub.requests)
 
 
-def test_pages(hub: LocalHub, ada: HfApi, tmp_path: Path) -> None:
-    ada.create_repo("ada/tiny", private=True)
+def test_pages(hub: LocalHub, ada: HfApi) -> None:
+    ada.create_repo("ada/tiny")
     ada.upload_file(
         path_or_fileobj=b"---\nlicense: mit\n---\n# <script>alert(1)</script>",
         path_in_repo="README.md",
@@ -178,10 +179,6 @@ def test_pages(hub: LocalHub, ada: HfApi, tmp_path: Path) -> None:
     assert requests.get(f"{hub.url}/spaces/ada/app").status_code == 200
     file = requests.get(f"{hub.url}/ada/tiny/blob/main/README.md")
     assert "# <script>" in file.text and file.headers["Content-Type"].startswith("text/plain")
-    with LocalHub(tmp_path / "shy", browse_private=False) as shy:
-        shy.seed("ada/hidden", tmp_path / "hub" / "repos" / "models" / "ada" / "tiny" / "blobs", private=True)
-        assert "hidden" not in requests.get(shy.url).text
-        assert requests.get(f"{shy.url}/ada/hidden").status_code == 404
 
 
 def test_only_loopback(hub: LocalHub, tmp_path: Path) -> None:
@@ -192,3 +189,31 @@ def test_only_loopback(hub: LocalHub, tmp_path: Path) -> None:
         assert requests.get(second.url).status_code == 200
     # A page elsewhere that resolves its own name to this machine.
     assert requests.get(hub.url, headers={"Host": "evil.example"}).status_code == 400
+
+
+def test_a_pull_request_opens_nothing_that_is_gated(
+    hub: LocalHub, ada: HfApi, bob: HfApi, anonymous: HfApi, tmp_path: Path
+) -> None:
+    """LFS content is named by its hash, which everybody sees; README.md is served to everybody."""
+    weights = bytes(range(256)) * 10
+    ada.create_repo("acme/gated")
+    ada.upload_file(path_or_fileobj=weights, path_in_repo="model.safetensors", repo_id="acme/gated")
+    hub.set_gated("acme/gated", "manual")
+    [row] = [row for row in ada.list_repo_tree("acme/gated") if row.path == "model.safetensors"]
+    url = f"{hub.url}/api/models/acme/gated/commit/main?create_pr=1"
+    lines = [
+        {"key": "header", "value": {"summary": "A card"}},
+        {"key": "lfsFile", "value": {"path": "README.md", "algo": "sha256", "oid": row.lfs.sha256}},
+    ]
+    body = "\n".join(map(json.dumps, lines)).encode()
+    refused = requests.post(url, data=body, headers={"Authorization": f"Bearer {bob.token}"})
+    assert refused.status_code == 403 and refused.headers["X-Error-Code"] == "GatedRepo"
+    # Whoever has access may do so, and the file stays gated: on its own, on the pages and in the card.
+    assert requests.post(url, data=body, headers={"Authorization": f"Bearer {ada.token}"}).status_code == 200
+    for path in ("resolve/refs%2Fpr%2F1/README.md", "blob/refs%2Fpr%2F1/README.md", "discussions/1"):
+        answer = requests.get(f"{hub.url}/acme/gated/{path}")
+        assert answer.status_code == (200 if path == "discussions/1" else 401), path
+        assert weights[:64] not in answer.content and "\x01\x02" not in answer.text
+    assert bob.upload_file(
+        path_or_fileobj=b"# New", path_in_repo="README.md", repo_id="acme/gated", create_pr=True
+    ).pr_url  # text is still welcome

@@ -116,7 +116,8 @@ def test_each_port_has_its_own_addresses(hub: LocalHub, ada: HfApi, location: st
         assert reply.status_code == 404, path
     assert requests.get(location, headers={"Host": "evil.example"}).status_code == 400
     # Pages for browsers are whole on the first port.
-    page = requests.get(f"{hub.url}/ada/tiny/blob/main/a%20b.bin", allow_redirects=False)
+    token = {"authorization": f"Bearer {ada.token}"}
+    page = requests.get(f"{hub.url}/ada/tiny/blob/main/a%20b.bin", headers=token, allow_redirects=False)
     assert page.status_code == 200 and page.content == CONTENT
 
 

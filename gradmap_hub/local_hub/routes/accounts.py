@@ -148,8 +148,7 @@ def update_settings(call: Call) -> Response:
 
 def auth_check(call: Call) -> Response:
     key = call.key()
-    # The empty path is not in UNGATED_FILES, so this checks access to the whole repository.
-    call.readable(key, "")
+    call.readable(key)
     return PlainTextResponse("OK")
 
 

@@ -33,8 +33,8 @@ def resolve(call: Call) -> Response:
     path = call.path()
     call.visible(key)
     oid = call.hub.store.resolve(key, call.param("revision"))
-    call.readable(key, path)
     entry = call.hub.store.files(key, oid).get(path)
+    call.readable(key, path, entry)
     if entry is None:
         raise EntryNotFound(commit=oid)
     if entry.sha256 is not None and call.hub.cdn_port is not None:

@@ -1,4 +1,8 @@
-"""Plain HTML pages for browsers. No scripts, no forms, everything escaped."""
+"""Plain HTML pages for browsers. No scripts, no forms, everything escaped.
+
+The rules of the API apply. A browser sends no token, so it sees what is public: loopback is no boundary between the
+users of a machine.
+"""
 
 import html
 from collections.abc import Iterable
@@ -7,10 +11,9 @@ from urllib.parse import quote
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
-from ..auth import can_see
 from ..content import file_response
 from ..context import Call, Hub
-from ..errors import EntryNotFound, HubError, RepoNotFound
+from ..errors import EntryNotFound, HubError
 from ..gitids import Entry
 from ..names import PREFIXES, RepoKey, RepoType
 from ..routing import RouteMaker
@@ -58,7 +61,7 @@ def index(call: Call) -> Response:
         rows: list[str] = []
         for key in call.hub.store.keys(repo_type):
             try:
-                state = _browsable(call, key)
+                state = call.visible(key)
             except HubError:  # not visible, or deleted since it was listed
                 continue
             note = ", ".join(_labels(state))
@@ -69,7 +72,7 @@ def index(call: Call) -> Response:
 
 def repo_page(call: Call) -> Response:
     key = call.key()
-    state = _browsable(call, key)
+    state = call.visible(key)
     params = call.http.path_params
     revision = (
         f"refs/pr/{params['pull']}" if "pull" in params else call.param("revision") if "revision" in params else "main"
@@ -87,32 +90,23 @@ def repo_page(call: Call) -> Response:
         "</table>",
     ]
     readme = files.get("README.md")
-    if readme is not None:
+    if readme is not None and readme.sha256 is None:
         text = call.hub.store.objects(key).read(readme, _README_LIMIT).decode("utf-8", "replace")
         parts.append(f"<h2>README.md</h2><pre>{html.escape(text)}</pre>")
     return _page(key.id, parts)
 
 
 def file_page(call: Call) -> Response:
-    """The content of a file for a browser. Browsers send no token, so the rules of the pages apply."""
+    """The content of a file for a browser."""
     key = call.key()
     path = call.path()
-    _browsable(call, key)
-    if not call.hub.browse_private:
-        # With browse_private off, a browser has the rights of an anonymous client.
-        call.readable(key, path)
+    call.visible(key)
     oid = call.hub.store.resolve(key, call.param("revision"))
     entry = call.hub.store.files(key, oid).get(path)
+    call.readable(key, path, entry)
     if entry is None:
         raise EntryNotFound(commit=oid)
     return file_response(call.http, path, entry, call.hub.store.objects(key).file(entry), oid, attachment=False)
-
-
-def _browsable(call: Call, key: RepoKey) -> RepoState:
-    state = call.hub.store.state(key)
-    if not call.hub.browse_private and not can_see(call.identity, key, state):
-        raise RepoNotFound
-    return state
 
 
 def _labels(state: RepoState) -> list[str]:

@@ -168,6 +168,9 @@ def _change(call: Call, key: RepoKey, kind: str, value: dict[str, Any]) -> Chang
         case "file":
             return AddFile(check_path(path), objects.put_blob(_decoded(value.get("content", ""), value)))
         case "lfsFile":
+            # Content is named by its hash. Somebody without access to a gated repository could name its weights in a
+            # pull request and read them there.
+            call.readable(key)
             oid = value.get("oid")
             size = objects.lfs_size(oid) if isinstance(oid, str) and is_sha256(oid) else None
             if not isinstance(oid, str) or size is None:
