@@ -4,14 +4,20 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import yaml
 
 from .errors import InvalidName
+from .foreign import check_value
 from .names import RepoType, parse_repo_id
 
-_FRONT_MATTER = re.compile(r"\A(\s*---[\r\n]+)([\S\s]*?)([\r\n]+---(\r\n|\r|\n|\Z))")
+# Two searches, since one pattern from the first line to the last takes quadratic time on many line breaks.
+_OPENING = re.compile(r"\s*---[\r\n]")
+_CLOSING = re.compile(r"[\r\n]---(?:[\r\n]|\Z)")
+#: Characters. Parsing takes about a second for these; the cards that this project writes have less than 10,000.
+_FRONT_MATTER_LIMIT = 256 * 1024
 
 _LICENSE_IDS = """
 apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0
@@ -91,26 +97,53 @@ def parse_front_matter(readme: str) -> dict[str, Any] | None:
     """The front matter as JSON-compatible values; None if there is no front matter.
 
     Raises:
-        ValueError: the front matter is not valid YAML, not a mapping, or not representable as JSON.
+        ValueError: the front matter is too long, not valid YAML, not a mapping, or not representable as JSON.
     """
-    found = _FRONT_MATTER.match(readme)
-    if found is None:
+    opening = _OPENING.match(readme)
+    closing = _CLOSING.search(readme, opening.end()) if opening else None
+    if opening is None or closing is None:
         return None
+    if closing.start() - opening.end() > _FRONT_MATTER_LIMIT:
+        raise ValueError(f"The metadata has more than {_FRONT_MATTER_LIMIT} characters")
+    text, problem = _read_once(readme[opening.end() : closing.start()])
+    if problem is not None:
+        raise ValueError(problem)
+    return None if text is None else json.loads(text)
+
+
+@lru_cache(maxsize=256)  # lists of repositories read every card each time, and a bad one may take a second
+def _read_once(text: str) -> tuple[str | None, str | None]:
+    """What :func:`_metadata_json` returns, or the message of its error."""
     try:
-        data = _load(found[2])
+        return _metadata_json(text), None
+    except ValueError as error:
+        return None, str(error)
+
+
+def _metadata_json(text: str) -> str | None:
+    """The metadata as JSON, which turns dates and keys into strings; None if there is none.
+
+    Raises:
+        ValueError: see :func:`parse_front_matter`.
+    """
+    try:
+        data = _load(text)
     except yaml.YAMLError as error:
         raise ValueError(f"Invalid YAML: {error}") from error
     except RecursionError as error:
         raise ValueError("Invalid YAML: nested too deeply") from error
+    except Exception as error:  # PyYAML lets through what Python raises on a value that does not fit its tag
+        raise ValueError(f"Invalid YAML: {type(error).__name__}: {error}") from error
     if data is None:
         return None
     if not isinstance(data, dict):
         raise ValueError("The metadata must be a mapping of keys to values")
-    # The round trip through JSON turns dates and keys into strings.
     try:
-        return json.loads(json.dumps(data, default=str, allow_nan=False))
-    except (TypeError, ValueError) as error:
+        written = json.dumps(data, default=str, allow_nan=False)
+        check_value(json.loads(written))
+    except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"The metadata cannot be written as JSON: {error}") from error
+    return written
 
 
 def validate_card(readme: str, repo_type: RepoType) -> Findings:

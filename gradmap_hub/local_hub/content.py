@@ -13,7 +13,7 @@ from .errors import HubError
 from .gitids import Entry
 from .objects import read_chunks
 
-_RANGE = re.compile(r"bytes=(\d*)-(\d*)")
+_RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")  # more digits are beyond any file
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """What every route handler uses: the hub, the request and permission checks."""
 
-import json
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ from starlette.responses import JSONResponse, Response
 from .auth import Accounts, Identity, Signer, can_open, can_see
 from .errors import Forbidden, Gated, HubError, InvalidName, RepoNotFound, Unauthorized
 from .faults import Faults
+from .foreign import load_json
 from .gate import cdn_host
 from .gitids import Entry
 from .names import RepoKey, RepoType, check_path, requested_key
@@ -21,6 +21,8 @@ from .shelf import Shelf
 from .store import RepoState, Store
 
 _BODY_LIMIT = 64 * 1024 * 1024
+#: Characters of an error in a header; messages repeat names that clients sent, and clients refuse long header lines.
+_MESSAGE_LIMIT = 1000
 
 
 @dataclass(frozen=True)
@@ -88,9 +90,9 @@ class Call:
             HubError: 400, the body is not a JSON object.
         """
         try:
-            value = json.loads(self.body)
-        except ValueError:
-            raise HubError(400, "The body is not valid JSON") from None
+            value = load_json(self.body)
+        except ValueError as error:
+            raise HubError(400, f"The body is not valid JSON: {error}") from None
         if not isinstance(value, dict):
             raise HubError(400, "The body must be a JSON object")
         return value
@@ -224,8 +226,9 @@ def answer(value: object, headers: dict[str, str] | None = None) -> JSONResponse
 
 def refusal(error: HubError) -> JSONResponse:
     """An error response: the client maps the headers to exceptions, the body is for people."""
-    # Header values must be a single latin-1 line.
-    message = error.message.encode("ascii", "backslashreplace").decode().replace("\r", " ").replace("\n", " ")
+    # Anything but printable ASCII in a header would end the connection instead of the request.
+    printable = (char if char.isprintable() else " " for char in error.message[:_MESSAGE_LIMIT])
+    message = " ".join("".join(printable).split()).encode("ascii", "backslashreplace").decode()
     headers = {"X-Error-Message": message, **error.headers}
     if error.code:
         headers["X-Error-Code"] = error.code

@@ -1,17 +1,27 @@
 """The JSON that the API returns about a repository: its info and the rows of its tree."""
 
-import json
+import math
 from collections.abc import Iterable, Mapping
-from pathlib import PurePosixPath
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from .cards import RELATIONS, parse_front_matter
+from .foreign import load_json
 from .gitids import Entry, pointer, tree_ids
 from .names import RepoKey
 from .objects import Commit, Objects
 from .store import RepoState, Store
 
 _ADAPTER_FILES = {"adapter_config.json"}
+#: Bytes of a safetensors header. Shards of the largest published models have less than 2 MB.
+_HEADER_LIMIT = 8 * 1024 * 1024
+#: Bytes of a config.json; a longer one is ignored.
+_CONFIG_LIMIT = 1024 * 1024
+#: Dimensions of a tensor: NumPy's own limit.
+_RANK_LIMIT = 64
+#: Elements of a tensor: safetensors counts them in 64 bits.
+_PARAMETER_LIMIT = 2**63
 
 
 def repo_info(store: Store, key: RepoKey, state: RepoState, oid: str, blobs: bool = False) -> dict[str, Any]:
@@ -42,9 +52,10 @@ def repo_info(store: Store, key: RepoKey, state: RepoState, oid: str, blobs: boo
         info["tags"] = [*_card_tags(card), "region:us"]
     elif state.space is not None:
         subdomain = f"{key.namespace}-{key.name}".lower().replace(".", "-").replace("_", "-")
+        sdk = _text(card, "sdk") or state.space.sdk
         info |= {
-            "sdk": card.get("sdk", state.space.sdk),
-            "tags": [card.get("sdk", state.space.sdk), *_texts(card.get("tags")), "region:us"],
+            "sdk": sdk,
+            "tags": [sdk, *_texts(card.get("tags")), "region:us"],
             "subdomain": subdomain,
             "runtime": space_runtime(state, card, files),
             "models": _texts(card.get("models")),
@@ -68,8 +79,8 @@ def space_runtime(state: RepoState, card: Mapping[str, Any], files: Mapping[str,
     """The runtime JSON of a Space in its current build stage. ``state.space`` must be set."""
     assert state.space is not None
     space, build = state.space, state.build.of(state.branches["main"])
-    sdk = card.get("sdk", space.sdk)
-    app_file = card.get("app_file") or {"docker": "Dockerfile", "static": "index.html"}.get(sdk, "app.py")
+    sdk = _text(card, "sdk") or space.sdk
+    app_file = _text(card, "app_file") or {"docker": "Dockerfile", "static": "index.html"}.get(sdk, "app.py")
     # A static Space needs no build.
     ready = "RUNNING" if sdk == "static" else build.stage
     stage = ready if app_file in files else "NO_APP_FILE"
@@ -131,10 +142,10 @@ def _pointer_size(entry: Entry) -> int:
 def _model_facts(key: RepoKey, objects: Objects, files: Mapping[str, Entry], card: Mapping[str, Any]) -> dict[str, Any]:
     config = _read_json(objects, files.get("config.json"))
     architectures = _texts(config.get("architectures"))
-    model_type = config.get("model_type")
-    library = card.get("library_name") or ("transformers" if isinstance(model_type, str) else None)
+    model_type = _text(config, "model_type")
+    library = _text(card, "library_name") or ("transformers" if model_type else None)
     causal = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures)
-    pipeline = card.get("pipeline_tag") or ("text-generation" if library == "transformers" and causal else None)
+    pipeline = _text(card, "pipeline_tag") or ("text-generation" if library == "transformers" and causal else None)
     suffixes = {PurePosixPath(path).suffix for path in files}
     formats = [name for name in ("onnx", "safetensors", "gguf") if f".{name}" in suffixes]
     tags = [
@@ -151,7 +162,9 @@ def _model_facts(key: RepoKey, objects: Objects, files: Mapping[str, Entry], car
         "tags": list(dict.fromkeys(tag for tag in tags if isinstance(tag, str))),
         "pipeline_tag": pipeline,
         "library_name": library,
-        "config": {name: config[name] for name in ("architectures", "model_type") if name in config},
+        "config": {
+            name: value for name, value in (("architectures", architectures), ("model_type", model_type)) if value
+        },
         "spaces": [],
     }
     if "model-index" in card:
@@ -188,36 +201,58 @@ def _safetensors_parameters(objects: Objects, files: Mapping[str, Entry]) -> dic
     for path, entry in files.items():
         if "/" in path or not path.endswith(".safetensors"):
             continue
-        with objects.file(entry).open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length > 32 * 1024 * 1024:
-                return {}
-            try:
-                header = json.loads(file.read(length))
-            except ValueError:
-                return {}
-        for name, tensor in header.items() if isinstance(header, dict) else ():
-            if name == "__metadata__":
-                continue
-            try:
-                elements = 1
-                for size in tensor["shape"]:
-                    elements *= int(size)
-                counts[str(tensor["dtype"])] = counts.get(str(tensor["dtype"]), 0) + elements
-            except (KeyError, TypeError, ValueError):
-                return {}
+        try:
+            parameters = _header_parameters(objects.file(entry))
+        except ValueError:
+            return {}
+        for dtype, count in parameters:
+            counts[dtype] = counts.get(dtype, 0) + count
     return counts
+
+
+@lru_cache(maxsize=1024)  # a path names its content by hash, and lists of repositories read every header each time
+def _header_parameters(file: Path) -> tuple[tuple[str, int], ...]:
+    """The parameters of each tensor in a safetensors file, with their dtype.
+
+    Raises:
+        ValueError: the header is not one of safetensors, or too large.
+    """
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        if length > _HEADER_LIMIT:
+            raise ValueError(f"The header has more than {_HEADER_LIMIT} bytes")
+        header = load_json(opened.read(length))
+    if not isinstance(header, dict):
+        raise ValueError("The header is not an object")
+    return tuple(_parameters(tensor) for name, tensor in header.items() if name != "__metadata__")
+
+
+def _parameters(tensor: object) -> tuple[str, int]:
+    dtype, shape = (tensor.get("dtype"), tensor.get("shape")) if isinstance(tensor, dict) else (None, None)
+    if not isinstance(dtype, str) or not isinstance(shape, list) or not all(type(size) is int for size in shape):
+        raise ValueError("A tensor needs a dtype and a shape")
+    # Each size on its own first: products of large numbers take long, and a size of zero hides the others.
+    if len(shape) > _RANK_LIMIT or any(not 0 <= size < _PARAMETER_LIMIT for size in shape):
+        raise ValueError("A shape that no file has")
+    count = math.prod(shape)
+    if count >= _PARAMETER_LIMIT:
+        raise ValueError("A shape that no file has")
+    return dtype, count
 
 
 def _read_json(objects: Objects, entry: Entry | None) -> dict[str, Any]:
     if entry is None:
         return {}
     try:
-        # Python parses NaN, but a JSON response cannot contain it.
-        value = json.loads(objects.read(entry), parse_constant=lambda _: None)
+        value = load_json(objects.read(entry, _CONFIG_LIMIT), finite=False)  # transformers writes Infinity
     except ValueError:
         return {}
     return value if isinstance(value, dict) else {}
+
+
+def _text(row: Mapping[str, Any], name: str) -> str | None:
+    value = row.get(name)
+    return value if isinstance(value, str) else None
 
 
 def _texts(value: object) -> list[str]:

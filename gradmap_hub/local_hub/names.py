@@ -17,6 +17,7 @@ PREFIXES: dict[RepoType, str] = {"space": "spaces/", "dataset": "datasets/", "mo
 _NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?")
 _RESERVED_NAMESPACES = frozenset({"api", "datasets", "spaces", "models", "lfs", "xet", "collections", "docs"})
 _REF_COMPONENT = re.compile(r"[^\x00-\x20\x7f~^:?*\[\\]+")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _SHA = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -90,14 +91,16 @@ def check_path(path: str) -> str:
     """Validate the path of a file or folder in a repository and return it unchanged.
 
     Raises:
-        InvalidName: the path is empty, too long or absolute, leaves the repository, lies in ``.git``, or contains
-            control characters or backslashes.
+        InvalidName: the path is empty, too long or absolute, leaves the repository, lies in ``.git``, contains control
+            characters or backslashes, or is not Unicode (the name of a local file may have other bytes).
     """
     # Backslashes and drive letters are dangerous on Windows machines that download the file.
     if not path or len(path) > 4096 or "\\" in path or any(ord(char) < 32 or ord(char) == 127 for char in path):
         raise InvalidName(f"Invalid path {path!r}")
     for part in path.split("/"):
-        if part in ("", ".", "..") or part.casefold() == ".git" or len(part.encode()) > 255:
+        # Half of a surrogate pair has no bytes; replaced, it is as long as any other character.
+        size = len(part.encode("utf-8", "replace"))
+        if part in ("", ".", "..") or part.casefold() == ".git" or size > 255 or _SURROGATE.search(part):
             raise InvalidName(f"Invalid path {path!r}")
     if re.match(r"[A-Za-z]:", path):
         raise InvalidName(f"Invalid path {path!r}")

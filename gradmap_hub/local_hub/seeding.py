@@ -27,13 +27,14 @@ def seed_folder(store: Store, key: RepoKey, folder: Path) -> str:
     objects = store.objects(key)
     attributes_file = folder / ".gitattributes"
     attributes = attributes_file.read_text("utf-8") if attributes_file.is_file() else default_attributes(key.type)
+    title = folder.name.encode("utf-8", "replace").decode()
     with store.lock(key):
         before = store.files(key, store.resolve(key, "main"))
         wanted = {path: _store_file(objects, attributes, path, file) for path, file in _walk(folder)}
         changes: list[Change] = [AddFile(path, entry) for path, entry in wanted.items() if before.get(path) != entry]
         # The hub's own .gitattributes stays unless the folder has one.
         changes += [DeleteFile(path) for path in before if path not in wanted and path != ".gitattributes"]
-        return store.commit(key, "main", NewCommit(f"Seed from {folder.name}", key.namespace, tuple(changes))).oid
+        return store.commit(key, "main", NewCommit(f"Seed from {title}", key.namespace, tuple(changes))).oid
 
 
 def _walk(folder: Path) -> Iterator[tuple[str, Path]]:

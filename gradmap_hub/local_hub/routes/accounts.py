@@ -199,11 +199,14 @@ def _space_settings(payload: Mapping[str, Any]) -> SpaceSettings:
         raise HubError(400, f"sdk must be one of {', '.join(SPACE_SDKS)}")
     if payload.get("hardware") not in (None, *SPACE_HARDWARE):
         raise HubError(400, f"hardware must be one of {', '.join(SPACE_HARDWARE)}")
+    storage, sleep_time = payload.get("storageTier"), payload.get("sleepTimeSeconds")
+    if not isinstance(storage, str | None) or not isinstance(sleep_time, int | None):
+        raise HubError(400, "storageTier must be a string and sleepTimeSeconds a number")
     return SpaceSettings(
         sdk=payload["sdk"],
         hardware=payload.get("hardware"),
-        storage=payload.get("storageTier"),
-        sleep_time=payload.get("sleepTimeSeconds"),
+        storage=storage,
+        sleep_time=sleep_time,
     )
 
 
@@ -212,6 +215,8 @@ def _variables(rows: object) -> dict[str, Variable]:
     for row in rows if isinstance(rows, list) else ():
         if not isinstance(row, dict) or not isinstance(row.get("key"), str) or not isinstance(row.get("value"), str):
             raise HubError(400, "variables and secrets must be objects with a key and a value")
+        if not isinstance(row.get("description"), str | None):
+            raise HubError(400, "The description of a variable must be a string")
         found[row["key"]] = Variable(row["value"], row.get("description"), now())
     return found
 

@@ -9,6 +9,7 @@ from starlette.routing import Route
 from ..auth import can_see
 from ..context import Call, Hub, answer
 from ..errors import Forbidden, HubError
+from ..foreign import whole_number
 from ..names import parse_repo_id
 from ..routing import RouteMaker
 from ..shelf import ITEM_TYPES, Collection, Item
@@ -44,8 +45,7 @@ def list_collections(call: Call) -> Response:
             row = _json(call, collection, items[:_LISTED_ITEMS])
             # The client sets the position itself and fails if the response contains one.
             rows.append({name: value for name, value in row.items() if name != "position"})
-    limit = query.get("limit", "")
-    return answer(rows[: int(limit)] if limit.isdecimal() else rows)
+    return answer(rows[: whole_number(query.get("limit"), len(rows))])
 
 
 def create_collection(call: Call) -> Response:

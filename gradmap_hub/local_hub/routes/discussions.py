@@ -8,6 +8,7 @@ from starlette.routing import Route
 
 from ..context import Call, Hub, answer
 from ..errors import HubError
+from ..foreign import whole_number
 from ..names import PLURALS, RepoKey
 from ..routing import RouteMaker
 from ..store import PullRequest, RepoState, now
@@ -40,8 +41,7 @@ def list_discussions(call: Call) -> Response:
         found = [pull for pull in found if (pull.status == "closed") == (query["status"] == "closed")]
     if query.get("type") == "discussion":
         found = []
-    page = query.get("p", "0")
-    start = int(page) * _PAGE if page.isdecimal() else 0
+    start = whole_number(query.get("p"), 0) * _PAGE
     rows = [_row(key, state, pull) for pull in found[start : start + _PAGE]]
     return answer({"discussions": rows, "count": len(found), "start": start, "numClosedDiscussions": closed})
 

@@ -10,6 +10,7 @@ from starlette.routing import Route
 
 from ..context import Call, Hub, answer
 from ..errors import EntryNotFound, HubError
+from ..foreign import whole_number
 from ..metadata import expanded, repo_info, tree_rows
 from ..names import PLURALS, RepoKey, check_path
 from ..objects import Commit
@@ -49,12 +50,11 @@ def list_repos(call: Call) -> Response:
             continue
         try:
             state = call.visible(key)
-        except HubError:  # not visible, or deleted since it was listed
+            row = repo_info(call.hub.store, key, state, state.branches["main"])
+        except (HubError, FileNotFoundError):  # not visible, or deleted since it was listed
             continue
-        row = repo_info(call.hub.store, key, state, state.branches["main"])
         rows.append({name: value for name, value in row.items() if query.get("full") or name != "siblings"})
-    limit = query.get("limit", "")
-    return answer(rows[: int(limit)] if limit.isdigit() else rows)
+    return answer(rows[: whole_number(query.get("limit"), len(rows))])
 
 
 def info(call: Call) -> Response:
@@ -176,8 +176,7 @@ def _flag(call: Call, name: str) -> bool:
 def _page(call: Call, rows: Sequence[_Row]) -> tuple[list[_Row], dict[str, str]]:
     """One page of rows and the Link header of the next page."""
     query = dict(call.http.query_params)
-    cursor = query.get("cursor", "0")
-    start = int(cursor) if cursor.isdecimal() else 0
+    start = whole_number(query.get("cursor"), 0)
     end = start + call.hub.page_size
     if end >= len(rows):
         return list(islice(rows, start, None)), {}

@@ -2,7 +2,6 @@
 
 import base64
 import binascii
-import json
 import re
 from collections.abc import AsyncIterator
 from typing import Any
@@ -14,6 +13,7 @@ from starlette.routing import Route
 from ..auth import Identity
 from ..context import Call, Hub, answer, objects_in
 from ..errors import Forbidden, HubError
+from ..foreign import load_json
 from ..gitids import lfs_entry
 from ..names import PLURALS, RepoKey, check_path, is_sha256
 from ..patterns import REGULAR_LIMIT, default_attributes, is_ignored, upload_mode
@@ -151,9 +151,9 @@ async def _lines(stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
 
 def _parsed(line: bytes) -> dict[str, Any]:
     try:
-        row = json.loads(line)
-    except ValueError:
-        raise HubError(400, "A line of the commit is not valid JSON") from None
+        row = load_json(line)
+    except ValueError as error:
+        raise HubError(400, f"A line of the commit is not valid JSON: {error}") from None
     if not isinstance(row, dict) or not isinstance(row.get("key"), str) or not isinstance(row.get("value"), dict):
         raise HubError(400, "A line of the commit must have a key and a value")
     return row
