@@ -2,13 +2,23 @@
 
 import codecs
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
+from .errors import HubError
 from .names import RepoType
 
 REGULAR_LIMIT = 10 * 1024 * 1024
+#: Characters of a pattern: those of the longest path.
+_PATTERN_LIMIT = 4096
+#: Patterns of a .gitignore, which are tried on each file and each of its folders. Common collections have about 200.
+_IGNORE_LIMIT = 1000
+#: Patterns of a .gitattributes, which has a line for each LFS file that no other line covers.
+_ATTRIBUTES_LIMIT = 10_000
+_CLASS = re.compile(r"\[([!^]?)(\]?(?:\[:[a-z]+:\]|[^\]])*)\]")
+_NOTHING = re.compile(r"(?!)")
 
 _MODEL_PATTERNS = """
 *.7z *.arrow *.bin *.bz2 *.ckpt *.ftz *.gz *.h5 *.joblib *.lfs.* *.mlmodel *.model *.msgpack *.npy *.npz
@@ -42,60 +52,136 @@ def default_attributes(repo_type: RepoType) -> str:
     return "".join(lines)
 
 
-@lru_cache(maxsize=1024)
-def _compile(pattern: str) -> re.Pattern[str]:
-    """Compile a git wildmatch pattern to a regular expression for a whole path."""
-    parts: list[str] = []
-    at = 0
-    while at < len(pattern):
-        if pattern.startswith("**/", at) and (at == 0 or pattern[at - 1] == "/"):
-            parts.append("(?:[^/]+/)*")
-            at += 3
-        elif pattern.startswith("/**", at) and at + 3 == len(pattern):
-            parts.append("/.+")
-            at += 3
-        elif pattern[at] == "*":
-            parts.append("[^/]*")
-            at += 1
-        elif pattern[at] == "?":
-            parts.append("[^/]")
-            at += 1
-        elif pattern[at] == "[" and (
-            found := re.compile(r"\[([!^]?)(\]?(?:\[:[a-z]+:\]|[^\]])*)\]").match(pattern, at)
-        ):
-            inside = found[2].replace("\\", "\\\\").replace("[:space:]", r"\s").replace("[:digit:]", r"\d")
-            parts.append(f"[{'^' if found[1] else ''}{inside.replace('[', chr(92) + '[')}]")
-            at = found.end()
-        elif pattern[at] == "\\" and at + 1 < len(pattern):
-            parts.append(re.escape(pattern[at + 1]))
-            at += 2
-        else:
-            parts.append(re.escape(pattern[at]))
-            at += 1
+class _Glob:
+    """A git wildmatch pattern for whole paths. A match takes time linear in the path, whatever the pattern.
+
+    The places in the pattern that a path may have reached are the bits of one number, and each character of the path
+    moves all of them. There is no backtracking: in a regular expression, a few dozen stars can take forever.
+    """
+
+    def __init__(self, pattern: str) -> None:
+        # Masks of the places ...
+        self._literals: dict[str, int] = {}  # that this character takes one further
+        self._classes: dict[re.Pattern[str], int] = {}  # likewise, for "[a-z]"
+        self._one = 0  # that any character but a slash takes one further: "?"
+        self._stars = 0  # that any character but a slash keeps, or that are passed over: "*"
+        self._folders = 0  # that whole folders keep, or that are passed over, with the next place: "**/"
+        self._inside = 0  # the next place: within the name of such a folder
+        self._any = 0  # that any character takes one further: a last "/**"
+        self._rest = 0  # the end after it, which any character keeps
+        last_bracket = pattern.rfind("]")  # without one, each "[" would search for it
+        place = at = 0
+        while at < len(pattern):
+            bit = 1 << place
+            if pattern.startswith("**/", at) and (at == 0 or pattern[at - 1] == "/"):
+                while pattern.startswith("**/", at):  # many are as one
+                    at += 3
+                self._folders |= bit
+                self._inside |= bit << 1
+                place += 2
+            elif pattern.startswith("/**", at) and at + 3 == len(pattern):
+                self._add_literal("/", bit)
+                self._any, self._rest = bit << 1, bit << 2
+                place, at = place + 2, at + 3
+            elif pattern[at] == "*":
+                while pattern.startswith("*", at):  # many are as one
+                    at += 1
+                self._stars |= bit
+                place += 1
+            elif pattern[at] == "?":
+                self._one |= bit
+                place, at = place + 1, at + 1
+            elif pattern[at] == "[" and at < last_bracket and (found := _CLASS.match(pattern, at)):
+                members = _character_class(found)
+                self._classes[members] = self._classes.get(members, 0) | bit
+                place, at = place + 1, found.end()
+            else:
+                at += pattern[at] == "\\" and at + 1 < len(pattern)
+                self._add_literal(pattern[at], bit)
+                place, at = place + 1, at + 1
+        self._end = 1 << place
+
+    def _add_literal(self, char: str, bit: int) -> None:
+        self._literals[char] = self._literals.get(char, 0) | bit
+
+    def matches(self, path: str) -> bool:
+        places = self._passed(1)
+        for char in path:
+            taken = self._literals.get(char, 0) | self._any
+            kept = self._rest
+            if char == "/":
+                back = (places & self._inside) >> 1
+                entered = 0
+            else:
+                taken |= self._one
+                for members, bits in self._classes.items():
+                    if places & bits and members.match(char):
+                        taken |= bits
+                kept |= self._stars | self._inside
+                back, entered = 0, (places & self._folders) << 1
+            places = self._passed((places & taken) << 1 | places & kept | back | entered)
+            if not places:
+                return False
+        return bool(places & self._end)
+
+    def _passed(self, places: int) -> int:
+        """``places`` with those reached from them without a character. A star may follow folders, never the reverse."""
+        places |= (places & self._folders) << 2
+        return places | (places & self._stars) << 1
+
+
+def _character_class(found: re.Match[str]) -> re.Pattern[str]:
+    inside = found[2].replace("\\", "\\\\").replace("[:space:]", r"\s").replace("[:digit:]", r"\d")
+    escaped = re.sub(r"([\[&~|])", r"\\\1", inside)
     try:
-        return re.compile("".join(parts), re.DOTALL)
+        return re.compile(f"[{'^' if found[1] else ''}{escaped}]")
     except re.error:
-        # Git ignores invalid patterns.
-        return re.compile(r"(?!)")
+        return _NOTHING  # git ignores patterns with an invalid class
 
 
-def _matches(pattern: str, path: str) -> bool:
-    if "/" in pattern:
-        return _compile(pattern.removeprefix("/")).fullmatch(path) is not None
-    return _compile(pattern).fullmatch(path.rpartition("/")[2]) is not None
+@lru_cache(maxsize=1024)
+def _glob(pattern: str) -> tuple[_Glob, bool]:
+    """The matcher of a pattern, and whether it is for whole paths or (without a slash) for names in any folder."""
+    return _Glob(pattern.removeprefix("/")), "/" in pattern
 
 
-def is_lfs_tracked(attributes: str, path: str) -> bool:
-    """Whether .gitattributes stores ``path`` as LFS; the last matching line decides."""
-    tracked = False
+def _matches(glob: tuple[_Glob, bool], path: str) -> bool:
+    matcher, whole = glob
+    return matcher.matches(path if whole else path.rpartition("/")[2])
+
+
+@lru_cache(maxsize=16)  # the same text for all files of a commit
+def _lfs_rules(attributes: str) -> tuple[tuple[tuple[_Glob, bool], bool], ...]:
+    """The patterns of .gitattributes that decide about LFS, each with its decision."""
+    rules: list[tuple[tuple[_Glob, bool], bool]] = []
     for line in attributes.splitlines():
         words = line.split()
         if len(words) < 2 or words[0].startswith("#"):
             continue
-        for word in words[1:]:
-            if word in ("filter=lfs", "-filter", "!filter") and _matches(words[0], path):
-                tracked = word == "filter=lfs"
-    return tracked
+        filters = [word for word in words[1:] if word in ("filter=lfs", "-filter", "!filter")]
+        if filters:
+            _check_pattern(".gitattributes", words[0], len(rules) + 1, _ATTRIBUTES_LIMIT)
+            rules.append((_glob(words[0]), filters[-1] == "filter=lfs"))
+    return tuple(rules)
+
+
+def is_lfs_tracked(attributes: str, path: str) -> bool:
+    """Whether .gitattributes stores ``path`` as LFS; the last matching line decides.
+
+    Raises:
+        HubError: 400, .gitattributes has too many or too long patterns.
+    """
+    for glob, tracked in reversed(_lfs_rules(attributes)):
+        if _matches(glob, path):
+            return tracked
+    return False
+
+
+def _check_pattern(file: str, pattern: str, number: int, limit: int) -> None:
+    if number > limit:
+        raise HubError(400, f"{file} has more than {limit:,} patterns")
+    if len(pattern) > _PATTERN_LIMIT:
+        raise HubError(400, f"{file} has a pattern of more than {_PATTERN_LIMIT:,} characters")
 
 
 def track(attributes: str, paths: Iterable[str]) -> str:
@@ -103,7 +189,8 @@ def track(attributes: str, paths: Iterable[str]) -> str:
     lines: list[str] = []
     for path in sorted(paths):
         if not is_lfs_tracked(attributes, path):
-            quoted = re.sub(r"([*?\[\]\\])", r"\\\1", path).replace(" ", "[[:space:]]")
+            quoted = re.sub(r"\s", "[[:space:]]", re.sub(r"([*?\[\]\\])", r"\\\1", path))
+            _check_pattern(".gitattributes", quoted, 0, _ATTRIBUTES_LIMIT)
             # A leading slash anchors the pattern. It is added only if the name would read as a comment or negation.
             lines.append(_tracked(f"/{quoted}" if quoted[0] in "#!" else quoted))
     if lines and attributes and not attributes.endswith("\n"):
@@ -129,27 +216,46 @@ def upload_mode(attributes: str, path: str, size: int, sample: bytes) -> Literal
 
 
 def is_ignored(ignore: str, path: str) -> bool:
-    """Whether .gitignore ignores ``path`` or one of its parent folders."""
+    """Whether .gitignore ignores ``path`` or one of its parent folders.
+
+    Raises:
+        HubError: 400, .gitignore has too many or too long patterns.
+    """
+    rules = _ignore_rules(ignore)
     parts = path.split("/")
     # A negation cannot re-include a file in an ignored folder, so parent folders are checked first, from the top.
     for depth in range(1, len(parts) + 1):
-        if _ignores(ignore, "/".join(parts[:depth]), is_folder=depth < len(parts)):
+        if _ignores(rules, "/".join(parts[:depth]), is_folder=depth < len(parts)):
             return True
     return False
 
 
-def _ignores(ignore: str, path: str, is_folder: bool) -> bool:
-    ignored = False
+@dataclass(frozen=True)
+class _IgnoreRule:
+    glob: tuple[_Glob, bool]
+    negated: bool
+    folders_only: bool
+
+
+@lru_cache(maxsize=16)
+def _ignore_rules(ignore: str) -> tuple[_IgnoreRule, ...]:
+    rules: list[_IgnoreRule] = []
     for raw in ignore.splitlines():
         line = raw.rstrip()
         if not line or line.startswith("#"):
             continue
         negated = line.startswith("!")
         pattern = line.removeprefix("!")
-        if pattern.endswith("/"):
-            if not is_folder:
-                continue
-            pattern = pattern.rstrip("/")
-        if pattern and _matches(pattern, path):
-            ignored = not negated
-    return ignored
+        folders_only = pattern.endswith("/")
+        pattern = pattern.rstrip("/") if folders_only else pattern
+        if pattern:
+            _check_pattern(".gitignore", pattern, len(rules) + 1, _IGNORE_LIMIT)
+            rules.append(_IgnoreRule(_glob(pattern), negated, folders_only))
+    return tuple(rules)
+
+
+def _ignores(rules: Sequence[_IgnoreRule], path: str, is_folder: bool) -> bool:
+    for rule in reversed(rules):  # the last that matches decides
+        if (is_folder or not rule.folders_only) and _matches(rule.glob, path):
+            return not rule.negated
+    return False
