@@ -1,203 +1,383 @@
 """A .gguf file as a model source: dequantise it once into a Hugging Face folder.
 
-transformers reads the weights correctly but guesses parts of the tokenizer (for llama-architecture files with a
-byte-level BPE it sets eos = bos, adds a BOS the model never saw and loses the digit split). The file's metadata is
-correct and overrides it here.
+Nothing is guessed. Architecture, metadata keys, tensors, their shapes and the rules of the tokenizer are compared with
+tables of what is known to be read exactly; anything else is refused by name, before any tensor is read.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
+import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from gradmap_hub.errors import BrokenCheckpointError, SourceError
-from gradmap_hub.models.safetensors_files import clean_config
-from gradmap_hub.models.transformers_compat import has_5
+from gradmap_hub.errors import SourceError
+from gradmap_hub.layout import CONFIG, WEIGHTS, WEIGHTS_INDEX
+from gradmap_hub.models.gguf_header import USE_ORIGINAL, GgufHeader, GgufTensor, read_gguf_header
+from gradmap_hub.models.gguf_rope import FACTORS, llama3_scaling, stated_scaling
 
-# llama.cpp names the pre-tokenizer in `tokenizer.ggml.pre`; the splitting rules of these byte-level BPE variants are
-# known exactly. Others keep the pre-tokenizer of transformers.
-_DIGITS_THEN_BYTES = {"smollm", "codeshell", "refact", "starcoder", "command-r"}
-_BYTES_ONLY = {"gpt-2", "default"}
+if TYPE_CHECKING:
+    from numpy import ndarray
+
+# float32 bytes per weight file.
+_SHARD_BYTES = 2_000_000_000
+# The deepest known model has 126 layers, and the widest 53,248 features.
+_MOST_LAYERS = 1_000
+_WIDEST = 1 << 20
 
 
-def read_metadata(path: Path) -> dict[str, Any]:
-    """Return the scalar key/value metadata of a GGUF file (no tensors are read).
+@dataclass(frozen=True)
+class _Family:
+    """One architecture of GGUF files. `layer`: tensors of a layer, GGUF name -> name in transformers; `keys`: metadata
+    keys beside those of all families; `permuted`: rotary weights are stored in llama.cpp's order; `norm_offset`: is
+    part of the stored norms but not of those of transformers."""
+
+    model_type: str
+    causal_lm: str
+    layer: Mapping[str, str]
+    keys: Sequence[str] = ()
+    permuted: bool = False
+    norm_offset: float = 0.0
+    # With this depth, attention is scaled by the width per head instead of the size of a head (Gemma 27B).
+    scaled_by_width: int | None = None
+
+
+_ATTENTION = {
+    "attn_norm.weight": "input_layernorm.weight",
+    **{
+        f"{theirs}.weight": f"self_attn.{ours}.weight"
+        for theirs, ours in (
+            ("attn_q", "q_proj"),
+            ("attn_k", "k_proj"),
+            ("attn_v", "v_proj"),
+            ("attn_output", "o_proj"),
+        )
+    },
+}
+_MLP = {f"ffn_{name}.weight": f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")}
+_LLAMA = {**_ATTENTION, "ffn_norm.weight": "post_attention_layernorm.weight", **_MLP}
+_BIASES = {f"attn_{name}.bias": f"self_attn.{name}_proj.bias" for name in "qkv"}
+_HEAD_NORMS = {f"attn_{name}_norm.weight": f"self_attn.{name}_norm.weight" for name in "qk"}
+_SANDWICH = {
+    **_ATTENTION,
+    "post_attention_norm.weight": "post_attention_layernorm.weight",
+    "ffn_norm.weight": "pre_feedforward_layernorm.weight",
+    "post_ffw_norm.weight": "post_feedforward_layernorm.weight",
+    **_MLP,
+}
+_FAMILIES = {
+    "llama": _Family("llama", "LlamaForCausalLM", _LLAMA, permuted=True),
+    "qwen2": _Family("qwen2", "Qwen2ForCausalLM", _LLAMA | _BIASES),
+    "qwen3": _Family("qwen3", "Qwen3ForCausalLM", _LLAMA | _HEAD_NORMS),
+    "gemma2": _Family(
+        "gemma2", "Gemma2ForCausalLM", _SANDWICH,
+        ("attention.sliding_window", "attn_logit_softcapping", "final_logit_softcapping"),
+        norm_offset=1.0, scaled_by_width=46,
+    ),
+    "gemma3": _Family(
+        "gemma3_text", "Gemma3ForCausalLM", _SANDWICH | _HEAD_NORMS,
+        ("attention.sliding_window", "attention.sliding_window_pattern", "rope.freq_base_swa"),
+        norm_offset=1.0, scaled_by_width=62,
+    ),
+}  # fmt: skip
+_KEYS = (
+    "block_count", "context_length", "embedding_length", "feed_forward_length", "vocab_size",
+    "attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length",
+    "attention.layer_norm_rms_epsilon", "rope.dimension_count", "rope.freq_base",
+    "rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length", "rope.scaling.finetuned",
+    "rope.scale_linear", "expert_count", "expert_used_count", "tensor_data_layout",
+)  # fmt: skip
+# Gemma 3: every sixth layer attends to everything; transformers has the same default.
+_PATTERN = 6
+
+
+@dataclass(frozen=True)
+class GgufModel:
+    """A GGUF file that is known to be read exactly. `config`: the content of its config.json; `names`: GGUF tensor ->
+    tensor in transformers."""
+
+    header: GgufHeader
+    config: dict[str, Any]
+    names: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def license(self) -> str | None:
+        """The stated licence."""
+        value = self.header.metadata.get("general.license")
+        return value if isinstance(value, str) else None
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights in float32."""
+        return sum(4 * math.prod(self.header.tensors[name].shape) for name in self.names)
+
+
+def open_gguf(path: Path) -> GgufModel:
+    """Read and check everything but tensor data, which is never read here, except Llama 3.1's rotary factors.
 
     Raises:
-        SourceError: the file does not exist.
-        BrokenCheckpointError: it is not a readable GGUF file, or is truncated.
+        SourceError: the file does not exist, or has an architecture, a metadata key, a tensor or a tokenizer that is
+            not known to be read exactly.
+        BrokenCheckpointError: it is damaged, or a tensor or key is missing or has a wrong shape or value.
     """
-    from gguf import GGUFReader
+    from gradmap_hub.models.gguf_tokenizer import check_tokenizer
 
-    if not path.is_file():
-        raise SourceError(f"No such file: {path}", hint="Give a Hub id, a folder or a .gguf file.")
-    try:
-        reader = GGUFReader(str(path))
-        fields = {
-            name: field.contents()
-            for name, field in reader.fields.items()
-            if not name.startswith("tokenizer.ggml.") or len(field.data) <= 1
-        }
-    except (ValueError, OSError, KeyError, IndexError) as error:
-        raise BrokenCheckpointError(f"{path.name} is not a readable GGUF file: {error}") from error
-    return fields
-
-
-def gguf_config(path: Path) -> dict[str, Any]:
-    """The transformers config.json of a GGUF file, without reading its tensors."""
-    from transformers import AutoConfig
-
-    with _quiet():
-        config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
-    return config.to_dict()
+    header = read_gguf_header(path)
+    family = _FAMILIES.get(header.architecture)
+    if family is None:
+        raise SourceError(
+            f"{path.name}: GGUF files of the architecture {header.architecture!r} are not read.",
+            hint=f"Those of {', '.join(_FAMILIES)} are. {USE_ORIGINAL}",
+        )
+    _refuse_unknown_keys(header, family)
+    config = _config(header, family)
+    names = _check_tensors(header, family, config)
+    if FACTORS in header.tensors:
+        factors = values_of(header, header.tensors[FACTORS]).reshape(-1).tolist()
+        config["rope_scaling"] = llama3_scaling(header, config, factors)
+    check_tokenizer(header, config["vocab_size"])
+    return GgufModel(header, config, names)
 
 
 def convert_gguf(path: Path, folder: Path) -> None:
-    """Write the model in `path` as float32 safetensors, config and tokenizer into `folder`.
+    """Write the model in `path` as float32 safetensors, config and tokenizer into `folder`. tokenizer_config.json is
+    written last.
 
     Raises:
-        BrokenCheckpointError: tensors or tokenizer cannot be read.
+        SourceError, BrokenCheckpointError: see `open_gguf`.
     """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from gradmap_hub.models.gguf_tokenizer import write_tokenizer
 
+    model = open_gguf(path)
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with _quiet(), _read_once():
-            metadata = read_metadata(path)
-            model = AutoModelForCausalLM.from_pretrained(
-                str(path.parent), gguf_file=path.name, dtype=torch.float32, **_unpacked()
-            )
-            _forget_quantization(model)
-            tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-    except (ValueError, KeyError, OSError, RuntimeError) as error:
-        raise BrokenCheckpointError(f"{path.name} cannot be read as a model: {error}") from error
-    model.save_pretrained(folder)
-    clean_config(folder / "config.json")
-    for path in folder.glob("*.safetensors"):
-        path.chmod(0o644)  # safetensors creates them 0600
-    _mend_tokenizer(tokenizer, metadata)
-    tokenizer.save_pretrained(folder)
-    _mend_tokenizer_config(folder / "tokenizer_config.json")
+    _write_weights(model, folder)
+    _write_json(folder / CONFIG, model.config)
+    named = ("bos_token_id", "eos_token_id", "pad_token_id")
+    _write_json(folder / "generation_config.json", {key: model.config[key] for key in named if key in model.config})
+    write_tokenizer(model.header, folder)
 
 
-def _unpacked() -> dict[str, Any]:
-    """Arguments that make transformers 5 dequantise the weights, as 4.57 always does."""
-    if not has_5():
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+# -- metadata --------------------------------------------------------------------------------------------------------
+
+
+def _refuse_unknown_keys(header: GgufHeader, family: _Family) -> None:
+    """Raises SourceError: a key that may change what the model computes and is not known."""
+    known = {f"{header.architecture}.{key}" for key in (*_KEYS, *family.keys)}
+    for key in header.metadata:
+        if key.startswith(f"{header.architecture}.") and key not in known:
+            raise header.not_known(f"the metadata key {key}")
+    kind = header.metadata.get("general.type", "model")
+    if kind != "model":
+        raise SourceError(f"{header.path.name}: general.type is {str(kind)[:40]!r}; a model is expected.")
+    experts = header.integer(f"{header.architecture}.expert_count", 0, _WIDEST, 0)
+    if experts:
+        raise header.not_known(f"a mixture of {experts} experts")
+
+
+def _config(header: GgufHeader, family: _Family) -> dict[str, Any]:
+    """The content of config.json, in the form that transformers 4.57 and 5 both read."""
+    prefix = header.architecture
+
+    def integer(key: str, high: int, default: int | None = None) -> int:
+        return header.integer(f"{prefix}.{key}", 1, high, default)
+
+    layers, width = integer("block_count", _MOST_LAYERS), integer("embedding_length", _WIDEST)
+    heads = integer("attention.head_count", width)
+    kv_heads = integer("attention.head_count_kv", heads, heads)
+    if heads % kv_heads:
+        raise header.wrong(f"{prefix}.attention.head_count_kv", f"a divisor of {heads}")
+    if f"{prefix}.attention.key_length" not in header.metadata and width % heads:
+        raise header.wrong(f"{prefix}.attention.head_count", f"a divisor of {width}")
+    head = integer("attention.key_length", _WIDEST, width // heads)
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if integer(key, _WIDEST, head) != head or head % 2:
+            raise header.not_known(f"{prefix}.{key} of another size than a head, {head},")
+    if "token_embd.weight" not in header.tensors:
+        raise header.broken("the tensor token_embd.weight is missing")
+    vocabulary = header.tensors["token_embd.weight"].shape[0]
+    if integer("vocab_size", 1 << 24, vocabulary) != vocabulary:
+        raise header.wrong(f"{prefix}.vocab_size", f"the number of embeddings, {vocabulary:,},")
+    config: dict[str, Any] = {
+        "architectures": [family.causal_lm],
+        "model_type": family.model_type,
+        "dtype": "float32",
+        "hidden_size": width,
+        "intermediate_size": integer("feed_forward_length", _WIDEST),
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head,
+        "max_position_embeddings": integer("context_length", 1 << 31),
+        "rms_norm_eps": header.number(f"{prefix}.attention.layer_norm_rms_epsilon", 1e-12, 1.0),
+        "rope_theta": header.number(f"{prefix}.rope.freq_base", 1.0, 1e15, 10_000.0),
+        "rope_scaling": stated_scaling(header),
+        "vocab_size": vocabulary,
+        "tie_word_embeddings": "output.weight" not in header.tensors,
+    }
+    for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
+        if f"tokenizer.ggml.{key}_token_id" in header.metadata:
+            config[f"{name}_token_id"] = header.integer(f"tokenizer.ggml.{key}_token_id", 0, vocabulary - 1)
+    return config | _gemma(header, family, config)
+
+
+def _gemma(header: GgufHeader, family: _Family, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What only Gemma 2 and 3 have: windows, caps, and the scale of attention."""
+    if family.scaled_by_width is None:
         return {}
-    from transformers import GgufConfig  # pyright: ignore - of transformers 5
-
-    return {"quantization_config": GgufConfig(dequantize=True)}
-
-
-def _forget_quantization(model: Any) -> None:
-    """transformers 5 still marks the dequantised model as quantised, and refuses to save it."""
-    for holder, name in (
-        (model, "hf_quantizer"),
-        (model, "quantization_method"),
-        (model.config, "quantization_config"),
-    ):
-        if hasattr(holder, name):
-            delattr(holder, name)
-    model.is_quantized = False
-
-
-def _mend_tokenizer(tokenizer: Any, metadata: dict[str, Any]) -> None:
-    from tokenizers import Regex, decoders, pre_tokenizers, processors
-
-    backend = tokenizer.backend_tokenizer
-    if metadata.get("tokenizer.ggml.model") == "gpt2":
-        pre = str(metadata.get("tokenizer.ggml.pre", "default"))
-        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-        if pre in _DIGITS_THEN_BYTES:
-            backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
-        elif pre in _BYTES_ONLY:
-            backend.pre_tokenizer = byte_level
-        elif pre == "qwen2":
-            pattern = (
-                r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-                r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-            )
-            backend.pre_tokenizer = pre_tokenizers.Sequence(
-                [
-                    pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
-                    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-                ]
-            )
-        backend.decoder = decoders.ByteLevel()
-    if metadata.get("tokenizer.ggml.add_bos_token") is False:
-        backend.post_processor = processors.ByteLevel(trim_offsets=False)
-    for name, key in (
-        ("bos_token", "bos_token_id"),
-        ("eos_token", "eos_token_id"),
-        ("pad_token", "padding_token_id"),
-        ("unk_token", "unknown_token_id"),
-    ):
-        token_id = metadata.get(f"tokenizer.ggml.{key}")
-        if token_id is not None:
-            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(int(token_id)))
+    prefix = header.architecture
+    by_width = config["num_hidden_layers"] == family.scaled_by_width
+    found: dict[str, Any] = {
+        "sliding_window": header.integer(f"{prefix}.attention.sliding_window", 1, 1 << 31),
+        "query_pre_attn_scalar": config["hidden_size"] // config["num_attention_heads"]
+        if by_width
+        else config["head_dim"],
+    }
+    if prefix == "gemma2":
+        # llama.cpp's defaults.
+        for key, default in (("attn_logit_softcapping", 50.0), ("final_logit_softcapping", 30.0)):
+            found[key] = header.number(f"{prefix}.{key}", 1e-3, 1e6, default)
+    else:
+        header.integer(f"{prefix}.attention.sliding_window_pattern", _PATTERN, _PATTERN, _PATTERN)
+        found["rope_local_base_freq"] = header.number(f"{prefix}.rope.freq_base_swa", 1.0, 1e15, 10_000.0)
+    return found
 
 
-def _mend_tokenizer_config(path: Path) -> None:
-    """Make AutoTokenizer load tokenizer.json unchanged, instead of rebuilding it as a Llama tokenizer."""
-    config = json.loads(path.read_text(encoding="utf-8"))
-    for stale in (
-        "add_bos_token",
-        "add_eos_token",
-        "add_prefix_space",
-        "legacy",
-        "model_type",
-        "use_default_system_prompt",
-        "bos_token_id",
-        "eos_token_id",
-        "pad_token_id",
-        "unk_token_id",
-    ):
-        config.pop(stale, None)
-    config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    # The generic class would add token_type_ids, which `generate` rejects.
-    config["model_input_names"] = ["input_ids", "attention_mask"]
-    config["clean_up_tokenization_spaces"] = False
-    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+# -- tensors ---------------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _read_once() -> Iterator[None]:
-    """Share one reader per file. transformers reads the whole header, with vocabulary and merges, once each for config,
-    weights and tokenizer, which is most of the time for a small model."""
-    import gguf
+def _check_tensors(header: GgufHeader, family: _Family, config: Mapping[str, Any]) -> dict[str, str]:
+    """{GGUF name: name in transformers} of all tensors.
 
-    reader, made = gguf.GGUFReader, dict[str, Any]()
+    Raises:
+        BrokenCheckpointError: one is missing, or has a wrong shape.
+        SourceError: one is not known, or is stored in a type that cannot be read.
+    """
+    shapes = _shapes(config)
+    names = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
+    if not config["tie_word_embeddings"]:
+        names["output.weight"] = "lm_head.weight"
+    for layer in range(config["num_hidden_layers"]):
+        names |= {f"blk.{layer}.{name}": f"model.layers.{layer}.{ours}" for name, ours in family.layer.items()}
+    missing = [name for name in names if name not in header.tensors]
+    if missing:
+        raise header.broken(f"the tensor {missing[0]} is missing, one of {len(missing):,} of {len(names):,}")
+    for name, tensor in header.tensors.items():
+        if name == FACTORS and family.permuted:  # checked on its own
+            continue
+        if name not in names:
+            raise header.not_known(f"the tensor {name}")
+        wanted = shapes[name.split(".", 2)[-1] if name.startswith("blk.") else name]
+        if tensor.shape != wanted:
+            raise header.broken(f"the tensor {name} has the shape {list(tensor.shape)}, not {list(wanted)}")
+    _check_kinds(header)
+    return names
 
-    def shared(path: str, *arguments: Any, **options: Any) -> Any:
-        if str(path) not in made:
-            made[str(path)] = reader(path, *arguments, **options)
-        return made[str(path)]
 
-    gguf.GGUFReader = shared
-    try:
-        yield
-    finally:
-        gguf.GGUFReader = reader
+def _shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor, those of a layer without its number."""
+    width, inner, head = config["hidden_size"], config["intermediate_size"], config["head_dim"]
+    queries, keys = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
+    vocabulary = (config["vocab_size"], width)
+    norms = ("attn_norm", "ffn_norm", "post_attention_norm", "post_ffw_norm")
+    return {
+        "token_embd.weight": vocabulary,
+        "output.weight": vocabulary,
+        "output_norm.weight": (width,),
+        **{f"{name}.weight": (width,) for name in norms},
+        **{f"attn_{name}_norm.weight": (head,) for name in "qk"},
+        "attn_q.weight": (queries, width),
+        "attn_k.weight": (keys, width),
+        "attn_v.weight": (keys, width),
+        "attn_output.weight": (width, queries),
+        "attn_q.bias": (queries,),
+        "attn_k.bias": (keys,),
+        "attn_v.bias": (keys,),
+        "ffn_gate.weight": (inner, width),
+        "ffn_up.weight": (inner, width),
+        "ffn_down.weight": (width, inner),
+    }
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Suppress transformers' own GGUF progress bar and its legacy-tokenizer warning."""
-    from transformers.utils import logging as transformers_logging
+def _check_kinds(header: GgufHeader) -> None:
+    """Raises SourceError: a tensor is stored in a type that cannot be dequantised."""
+    import numpy as np
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
 
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
+    for kind, tensor in {tensor.kind: tensor for tensor in header.tensors.values()}.items():
+        quantization = GGMLQuantizationType(kind)
+        try:
+            block = np.zeros((1, GGML_QUANT_SIZES[quantization][1]), np.uint8)
+            readable = dequantize(block, quantization).dtype == np.float32
+        except NotImplementedError:
+            readable = False
+        if not readable:
+            raise header.not_known(f"the tensor {tensor.name} of type {quantization.name}")
+
+
+def values_of(header: GgufHeader, tensor: GgufTensor) -> ndarray:
+    """A tensor of the file in float32."""
+    import numpy as np
+    from gguf import GGMLQuantizationType, dequantize
+    from gguf.quants import quant_shape_to_byte_shape
+
+    kind = GGMLQuantizationType(tensor.kind)
+    stored = np.memmap(header.path, np.uint8, "r", tensor.start, (tensor.bytes,))
+    return dequantize(np.asarray(stored).reshape(quant_shape_to_byte_shape(tensor.shape, kind)), kind)
+
+
+def _converted(model: GgufModel, name: str) -> ndarray:
+    """A tensor as transformers expects it."""
+    import numpy as np
+
+    family = _FAMILIES[model.header.architecture]
+    values = values_of(model.header, model.header.tensors[name])
+    if family.norm_offset and name.endswith("norm.weight"):
+        values = values - np.float32(family.norm_offset)
+    heads = {"attn_q.weight": "num_attention_heads", "attn_k.weight": "num_key_value_heads"}
+    if family.permuted and (key := heads.get(name.split(".", 2)[-1])):
+        # llama.cpp interleaves the two halves that transformers rotates.
+        pairs = values.reshape(model.config[key], model.config["head_dim"] // 2, 2, -1)
+        values = pairs.swapaxes(1, 2).reshape(values.shape)
+    return np.ascontiguousarray(values)
+
+
+def _write_weights(model: GgufModel, folder: Path) -> None:
+    """Write model.safetensors, or its shards and their index."""
+    from safetensors.numpy import save_file
+
+    shards = list(_shards(model))
+    index: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        name = WEIGHTS if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        save_file(
+            {model.names[tensor]: _converted(model, tensor) for tensor in shard},
+            folder / name, metadata={"format": "pt"},
+        )  # fmt: skip
+        (folder / name).chmod(0o644)  # safetensors creates them 0600
+        index |= dict.fromkeys((model.names[tensor] for tensor in shard), name)
+    if len(shards) > 1:
+        _write_json(folder / WEIGHTS_INDEX, {"metadata": {"total_size": model.weight_bytes}, "weight_map": index})
+
+
+def _shards(model: GgufModel) -> Iterator[list[str]]:
+    """The tensors of each weight file."""
+    shard: list[str] = []
+    size = 0
+    for name in model.names:
+        count = 4 * math.prod(model.header.tensors[name].shape)
+        if shard and size + count > _SHARD_BYTES:
+            yield shard
+            shard, size = [], 0
+        shard.append(name)
+        size += count
+    yield shard
 
 
 if __name__ == "__main__":

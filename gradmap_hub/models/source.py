@@ -169,26 +169,24 @@ def _card_header(path: Path) -> dict[str, Any]:
 
 
 def _gguf_source(path: Path) -> Source:
-    from gradmap_hub.models.gguf import gguf_config, read_metadata
+    from gradmap_hub.models.gguf import open_gguf
 
-    metadata = read_metadata(path)
-    config = gguf_config(path)
+    model = open_gguf(path)
+    config = in_both_forms(model.config)
     architecture = architecture_of(config)
-    languages = metadata.get("general.languages")
     base = Base(
         name=path.stem,
-        license=metadata.get("general.license"),
-        language=_languages(languages),
+        license=model.license,
+        language=_languages(model.header.metadata.get("general.languages")),
         model_type=architecture.model_type,
         dtype="float32",
     )
-    # Dequantised to float32: at most 8 times the bytes of a 4-bit file.
     return Source(
         base,
         architecture,
         _depth(config),
         Files((), (), 0),
-        path.stat().st_size * 8,
+        model.weight_bytes,
         gguf=path,
         config=config,
     )

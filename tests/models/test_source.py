@@ -9,15 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import pytest
-from gguf import GGUFWriter
 
 from gradmap_hub.errors import BrokenCheckpointError, RemoteCodeRefused, SourceError, UnsupportedArchitecture
 from gradmap_hub.layout import folder_sizes, legal_texts, sha256_of
 from gradmap_hub.models import checkpoint
 from gradmap_hub.models.architectures import ARCHITECTURES, SUPPORTED
-from gradmap_hub.models.gguf import read_metadata
 from gradmap_hub.models.safetensors_files import check_weights, choose_files, read_config, read_safetensors_header
 from gradmap_hub.models.source import find_source
 from gradmap_hub.models.support import architecture_of
@@ -277,58 +274,6 @@ def test_own_code_is_refused_whatever_the_type() -> None:
 
 def test_a_config_without_architectures_is_judged_by_its_type() -> None:
     assert architecture_of({k: v for k, v in LLAMA.items() if k != "architectures"}).model_type == "llama"
-
-
-# --- GGUF -------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def gguf_file(tmp_path: Path) -> Path:
-    path = tmp_path / "tiny.gguf"
-    writer = GGUFWriter(str(path), "llama")
-    writer.add_license("apache-2.0")
-    writer.add_block_count(5)
-    writer.add_array("tokenizer.ggml.tokens", ["a", "b", "c"])
-    writer.add_string("tokenizer.ggml.pre", "smollm")
-    writer.add_tensor("token_embd.weight", np.ones((8, 32), dtype=np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-def test_gguf_metadata(gguf_file: Path) -> None:
-    metadata = read_metadata(gguf_file)
-    assert metadata["general.architecture"] == "llama" and metadata["general.license"] == "apache-2.0"
-    assert metadata["llama.block_count"] == 5 and metadata["tokenizer.ggml.pre"] == "smollm"
-    assert "tokenizer.ggml.tokens" not in metadata  # a hundred thousand strings, in a real file
-
-
-def test_a_gguf_file_cut_anywhere_is_refused(gguf_file: Path) -> None:
-    whole = gguf_file.read_bytes()
-    for length in [*range(0, len(whole) - 1, 7), len(whole) - 1]:
-        gguf_file.write_bytes(whole[:length])
-        with pytest.raises(BrokenCheckpointError, match=r"tiny\.gguf"):
-            read_metadata(gguf_file)
-
-
-@pytest.mark.parametrize(
-    "content",
-    [b"PK\x03\x04" + b"x" * 200, b"GGUF" + b"\xff" * 200, b"GGUF" + struct.pack("<IQQ", 3, 2**40, 2**40) + b"\x01" * 64,
-     b"<!DOCTYPE html>" * 20, b"\0" * 300],
-    ids=["zip", "ones", "huge counts", "html", "zeros"],
-)  # fmt: skip
-def test_garbage_is_no_gguf_file(content: bytes, tmp_path: Path) -> None:
-    path = tmp_path / "model.gguf"
-    path.write_bytes(content)
-    with pytest.raises(BrokenCheckpointError, match="not a readable GGUF"):
-        read_metadata(path)
-
-
-def test_no_gguf_file(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match="No such file"):
-        read_metadata(tmp_path / "gone.gguf")
 
 
 def test_code_of_a_class_built_into_transformers_is_ignored() -> None:
