@@ -1,9 +1,90 @@
-"""Writing files that must be complete or absent."""
+"""Reading JSON that somebody else wrote, and writing files that must be complete or absent."""
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+# Bytes of a JSON file that is read. The largest known index of weights has 9 MB; JSON takes some ten times its size in
+# memory.
+MOST_BYTES = 64 << 20
+# Levels of lists and objects. The files of models have at most ten; many libraries copy JSON with one call per level.
+MOST_LEVELS = 64
+# Digits of an integer. A number of bytes or tokens has at most 20; arithmetic on longer ones takes quadratic time.
+_MOST_DIGITS = 40
+
+
+class InvalidJson(ValueError):
+    """The message is the reason, without the name of the file."""
+
+
+def read_json(path: Path, most_bytes: int = MOST_BYTES) -> Any:
+    """The content of a JSON file from somebody else.
+
+    Raises:
+        FileNotFoundError: there is no file (a folder or a pipe is none).
+        InvalidJson: it is not JSON, or larger than `most_bytes`.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(path)
+    size = path.stat().st_size
+    if size > most_bytes:
+        raise InvalidJson(f"it has {size:,} bytes, and at most {most_bytes:,} are read")
+    return parse_json(path.read_bytes())
+
+
+def parse_json(content: bytes) -> Any:
+    """The value of JSON in UTF-8. Every text in it can be written as UTF-8 again. NaN and Infinity are accepted, as by
+    the libraries that write them.
+
+    Raises:
+        InvalidJson: it is not JSON, or nested too deeply.
+    """
+    try:
+        value = json.loads(content.decode("utf-8"), parse_int=_integer)
+    except RecursionError:
+        raise InvalidJson(f"it is nested more than {MOST_LEVELS} levels deep") from None
+    except ValueError as error:
+        raise InvalidJson(str(error)) from None
+    level = [value]
+    for _ in range(MOST_LEVELS):
+        level = [inner for outer in level for inner in _inside(outer)]
+        if not level:
+            return value
+    raise InvalidJson(f"it is nested more than {MOST_LEVELS} levels deep")
+
+
+def shown(value: Any) -> str:
+    """A JSON value in an error: in ASCII, without line breaks and control characters, and short."""
+    try:
+        text = json.dumps(value)
+    except (TypeError, ValueError):
+        text = ascii(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > _MOST_DIGITS:
+        raise InvalidJson(f"an integer in it has {len(digits):,} digits")
+    return int(digits)
+
+
+def _inside(value: Any) -> Iterator[Any]:
+    """The lists, objects and texts in a value, one level down. Texts are checked and left out."""
+    if isinstance(value, str):
+        # A lone surrogate: an escape of half a character.
+        if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+            raise InvalidJson(f"the text {shown(value)} in it is not Unicode")
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield key
+            if isinstance(inner, (str, dict, list)):
+                yield inner
+    elif isinstance(value, list):
+        yield from (inner for inner in value if isinstance(inner, (str, dict, list)))
 
 
 def write_text(path: Path, text: str) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gradmap_hub.errors import BrokenCheckpointError, SourceError
+from gradmap_hub.files import InvalidJson, read_json
 from gradmap_hub.layout import (
     COMPANION_FILES,
     CONFIG,
@@ -21,6 +22,7 @@ from gradmap_hub.layout import (
     WEIGHTS_INDEX,
     _is_legal_text,
 )
+from gradmap_hub.models.config_fields import check_config
 from gradmap_hub.models.transformers_compat import NotInBothForms, both_read_config, both_read_tokenizer_config
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -62,23 +64,34 @@ def choose_files(sizes: Mapping[str, int]) -> Files:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Read a config.json.
+    """Read and check a config.json.
 
     Raises:
-        SourceError: it is missing or not JSON.
+        SourceError: it is missing, not JSON, or has a field of a wrong type or out of range (see `check_config`).
+    """
+    config = read_object(path)
+    check_config(config, str(path))
+    return config
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object.
+
+    Raises:
+        SourceError: it is missing, not JSON or not an object.
     """
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except FileNotFoundError:
         raise SourceError(
-            f"{path.parent} has no config.json: it is not a transformers model.",
+            f"{path.parent} has no {path.name}: it is not a transformers model.",
             hint="Give a Hub id (org/model), a folder with config.json and model.safetensors, or a .gguf file.",
         ) from None
-    except (ValueError, UnicodeDecodeError) as error:
+    except InvalidJson as error:
         raise SourceError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(config, dict):
+    if not isinstance(content, dict):
         raise SourceError(f"{path} is not a JSON object.")
-    return config
+    return content
 
 
 def clean_config(path: Path) -> None:
@@ -99,7 +112,7 @@ def in_both_forms(config: dict[str, Any]) -> dict[str, Any]:
 
 def copy_tokenizer_config(source: Path, target: Path) -> None:
     """Copy a tokenizer_config.json byte for byte, or translate it if transformers 4.57 cannot read it."""
-    config = read_config(source)
+    config = read_object(source)
     translated = both_read_tokenizer_config(config)
     if translated == config:
         shutil.copyfile(source, target)
@@ -111,7 +124,7 @@ def readable(folder: Path, stand_in: Path) -> Path:
     """A model folder whose config and tokenizer transformers 4.57 and 5 both read: the folder itself, or, if 5 saved it
     in its own form, `stand_in`, which then has the two files translated and links to all others."""
     config, tokenizer = read_config(folder / CONFIG), folder / TOKENIZER_CONFIG
-    saved = read_config(tokenizer) if tokenizer.is_file() else {}
+    saved = read_object(tokenizer) if tokenizer.is_file() else {}
     if in_both_forms(config) == config and both_read_tokenizer_config(saved) == saved:
         return folder
     stand_in.mkdir(parents=True, exist_ok=True)
@@ -144,7 +157,7 @@ def check_weights(folder: Path, files: Files) -> None:
         if name.endswith(".safetensors"):
             present.update(read_safetensors_header(folder / name))
     if WEIGHTS_INDEX in files.weights:
-        index = read_config(folder / WEIGHTS_INDEX).get("weight_map")
+        index = read_object(folder / WEIGHTS_INDEX).get("weight_map")
         if not isinstance(index, dict) or not index or not all(isinstance(shard, str) for shard in index.values()):
             raise BrokenCheckpointError(f"{WEIGHTS_INDEX} does not map tensors to shards.")
         missing = [shard for shard in set(index.values()) if not (folder / shard).is_file()]

@@ -206,7 +206,7 @@ def check_family(source: Source, config: PruneMethod) -> None:
 
 
 def _dtype_of(config: dict[str, Any]) -> str:
-    name = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    name = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
     return name if name in ("float32", "bfloat16", "float16") else "float32"
 
 

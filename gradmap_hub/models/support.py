@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from gradmap_hub.errors import RemoteCodeRefused, UnsupportedArchitecture
+from gradmap_hub.files import shown
 from gradmap_hub.models.architectures import ARCHITECTURES, SUPPORTED, Architecture, dimension
 from gradmap_hub.models.transformers_compat import ONLY_5, NotInBothForms, both_read_config, has_5, installed
 
@@ -67,6 +68,8 @@ _ENCODERS = {
     "xlm-roberta",
     "modernbert",
 }
+# Fields that describe quantised weights: of transformers, of compressed-tensors in its first form, of MLX.
+_QUANTIZED = ("quantization_config", "compression_config", "quantization")
 _ENCODER_DECODERS = {"t5", "mt5", "bart", "mbart", "pegasus", "marian", "whisper", "umt5"}
 
 
@@ -95,22 +98,28 @@ def architecture_of(config: dict[str, Any]) -> Architecture:
     declared = config.get("architectures") or [row.causal_lm]
     if row.causal_lm not in declared:
         raise UnsupportedArchitecture(
-            model_type, f"the checkpoint is a {declared[0]}, not a {row.causal_lm}", SUPPORTED
+            model_type, f"the checkpoint is a {_printable(declared[0])}, not a {row.causal_lm}", SUPPORTED
         )
     if not has_5():
         _check_generation(model_type, config)
-    quantization = config.get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method", "method unknown") if isinstance(quantization, dict) else quantization
-        raise UnsupportedArchitecture(
-            model_type, f"the checkpoint is quantised ({method}); use its full-precision original", SUPPORTED
-        )
+    for field in _QUANTIZED:
+        if settings := config.get(field):
+            method = settings.get("quant_method", "method unknown") if isinstance(settings, dict) else settings
+            raise UnsupportedArchitecture(
+                model_type, f"the checkpoint is quantised ({_printable(method)}); use its full-precision original",
+                SUPPORTED,
+            )  # fmt: skip
     for condition in row.refused:
         if condition.holds(config):
             raise UnsupportedArchitecture(model_type, condition.reason, SUPPORTED)
     if (dimension(config, "num_hidden_layers") or 0) < 2:
         raise UnsupportedArchitecture(model_type, "it has fewer than two layers", SUPPORTED)
     return row
+
+
+def _printable(value: Any) -> str:
+    """A name in a config.json from somebody else."""
+    return shown(value).strip('"')
 
 
 def _check_generation(model_type: str, config: dict[str, Any]) -> None:
