@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
+import re
 import shutil
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from gradmap_hub.errors import BrokenCheckpointError, SourceError
-from gradmap_hub.files import InvalidJson, read_json
+from gradmap_hub.files import MOST_BYTES, InvalidJson, parse_json, read_json, shown
 from gradmap_hub.layout import (
     COMPANION_FILES,
     CONFIG,
@@ -26,6 +28,25 @@ from gradmap_hub.models.config_fields import check_config
 from gradmap_hub.models.transformers_compat import NotInBothForms, both_read_config, both_read_tokenizer_config
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+# Files that ModelOpt, AutoGPTQ and AutoAWQ write beside quantised weights.
+_QUANTIZED = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+_FULL_PRECISION = "Use its full-precision original."
+# A plain file name: nothing in it is a folder, or a pattern for the files to download.
+_SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.=+-]{0,200}\.safetensors")
+# The limit of the safetensors library.
+_LONGEST_HEADER = 100_000_000
+_LONGEST_NAME = 500
+# The limit of torch.
+_MOST_DIMENSIONS = 64
+ADAPTER_CONFIG = "adapter_config.json"
+"""What peft writes beside an adapter. transformers with peft loads the model that it names."""
+BYTES = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2,
+    "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
+}  # fmt: skip
+"""Bytes of one element, by safetensors' name of the dtype."""
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""Dtypes of weights that are not quantised."""
 
 
 @dataclass(frozen=True)
@@ -37,21 +58,33 @@ class Files:
     weight_bytes: int
 
 
-def choose_files(sizes: Mapping[str, int]) -> Files:
+def choose_files(sizes: Mapping[str, int], fetched: Callable[[str], Path]) -> Files:
     """Select safetensors weights and companion files from a listing {path: bytes}.
 
+    The index, where there is one, decides which files are weights: others beside them may be another precision, or the
+    same weights for another program. `fetched` returns the local path of a file of the listing; only an index is asked
+    for.
+
     Raises:
-        SourceError: there are no weights.
-        BrokenCheckpointError: there are only pickled weights.
+        SourceError: there are no weights, or only those of an adapter, or they are quantised.
+        BrokenCheckpointError: there are only pickled weights, or the index does not name files of the listing.
     """
     top = {name: size for name, size in sizes.items() if "/" not in name}
     companions = tuple(name for name in top if name in COMPANION_FILES or _is_legal_text(name))
+    for name in _QUANTIZED:
+        if name in top:
+            raise SourceError(f"The checkpoint is quantised, as {name} says.", hint=_FULL_PRECISION)
     if WEIGHTS in top:
         return Files((WEIGHTS,), companions, top[WEIGHTS])
     if WEIGHTS_INDEX in top:
-        shards = tuple(sorted(name for name in top if name.endswith(".safetensors") and "-of-" in name))
-        if shards:
-            return Files((WEIGHTS_INDEX, *shards), companions, sum(top[name] for name in shards))
+        check_json_size(WEIGHTS_INDEX, top[WEIGHTS_INDEX])
+        shards = sorted(set(read_weight_map(fetched(WEIGHTS_INDEX)).values()))
+        missing = [shard for shard in shards if shard not in top]
+        if missing:
+            raise BrokenCheckpointError(f"The shard {missing[0]} named in {WEIGHTS_INDEX} is missing.")
+        return Files((WEIGHTS_INDEX, *shards), companions, sum(top[name] for name in shards))
+    if ADAPTER_CONFIG in top:
+        raise only_adapter("The source")
     if any(name.endswith(_PICKLES) for name in top):
         raise BrokenCheckpointError(
             "The weights are pickle files, which can run code when loaded, and are never opened.",
@@ -61,6 +94,39 @@ def choose_files(sizes: Mapping[str, int]) -> Files:
         "The source has no safetensors weights (model.safetensors).",
         hint="Give a causal language model in safetensors format, or a .gguf file.",
     )
+
+
+def only_adapter(name: str) -> SourceError:
+    """The error of a source without weights of its own."""
+    return SourceError(
+        f"{name} is an adapter, such as LoRA, without the model it belongs to.",
+        hint="Merge it into its base model first (`merge_and_unload` of peft), and give the result.",
+    )
+
+
+def check_json_size(name: str, size: int) -> None:
+    """Raises SourceError: a JSON file of a listing is too large to be read, and is not fetched."""
+    if size > MOST_BYTES:
+        raise SourceError(f"{name} has {size:,} bytes; at most {MOST_BYTES:,} are read.")
+
+
+def read_weight_map(path: Path) -> dict[str, str]:
+    """The weight map of an index: {tensor: name of the shard beside the index}.
+
+    Raises:
+        SourceError: the index is not JSON.
+        BrokenCheckpointError: it has no such map.
+    """
+    found = read_object(path).get("weight_map")
+    if not isinstance(found, dict) or not found:
+        raise BrokenCheckpointError(f"{WEIGHTS_INDEX} does not map tensors to shards.")
+    for tensor, shard in found.items():
+        if not isinstance(shard, str) or not _SHARD.fullmatch(shard):
+            raise BrokenCheckpointError(
+                f"{WEIGHTS_INDEX} names {shown(shard)} as the shard of {shown(tensor)}; "
+                "the name of a .safetensors file beside it is expected."
+            )
+    return found
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -151,25 +217,38 @@ def check_weights(folder: Path, files: Files) -> None:
 
     Raises:
         BrokenCheckpointError: a file is truncated, too long or unreadable, or a shard or tensor is missing.
+        SourceError: weights are quantised.
     """
-    present: set[str] = set()
-    for name in files.weights:
-        if name.endswith(".safetensors"):
-            present.update(read_safetensors_header(folder / name))
-    if WEIGHTS_INDEX in files.weights:
-        index = read_object(folder / WEIGHTS_INDEX).get("weight_map")
-        if not isinstance(index, dict) or not index or not all(isinstance(shard, str) for shard in index.values()):
-            raise BrokenCheckpointError(f"{WEIGHTS_INDEX} does not map tensors to shards.")
-        missing = [shard for shard in set(index.values()) if not (folder / shard).is_file()]
-        if missing:
-            raise BrokenCheckpointError(f"The shard {sorted(missing)[0]} named in {WEIGHTS_INDEX} is missing.")
-        lost = sorted(set(index) - present)
-        if lost:
-            raise BrokenCheckpointError(f"{WEIGHTS_INDEX} names the tensor {lost[0]}, which no shard contains.")
+    present: dict[str, str] = {}
+    shards = [name for name in files.weights if name.endswith(".safetensors")]
+    wanted = read_weight_map(folder / WEIGHTS_INDEX) if WEIGHTS_INDEX in files.weights else None
+    for shard in shards:
+        header = read_safetensors_header(folder / shard)
+        for name, entry in header.items():
+            if entry["dtype"] not in FLOATS and _is_weight(name):
+                raise SourceError(
+                    f"The checkpoint is quantised: {shard} stores {name} as {entry['dtype']}.", hint=_FULL_PRECISION
+                )
+            # Which of two tensors is loaded depends on the reader.
+            if wanted is not None and wanted.get(name, shard) != shard:
+                other = f"{WEIGHTS_INDEX} names {wanted[name]}"
+                raise BrokenCheckpointError(f"{shard} contains the tensor {name}, for which {other}.")
+            present[name] = shard
+    lost = sorted(set(wanted or ()) - set(present))
+    if lost:
+        raise BrokenCheckpointError(f"{WEIGHTS_INDEX} names the tensor {lost[0]}, which no shard contains.")
+
+
+def _is_weight(name: str) -> bool:
+    """Whether a tensor is multiplied, by its name: checkpoints of GPT Neo and NeoX also have masks and positions, which
+    are integers."""
+    last = name.rpartition(".")[2]
+    return "weight" in last or "proj" in last or last.endswith(("_blocks", "_packed"))
 
 
 def read_safetensors_header(path: Path) -> dict[str, Any]:
-    """The tensor table of a safetensors file: {name: {dtype, shape, data_offsets}}.
+    """The tensor table of a safetensors file: {name: {dtype, shape, data_offsets}}. All names are printable, all shapes
+    and offsets integers, and every tensor of a known dtype has the bytes of its shape.
 
     Raises:
         BrokenCheckpointError: the file is truncated or damaged.
@@ -180,10 +259,14 @@ def read_safetensors_header(path: Path) -> dict[str, Any]:
             (length,) = struct.unpack("<Q", stream.read(8))
             if length > size - 8:
                 raise ValueError("the header is longer than the file")
-            header = json.loads(stream.read(length))
+            if length > _LONGEST_HEADER:
+                raise ValueError(f"the header has {length:,} bytes, and at most {_LONGEST_HEADER:,} are read")
+            header = parse_json(stream.read(length))
+        if not isinstance(header, dict):
+            raise ValueError("the header is not a JSON object")
         header.pop("__metadata__", None)
-        data_end = max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        data_end = max((_end_of(name, entry) for name, entry in header.items()), default=0)
+    except (struct.error, ValueError) as error:
         raise BrokenCheckpointError(
             f"{path.name} is not a readable safetensors file: {error}", hint="Fetch it again."
         ) from error
@@ -193,3 +276,29 @@ def read_safetensors_header(path: Path) -> dict[str, Any]:
             hint="Fetch it again.",
         )
     return header
+
+
+def _end_of(name: str, entry: Any) -> int:
+    """Where the data of a tensor ends. Raises ValueError: its entry is not that of a tensor."""
+    if not name.isprintable() or len(name) > _LONGEST_NAME:
+        raise ValueError(f"the name {shown(name)} is not that of a tensor")
+    if not isinstance(entry, dict):
+        raise ValueError(f"{name} is {shown(entry)}, not a tensor")
+    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    if not isinstance(dtype, str) or not dtype.replace("_", "").isalnum():
+        raise ValueError(f"{name} has the dtype {shown(dtype)}")
+    if not _are_sizes(shape) or len(shape) > _MOST_DIMENSIONS:
+        raise ValueError(f"{name} has the shape {shown(shape)}")
+    if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise ValueError(f"{name} has the offsets {shown(offsets)}")
+    itemsize = BYTES.get(dtype)
+    if itemsize is not None and math.prod(shape) * itemsize != offsets[1] - offsets[0]:
+        raise ValueError(f"{name} has {offsets[1] - offsets[0]:,} bytes, and its shape is {shown(shape)} in {dtype}")
+    return offsets[1]
+
+
+def _are_sizes(value: Any) -> TypeGuard[list[int]]:
+    # The number of bytes of a file has 63 bits.
+    return isinstance(value, list) and all(
+        isinstance(entry, int) and not isinstance(entry, bool) and 0 <= entry < 1 << 63 for entry in value
+    )

@@ -13,12 +13,18 @@ import yaml
 from gradmap_hub.config import PruneMethod
 from gradmap_hub.errors import SourceError, UsageError
 from gradmap_hub.formats import ONNX, graph_path, in_space
-from gradmap_hub.layout import (
-    CARD,
-    folder_sizes,
-)
+from gradmap_hub.layout import CARD, CONFIG, folder_sizes
 from gradmap_hub.models.architectures import Architecture, dimension
-from gradmap_hub.models.safetensors_files import Files, check_weights, choose_files, in_both_forms, read_config
+from gradmap_hub.models.safetensors_files import (
+    ADAPTER_CONFIG,
+    Files,
+    check_json_size,
+    check_weights,
+    choose_files,
+    in_both_forms,
+    only_adapter,
+    read_config,
+)
 from gradmap_hub.models.support import architecture_of
 from gradmap_hub.models.transformers_compat import needs_5
 from gradmap_hub.record import (
@@ -84,16 +90,23 @@ def find_source(model: str, revision: str | None, hub: ModelHub) -> Source:
     if model.count("/") > 1 or model.startswith((".", "/", "~")):
         raise SourceError(f"There is no folder {model}.", hint="Give a Hub id (org/model), a folder or a .gguf file.")
     remote = hub.model(model, revision)
-    if "config.json" not in remote.files:
+    if CONFIG not in remote.files:
+        if ADAPTER_CONFIG in remote.files:
+            raise only_adapter(model)
         raise SourceError(
             f"{model} has no config.json: it is not a transformers model.",
             hint="Give the Hub id of a transformers model, or a .gguf file.",
         )
-    config = read_config(hub.fetch(model, remote.commit, ["config.json"]) / "config.json")
+
+    def fetched(name: str) -> Path:
+        return hub.fetch(model, remote.commit, [name]) / name
+
+    check_json_size(CONFIG, remote.files[CONFIG])
+    config = read_config(fetched(CONFIG))
     architecture = architecture_of(config)
     only_5 = needs_5(config)
     config = in_both_forms(config)
-    files = choose_files(remote.files)
+    files = choose_files(remote.files, fetched)
     exports = own_exports(remote.files)
     base = Base(
         name=model,
@@ -128,12 +141,14 @@ def own_exports(files: Mapping[str, int]) -> list[str]:
 
 
 def _folder_source(path: Path) -> Source:
-    config = read_config(path / "config.json")
+    if (path / ADAPTER_CONFIG).is_file() and not (path / CONFIG).exists():
+        raise only_adapter(str(path))
+    config = read_config(path / CONFIG)
     architecture = architecture_of(config)
     only_5 = needs_5(config)
     config = in_both_forms(config)
-    files = choose_files(folder_sizes(path))
-    for name in ("config.json", *files.companions):
+    files = choose_files(folder_sizes(path), path.joinpath)
+    for name in (CONFIG, *files.companions):
         _check_inside(path, name)
     check_weights(path, files)
     base = Base(
