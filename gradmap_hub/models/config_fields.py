@@ -71,6 +71,9 @@ _SHARE = _number("a number above 0, at most 1", lambda value: 0 < value <= 1)
 _PROBABILITY = _number("a number from 0 to 1", lambda value: 0 <= value <= 1)
 _LAYER = _whole(0, MOST_LAYERS)
 _WIDTH = _whole(1, _WIDEST)
+_PATTERN = _Kind(
+    "a number of layers or a text", lambda value: isinstance(value, str) or _whole(1, MOST_LAYERS).holds(value)
+)
 _TOKEN = _whole(-1, _MOST_TOKENS)
 _TOKENS = _Kind(
     "a token id or a list of them",
@@ -98,7 +101,9 @@ _FIELDS = _table(
     (_whole(1, _LONGEST), "max_position_embeddings n_positions n_ctx max_seq_len seq_length"),
     (_whole(1, _LONGEST), "original_max_position_embeddings"),
     (_whole(0, _LONGEST), "sliding_window window_size"),
-    (_whole(1, MOST_LAYERS), "sliding_window_pattern _sliding_window_pattern no_rope_layer_interval"),
+    (_whole(1, MOST_LAYERS), "_sliding_window_pattern no_rope_layer_interval"),
+    # A text such as "LLLG" in EXAONE 4.
+    (_PATTERN, "sliding_window_pattern"),
     (_whole(1, MOST_LAYERS), "decoder_sparse_step"),
     (_LAYER, "max_window_layers first_k_dense_replace num_nextn_predict_layers num_mtp_layers"),
     (_list_of(_LAYER, "a list of layers"), "mlp_only_layers"),
