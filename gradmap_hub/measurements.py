@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
+
+from gradmap_hub.reading import Count, Interval, NotNegative, OptionalInterval, PathInside, Positive, Some
 
 
 @dataclass(frozen=True)
 class BeforeAfter:
-    before: int
-    after: int
+    before: Some
+    after: Count
 
 
 @dataclass(frozen=True)
@@ -17,8 +20,8 @@ class Contamination:
     """Sequences of an evaluation text with a 13-gram overlap (lower-cased words) with a calibration sequence. `rows`:
     how many of `of`; None: not checked, for `reason`. `texts`: the calibration texts they overlap with."""
 
-    rows: int | None
-    of: int
+    rows: Count | None
+    of: Some
     reason: str = ""
     texts: list[str] = field(default_factory=list)
 
@@ -35,7 +38,7 @@ class TextMetric:
     name: str
     title: str
     value: float
-    interval: list[float]
+    interval: Interval
     share: bool = False
 
 
@@ -48,16 +51,16 @@ class MeasuredText:
 
     name: str
     sha256: str
-    rows: int
-    tokens: int
-    sequence_length: int
-    original: float
-    pruned: float
-    interval: list[float]
+    rows: Count
+    tokens: Count
+    sequence_length: Count
+    original: Positive
+    pruned: Positive
+    interval: Interval
     agreement: float
-    agreement_interval: list[float]
+    agreement_interval: Interval
     divergence: float
-    divergence_interval: list[float]
+    divergence_interval: Interval
     contamination: Contamination | None = None
     further: list[TextMetric] = field(default_factory=list)
 
@@ -80,7 +83,7 @@ class MeasuredMetric:
     name: str
     original: float
     pruned: float
-    interval: list[float] = field(default_factory=list)
+    interval: OptionalInterval = field(default_factory=list)
     retention: float | None = None
 
 
@@ -96,8 +99,8 @@ class MeasuredTask:
     config: str | None
     split: str
     source: str
-    documents: int
-    total: int
+    documents: Count
+    total: Count
     sha256: str
     main: str
     metrics: list[MeasuredMetric]
@@ -106,6 +109,11 @@ class MeasuredTask:
     def main_metric(self) -> MeasuredMetric:
         return next(metric for metric in self.metrics if metric.name == self.main)
 
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Field and reason, where fields contradict each other."""
+        if self.main not in [metric.name for metric in self.metrics]:
+            yield "main", "names no metric of the task"
+
 
 @dataclass(frozen=True)
 class FilePerplexity:
@@ -113,8 +121,8 @@ class FilePerplexity:
     checkpoint's."""
 
     text: str
-    perplexity: float
-    interval: list[float]
+    perplexity: Positive
+    interval: Interval
 
 
 @dataclass(frozen=True)
@@ -122,8 +130,8 @@ class MeasuredFile:
     """An ONNX file on ONNX Runtime. `sha256`: of the graph; `data_sha256`: of the weight file next to it, empty if it
     has none."""
 
-    path: str
-    bytes: int
+    path: PathInside
+    bytes: Count
     sha256: str
     data_sha256: str
     perplexity: list[FilePerplexity]
@@ -133,9 +141,9 @@ class MeasuredFile:
 class Rate:
     """Tokens per second: median of the rounds and its 95% bootstrap interval."""
 
-    median: float
-    low: float
-    high: float
+    median: NotNegative
+    low: NotNegative
+    high: NotNegative
 
 
 @dataclass(frozen=True)
@@ -146,10 +154,10 @@ class MeasuredSpeed:
 
     model: str
     backend: str
-    batch: int
+    batch: Count
     prefill: Rate
     decode: Rate
-    memory: int | None = None
+    memory: Count | None = None
 
 
 @dataclass(frozen=True)
@@ -190,6 +198,13 @@ class Measured:
     settings: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     hardware: str = ""
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Field and reason, where fields contradict each other."""
+        if not self.texts:
+            yield "texts", "is empty"
+        elif len({len(text.metrics) for text in self.texts}) > 1:
+            yield "texts", "have different metrics"
 
     @property
     def repeated(self) -> tuple[float, float] | None:

@@ -7,17 +7,26 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import types
-import typing
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
+from gradmap_hub.config import PruneConfig
 from gradmap_hub.errors import SourceError
 from gradmap_hub.files import write_text
 from gradmap_hub.measurements import BeforeAfter, Measured
-
-T = TypeVar("T")
+from gradmap_hub.reading import (
+    Count,
+    NotNegative,
+    OptionalInterval,
+    PathInside,
+    Positive,
+    check_fields,
+    decode_json,
+    from_json,
+    read_json,
+)
 
 # 2: adds `settings`.
 SCHEMA_VERSION = 2
@@ -55,7 +64,7 @@ class Base:
 class LayerDecision:
     """One decoder layer: `score` is its gradient L1 norm (see `pruning.scoring`), also if another ranking won."""
 
-    index: int
+    index: Count
     score: float
     kept: bool
     reason: str
@@ -83,7 +92,7 @@ class TextSource:
 
     name: str
     sha256: str
-    rows: int
+    rows: Count
 
 
 @dataclass(frozen=True)
@@ -91,12 +100,12 @@ class CalibrationRecord:
     """The calibration text. `samples` sequences of `sequence_length` tokens; `sha256` of their token ids."""
 
     source: str
-    samples: int
-    tokens: int
-    sequence_length: int
+    samples: Count
+    tokens: Count
+    sequence_length: Count
     sha256: str
-    scoring_rows: int = 0
-    selection_rows: int = 0
+    scoring_rows: Count = 0
+    selection_rows: Count = 0
     texts: list[TextSource] = field(default_factory=list)
 
 
@@ -145,6 +154,13 @@ class CompensationRecord:
     trials: list[Trial] = field(default_factory=list)
     corrections: list[SiteCompensation] = field(default_factory=list)
 
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Field and reason, where fields contradict each other."""
+        if not len(self.shift_layers) == len(self.shift) == len(self.relative_shift):
+            yield "shift_layers", "is not as long as shift and relative_shift"
+        if len(self.corrections) > 1 and (self.loss_before is None or self.loss_after is None):
+            yield "loss_after", "or loss_before is null with several corrections"
+
 
 @dataclass(frozen=True)
 class HealCheck:
@@ -152,10 +168,10 @@ class HealCheck:
     the mean KL(original || pruned). `divergence`: the mean of the training objective since the last check. All in nats
     per token; None before version 0.2."""
 
-    step: int
+    step: Count
     divergence: float
     loss: float
-    tokens: int = 0
+    tokens: Count = 0
     held_out: float | None = None
 
 
@@ -170,7 +186,7 @@ class HealRecord:
     dropped by which filter, and the `recipe` of sampling and filtering."""
 
     applied: bool
-    steps: int
+    steps: Count
     rate: float
     loss_before: float
     loss_after: float
@@ -178,14 +194,23 @@ class HealRecord:
     layers: list[int] = field(default_factory=list)
     checks: list[HealCheck] = field(default_factory=list)
     part: str = "gaps"
-    tokens: int = 0
+    tokens: Count = 0
     repeats: float = 0.0
-    seconds: float = 0.0
+    seconds: NotNegative = 0.0
     divergence_before: float | None = None
     divergence_after: float | None = None
     texts: list[TextSource] = field(default_factory=list)
     held_out: list[TextSource] = field(default_factory=list)
     self_text: dict[str, Any] | None = None
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Field and reason, where fields contradict each other."""
+        if self.applied and not self.layers:
+            yield "layers", "is empty, though the healing was applied"
+        if self.applied and self.tokens and (self.divergence_before is None or self.divergence_after is None):
+            yield "divergence_after", "or divergence_before is null, though tokens are counted"
+        if self.tokens and any(check.held_out is None for check in self.checks):
+            yield "checks", "lack held_out, though tokens are counted"
 
 
 @dataclass(frozen=True)
@@ -194,7 +219,7 @@ class VerificationRecord:
 
     keys_match: bool
     max_logit_difference: float
-    tokens: int
+    tokens: Count
     generation_matches: bool
 
 
@@ -205,14 +230,14 @@ class TextPerplexity:
 
     name: str
     kind: str
-    rows: int
-    tokens: int
-    sequence_length: int
+    rows: Count
+    tokens: Count
+    sequence_length: Count
     sha256: str
-    original: float
-    pruned: float
-    compensated: float
-    interval: list[float] = field(default_factory=list)
+    original: Positive
+    pruned: Positive
+    compensated: Positive
+    interval: OptionalInterval = field(default_factory=list)
     # Its sequences, counted from 0, with a 13-gram overlap with a calibration sequence; None: not checked.
     contaminated: list[int] | None = None
 
@@ -220,9 +245,9 @@ class TextPerplexity:
 @dataclass(frozen=True)
 class EvaluationRecord:
     metric: str
-    before: float
-    after: float
-    uncompensated: float
+    before: Positive
+    after: Positive
+    uncompensated: Positive
     data: str
     texts: list[TextPerplexity] = field(default_factory=list)
 
@@ -234,7 +259,7 @@ class Parity:
     max_logit_difference: float
     max_logit_difference_with_past: float
     greedy_tokens_equal: bool
-    greedy_tokens: int
+    greedy_tokens: Count
 
 
 @dataclass(frozen=True)
@@ -242,10 +267,10 @@ class Quality:
     """The cost of a quantised export: token perplexity of the graph on ONNX Runtime and of the checkpoint in float32,
     on the same sequences. `recipe`: the selected settings; `base`: the quantised graph, "genai" or "optimum"."""
 
-    perplexity: float
-    checkpoint_perplexity: float
+    perplexity: Positive
+    checkpoint_perplexity: Positive
     text: str
-    tokens: int
+    tokens: Count
     recipe: str
     base: str
 
@@ -256,8 +281,8 @@ class Quality:
 
 @dataclass(frozen=True)
 class Artifact:
-    path: str
-    bytes: int
+    path: PathInside
+    bytes: Count
     sha256: str
     format: str
     parity: Parity | None = None
@@ -310,6 +335,27 @@ class RunRecord:
     def layers_after(self) -> int:
         return len(self.layers) - len(self.removed)
 
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Field and reason, where fields contradict each other."""
+        if [layer.index for layer in self.layers] != list(range(len(self.layers))):
+            yield "layers", "are not numbered from 0"
+        gone = set(self.removed)
+        if len(gone) != len(self.removed) or not gone < set(range(len(self.layers))):
+            yield "removed", "does not name some of the layers once each"
+        if any(layer.kept == (layer.index in gone) for layer in self.layers):
+            yield "layers", "disagree with removed"
+        corrected = {entry.layer for entry in self.compensation.corrections} | {self.compensation.site or 0}
+        named = corrected | set(self.compensation.shift_layers) | set(self.heal.layers if self.heal else ())
+        if not named <= set(range(len(self.layers))):
+            yield "compensation", "or heal names a layer that does not exist"
+        paths = [entry.path for entry in self.artifacts]
+        if len(set(paths)) != len(paths):
+            yield "artifacts", "have a path twice"
+        settings = self.settings or {}
+        if isinstance(settings.get("heal"), int):  # steps were a number
+            settings = settings | {"heal": str(settings["heal"])}
+        check_fields(PruneConfig, settings, "settings")
+
     def write(self, folder: Path) -> None:
         path = folder / FILE_NAME
         write_text(path, to_json(self) + "\n")
@@ -335,12 +381,33 @@ def read_record(path: Path) -> RunRecord:
 
     Raises:
         FileNotFoundError: there is no such file.
-        SourceError: the file is not a record.
+        SourceError: the file is not a record; the error names the field.
     """
     try:
-        return from_json(RunRecord, json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SourceError(f"{path} cannot be read as a record of gradmap-hub: {error}") from error
+        return from_json(RunRecord, read_json(path))
+    except FileNotFoundError:
+        raise
+    except (ValueError, OSError) as error:
+        raise _not_a_record(str(path), error) from error
+
+
+def parse_record(content: bytes, name: str) -> RunRecord:
+    """The record in a file's content; `name` is what an error calls it.
+
+    Raises:
+        SourceError: it is not a record; the error names the field.
+    """
+    try:
+        return from_json(RunRecord, decode_json(content))
+    except ValueError as error:
+        raise _not_a_record(name, error) from error
+
+
+def _not_a_record(name: str, error: Exception) -> SourceError:
+    return SourceError(
+        f"{name} cannot be read as a record of gradmap-hub: {error}.",
+        hint="It was edited or damaged: restore the file, or make the folder again.",
+    )
 
 
 def to_json(value: Any) -> str:
@@ -355,23 +422,3 @@ def to_json(value: Any) -> str:
 def as_data(value: Any) -> dict[str, Any]:
     """A dataclass as plain data. The key `further` is left out if it is empty."""
     return dataclasses.asdict(value, dict_factory=lambda pairs: {k: v for k, v in pairs if v or k != "further"})
-
-
-def from_json(kind: type[T], data: Any) -> T:
-    """A (nested) dataclass from decoded JSON; unknown keys, as of newer versions, are ignored."""
-    hints = typing.get_type_hints(kind)
-    known = {entry.name for entry in dataclasses.fields(kind)}  # pyright: ignore[reportArgumentType]
-    return kind(**{name: _decode(hints[name], value) for name, value in data.items() if name in known})
-
-
-def _decode(hint: Any, value: Any) -> Any:
-    if value is None:
-        return None
-    origin = typing.get_origin(hint)
-    if origin in (typing.Union, types.UnionType):
-        return _decode(next(arg for arg in typing.get_args(hint) if arg is not type(None)), value)
-    if origin is list:
-        return [_decode(typing.get_args(hint)[0], item) for item in value]
-    if dataclasses.is_dataclass(hint):
-        return from_json(hint, value)  # pyright: ignore[reportArgumentType]
-    return value

@@ -21,7 +21,8 @@ from typing import Any, TypeVar
 from gradmap_hub import distributed
 from gradmap_hub.errors import GradmapError
 from gradmap_hub.progress import Reporter
-from gradmap_hub.record import from_json, to_json
+from gradmap_hub.reading import from_json
+from gradmap_hub.record import to_json
 
 T = TypeVar("T")
 
@@ -94,7 +95,13 @@ class Stages:
                     hint="All processes need the same folder, on one machine or on a shared disk.",
                 )
         if stored is not None:
-            result = from_json(kind, stored["result"])
+            try:
+                result = from_json(kind, stored["result"])
+            except ValueError as error:
+                raise GradmapError(
+                    f"{self.folder / name}.json is damaged: {error}.",
+                    hint="Delete it, then run the same command again.",
+                ) from error
             self.timings[name] = stored["seconds"]
             self.reporter.finish(describe(result), reused=True)
             return result
@@ -129,9 +136,10 @@ class Stages:
     def _read(self, name: str) -> dict[str, Any] | None:
         try:
             stored = json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
+        except (FileNotFoundError, ValueError, RecursionError):
             return None
-        return stored if isinstance(stored, dict) and stored.get("key") == self._key else None
+        ours = isinstance(stored, dict) and stored.get("key") == self._key
+        return stored if ours and {"result", "files", "seconds"} <= stored.keys() else None
 
 
 def _sizes(paths: Sequence[Path]) -> dict[str, int]:

@@ -14,6 +14,8 @@ from generation import Generation, Model, Settings, begin
 SCHEMA_VERSION = 2
 # A ratio over one or two steps is mostly noise.
 FEWEST_STEPS_FOR_A_RATIO = 4
+# Of any number: beyond all counts of bytes and tokens.
+LARGEST = 10**18
 
 
 class FactsError(Exception):
@@ -108,57 +110,103 @@ class Facts:
         return {entry.name: entry for entry in self.precisions}[precision]
 
 
+def _text(content: dict[str, Any], key: str) -> str:
+    value = content[key]
+    if not isinstance(value, str) or any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise FactsError(f"compare.json has no text at `{key}`, but {_shown(value)}.")
+    return value
+
+
+def _optional(content: dict[str, Any], key: str) -> str | None:
+    return None if content.get(key) is None else _text(content, key)
+
+
+def _whole(content: dict[str, Any], key: str) -> int:
+    value = content[key]
+    if type(value) is not int or not 0 <= value <= LARGEST:
+        raise FactsError(f"compare.json has no whole number at `{key}`, but {_shown(value)}.")
+    return value
+
+
+def _above_0(content: dict[str, Any], key: str) -> float:
+    value = content[key]
+    if type(value) not in (int, float) or not 0 < value <= LARGEST:
+        raise FactsError(f"compare.json has no number above 0 at `{key}`, but {_shown(value)}.")
+    return float(value)
+
+
+def _list(content: dict[str, Any], key: str) -> list[Any]:
+    value = content.get(key, [])
+    if not isinstance(value, list):
+        raise FactsError(f"compare.json has no list at `{key}`, but {_shown(value)}.")
+    return value
+
+
+def _shown(value: object) -> str:
+    """A value, short and printable."""
+    simple = isinstance(value, str | float | bool) or (type(value) is int and abs(value) <= LARGEST)
+    return ascii(value) if simple and len(ascii(value)) <= 60 else f"a {type(value).__name__}"
+
+
 def _source(content: dict[str, Any]) -> Source:
-    return Source(str(content["name"]), content.get("repo_id"), content.get("revision"))
+    return Source(_text(content, "name"), _optional(content, "repo_id"), _optional(content, "revision"))
 
 
 def _stored(content: dict[str, Any]) -> Stored:
     if content["stored"] not in ("space", "hub"):
-        raise FactsError(f"compare.json has an unknown value of `stored`: {content['stored']!r}.")
-    size, cost = content.get("bytes"), content.get("quality")
+        raise FactsError(f"compare.json has an unknown value of `stored`: {_shown(content['stored'])}.")
+    cost = content.get("quality")
+    path = _optional(content, "path") or ""
+    if "\\" in path or path.startswith("/") or ".." in path.split("/"):
+        raise FactsError(f"compare.json names another folder: {_shown(path)}.")
     return Stored(
         where=content["stored"],
-        path=str(content.get("path") or ""),
-        bytes=None if size is None else int(size),
+        path=path,
+        bytes=None if content.get("bytes") is None else _whole(content, "bytes"),
         cost=None
         if cost is None
         else Cost(
-            float(cost["perplexity"]), float(cost["checkpoint_perplexity"]), str(cost["text"]), int(cost["tokens"])
+            _above_0(cost, "perplexity"),
+            _above_0(cost, "checkpoint_perplexity"),
+            _text(cost, "text"),
+            _whole(cost, "tokens"),
         ),
     )
 
 
 def _file(entry: dict[str, Any], runtime: str) -> str:
-    file = str(entry.get("file") or "")
+    file = _optional(entry, "file") or ""
     if runtime == "onnx" and not file:
         raise FactsError(
-            f"compare.json names no file for {entry['name']}: an earlier version of gradmap-hub wrote it. "
+            f"compare.json names no file for {_text(entry, 'name')[:60]}: an earlier version of gradmap-hub wrote it. "
             "Write the Space again with `gradmap-hub space FOLDER`."
         )
     if "/" in file or "\\" in file or file.startswith("."):
-        raise FactsError(f"compare.json names a file in another folder: {file!r}.")
+        raise FactsError(f"compare.json names a file in another folder: {_shown(file)}.")
     return file
 
 
 def _precisions(content: dict[str, Any]) -> tuple[Precision, ...]:
     found = tuple(
         Precision(
-            str(entry["name"]), _file(entry, content["runtime"]), _stored(entry["original"]), _stored(entry["pruned"])
+            _text(entry, "name"), _file(entry, content["runtime"]), _stored(entry["original"]), _stored(entry["pruned"])
         )
-        for entry in content["precisions"]
+        for entry in _list(content, "precisions")
     )
     if content["precision"] not in [entry.name for entry in found]:
-        raise FactsError(f"compare.json starts with the precision {content['precision']!r}, which it does not list.")
+        raise FactsError(
+            f"compare.json starts with the precision {_shown(content['precision'])}, which it does not list."
+        )
     return found
 
 
 def _compensated(compensation: dict[str, Any]) -> int:
     """The number of corrected weight matrices."""
-    return int(compensation.get("matrices", bool(compensation.get("applied"))))
+    return _whole(compensation, "matrices") if "matrices" in compensation else int(bool(compensation.get("applied")))
 
 
-def _number(value: object) -> float | None:
-    return float(value) if isinstance(value, int | float) else None
+def _measured(row: dict[str, Any], key: str) -> float | None:
+    return None if row.get(key) is None else _above_0(row, key)
 
 
 def read_facts(file: Path) -> Facts:
@@ -166,43 +214,47 @@ def read_facts(file: Path) -> Facts:
         content = json.loads(file.read_text(encoding="utf-8"))
         version = content["schema_version"]
         if version != SCHEMA_VERSION:
-            raise FactsError(f"compare.json has schema version {version}; this page reads version {SCHEMA_VERSION}.")
+            raise FactsError(
+                f"compare.json has schema version {_shown(version)}; this page reads version {SCHEMA_VERSION}."
+            )
         if content["runtime"] not in ("onnx", "transformers"):
-            raise FactsError(f"compare.json has an unknown value of `runtime`: {content['runtime']!r}.")
+            raise FactsError(f"compare.json has an unknown value of `runtime`: {_shown(content['runtime'])}.")
         pairs = {
-            key: Pair(int(content[key]["original"]), int(content[key]["pruned"]))
+            key: Pair(_whole(content[key], "original"), _whole(content[key], "pruned"))
             for key in ("layers", "parameters", "bytes")
         }
         return Facts(
-            title=str(content["title"]),
+            title=_text(content, "title"),
             runtime=content["runtime"],
-            precision=str(content["precision"]),
+            precision=_text(content, "precision"),
             precisions=_precisions(content),
             original=_source(content["original"]),
             pruned=_source(content["pruned"]),
             layers=pairs["layers"],
-            removed=tuple(int(index) for index in content["layers"].get("removed", [])),
+            removed=tuple(_whole({"removed": index}, "removed") for index in _list(content["layers"], "removed")),
             parameters=pairs["parameters"],
             bytes=pairs["bytes"],
             perplexity=tuple(
                 Perplexity(
-                    text=str(row["text"]),
-                    tokens=int(row["tokens"]),
-                    original=_number(row.get("original")),
-                    pruned=_number(row.get("pruned")),
+                    text=_text(row, "text"),
+                    tokens=_whole(row, "tokens"),
+                    original=_measured(row, "original"),
+                    pruned=_measured(row, "pruned"),
                 )
-                for row in content.get("perplexity", [])
+                for row in _list(content, "perplexity")
             ),
             compensated=_compensated(content.get("compensation", {})),
-            healed=int((content.get("healed") or {}).get("tokens", 0)),
-            examples=tuple(str(example) for example in content.get("examples", [])),
-            license=content.get("license"),
+            healed=_whole({"tokens": 0} | (content.get("healed") or {}), "tokens"),
+            examples=tuple(_text({"examples": example}, "examples") for example in _list(content, "examples")),
+            license=_optional(content, "license"),
         )
     except OSError as error:
         raise FactsError("compare.json is missing: it must be next to app.py.") from error
     except KeyError as error:
         advice = "Write the Space again with `gradmap-hub space FOLDER`."
         raise FactsError(f"compare.json lacks the key {error}. {advice}") from error
+    except RecursionError as error:
+        raise FactsError("compare.json is nested too deeply.") from error
     except (ValueError, TypeError, AttributeError) as error:
         raise FactsError(f"compare.json cannot be read: {error}") from error
 

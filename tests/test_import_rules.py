@@ -16,6 +16,7 @@ PACKAGE = ROOT / "gradmap_hub"
 # Root modules that everything may import. They import nothing of ours but each other.
 LEAVES = {
     "budget",
+    "comparison",
     "config",
     "distributed",
     "errors",
@@ -27,6 +28,7 @@ LEAVES = {
     "machine",
     "measurements",
     "progress",
+    "reading",
     "record",
     "units",
 }

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import dataclasses
+import io
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from gradmap_hub.errors import SourceError
+from gradmap_hub.errors import GradmapError, SourceError
 from gradmap_hub.measurements import (
     BeforeAfter,
     Contamination,
@@ -99,7 +105,7 @@ def full() -> RunRecord:
         timings={"score": 11.5},
         hardware="x86_64, 2 CPU cores",
         heal=HealRecord(True, 40, 3e-4, 2.5, 2.25, "lower", [0, 2, 4], [HealCheck(40, 0.125, 2.25)]),
-        settings={"ratio": 0.4, "drop": None, "calibration": ["a", "b"], "seed": 7},
+        settings={"ratio": 0.4, "drop": None, "calibration": ["a", "b"], "seed": 7, "schedule": "oneshot"},
         measured=Measured(
             "9.9.9", "4" * 64, "größe", "c" * 40, "5" * 64, BeforeAfter(2000, 1400), "float32",
             texts=[
@@ -200,3 +206,194 @@ def test_what_is_not_a_record_is_refused(damage: Any, full: RunRecord, tmp_path:
     (tmp_path / FILE_NAME).write_text(damage(json.loads(to_json(full))), encoding="utf-8")
     with pytest.raises(SourceError, match="cannot be read"):
         RunRecord.read(tmp_path)
+
+
+# -- records that somebody else wrote ----------------------------------------------------------------------------------
+
+NESTED = "[" * 10_000 + "]" * 10_000
+FIELDS: dict[str, tuple[str, Any, str]] = {
+    "name": ("name", 5, "name is 5; a text is expected"),
+    "command": ("command", None, "command is null; a text is expected"),
+    "metric": ("metric", ["gradient"], "metric is a list of 1; a text is expected"),
+    "parameters": ("parameters", None, "parameters is null; an object is expected"),
+    "nothing to divide by": ("parameters.before", 0, "parameters.before is 0; a whole number from 1 is expected"),
+    "negative": ("bytes.after", -1, "bytes.after is -1; a whole number from 0"),
+    "fraction": ("bytes.after", 1.5, "bytes.after is 1.5; a whole number from 0"),
+    "true": ("seed", True, "seed is true; a whole number is expected"),
+    "10^400": ("bytes.before", 10**400, "bytes.before is a number of 400 digits"),
+    "layers": ("layers", None, "layers is null; a list is expected"),
+    "layer": ("layers.0.score", "high", r"layers\[0\].score is 'high'; a number is expected"),
+    "calibration": ("calibration", None, "calibration is null; an object is expected"),
+    "tokens": ("calibration.tokens", "x", "calibration.tokens is 'x'; a whole number from 0 is expected"),
+    "perplexity 0": ("evaluation.texts.0.original", 0, r"evaluation.texts\[0\].original is 0; a number above 0"),
+    "perplexity of a file": ("artifacts.1.parity", [], r"artifacts\[1\].parity is a list of 0; an object"),
+    "1e999": ("evaluation.after", math.inf, "Infinity is not a number of JSON"),
+    "NaN": ("ratio", math.nan, "NaN is not a number of JSON"),
+    "half a character": ("name", "a\ud800", r"name is 'a\\ud800'; a text is expected"),
+    "half a character in settings": ("settings.calibration", ["\udfff"], r"calibration is '\\udfff'; a usual value"),
+    "settings": ("settings", [], "settings is a list of 0; an object is expected"),
+    "settings of texts": ("settings.calibration", 7, "settings.calibration is 7; a list is expected"),
+    "settings of a number": ("settings.seed", "7", "settings.seed is '7'; a whole number is expected"),
+    "settings of a choice": ("settings.schedule", "never", "is 'never'; one of oneshot, iterative is expected"),
+    "path above": ("artifacts.0.path", "../x", r"artifacts\[0\].path is '../x'; a path inside the folder"),
+    "path in the middle": ("artifacts.0.path", "onnx/../../x", "a path inside the folder is expected"),
+    "absolute": ("artifacts.0.path", "/etc/passwd", "a path inside the folder is expected"),
+    "path of Windows": ("artifacts.0.path", "C:\\x", "a path inside the folder is expected"),
+    "path with a line feed": ("artifacts.0.path", "a\nb", "a path inside the folder is expected"),
+    "path twice": ("artifacts.0.path", "onnx/model.onnx", "artifacts have a path twice"),
+    "measured path": ("measured.files.0.path", "../../x", r"measured.files\[0\].path is '../../x'"),
+    "interval": ("measured.texts.0.interval", [1.0], r"measured.texts\[0\].interval is a list of 1; a list of two"),
+    "no metric": ("measured.tasks.0.main", "none", r"measured.tasks\[0\].main names no metric"),
+    "no text": ("measured.texts", [], "measured.texts is empty"),
+    "all removed": ("removed", [0, 1, 2, 3, 4], "removed does not name some of the layers"),
+    "removed twice": ("removed", [1, 1], "removed does not name some of the layers"),
+    "removed that is kept": ("removed", [1, 2], "layers disagree with removed"),
+    "a layer that is not there": ("layers.4.index", 7, "layers are not numbered from 0"),
+    "a site that is not there": ("compensation.site", 99, "names a layer that does not exist"),
+    "shift": ("compensation.shift", [], "compensation.shift_layers is not as long"),
+    "healed without layers": ("heal.layers", [], "heal.layers is empty"),
+    "versions": ("versions.torch", 2, "versions.torch is 2; a text is expected"),
+}  # fmt: skip
+
+
+def changed(data: Any, where: str, value: Any) -> Any:
+    """The decoded record with another value at a dotted place."""
+    head, _, rest = where.partition(".")
+    place: Any = int(head) if isinstance(data, list) else head
+    data[place] = changed(data[place], rest, value) if rest else value
+    return data
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_the_error_names_the_field(name: str, full: RunRecord, tmp_path: Path) -> None:
+    where, value, words = FIELDS[name]
+    data = changed(json.loads(to_json(full)), where, value)
+    (tmp_path / FILE_NAME).write_text(json.dumps(data), encoding="utf-8")
+    with pytest.raises(SourceError, match=words) as caught:
+        RunRecord.read(tmp_path)
+    assert FILE_NAME in caught.value.message and caught.value.message.isprintable() and caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(NESTED.encode(), "nested too deeply"), (b"\xff\xfe", "not UTF-8"), (b"1" * 5000, "cannot be read as a record"),
+     (b'{"name": "x"}', "schema_version is missing; a whole number is expected")],
+    ids=["deep", "UTF-16", "long number", "one field"],
+)  # fmt: skip
+def test_no_json_or_no_record(content: bytes, words: str, tmp_path: Path) -> None:
+    (tmp_path / FILE_NAME).write_bytes(content)
+    with pytest.raises(SourceError, match=words):
+        RunRecord.read(tmp_path)
+
+
+def test_settings_nested_too_deeply(full: RunRecord, tmp_path: Path) -> None:
+    deep: Any = 1
+    for _ in range(100):
+        deep = [deep]
+    data = json.loads(to_json(full)) | {"settings": {"x": deep}}
+    (tmp_path / FILE_NAME).write_text(json.dumps(data), encoding="utf-8")
+    with pytest.raises(SourceError, match=r"settings\.x is nested more than 64 deep"):
+        RunRecord.read(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs FIFOs")
+def test_a_record_that_is_no_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / FILE_NAME)
+    with pytest.raises(SourceError, match="it is not a file"):
+        RunRecord.read(tmp_path)
+    (tmp_path / "folder" / FILE_NAME).mkdir(parents=True)
+    with pytest.raises(SourceError, match="it is not a file"):
+        RunRecord.read(tmp_path / "folder")
+
+
+ODD: list[Any] = [
+    None, True, 0, -1, 1, 2, 99, 10**12, 10**18, 10**400, 0.0, -0.5, 1e-90, 1e90, 1e300, "", "x", "\x1b[31m", "\ud800",
+    "../x", "a\nb", "|`<b>", [], [0], [1.0, 2.0], ["x"], [None], [[]], {}, {"x": 1}, {"before": 1, "after": 1},
+]  # fmt: skip
+
+
+def places(data: Any, where: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Every place within decoded JSON."""
+    inner = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
+    return [where, *(place for key, value in inner for place in places(value, (*where, key)))]
+
+
+def mutate(data: Any, where: tuple[Any, ...], change: str, value: Any) -> Any:
+    """The decoded JSON with the value at a place replaced, deleted or doubled."""
+    if not where:
+        return value
+    holder = data
+    for key in where[:-1]:
+        holder = holder[key]
+    if change == "replace":
+        holder[where[-1]] = value
+    elif change == "delete":
+        del holder[where[-1]]
+    elif isinstance(holder, list):
+        holder.insert(where[-1], holder[where[-1]])
+    return data
+
+
+def use(record: RunRecord, folder: Path) -> None:
+    """All that shows or follows a record without a model."""
+    from rich.console import Console
+
+    from gradmap_hub.card.card import card_text
+    from gradmap_hub.card.results import write_results
+    from gradmap_hub.cli.tables import record_json, record_view
+    from gradmap_hub.pipeline.reproduce import _prune_config, _remarks, _settings, find_calibration
+    from gradmap_hub.space.app import _compare, _readme, content_folder
+    from gradmap_hub.space.plan import plan_of
+
+    card_text(record)
+    write_results(record, folder)
+    plan = plan_of(record)
+    if plan.precisions:
+        json.dumps(_compare(record, plan, None, {}), allow_nan=False).encode()
+        _readme(record, plan, record.target, content_folder()).encode()
+    console = Console(file=io.StringIO())
+    for part in record_view(record):
+        console.print(part)
+    json.dumps(record_json(record, folder), allow_nan=False).encode()
+    for attempt in (
+        lambda: _prune_config(_settings(record, "gradmap.json", {}), "gradmap.json"),
+        lambda: find_calibration(record, [folder]),
+        lambda: _remarks(record),
+    ):
+        with contextlib.suppress(GradmapError):
+            attempt()
+
+
+def _fuzz(full: RunRecord, folder: Path, examples: int) -> None:
+    whole = to_json(full)
+    everywhere = places(json.loads(whole))
+    mutation = st.tuples(
+        st.sampled_from(everywhere), st.sampled_from(["replace", "replace", "delete", "double"]), st.sampled_from(ODD)
+    )
+
+    @settings(max_examples=examples, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
+    @given(st.lists(mutation, min_size=1, max_size=2))
+    def check(mutations: list[tuple[tuple[Any, ...], str, Any]]) -> None:
+        data = json.loads(whole)
+        for where, change, value in mutations:
+            with contextlib.suppress(KeyError, IndexError, TypeError):  # gone by the first mutation
+                data = mutate(data, where, change, copy.deepcopy(value))
+        (folder / FILE_NAME).write_text(json.dumps(data), encoding="utf-8")
+        try:
+            record = RunRecord.read(folder)
+        except SourceError as error:
+            assert error.message.isprintable() and len(error.message) < 300 + len(str(folder))
+            return
+        record.write(folder)
+        use(record, folder)
+
+    check()
+
+
+def test_a_changed_record_is_refused_or_shown(full: RunRecord, tmp_path: Path) -> None:
+    _fuzz(full, tmp_path, 50)
+
+
+@pytest.mark.slow
+def test_thousands_of_changed_records_are_refused_or_shown(full: RunRecord, tmp_path: Path) -> None:
+    _fuzz(full, tmp_path, 2_000)

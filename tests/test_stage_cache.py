@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from gradmap_hub.errors import GradmapError
 from gradmap_hub.progress import SilentReporter
 from gradmap_hub.stage_cache import Stages
 
@@ -124,6 +125,15 @@ def test_a_stored_result_that_is_not_whole_is_ignored(content: bytes, script: Sc
     (script.folder / "work" / "second.json").write_bytes(content)
     assert script.run() == [0, 1, 2]
     assert script.computed == ["second"]
+
+
+def test_a_stored_result_that_was_changed_is_named(script: Script) -> None:
+    script.run()
+    path = script.folder / "work" / "second.json"
+    stored = json.loads(path.read_text())
+    path.write_text(json.dumps(stored | {"result": {"value": "x", "items": []}}))
+    with pytest.raises(GradmapError, match=r"second.json is damaged: value is 'x'; a whole number is expected"):
+        script.run()
 
 
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt, RuntimeError])

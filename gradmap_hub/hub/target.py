@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+from gradmap_hub.comparison import COMPARE, parse_comparison
+from gradmap_hub.errors import SourceError
 from gradmap_hub.layout import CARD, COMPANION_FILES, RESULTS_FOLDER, WEIGHTS, WEIGHTS_INDEX, legal_texts
-from gradmap_hub.record import FILE_NAME, RunRecord, from_json
+from gradmap_hub.record import FILE_NAME, parse_record
 
-_COMPARE = "compare.json"
 # The names of our files; a repository with other names also holds files of somebody else.
 _OURS = {
     "model": (
@@ -18,7 +18,7 @@ _OURS = {
         *COMPANION_FILES, "onnx/*", "assets/*.png", "assets/*.svg",
         f"{RESULTS_FOLDER}/*.yaml",
     ),
-    "space": (CARD, _COMPARE, "requirements.txt", "*.py", "*.css", "original/*"),
+    "space": (CARD, COMPARE, "requirements.txt", "*.py", "*.css", "original/*"),
 }  # fmt: skip
 
 
@@ -45,10 +45,10 @@ def model_mark(base_name: str, target: str) -> Mark:
 
     def fits(content: bytes) -> bool:
         try:
-            record = from_json(RunRecord, json.loads(content))
-            return record.target == target and record.base.name == base_name
-        except (ValueError, KeyError, TypeError, AttributeError):
+            record = parse_record(content, FILE_NAME)
+        except SourceError:
             return False
+        return record.target == target and record.base.name == base_name
 
     return Mark(FILE_NAME, fits)
 
@@ -57,13 +57,10 @@ def space_mark(base_name: str, model_target: str) -> Mark:
     """A Space is an earlier push if its compare.json names the same base and this pruned model."""
 
     def fits(content: bytes) -> bool:
-        try:
-            facts = json.loads(content)
-            return facts["pruned"]["repo_id"] == model_target and facts["original"]["name"] == base_name
-        except (ValueError, KeyError, TypeError):
-            return False
+        facts = parse_comparison(content)
+        return facts is not None and (facts.pruned.repo_id, facts.original.name) == (model_target, base_name)
 
-    return Mark(_COMPARE, fits)
+    return Mark(COMPARE, fits)
 
 
 def is_ours(name: str, kind: str) -> bool:

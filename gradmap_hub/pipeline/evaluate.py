@@ -35,7 +35,7 @@ from gradmap_hub.models.safetensors_files import read_config
 from gradmap_hub.models.source import Source
 from gradmap_hub.pipeline.connect import connect
 from gradmap_hub.pipeline.recorded import compare_with_calibration, find_original
-from gradmap_hub.pipeline.results import write_results
+from gradmap_hub.pipeline.results import read_folder, write_results
 from gradmap_hub.progress import Reporter
 from gradmap_hub.record import RunRecord
 from gradmap_hub.stage_cache import Stages
@@ -66,7 +66,7 @@ def evaluate_stages(folder: Path, config: EvaluateConfig, *, reporter: Reporter,
     Raises:
         GradmapError: one of its subclasses says what is wrong; see errors.py.
     """
-    record = RunRecord.read(folder)
+    record = read_folder(folder)
     check_text_files(config.text)
     names = _check_tasks(config)
     _check_length(folder, config)

@@ -17,7 +17,7 @@ from gradmap_hub.formats import FORMATS, ONNX, ONNX_FOLDER
 from gradmap_hub.layout import artifact, work_folder
 from gradmap_hub.models.safetensors_files import read_config
 from gradmap_hub.pipeline.connect import connect
-from gradmap_hub.pipeline.results import write_results
+from gradmap_hub.pipeline.results import read_folder, write_results
 from gradmap_hub.progress import Reporter
 from gradmap_hub.record import Artifact, Parity, Quality, RunRecord
 from gradmap_hub.stage_cache import Stages
@@ -256,7 +256,7 @@ def export_folder(
     """
     from gradmap_hub.exporters.export import require
 
-    record = RunRecord.read(folder)
+    record = read_folder(folder)
     config = read_config(folder / "config.json")
     for name in formats:
         require(name, config)

@@ -32,7 +32,7 @@ from gradmap_hub.pipeline.export import export_checked, export_optimum
 from gradmap_hub.pipeline.heal import forget_teacher, heal_stage, open_float32
 from gradmap_hub.pipeline.recorded import find_original
 from gradmap_hub.pipeline.reproduce import find_calibration, find_evaluation
-from gradmap_hub.pipeline.results import write_results
+from gradmap_hub.pipeline.results import read_folder, write_results
 from gradmap_hub.pipeline.run import Run
 from gradmap_hub.pipeline.stages import (
     HEALED_FILE,
@@ -94,7 +94,7 @@ def heal_folder(
     folder = folder if folder.name else folder.resolve()  # "." has no folder beside it
     distributed.join()
     distributed.main_first(lambda: _finish_earlier(folder))
-    record = RunRecord.read(folder)
+    record = read_folder(folder)
     check_text_files(name for name in config.text if name != SELF)
     weights = _check_unchanged(record, folder)
     source = find_original(folder, record, config.against, hub)

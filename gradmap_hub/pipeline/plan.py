@@ -24,6 +24,7 @@ from gradmap_hub.models.architectures import compensation_skipped
 from gradmap_hub.models.source import Source, check_family, find_source
 from gradmap_hub.pipeline.checks import Check, Checks, Targets, license_description
 from gradmap_hub.pipeline.reproduce import check_expected
+from gradmap_hub.pipeline.results import read_folder
 from gradmap_hub.record import (
     SCHEMA_VERSION,
     Base,
@@ -203,7 +204,7 @@ def plan_publish(folder: Path, config: PublishConfig, hub: Hub) -> PublishPlan:
     from gradmap_hub.card.card import card_text
     from gradmap_hub.hub.publisher import Publisher
 
-    record = RunRecord.read(folder)
+    record = read_folder(folder)
     _check_artifacts(record, folder)
     publisher = Publisher(hub)
     checks = Checks(config, publisher)

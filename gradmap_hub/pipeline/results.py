@@ -4,10 +4,24 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from gradmap_hub.comparison import COMPARE, read_comparison
 from gradmap_hub.evaluation.staleness import without_stale
 from gradmap_hub.layout import space_folder_of
 from gradmap_hub.progress import Reporter
 from gradmap_hub.record import RunRecord
+
+
+def read_folder(folder: Path) -> RunRecord:
+    """The record of a model folder. The data of its Space, which `write_results` brings up to date, is checked too, so
+    that it is not refused after the work.
+
+    Raises:
+        SourceError: one of them is missing or invalid; the error names the field.
+    """
+    record = RunRecord.read(folder)
+    if (space_folder_of(folder) / COMPARE).exists():
+        read_comparison(space_folder_of(folder))
+    return record
 
 
 def write_results(record: RunRecord, folder: Path, reporter: Reporter | None = None) -> RunRecord:

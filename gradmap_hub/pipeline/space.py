@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gradmap_hub import __version__
+from gradmap_hub.comparison import read_comparison
 from gradmap_hub.config import DEFAULT_CALIBRATION
 from gradmap_hub.errors import GradmapError, SourceError, SpaceImpossible
 from gradmap_hub.evaluation.staleness import without_stale
@@ -104,14 +104,16 @@ def finished_space(folder: Path, record: RunRecord, precisions: Collection[str])
 
     space = space_folder_of(folder)
     try:
-        facts = json.loads((space / "compare.json").read_text(encoding="utf-8"))
-        if (facts["original"]["repo_id"], facts["original"]["revision"]) != (record.base.repo_id, record.base.commit):
-            return None
-        stored = {entry["name"]: entry["original"]["stored"] == "space" for entry in facts["precisions"]}
-        files = {entry["name"]: str(entry["file"]) for entry in facts["precisions"]}
-    except (OSError, ValueError, KeyError, TypeError):  # missing, incomplete, or of an earlier version
+        facts = read_comparison(space)
+    except SourceError:  # missing, incomplete, or of an earlier version
         return None
-    there = {name for name, here in stored.items() if not here or (space / ORIGINAL_FOLDER / files[name]).is_file()}
+    if (facts.original.repo_id, facts.original.revision) != (record.base.repo_id, record.base.commit):
+        return None
+    there = {
+        entry.name
+        for entry in facts.precisions
+        if entry.original.stored != "space" or (space / ORIGINAL_FOLDER / str(entry.file)).is_file()
+    }
     complete = set(precisions) <= there and (space / "app.py").is_file()
     return space if complete and foreign_code(space) is None else None
 
@@ -120,12 +122,12 @@ def remove_space(space: Path, record: RunRecord) -> bool:
     """Remove the Space folder of an earlier run of the same push, which `publish` would publish. Returns whether it
     existed. A folder of another run or origin is kept."""
     try:
-        facts = json.loads((space / "compare.json").read_text(encoding="utf-8"))
-        same = (facts["original"]["repo_id"], facts["original"]["revision"], facts["pruned"]["repo_id"]) == (
-            record.base.repo_id, record.base.commit, record.target,
-        )  # fmt: skip
-    except (OSError, ValueError, KeyError, TypeError):
+        facts = read_comparison(space)
+    except SourceError:
         return False
+    same = (facts.original.repo_id, facts.original.revision, facts.pruned.repo_id) == (
+        record.base.repo_id, record.base.commit, record.target,
+    )  # fmt: skip
     if same:
         shutil.rmtree(space)
     return same

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from gradmap_hub.comparison import COMPARE, raw_comparison
 from gradmap_hub.files import write_text
 from gradmap_hub.formats import in_space, of_precision
 from gradmap_hub.models.safetensors_files import clean_config
@@ -92,7 +93,7 @@ def write_space(
             written.append(Path(shutil.copyfile(path, destination / path.name)))
     requirements = destination / "requirements.txt"
     shutil.copyfile(content / f"requirements-{plan.runtime}.txt", requirements)
-    facts = destination / "compare.json"
+    facts = destination / COMPARE
     content_of_facts = _compare(record, plan, pruned_repo, originals or {})
     write_text(facts, json.dumps(content_of_facts, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     readme = destination / "README.md"
@@ -157,13 +158,17 @@ def _perplexity(record: RunRecord) -> list[dict[str, object]]:
 
 
 def refresh_compare(record: RunRecord, folder: Path) -> None:
-    """Write the perplexities of this record, and its healing, into compare.json, if `folder` has one."""
-    facts = folder / "compare.json"
+    """Write the perplexities of this record, and its healing, into compare.json, if `folder` has one.
+
+    Raises:
+        SourceError: it is invalid.
+    """
+    facts = folder / COMPARE
     if not facts.is_file():
         return
-    content = json.loads(facts.read_text(encoding="utf-8"))
+    content = raw_comparison(folder)
     wanted = {"perplexity": _perplexity(record), "healed": _healed(record)}
-    if isinstance(content, dict) and any(content.get(key, value) != value for key, value in wanted.items()):
+    if any(content.get(key, value) != value for key, value in wanted.items()):
         text = json.dumps(content | wanted, indent=2, ensure_ascii=False, allow_nan=False)
         write_text(facts, text + "\n")
 

@@ -7,11 +7,11 @@ function that requests the GPU (spaces/zero_gpu.py).
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from pathlib import Path
 
+from gradmap_hub.comparison import read_comparison
 from gradmap_hub.files import write_text
 from gradmap_hub.layout import CARD
 from gradmap_hub.space.app import PYTHON_VERSION, ZERO_GPU_MODULE, content_folder
@@ -57,5 +57,4 @@ def set_hardware(folder: Path, *, zero: bool) -> None:
 
 
 def _runtime(folder: Path) -> str:
-    runtime = json.loads((folder / "compare.json").read_text(encoding="utf-8")).get("runtime")
-    return "transformers" if runtime == "transformers" else "onnx"
+    return "transformers" if read_comparison(folder).runtime == "transformers" else "onnx"

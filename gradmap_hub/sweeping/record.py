@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from gradmap_hub.errors import SourceError
 from gradmap_hub.evaluation.speed import Speed
 from gradmap_hub.files import write_text
 from gradmap_hub.measurements import BeforeAfter
+from gradmap_hub.reading import from_json, read_json
 from gradmap_hub.record import (
     Base,
     CalibrationRecord,
@@ -18,7 +18,6 @@ from gradmap_hub.record import (
     CompensationRecord,
     EvaluationRecord,
     HealRecord,
-    from_json,
     to_json,
 )
 
@@ -115,10 +114,10 @@ class SweepRecord:
         """
         path = folder / SWEEP_FILE
         try:
-            return from_json(SweepRecord, json.loads(path.read_text(encoding="utf-8")))
+            return from_json(SweepRecord, read_json(path))
         except FileNotFoundError:
             raise SourceError(
                 f"{folder} has no {SWEEP_FILE}.", hint="Create it with `gradmap-hub sweep MODEL`."
             ) from None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise SourceError(f"{path} is not a valid sweep of gradmap-hub: {error}") from error
+        except (ValueError, OSError) as error:
+            raise SourceError(f"{path} is not a valid sweep of gradmap-hub: {error}.") from error

@@ -361,7 +361,8 @@ def test_a_record_made_anew_keeps_what_still_holds(world: SimpleNamespace, copy:
 
 def test_the_app_shows_what_the_card_does(world: SimpleNamespace, tmp_path: Path) -> None:
     facts = tmp_path / "compare.json"
-    facts.write_text('{"title": "x", "perplexity": []}')
+    models = {"original": {"name": "a"}, "pruned": {"name": "b"}}
+    facts.write_text(json.dumps({"title": "x", "perplexity": [], **models}))
     refresh_compare(world.record, tmp_path)
     shown = json.loads(facts.read_text())
     assert shown["title"] == "x" and [row["text"] for row in shown["perplexity"]] == ["other.txt", "third.txt"]

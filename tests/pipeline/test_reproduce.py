@@ -60,7 +60,7 @@ def write(place: Path) -> Callable[..., Path]:
             "command": "gradmap-hub push acme/base --layers 2",
             "name": "small",
             "base": {"name": "acme/base", "repo_id": "acme/base", "revision": "main", "commit": "c" * 40} | base,
-            "layers": [],
+            "layers": [{"index": n, "score": 1.0, "kept": n == 0, "reason": ""} for n in range(2)],
             "removed": [1],
             "ratio": 0.4,
             "parameters": {"before": 2, "after": 1},

@@ -193,7 +193,31 @@ def test_no_connection_is_said(kit: SimpleNamespace, monkeypatch: pytest.MonkeyP
         ({"runtime": "pickle"}, "runtime"),
         ({"layers": {}}, "lacks the key"),
         ({"precisions": [{"name": "int8"}]}, "names no file for int8.*gradmap-hub space FOLDER"),
-        ({"bytes": {"original": "many", "pruned": 1}}, "cannot be read"),
+        ({"bytes": {"original": "many", "pruned": 1}}, "no whole number at `original`, but 'many'"),
+        ({"bytes": {"original": -1, "pruned": 1}}, "no whole number at `original`, but -1"),
+        ({"bytes": {"original": 10**400, "pruned": 1}}, "no whole number at `original`, but a int"),
+        ({"bytes": {"original": float("inf"), "pruned": 1}}, "no whole number at `original`, but inf"),
+        ({"title": 5}, "no text at `title`, but 5"),
+        ({"title": "\ud800"}, r"no text at `title`, but '\\ud800'"),
+        ({"title": ["\x1b[31m"]}, "no text at `title`, but a list"),
+        ({"original": {"name": "a", "repo_id": 7}}, "no text at `repo_id`, but 7"),
+        ({"pruned": None}, "cannot be read"),
+        ({"license": {}}, "no text at `license`, but a dict"),
+        ({"examples": "one"}, "no list at `examples`, but 'one'"),
+        ({"examples": [1]}, "no text at `examples`, but 1"),
+        ({"perplexity": [{"text": "a", "tokens": 1, "original": 0.0}]}, "no number above 0 at `original`, but 0.0"),
+        ({"perplexity": [{"text": "a", "tokens": 1, "original": float("nan")}]}, "no number above 0 at `original`"),
+        ({"healed": {"tokens": "x"}}, "no whole number at `tokens`, but 'x'"),
+        ({"healed": 3}, "cannot be read"),
+        ({"compensation": {"matrices": -1}}, "no whole number at `matrices`"),
+        (
+            {"precisions": [{"name": "int8", "file": "a.onnx", "original": {"stored": "hub", "path": "../x"}}]},
+            "names another folder: '../x'",
+        ),
+        (
+            {"precisions": [{"name": "int8", "file": "../a.onnx", "original": {"stored": "hub"}}]},
+            "a file in another folder: '../a.onnx'",
+        ),
     ],
 )
 def test_an_unusable_compare_json_is_said(
@@ -202,6 +226,13 @@ def test_an_unusable_compare_json_is_said(
     compare = kit.load_module("compare")
     with pytest.raises(compare.FactsError, match=words):
         loader(kit, tmp_path, **change)
+
+
+def test_a_compare_json_that_is_nested_too_deeply(kit: SimpleNamespace, tmp_path: Path) -> None:
+    compare = kit.load_module("compare")
+    (tmp_path / "compare.json").write_text("[" * 10_000 + "]" * 10_000, encoding="utf-8")
+    with pytest.raises(compare.FactsError, match="nested too deeply"):
+        compare.read_facts(tmp_path / "compare.json")
 
 
 def test_answers_and_names_are_escaped(kit: SimpleNamespace, tmp_path: Path) -> None:

@@ -1,0 +1,82 @@
+"""compare.json, the facts of a Space, as this program reads them back; its own app reads all of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gradmap_hub.errors import SourceError
+from gradmap_hub.reading import decode_json, from_json, read_json
+
+COMPARE = "compare.json"
+
+
+@dataclass(frozen=True)
+class ComparedModel:
+    """One of the two models; a local one has no repository."""
+
+    name: str = ""
+    repo_id: str | None = None
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the files of a model are: "space" or "hub"."""
+
+    stored: str
+
+
+@dataclass(frozen=True)
+class ComparedPrecision:
+    """One precision. `file`: of the ONNX graph; None in transformers, and in Spaces of early versions."""
+
+    name: str
+    original: Place
+    file: str | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The facts that tell what a Space compares."""
+
+    original: ComparedModel
+    pruned: ComparedModel
+    runtime: str = "onnx"
+    precisions: list[ComparedPrecision] = field(default_factory=list)
+
+
+def read_comparison(folder: Path) -> Comparison:
+    """Read the compare.json of a Space folder.
+
+    Raises:
+        SourceError: it is missing or invalid; the error names the field.
+    """
+    return from_json(Comparison, raw_comparison(folder))
+
+
+def raw_comparison(folder: Path) -> dict[str, Any]:
+    """The whole content of the compare.json of a Space folder, once its facts were checked.
+
+    Raises:
+        SourceError: it is missing or invalid; the error names the field.
+    """
+    path = folder / COMPARE
+    try:
+        content = read_json(path)
+        from_json(Comparison, content)
+    except (OSError, ValueError) as error:
+        reason = "it is missing" if isinstance(error, FileNotFoundError) else error
+        raise SourceError(
+            f"{path} cannot be read: {reason}.", hint="Write the Space folder again with `gradmap-hub space FOLDER`."
+        ) from error
+    return content
+
+
+def parse_comparison(content: bytes) -> Comparison | None:
+    """The facts in the content of a compare.json; None if it is not one."""
+    try:
+        return from_json(Comparison, decode_json(content))
+    except ValueError:
+        return None

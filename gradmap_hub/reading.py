@@ -1,0 +1,252 @@
+"""Decoded JSON as a dataclass: every type and range is checked, and an error names the field.
+
+The dataclass is the schema. A field may narrow its type with `Annotated` and one of the limits here; a class with a
+method `check` is asked, once its fields are read, whether they agree.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import stat
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+T = TypeVar("T")
+
+# A record of a model with 126 layers, all metrics and 100 answers takes 1 MB.
+FILE_LIMIT = 1 << 26
+# Ours are nested seven deep; the card and the terminal walk them.
+_DEPTH_LIMIT = 64
+# Beyond any count of bytes or tokens; larger ones have thousands of digits.
+_INTEGER_LIMIT = 1 << 63
+# Beyond any score or perplexity; quotients and squares of two stay finite.
+_NUMBER_LIMIT = 1e100
+
+
+@dataclass(frozen=True)
+class Range:
+    """A number from `low` to `high`."""
+
+    low: float
+    high: float
+    words: str
+
+    def accepts(self, value: Any) -> bool:
+        return self.low <= value <= self.high
+
+
+@dataclass(frozen=True)
+class Inside:
+    """The path of a file inside a folder, with forward slashes."""
+
+    words: str = "a path inside the folder"
+
+    def accepts(self, value: str) -> bool:
+        parts = value.split("/")
+        return value.isprintable() and not {"", ".", ".."} & set(parts) and not {"\\", ":"} & set(value)
+
+
+@dataclass(frozen=True)
+class Length:
+    """A list of one of these lengths."""
+
+    lengths: tuple[int, ...]
+    words: str
+
+    def accepts(self, value: Sequence[Any]) -> bool:
+        return len(value) in self.lengths
+
+
+Count = Annotated[int, Range(0, _INTEGER_LIMIT, "a whole number from 0")]
+# What something is divided by.
+Some = Annotated[int, Range(1, _INTEGER_LIMIT, "a whole number from 1")]
+# What something is divided by, or its logarithm is taken.
+Positive = Annotated[float, Range(1 / _NUMBER_LIMIT, _NUMBER_LIMIT, "a number above 0")]
+NotNegative = Annotated[float, Range(0, _NUMBER_LIMIT, "a number from 0")]
+PathInside = Annotated[str, Inside()]
+Interval = Annotated[list[float], Length((2,), "a list of two numbers")]
+OptionalInterval = Annotated[list[float], Length((0, 2), "a list of two numbers, or an empty one")]
+
+
+class FieldError(ValueError):
+    """What is wrong with which field, in words that follow the name of a file and a colon."""
+
+    def __init__(self, where: str, found: str, expected: str) -> None:
+        super().__init__(f"{where or 'its content'} is {found}; {expected} is expected")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file that may come from anywhere.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not a regular file, too large, no UTF-8, no JSON, or nested too deeply.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ValueError("it is not a file")  # a FIFO would never end
+    with path.open("rb") as stream:
+        content = stream.read(FILE_LIMIT + 1)
+    if len(content) > FILE_LIMIT:
+        raise ValueError(f"it is larger than {FILE_LIMIT:,} bytes")
+    return decode_json(content)
+
+
+def decode_json(content: bytes) -> Any:
+    """Decode JSON, without the NaN and Infinity that Python adds to it.
+
+    Raises:
+        ValueError: it is no UTF-8, no JSON, or nested too deeply.
+    """
+
+    def refuse(name: str) -> Any:
+        raise ValueError(f"{name} is not a number of JSON")
+
+    try:
+        return json.loads(content.decode("utf-8"), parse_constant=refuse)
+    except UnicodeDecodeError:
+        raise ValueError("it is not UTF-8") from None
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def from_json(kind: type[T], data: Any) -> T:
+    """A (nested) dataclass from decoded JSON; unknown keys, as of newer versions, are ignored.
+
+    Raises:
+        ValueError: a field is missing, of another type or out of range, or fields contradict each other.
+    """
+    return _object(kind, data, "")
+
+
+def check_fields(kind: Any, data: Mapping[str, Any], where: str) -> None:
+    """Check those values of an object that are fields of a dataclass; further ones and missing ones are ignored.
+
+    Raises:
+        ValueError: one is of another type or out of range.
+    """
+    hints = typing.get_type_hints(kind, include_extras=True)
+    for name, value in data.items():
+        if name in hints:
+            _decode(hints[name], value, f"{where}.{name}")
+
+
+def _object(kind: Any, data: Any, where: str) -> Any:
+    if not isinstance(data, dict):
+        raise FieldError(where, found(data), "an object")
+    hints = typing.get_type_hints(kind, include_extras=True)
+    values: dict[str, Any] = {}
+    for entry in dataclasses.fields(kind):
+        inner = f"{where}.{entry.name}" if where else entry.name
+        if entry.name in data:
+            values[entry.name] = _decode(hints[entry.name], data[entry.name], inner)
+        elif entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING:
+            raise FieldError(inner, "missing", _expected(hints[entry.name]))
+    made = kind(**values)
+    for name, reason in getattr(made, "problems", lambda: ())():
+        raise ValueError(f"{where}.{name} {reason}" if where else f"{name} {reason}")
+    return made
+
+
+def _decode(hint: Any, value: Any, where: str, expected: str | None = None) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        decoded = _decode(arguments[0], value, where, arguments[1].words)
+        for limit in arguments[1:]:
+            if not limit.accepts(decoded):
+                raise FieldError(where, found(value), limit.words)
+        return decoded
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        return _decode(next(kind for kind in arguments if kind is not type(None)), value, where)
+    if hint is Any:
+        _check_plain(value, where)
+        return value
+    if origin is Literal:
+        if value not in arguments:
+            raise FieldError(where, found(value), f"one of {', '.join(map(str, arguments))}")
+        return value
+    if dataclasses.is_dataclass(hint):
+        return _object(hint, value, where)
+    kind = origin or hint
+    if not _fits(kind, value):
+        raise FieldError(where, found(value), expected or _expected(hint))
+    if kind is dict:
+        return {name: _decode(arguments[1], item, f"{where}.{name[:40]}") for name, item in value.items()}
+    if kind in (list, tuple):
+        items = (_decode(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value))
+        return kind(items)
+    return value
+
+
+def _fits(kind: Any, value: Any) -> bool:
+    if kind is bool:
+        return isinstance(value, bool)
+    if kind is int:
+        return type(value) is int and abs(value) <= _INTEGER_LIMIT
+    if kind is float:
+        return type(value) in (int, float) and abs(value) <= _NUMBER_LIMIT  # no NaN either
+    if kind is str:
+        return isinstance(value, str) and _is_unicode(value)
+    if kind is dict:
+        return isinstance(value, dict) and all(map(_is_unicode, value))
+    return isinstance(value, list) if kind in (list, tuple) else True
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether the text can be written: JSON can escape halves of characters, UTF-8 cannot contain them."""
+    return not any("\ud800" <= character <= "\udfff" for character in text) if not text.isascii() else True
+
+
+def _check_plain(value: Any, where: str) -> None:
+    """Raises ValueError: a value of any type cannot be written again, or is nested too deeply."""
+    for item, depth in _walk(value, 0):
+        if depth > _DEPTH_LIMIT:
+            raise ValueError(f"{where} is nested more than {_DEPTH_LIMIT} deep")
+        if item is not None and not isinstance(item, list) and not _fits(type(item), item):
+            raise FieldError(where, found(item), "a usual value")
+
+
+def _walk(value: Any, depth: int) -> Iterator[tuple[Any, int]]:
+    """Every value within a decoded one, with its depth."""
+    open_items = [(value, depth)]
+    while open_items:
+        item, depth = open_items.pop()
+        yield item, depth
+        if depth <= _DEPTH_LIMIT and isinstance(item, dict | list):
+            inner = item.values() if isinstance(item, Mapping) else item
+            open_items += [(entry, depth + 1) for entry in inner]
+
+
+def found(value: Any) -> str:
+    """A decoded value as an error names it: short, on one line and printable."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, dict | list):
+        return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value):,}"
+    if isinstance(value, str):
+        return ascii(value[:40]) if not value.isprintable() else repr(value[:40])
+    if isinstance(value, int) and abs(value) > _INTEGER_LIMIT:
+        return f"a number of {math.log10(abs(value)):.0f} digits"
+    return repr(value)
+
+
+_WORDS = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", dict: "an object"}
+
+
+def _expected(hint: Any) -> str:
+    """The words for a type."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return str(arguments[1].words)
+    if origin in (typing.Union, types.UnionType):
+        return _expected(next(kind for kind in arguments if kind is not type(None)))
+    if dataclasses.is_dataclass(hint):
+        return "an object"
+    return _WORDS.get(origin or hint, "a list" if (origin or hint) in (list, tuple) else "a value")
