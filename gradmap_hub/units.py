@@ -1,7 +1,9 @@
-"""Human-readable numbers."""
+"""Human-readable numbers, and text of others made safe to show."""
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Sequence
 
 
@@ -29,3 +31,49 @@ def duration(seconds: float) -> str:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def printable(text: str, keep: str = "") -> str:
+    """Text for a terminal or an error: characters that are not printable are written as escapes, such as `\\x1b`, but
+    those in `keep`. A name may come from anybody; the codes in it would change the terminal's title or clipboard."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in keep or _is_space(c) else ascii(c)[1:-1] for c in text)
+
+
+def _is_space(character: str) -> bool:
+    """Whether a character is one of the spaces between words, of any width."""
+    return unicodedata.category(character) == "Zs"
+
+
+def plain(text: str) -> str:
+    """A model's answer for a terminal: without control characters, but with tabs and line feeds."""
+    if text.isprintable():
+        return text
+    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs"))
+
+
+def printable_json(document: str) -> str:
+    """A JSON document with every character that is not printable as a JSON escape; its line feeds stay."""
+    if document.isascii():
+        return document.replace("\x7f", "\\u007f")  # all others below 128 are escapes already
+    return "".join(c if c.isprintable() or c == "\n" else _json_escape(c) for c in document)
+
+
+def _json_escape(character: str) -> str:
+    code = ord(character)
+    if code < 0x10000:
+        return f"\\u{code:04x}"
+    return f"\\u{0xD800 + ((code - 0x10000) >> 10):04x}\\u{0xDC00 + ((code - 0x10000) & 0x3FF):04x}"
+
+
+def one_line(text: str) -> str:
+    """The text without line breaks and other unprintable characters."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def markdown(text: str) -> str:
+    """Text that Markdown shows literally in a paragraph, a heading or a table cell."""
+    line = one_line(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    line = re.sub(r"([\\`*\[\]|~#$!{}])", r"\\\1", line)
+    return re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\_", line)  # a_b is no emphasis

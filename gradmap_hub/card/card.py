@@ -24,7 +24,6 @@ from gradmap_hub.card.plots import healing_plot, layers_plot, shift_plot
 from gradmap_hub.card.results import (
     is_measured,
     measured_results,
-    one_line,
     perplexity_result,
     task_mean,
     write_results,
@@ -44,6 +43,7 @@ from gradmap_hub.record import (
     SiteCompensation,
     TextPerplexity,
 )
+from gradmap_hub.units import one_line
 
 TEMPLATE = "card.md.jinja"
 LAYERS_PLOT = "assets/layers.png"

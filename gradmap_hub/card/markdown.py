@@ -11,9 +11,8 @@ import re
 from collections.abc import Sequence
 from urllib.parse import quote, urlsplit
 
-from gradmap_hub.card.results import one_line
 from gradmap_hub.measurements import TextMetric
-from gradmap_hub.units import duration
+from gradmap_hub.units import duration, markdown, one_line
 
 
 class Safe(str):
@@ -24,9 +23,7 @@ class Safe(str):
 
 def escape(text: str) -> Safe:
     """Text that Markdown shows literally in a paragraph, a heading or a table cell."""
-    line = one_line(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    line = re.sub(r"([\\`*\[\]|~#$!{}])", r"\\\1", line)
-    return Safe(re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\_", line))  # a_b is no emphasis
+    return Safe(markdown(text))
 
 
 def code(text: str) -> Safe:

@@ -19,15 +19,11 @@ from gradmap_hub.files import write_text
 from gradmap_hub.layout import RESULTS_FOLDER
 from gradmap_hub.measurements import MeasuredMetric, MeasuredTask
 from gradmap_hub.record import RunRecord
+from gradmap_hub.units import one_line
 
 _ACCURACIES = ("acc", "acc_norm")
 _TASK = {"type": "text-generation", "name": "Text Generation"}
 _HUB = "https://huggingface.co"
-
-
-def one_line(text: str) -> str:
-    """The text without line breaks and control characters, for table rows and headings."""
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
 # -- model index -----------------------------------------------------------------------------------------------------

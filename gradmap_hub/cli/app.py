@@ -30,6 +30,7 @@ from gradmap_hub.cli import (
 )
 from gradmap_hub.cli.output import stderr
 from gradmap_hub.errors import GradmapError, UsageError
+from gradmap_hub.units import printable
 
 app = typer.Typer(
     name="gradmap-hub",
@@ -106,9 +107,10 @@ def _trace(debug: bool) -> None:
 
 
 def _report(message: str, hint: str | None, status: int) -> int:
-    stderr.print(f"[red]error[/] {escape(message)}", highlight=False)
+    # A line feed in a name would begin a line of its own.
+    stderr.print(f"[red]error[/] {escape(printable(message))}", highlight=False)
     if hint:
-        stderr.print(f"      {escape(hint)}", highlight=False)
+        stderr.print(f"      {escape(printable(hint))}", highlight=False)
     return status
 
 

@@ -11,6 +11,7 @@ from rich.markup import escape
 
 from gradmap_hub.cli.output import Result, emit, stderr
 from gradmap_hub.errors import UsageError
+from gradmap_hub.units import plain
 
 if TYPE_CHECKING:
     from gradmap_hub.runtime import Generation, Sampling, TextModel
@@ -109,10 +110,12 @@ def _messages(system: str | None) -> list[dict[str, str]]:
 
 
 def _stream(answer: Generation) -> None:
-    """Print the text as it is generated; Ctrl-C ends the answer and the line."""
+    """Print the text as it is generated; Ctrl-C ends the answer and the line. A terminal would obey the escape codes
+    that a model may write; a file or pipe gets them as they are."""
+    shown = plain if sys.stdout.isatty() else str
     try:
         for piece in answer:
-            sys.stdout.write(piece)
+            sys.stdout.write(shown(piece))
             sys.stdout.flush()
     finally:
         sys.stdout.write("\n")

@@ -7,10 +7,27 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console, RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
 
-stdout = Console(soft_wrap=True)
-stderr = Console(stderr=True, soft_wrap=True)
+from gradmap_hub.units import printable, printable_json
+
+
+class SafeConsole(Console):
+    """A console whose text has no escape codes but those of its own styles. Every line, table and bar passes `render`,
+    and with it every name of a folder, model or licence."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            if segment.control or segment.text.isprintable():
+                yield segment
+            else:
+                yield Segment(printable(segment.text, keep="\n"), segment.style)
+
+
+# Without emoji, which a name like `:fire:` would become.
+stdout = SafeConsole(soft_wrap=True, emoji=False)
+stderr = SafeConsole(stderr=True, soft_wrap=True, emoji=False)
 
 
 @dataclass(frozen=True)
@@ -28,7 +45,7 @@ class Result:
 def emit(result: Result, as_json: bool) -> None:
     """Print a result on stdout, once: its JSON object, or its view."""
     if as_json:
-        print(json.dumps(result.json, indent=2, ensure_ascii=False, allow_nan=False), flush=True)
+        print(printable_json(json.dumps(result.json, indent=2, ensure_ascii=False, allow_nan=False)), flush=True)
         return
     for part in result.view:
         stdout.print(part, highlight=False if isinstance(part, str) else None)

@@ -23,6 +23,8 @@ from rich.progress import TimeElapsedColumn as Elapsed
 from rich.progress import TimeRemainingColumn as Remaining
 from rich.text import Text
 
+from gradmap_hub.units import printable
+
 
 class TokenSpeed(ProgressColumn):
     """Tokens per second of a task whose steps are tokens."""
@@ -55,7 +57,7 @@ class TerminalReporter:
 
     def start(self, title: str) -> None:
         self.close()
-        self._title = title
+        self._title = printable(title)
         self._started = time.monotonic()
         if self._quiet or not self._console.is_terminal:
             return
@@ -69,7 +71,7 @@ class TerminalReporter:
             console=self._console,
             transient=True,
         )
-        self._task = self._live.add_task(escape(title), total=None)
+        self._task = self._live.add_task(escape(self._title), total=None)
         self._live.start()
 
     def total(self, steps: int, *, unit: str = "") -> None:
@@ -89,13 +91,13 @@ class TerminalReporter:
         if self._quiet:
             return
         seconds = "on disk" if reused else f"{time.monotonic() - self._started:.1f} s"
-        middle = f"  {escape(note)}" if note else ""
+        middle = f"  {escape(printable(note))}" if note else ""
         self._console.print(f"[green]done[/]  {escape(self._title)}[dim]{middle}  ({seconds})[/]", highlight=False)
 
     def note(self, text: str) -> None:
         # A live bar stays: the console prints above it.
         if not self._quiet:
-            self._console.print(f"[yellow]note[/]  {escape(text)}", highlight=False)
+            self._console.print(f"[yellow]note[/]  {escape(printable(text))}", highlight=False)
 
     def close(self) -> None:
         """Remove the live bar from the screen, if any."""

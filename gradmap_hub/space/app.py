@@ -16,6 +16,7 @@ from gradmap_hub.formats import in_space, of_precision
 from gradmap_hub.models.safetensors_files import clean_config
 from gradmap_hub.record import Quality, RunRecord
 from gradmap_hub.space.plan import ORIGINAL_FOLDER, SpacePlan, graph_of
+from gradmap_hub.units import markdown, one_line
 
 SDK_VERSION = "6.17.3"
 PYTHON_VERSION = "3.11"
@@ -209,12 +210,13 @@ def _readme(record: RunRecord, plan: SpacePlan, pruned_repo: str | None, content
         keep_trailing_newline=True,
     )  # fmt: skip
     models: Sequence[str] = [name for name in (pruned_repo, record.base.repo_id) if name]
+    environment.filters["markdown"] = markdown
     return environment.get_template("README.md.jinja").render(
-        title=f"{_short(record.base.name)}: original and pruned"[:90],
+        title=one_line(f"{_short(record.base.name)}: original and pruned")[:90],
         # The Hub allows 60 characters.
         short_description=f"Compare {record.layers_before} with {record.layers_after} layers, live"[:60],
-        license=record.base.license,
-        models=models,
+        license=record.base.license and one_line(record.base.license),
+        models=[one_line(name) for name in models],
         sdk_version=SDK_VERSION,
         python_version=PYTHON_VERSION,
         name_original=record.base.name,

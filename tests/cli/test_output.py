@@ -1,45 +1,92 @@
-"""What commands print: JSON or a view, never both, and foreign text as it is."""
+"""Names of others on the terminal: shown as they are written, obeyed never."""
 
 from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
+import re
+from typing import Any
 
 import pytest
-from rich.console import Console, RenderableType
+from rich.markup import escape
+from rich.table import Table
 
-from gradmap_hub.cli.output import Result, emit
-from gradmap_hub.cli.tables import plan_view
+from gradmap_hub.cli import app, generate, output
+from gradmap_hub.cli.output import Result, SafeConsole, emit
 from gradmap_hub.cli.terminal import TerminalReporter
-from gradmap_hub.pipeline.checks import Check
 
-HOSTILE = "acme/[red]x[/] [link=http://nowhere]"
-
-
-def test_json_is_printed_alone(capsys: pytest.CaptureFixture[str]) -> None:
-    def view() -> Iterator[RenderableType]:
-        raise AssertionError("the view is not rendered")
-        yield ""
-
-    emit(Result({"name": HOSTILE, "é": 1.5}, view()), True)
-    out = capsys.readouterr().out
-    assert json.loads(out) == {"name": HOSTILE, "é": 1.5} and "é" in out and out.endswith("}\n")
-    with pytest.raises(ValueError, match="JSON"):
-        emit(Result({"loss": float("nan")}), True)
+TITLE, CLIPBOARD, HIDDEN = "\x1b]0;owned\x07", "\x1b]52;c;b3duZWQ=\x07", "\x9b8m"
+HOSTILE = f"[bold red]:fire:{TITLE}{CLIPBOARD}{HIDDEN}\r[/]"
+# What remains of it on a line.
+HARMLESS = r"[bold red]:fire:\x1b]0;owned\x07\x1b]52;c;b3duZWQ=\x07\x9b8m"
 
 
-def test_a_plan_shows_foreign_names_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
-    view = plan_view({"model": HOSTILE}, [Check("target", f"{HOSTILE} is free")], "Nothing was changed.")
-    emit(Result({"model": HOSTILE}, view), False)
-    out = capsys.readouterr().out
-    assert out.count(HOSTILE) == 2 and out.endswith("\n\nNothing was changed.\n")
+def codes(text: str) -> list[str]:
+    """The control characters in an output, without rich's own colours and cursor movements."""
+    ours = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
+    return [character for character in ours if not character.isprintable() and character not in "\n\r"]
 
 
-def test_the_reporter_removes_its_bar_after_an_error() -> None:
-    out = io.StringIO()
-    with pytest.raises(KeyboardInterrupt), TerminalReporter(Console(file=out, force_terminal=True)) as reporter:
-        reporter.start("Scoring [layers]")
-        raise KeyboardInterrupt
-    hidden, shown = "\x1b[?25l", "\x1b[?25h"  # the cursor, while the bar is live and after it
-    assert out.getvalue().rfind(shown) > out.getvalue().find(hidden) >= 0
+@pytest.fixture
+def screen() -> SafeConsole:
+    return SafeConsole(
+        file=io.StringIO(), force_terminal=True, color_system="standard", soft_wrap=True, emoji=False, width=200
+    )
+
+
+def written(console: SafeConsole) -> str:
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_lines_and_tables(screen: SafeConsole) -> None:
+    table = Table("name", title=escape(HOSTILE))
+    table.add_row(escape(HOSTILE))
+    for part in (escape(HOSTILE), table, f"[green]ok[/] {escape(HOSTILE)}"):
+        screen.print(part, highlight=False)
+    found = written(screen)
+    assert not codes(found)
+    assert found.count(r"\x1b]0;owned") == 4 and found.count(":fire:") == 4 and found.count("[bold red]") == 4
+
+
+def test_progress(screen: SafeConsole) -> None:
+    with TerminalReporter(screen) as reporter:
+        reporter.start(HOSTILE)
+        reporter.total(2)
+        reporter.advance()
+        reporter.note(f"{HOSTILE}\ndone  all checks")
+        reporter.finish(HOSTILE)
+    found = written(screen)
+    assert not codes(found) and HARMLESS in found
+    assert not any(line.startswith("done  all") for line in found.splitlines())
+
+
+def test_an_error_is_one_line(screen: SafeConsole, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "stderr", screen)
+    assert app._report(f"No such model: {HOSTILE}\ndone", f"Try {HOSTILE}.", 1) == 1
+    found = written(screen)
+    assert not codes(found) and len(found.splitlines()) == 2 and HARMLESS in found
+
+
+def test_json(capsys: pytest.CaptureFixture[str]) -> None:
+    emit(Result({"name": HOSTILE + "\ud800"}), as_json=True)
+    found = capsys.readouterr().out
+    assert not codes(found) and json.loads(found) == {"name": HOSTILE + "\ud800"}
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_an_answer(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Screen(io.StringIO):
+        def isatty(self) -> bool:
+            return terminal
+
+    screen = Screen()
+    monkeypatch.setattr("sys.stdout", screen)
+    answer: Any = iter(["one\n", "\ttwo\x1b", "]0;owned\x07"])
+    generate._stream(answer)
+    assert screen.getvalue() == ("one\n\ttwo]0;owned\n" if terminal else f"one\n\ttwo{TITLE}\n")
+
+
+def test_the_consoles_of_the_command_line_are_safe() -> None:
+    for console in (output.stdout, output.stderr):
+        assert isinstance(console, SafeConsole) and not console._emoji

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 
 from gradmap_hub.errors import UnsafeToPublish
 from gradmap_hub.measurements import BeforeAfter
@@ -251,3 +252,13 @@ def test_an_export_that_must_not_be_passed_on_stops_a_publish(written: Path, cha
     check_space_folder(written, OPEN)
     with pytest.raises(UnsafeToPublish, match=r"original/model.*must not be redistributed"):
         check_space_folder(written, base(**change))
+
+
+def test_names_in_the_readme_are_shown_literally(tmp_path: Path) -> None:
+    odd = record(base=base(name="acme/<b>*x*\x1b[31m\n# title", license="mit\nmodels: evil"))
+    write_space(odd, plan_space(base(has_onnx=True), ("float32",), SMALL), tmp_path, pruned_repo="me/_small_")
+    text = (tmp_path / "README.md").read_text()
+    header, _, body = text.removeprefix("---\n").partition("\n---\n")
+    assert yaml.safe_load(header)["license"] == "mit models: evil"
+    assert "# &lt;b&gt;\\*x\\* \\[31m \\# title: original and pruned\n" in body
+    assert "**acme/&lt;b&gt;\\*x\\*" in body and "**me/\\_small\\_**" in body and "\x1b" not in text
