@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from gradmap_hub.errors import SourceError
-from gradmap_hub.reading import decode_json, from_json, read_json
+from gradmap_hub.files import parse_json, read_json
+from gradmap_hub.reading import from_json
 
 COMPARE = "compare.json"
 
@@ -64,7 +65,7 @@ def raw_comparison(folder: Path) -> dict[str, Any]:
     """
     path = folder / COMPARE
     try:
-        content = read_json(path)
+        content = read_json(path, finite=True)
         from_json(Comparison, content)
     except (OSError, ValueError) as error:
         reason = "it is missing" if isinstance(error, FileNotFoundError) else error
@@ -77,6 +78,6 @@ def raw_comparison(folder: Path) -> dict[str, Any]:
 def parse_comparison(content: bytes) -> Comparison | None:
     """The facts in the content of a compare.json; None if it is not one."""
     try:
-        return from_json(Comparison, decode_json(content))
+        return from_json(Comparison, parse_json(content, finite=True))
     except ValueError:
         return None

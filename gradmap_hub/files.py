@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,32 +22,36 @@ class InvalidJson(ValueError):
     """The message is the reason, without the name of the file."""
 
 
-def read_json(path: Path, most_bytes: int = MOST_BYTES) -> Any:
+def read_json(path: Path, most_bytes: int = MOST_BYTES, *, finite: bool = False) -> Any:
     """The content of a JSON file from somebody else.
 
     Raises:
-        FileNotFoundError: there is no file (a folder or a pipe is none).
-        InvalidJson: it is not JSON, or larger than `most_bytes`.
+        FileNotFoundError: there is no such file.
+        InvalidJson: it is not a file, such as a pipe, which would never end; not JSON, or larger than `most_bytes`.
     """
-    if not path.is_file():
-        raise FileNotFoundError(path)
-    size = path.stat().st_size
-    if size > most_bytes:
-        raise InvalidJson(f"it has {size:,} bytes, and at most {most_bytes:,} are read")
-    return parse_json(path.read_bytes())
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise InvalidJson("it is not a file")
+    if status.st_size > most_bytes:
+        raise InvalidJson(f"it has {status.st_size:,} bytes, and at most {most_bytes:,} are read")
+    return parse_json(path.read_bytes(), finite=finite)
 
 
-def parse_json(content: bytes) -> Any:
+def parse_json(content: bytes, *, finite: bool = False) -> Any:
     """The value of JSON in UTF-8. Every text in it can be written as UTF-8 again. NaN and Infinity are accepted, as by
-    the libraries that write them.
+    the libraries that write them, unless it has to be `finite`.
 
     Raises:
         InvalidJson: it is not JSON, or nested too deeply.
     """
     try:
-        value = json.loads(content.decode("utf-8"), parse_int=_integer)
+        value = json.loads(content.decode("utf-8"), parse_int=_integer, parse_constant=_refuse if finite else float)
     except RecursionError:
-        raise InvalidJson(f"it is nested more than {MOST_LEVELS} levels deep") from None
+        raise InvalidJson(f"it is nested too deeply, more than {MOST_LEVELS} levels") from None
+    except UnicodeDecodeError:
+        raise InvalidJson("it is not UTF-8") from None
+    except InvalidJson:
+        raise
     except ValueError as error:
         raise InvalidJson(str(error)) from None
     level = [value]
@@ -54,7 +59,7 @@ def parse_json(content: bytes) -> Any:
         level = [inner for outer in level for inner in _inside(outer)]
         if not level:
             return value
-    raise InvalidJson(f"it is nested more than {MOST_LEVELS} levels deep")
+    raise InvalidJson(f"it is nested too deeply, more than {MOST_LEVELS} levels")
 
 
 def shown(value: Any) -> str:
@@ -64,6 +69,10 @@ def shown(value: Any) -> str:
     except (TypeError, ValueError):
         text = ascii(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _refuse(name: str) -> Any:
+    raise InvalidJson(f"{name} is not a number of JSON")
 
 
 def _integer(digits: str) -> int:

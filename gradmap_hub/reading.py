@@ -7,20 +7,15 @@ method `check` is asked, once its fields are read, whether they agree.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import stat
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 T = TypeVar("T")
 
-# A record of a model with 126 layers, all metrics and 100 answers takes 1 MB.
-FILE_LIMIT = 1 << 26
 # Ours are nested seven deep; the card and the terminal walk them.
 _DEPTH_LIMIT = 64
 # Beyond any count of bytes or tokens; larger ones have thousands of digits.
@@ -79,40 +74,6 @@ class FieldError(ValueError):
 
     def __init__(self, where: str, found: str, expected: str) -> None:
         super().__init__(f"{where or 'its content'} is {found}; {expected} is expected")
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file that may come from anywhere.
-
-    Raises:
-        OSError: it cannot be read.
-        ValueError: it is not a regular file, too large, no UTF-8, no JSON, or nested too deeply.
-    """
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise ValueError("it is not a file")  # a FIFO would never end
-    with path.open("rb") as stream:
-        content = stream.read(FILE_LIMIT + 1)
-    if len(content) > FILE_LIMIT:
-        raise ValueError(f"it is larger than {FILE_LIMIT:,} bytes")
-    return decode_json(content)
-
-
-def decode_json(content: bytes) -> Any:
-    """Decode JSON, without the NaN and Infinity that Python adds to it.
-
-    Raises:
-        ValueError: it is no UTF-8, no JSON, or nested too deeply.
-    """
-
-    def refuse(name: str) -> Any:
-        raise ValueError(f"{name} is not a number of JSON")
-
-    try:
-        return json.loads(content.decode("utf-8"), parse_constant=refuse)
-    except UnicodeDecodeError:
-        raise ValueError("it is not UTF-8") from None
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
 
 
 def from_json(kind: type[T], data: Any) -> T:

@@ -14,7 +14,7 @@ from typing import Any
 
 from gradmap_hub.config import PruneConfig
 from gradmap_hub.errors import SourceError
-from gradmap_hub.files import write_text
+from gradmap_hub.files import parse_json, read_json, write_text
 from gradmap_hub.measurements import BeforeAfter, Measured
 from gradmap_hub.reading import (
     Count,
@@ -23,9 +23,7 @@ from gradmap_hub.reading import (
     PathInside,
     Positive,
     check_fields,
-    decode_json,
     from_json,
-    read_json,
 )
 
 # 2: adds `settings`.
@@ -384,7 +382,7 @@ def read_record(path: Path) -> RunRecord:
         SourceError: the file is not a record; the error names the field.
     """
     try:
-        return from_json(RunRecord, read_json(path))
+        return from_json(RunRecord, read_json(path, finite=True))
     except FileNotFoundError:
         raise
     except (ValueError, OSError) as error:
@@ -398,7 +396,7 @@ def parse_record(content: bytes, name: str) -> RunRecord:
         SourceError: it is not a record; the error names the field.
     """
     try:
-        return from_json(RunRecord, decode_json(content))
+        return from_json(RunRecord, parse_json(content, finite=True))
     except ValueError as error:
         raise _not_a_record(name, error) from error
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from gradmap_hub.errors import SourceError
 from gradmap_hub.evaluation.speed import Speed
-from gradmap_hub.files import write_text
+from gradmap_hub.files import read_json, write_text
 from gradmap_hub.measurements import BeforeAfter
-from gradmap_hub.reading import from_json, read_json
+from gradmap_hub.reading import from_json
 from gradmap_hub.record import (
     Base,
     CalibrationRecord,
@@ -114,7 +114,7 @@ class SweepRecord:
         """
         path = folder / SWEEP_FILE
         try:
-            return from_json(SweepRecord, read_json(path))
+            return from_json(SweepRecord, read_json(path, finite=True))
         except FileNotFoundError:
             raise SourceError(
                 f"{folder} has no {SWEEP_FILE}.", hint="Create it with `gradmap-hub sweep MODEL`."

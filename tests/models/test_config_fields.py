@@ -144,9 +144,9 @@ def test_quantised_checkpoints_by_any_field(field: str, value: Any, tmp_path: Pa
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b'{"a": ' + b"[" * 10_000 + b"]" * 10_000 + b"}", "nested more than"),
-        (b'{"a": ' + b"[" * 200 + b"]" * 200 + b"}", "nested more than"),
-        (b'{"a": ' * 100 + b"1" + b"}" * 100, "nested more than"),
+        (b'{"a": ' + b"[" * 10_000 + b"]" * 10_000 + b"}", "nested too deeply"),
+        (b'{"a": ' + b"[" * 200 + b"]" * 200 + b"}", "nested too deeply"),
+        (b'{"a": ' * 100 + b"1" + b"}" * 100, "nested too deeply"),
         (b'{"hidden_size": 1' + b"0" * 5_000 + b"}", "an integer in it has 5,001 digits"),
         (b'{"a": "\\ud800"}', "not Unicode"),
         (b'{"\\udfff": 1}', "not Unicode"),

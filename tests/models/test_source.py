@@ -264,7 +264,7 @@ def header_bytes(table: Any) -> bytes:
             lambda data: header_bytes({"w" * 600: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}),
             "not that of a",
         ),
-        (lambda data: struct.pack("<Q", 20_000) + b"[" * 20_000, "nested more than"),
+        (lambda data: struct.pack("<Q", 20_000) + b"[" * 20_000, "nested too deeply"),
     ],
 )
 def test_damaged_weights_are_refused(damage: Callable[[bytes], bytes], message: str, tiny_folder: Path) -> None:
