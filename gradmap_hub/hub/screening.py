@@ -59,14 +59,28 @@ def screen(folder: Path, kind: str, private: Private) -> None:
     Raises:
         UnsafeToPublish: names the file and the problem.
     """
-    patterns = list(_patterns(private))
+    files: dict[str, Path] = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
             raise UnsafeToPublish(name, "is a link that points outside the folder", hint=_REMOVE)
         if path.is_dir():
             continue
-        _check_kind(name, kind)
+        if not path.is_file():  # reading a FIFO would never end
+            raise UnsafeToPublish(name, "is not a regular file", hint=_REMOVE)
+        files[name] = path
+    screen_files(files, kind, private)
+
+
+def screen_files(files: Mapping[str, Path], kind: str, private: Private) -> None:
+    """Check files by their names in the repository. `kind`: "model" or "space".
+
+    Raises:
+        UnsafeToPublish: names the file and the problem.
+    """
+    patterns = list(_patterns(private))
+    for name, path in files.items():
+        check_kind(name, kind)
         if path.suffix in _DATA_ONLY:
             continue
         original = path.name in COMPANION_FILES or bool(legal_texts([path.name]))
@@ -91,7 +105,8 @@ def publishable(name: str, kind: str) -> bool:
     return not hidden and (path.suffix.lower() in _SUFFIXES[kind] or bool(legal_texts([path.name])))
 
 
-def _check_kind(name: str, kind: str) -> None:
+def check_kind(name: str, kind: str) -> None:
+    """Raises UnsafeToPublish: a file of this name may run code, or has a type that is not published."""
     suffix = PurePosixPath(name).suffix.lower()
     if suffix in _PICKLES:
         raise UnsafeToPublish(

@@ -18,6 +18,7 @@ from gradmap_hub.errors import SourceError, UnsafeToPublish, UsageError
 from gradmap_hub.evaluation.staleness import without_stale
 from gradmap_hub.formats import FORMATS, ONNX, in_space, of_precision
 from gradmap_hub.hub.card_check import is_known_license
+from gradmap_hub.hub.screening import check_kind, screen_files, this_machine
 from gradmap_hub.layout import CARD, check_output, default_output, space_folder_of
 from gradmap_hub.measurements import BeforeAfter
 from gradmap_hub.models.architectures import compensation_skipped
@@ -85,6 +86,10 @@ def make_plan(config: PushConfig, hub: Hub) -> PushPlan:
     checks = Checks(config, Publisher(hub))
     source = find_source(config.model, config.revision, hub)
     check_family(source, config.prune)
+    for name in source.files.companions:
+        check_kind(name, "model")
+    if source.folder is not None:
+        check_companions(source, source.folder, hub)
     removals = config.prune.removals(source.layer_count)
     base = checks.licensed(source.base)
     source = replace(source, base=base)
@@ -146,9 +151,7 @@ def _planned_space(config: PushConfig, source: Source, removals: int, float32: i
     precisions = [row.precision for row in in_space() if row.name in made]
     # Only layers are removed, so the pruned model is at least this large.
     pruned = float32 * (source.layer_count - removals) // source.layer_count
-    # `float32` assumes eight times the size of a GGUF file, which is the upper bound.
-    least = float32 // 8 if source.gguf is not None else float32
-    return plan_space(source.base, precisions, BeforeAfter(least, min(least, pruned)))
+    return plan_space(source.base, precisions, BeforeAfter(float32, pruned))
 
 
 def _access(source: Source) -> str:
@@ -252,14 +255,25 @@ def look_through(
         UnsafeToPublish: a file is private, or of an unexpected type.
         CardInvalid: the header of README.md is not valid.
     """
-    from gradmap_hub.hub.screening import this_machine
-
     known = (record.base.name, record.name, targets.target, targets.space_target)
     private = this_machine(publisher.hub.token, {"the model folder": folder.resolve()}, known)
     license_id = record.base.license
     # The Hub has accepted an id outside our list before.
     accepted = (license_id,) if license_id and not is_known_license(license_id) else ()
     return publisher.check(folder, kind, private, accepted_licenses=accepted, card=card)
+
+
+def check_companions(source: Source, folder: Path, hub: Hub) -> None:
+    """Check the files that are copied from the original into the result, before any work.
+
+    Args:
+        folder: Where they are.
+
+    Raises:
+        UnsafeToPublish: one contains something private, such as a token.
+    """
+    private = this_machine(hub.token, {}, (source.base.name,))
+    screen_files({name: folder / name for name in source.files.companions}, "model", private)
 
 
 def check_space_code(folder: Path) -> None:

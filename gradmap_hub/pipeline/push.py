@@ -17,7 +17,7 @@ from gradmap_hub.formats import quantized
 from gradmap_hub.layout import space_folder_of
 from gradmap_hub.pipeline.connect import connect
 from gradmap_hub.pipeline.export import export_checked, export_optimum, remove_exports, remove_onnx
-from gradmap_hub.pipeline.plan import PushPlan, make_plan
+from gradmap_hub.pipeline.plan import PushPlan, check_companions, make_plan
 from gradmap_hub.pipeline.prune import no_empty_folders, prune_stages
 from gradmap_hub.pipeline.publish import PushResult, publish_both
 from gradmap_hub.pipeline.results import write_results
@@ -67,6 +67,8 @@ def push(
         run = Run(
             plan.source, config.prune, plan.output, hub, reporter, command=command, expected=config.repeats
         )  # fmt: skip
+        if plan.source.base.repo_id is not None and plan.source.files.companions:
+            check_companions(plan.source, run.original.companions(), hub)  # those of a folder were checked by the plan
         record = prune_stages(run, config.prune, target=plan.targets.target, license=plan.license)
     record = with_earlier(record, plan.output)
     record, text = _export(run, record, config)

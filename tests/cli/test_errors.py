@@ -103,6 +103,25 @@ def test_target_with_other_content_is_left_alone(world: Any, fails: Any, variant
     fails(1, *push(world, "--layers", "1", "--to", "ada/taken"), words=("ada/taken", "was not changed"))
 
 
+@pytest.mark.parametrize("remote", [False, True])
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("LICENSE.bin", b"x", "LICENSE.bin may run code"),
+        ("LICENSE", b"hf_" + b"Zq" * 17, "LICENSE contains a possible"),
+    ],
+)
+def test_what_would_not_be_published_is_said_before_the_work(
+    world: Any, fails: Any, variant: Any, remote: bool, name: str, content: bytes, words: str
+) -> None:
+    folder = variant()
+    (folder / name).write_bytes(content)
+    if remote:
+        world.hub.seed(f"acme/private-{name.lower()}", folder)
+    model = f"acme/private-{name.lower()}" if remote else folder
+    fails(1, *push(world, "--layers", "1", model=model), words=(words, "Nothing was uploaded"))
+
+
 # -- arguments -------------------------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import socket
 import struct
@@ -99,6 +100,13 @@ def test_links_out_of_the_folder(tmp_path: Path) -> None:
     (tmp_path / "model" / "config.json").symlink_to(tmp_path / "secret.json")
     with pytest.raises(UnsafeToPublish, match="link"):
         screen(tmp_path / "model", "model", Private())
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs FIFOs")
+def test_a_file_that_never_ends(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "notes.txt")
+    with pytest.raises(UnsafeToPublish, match="not a regular file"):
+        screen(tmp_path, "model", Private())
 
 
 @pytest.mark.parametrize(
