@@ -8,7 +8,7 @@ layers) and then the selection sequences, which decide between candidates.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gradmap_hub.data.texts import Text
 from gradmap_hub.errors import CalibrationError
+from gradmap_hub.models.tokenizer_trial import failures_named
 
 
 @dataclass(frozen=True)
@@ -53,15 +54,37 @@ def sha256_of_ids(ids: Tensor) -> str:
     return hashlib.sha256(ids.numpy().tobytes()).hexdigest()
 
 
-def tokenize(text: Text, tokenizer: Any, seq_len: int) -> Rows:
+def tokenize(text: Text, tokenizer: Any, seq_len: int, vocabulary: int | None = None) -> Rows:
     """Cut a text into sequences of `seq_len` tokens. Each starts with the tokenizer's initial special tokens: models
-    trained with <bos> (Gemma, Llama) predict far worse without it. An incomplete last sequence is dropped."""
-    ids = tokenizer(text.content, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-    start = torch.tensor(_start(tokenizer), dtype=torch.long)
+    trained with <bos> (Gemma, Llama) predict far worse without it. An incomplete last sequence is dropped.
+
+    Args:
+        vocabulary: Rows of the model's embedding; not checked if None.
+
+    Raises:
+        CalibrationError: the text contains a token that the embedding has no row for.
+        SourceError: the tokenizer fails on the text.
+    """
+    with failures_named(f"the model, on the text {text.name},"):
+        ids = tokenizer(text.content, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        first = _start(tokenizer)
+    if vocabulary is not None and (highest := max([*first, *ids], default=0)) >= vocabulary:
+        raise CalibrationError(
+            f"The text {text.name} contains the token {tokenizer.convert_ids_to_tokens(highest)!r} with the id "
+            f"{highest}, but the model's embedding has {vocabulary} rows (vocab_size).",
+            hint="Take the token out of the text, or use the tokenizer and weights of the same revision.",
+        )
+    start = torch.tensor(first, dtype=torch.long)
     own = seq_len - len(start)
     count = len(ids) // own
     rows = torch.tensor(ids[: count * own], dtype=torch.long).view(count, own)
     return Rows(text.name, text.sha256, torch.cat([start.expand(count, -1), rows], dim=1))
+
+
+def embedding_rows(config: Mapping[str, Any]) -> int | None:
+    """The rows of the embedding by a config.json; None if it does not state them."""
+    rows = config.get("vocab_size")
+    return rows if isinstance(rows, int) else None
 
 
 def _start(tokenizer: Any) -> list[int]:
@@ -80,11 +103,12 @@ def split_rows(
     selection: int,
     held_out: int,
     seed: int,
+    vocabulary: int | None = None,
 ) -> CalibrationRows:
-    """Draw the sequences of a run, an equal share from each text.
+    """Draw the sequences of a run, an equal share from each text. `vocabulary`: see `tokenize`.
 
     Raises:
-        CalibrationError: a text is too short or is given twice.
+        CalibrationError: a text is too short, is given twice, or contains a token that the model does not have.
     """
     if len({text.sha256 for text in texts}) < len(texts):
         raise CalibrationError(
@@ -98,7 +122,7 @@ def split_rows(
     sources: list[Rows] = []
     training: list[Rows] = []
     for position, text in enumerate(texts):
-        rows = tokenize(text, tokenizer, seq_len)
+        rows = tokenize(text, tokenizer, seq_len, vocabulary)
         fit_share = _share(samples, len(texts), position)
         selection_share = _share(selection, len(texts), position)
         held_share = _share(held_out, len(texts), position)
@@ -121,13 +145,13 @@ def split_rows(
     return CalibrationRows(_interleave(fit), _interleave(select), held, sources, training)
 
 
-def evaluation_rows(text: Text, tokenizer: Any, *, seq_len: int, rows: int) -> Rows:
-    """`rows` sequences spread evenly over a text.
+def evaluation_rows(text: Text, tokenizer: Any, *, seq_len: int, rows: int, vocabulary: int | None = None) -> Rows:
+    """`rows` sequences spread evenly over a text. `vocabulary`: see `tokenize`.
 
     Raises:
-        CalibrationError: the text is too short.
+        CalibrationError: the text is too short, or contains a token that the model does not have.
     """
-    cut = tokenize(text, tokenizer, seq_len)
+    cut = tokenize(text, tokenizer, seq_len, vocabulary)
     if len(cut.ids) < rows:
         raise CalibrationError(
             f"The evaluation text {text.name} is too short: {len(cut.ids) * seq_len:,} tokens, "

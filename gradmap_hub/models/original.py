@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gradmap_hub.errors import SourceError
 from gradmap_hub.models.architectures import Architecture
 from gradmap_hub.models.safetensors_files import check_weights, readable
 from gradmap_hub.models.source import ModelHub, Source
+from gradmap_hub.models.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:  # torch is only imported once there is something to compute
     import torch
@@ -63,34 +63,19 @@ class OriginalModel:
         check_weights(folder, self.source.files)
         return readable(folder, self._translated)
 
-    def tokenizer(self) -> Any:
-        """The tokenizer, loaded on first use.
+    def tokenizer(self, texts: Iterable[str] = ()) -> Any:
+        """The tokenizer, loaded on first use, when it is also tried on the beginnings of `texts`.
 
         Raises:
-            SourceError: it cannot be loaded.
+            SourceError: it cannot be loaded, or fails on the texts.
         """
         if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.companions(), self.source.base.name)
+            self._tokenizer = load_tokenizer(self.companions(), self.source.base.name, texts)
         return self._tokenizer
 
     def _fetch(self, names: Sequence[str]) -> Path:
         assert self.source.base.repo_id and self.source.base.commit
         return self._hub.fetch(self.source.base.repo_id, self.source.base.commit, names)
-
-
-def load_tokenizer(folder: Path, name: str) -> Any:
-    """The tokenizer of a model folder; `name` is what an error calls the model.
-
-    Raises:
-        SourceError: it cannot be loaded.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise SourceError(f"The tokenizer of {name} cannot be loaded: {first}") from error
 
 
 def end_tokens(model: Any, tokenizer: Any) -> set[int]:

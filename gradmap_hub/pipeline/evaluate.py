@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gradmap_hub import __version__
-from gradmap_hub.data.rows import Rows, tokenize
+from gradmap_hub.data.rows import Rows, embedding_rows, tokenize
 from gradmap_hub.data.texts import check_text_files, text_of
 from gradmap_hub.errors import CalibrationError, SourceError, UsageError
 from gradmap_hub.evaluation import costs, tasks
@@ -30,9 +30,10 @@ from gradmap_hub.machine import hardware, versions
 from gradmap_hub.measurements import BeforeAfter, Measured
 from gradmap_hub.models.checkpoint import checkpoint_bytes
 from gradmap_hub.models.decoder import choose_precision
-from gradmap_hub.models.original import OriginalModel, load_tokenizer
+from gradmap_hub.models.original import OriginalModel
 from gradmap_hub.models.safetensors_files import read_config
 from gradmap_hub.models.source import Source
+from gradmap_hub.models.tokenizer import load_tokenizer
 from gradmap_hub.pipeline.connect import connect
 from gradmap_hub.pipeline.recorded import compare_with_calibration, find_original
 from gradmap_hub.pipeline.results import read_folder, write_results
@@ -180,15 +181,16 @@ def _read_texts(
         SourceError: the two models have different tokenizers.
     """
     reporter.start("Reading text")
-    tokenizer = original.tokenizer()
+    texts = [text_of(source, hub) for source in config.text]
+    tokenizer = original.tokenizer(text.content for text in texts)
     if load_tokenizer(folder, str(folder)).get_vocab() != tokenizer.get_vocab():
         raise SourceError(
             f"{original.source.base.name} is not the original of {folder}: their vocabularies differ.",
             hint=f"Give the original of {folder} with --against.",
         )
     found: list[Rows] = []
-    for source in config.text:
-        rows = tokenize(text_of(source, hub), tokenizer, config.seq_len)
+    for text in texts:
+        rows = tokenize(text, tokenizer, config.seq_len, embedding_rows(original.source.config))
         if len(rows.ids) < 2:
             raise CalibrationError(
                 f"The text {rows.name} is too short: it needs at least two sequences of {config.seq_len} tokens.",

@@ -16,6 +16,7 @@ from gradmap_hub.errors import OutputExists, VerificationError
 from gradmap_hub.formats import FORMATS, ONNX, ONNX_FOLDER
 from gradmap_hub.layout import artifact, work_folder
 from gradmap_hub.models.safetensors_files import read_config
+from gradmap_hub.models.tokenizer import load_tokenizer
 from gradmap_hub.pipeline.connect import connect
 from gradmap_hub.pipeline.results import read_folder, write_results
 from gradmap_hub.progress import Reporter
@@ -275,14 +276,13 @@ def export_folder(
 
 def held_out_rows(folder: Path, source: str, hub: Hub) -> Rows:
     """The sequences of a text on which exports of a finished folder are measured. `source`: a file or a dataset."""
-    from transformers import AutoTokenizer
+    from gradmap_hub.data.rows import embedding_rows, evaluation_rows
 
-    from gradmap_hub.data.rows import evaluation_rows
-
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    longest = read_config(folder / "config.json").get("max_position_embeddings")
+    text, config = text_of(source, hub), read_config(folder / "config.json")
+    tokenizer = load_tokenizer(folder, str(folder), [text.content])
+    longest = config.get("max_position_embeddings")
     tokens = min(EXPORT_TOKENS, longest) if isinstance(longest, int) else EXPORT_TOKENS
-    return evaluation_rows(text_of(source, hub), tokenizer, seq_len=tokens, rows=EXPORT_ROWS)
+    return evaluation_rows(text, tokenizer, seq_len=tokens, rows=EXPORT_ROWS, vocabulary=embedding_rows(config))
 
 
 def remove_onnx(folder: Path) -> None:

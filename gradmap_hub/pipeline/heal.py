@@ -195,7 +195,7 @@ def _corpus(run: Run, rows: CalibrationRows, sequences: int, *, own: bool = True
 
     They are the calibration texts by their size, and SELF_SHARE of text that a chat model writes; or what --heal-text
     names, in equal parts. `own`: with text that the original writes."""
-    from gradmap_hub.data.rows import Rows, tokenize
+    from gradmap_hub.data.rows import Rows, embedding_rows, tokenize
     from gradmap_hub.healing.corpus import make_corpus
 
     tokenizer = run.original.tokenizer()
@@ -217,7 +217,7 @@ def _corpus(run: Run, rows: CalibrationRows, sequences: int, *, own: bool = True
             text, written = self_text(run, wanted * run.method.seq_len)
         else:
             text = text_of(name, run.hub)
-        cut = tokenize(text, tokenizer, run.method.seq_len)
+        cut = tokenize(text, tokenizer, run.method.seq_len, embedding_rows(run.source.config))
         if len(cut.ids) < 2 * HELD_OUT:
             raise CalibrationError(
                 f"The text {text.name} is too short to heal on: {cut.ids.numel():,} tokens; at least "

@@ -17,6 +17,8 @@ from gradmap_hub.formats import FORMATS, ONNX, graph_path, in_space, of_precisio
 from gradmap_hub.layout import COMPANION_FILES, legal_texts, space_folder_of, work_folder
 from gradmap_hub.models.original import OriginalModel
 from gradmap_hub.models.source import find_source, identity
+from gradmap_hub.models.tokenizer import write_tokenizer
+from gradmap_hub.models.tokenizer_trial import TOKENIZER
 from gradmap_hub.pipeline.connect import connect
 from gradmap_hub.pipeline.export import export_folder, export_original, held_out_rows, onnx_stage
 from gradmap_hub.progress import Reporter
@@ -74,6 +76,9 @@ def write_space_folder(
             originals[name] = ModelFiles(sum(file.stat().st_size for file in files), quality.get(name))
         present = ["config.json", *COMPANION_FILES, *legal_texts(path.name for path in checkpoint.iterdir())]
         companions = {name: checkpoint / name for name in present if (checkpoint / name).is_file()}
+        if TOKENIZER not in companions:
+            write_tokenizer(original.tokenizer(), stages.folder, original.source.base.name)
+            companions[TOKENIZER] = stages.folder / TOKENIZER
     write_space(record, plan, destination, pruned_repo=target, companions=companions, originals=originals)
     return plan
 

@@ -39,7 +39,7 @@ def calibrate(run: Run) -> tuple[CalibrationRows, list[Rows]]:
     Raises:
         CalibrationError: a text is missing, too short or given twice, or differs from that of the run to repeat.
     """
-    from gradmap_hub.data.rows import evaluation_rows, split_rows
+    from gradmap_hub.data.rows import embedding_rows, evaluation_rows, split_rows
 
     config = run.method
     run.reporter.start("Reading calibration text")
@@ -52,7 +52,8 @@ def calibrate(run: Run) -> tuple[CalibrationRows, list[Rows]]:
             f"{name} is both a calibration and an evaluation text.",
             hint="Sequences of the calibration text are held out for evaluation anyway; leave out that --eval-text.",
         )
-    tokenizer = run.original.tokenizer()
+    tokenizer = run.original.tokenizer(text.content for text in [*texts, *extra_texts])
+    vocabulary = embedding_rows(run.source.config)
     rows = split_rows(
         texts,
         tokenizer,
@@ -61,13 +62,17 @@ def calibrate(run: Run) -> tuple[CalibrationRows, list[Rows]]:
         selection=config.selection_rows,
         held_out=config.eval_rows,
         seed=config.seed,
+        vocabulary=vocabulary,
     )
     if run.expected.rows_sha256 not in (None, rows.sha256):
         raise CalibrationError(
             "The calibration sequences differ from the recorded ones: another text, tokenizer or package version.",
             hint="Use the recorded texts and versions, or leave out --from to make a different model.",
         )
-    extra = [evaluation_rows(text, tokenizer, seq_len=config.seq_len, rows=config.eval_rows) for text in extra_texts]
+    extra = [
+        evaluation_rows(text, tokenizer, seq_len=config.seq_len, rows=config.eval_rows, vocabulary=vocabulary)
+        for text in extra_texts
+    ]
     run.reporter.finish(f"{rows.fit.numel():,} tokens from {', '.join(text.name for text in texts)}")
     return rows, extra
 

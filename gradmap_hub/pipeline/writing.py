@@ -42,6 +42,7 @@ def write(
 
     def compute() -> WrittenModel:
         from gradmap_hub.models import checkpoint
+        from gradmap_hub.models.tokenizer import write_tokenizer
         from gradmap_hub.pruning.removal import storage_dtype
 
         source = run.original.checkpoint()
@@ -51,6 +52,7 @@ def write(
         verification, parameters = from_source(run, removed, overrides, dtype)
         names = legal_texts(path.name for path in source.iterdir())
         checkpoint.copy_companions(source, run.output, [*COMPANION_FILES, *names])
+        write_tokenizer(run.original.tokenizer(), run.output, run.source.base.name)
         return WrittenModel(
             verification,
             parameters,

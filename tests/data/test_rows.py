@@ -12,9 +12,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from gradmap_hub.data.rows import CalibrationRows, evaluation_rows, split_rows, tokenize
+from gradmap_hub.data.rows import CalibrationRows, embedding_rows, evaluation_rows, split_rows, tokenize
 from gradmap_hub.data.texts import Text, read_text
-from gradmap_hub.errors import CalibrationError
+from gradmap_hub.errors import CalibrationError, SourceError
 
 SEQ_LEN = 32
 
@@ -104,6 +104,30 @@ def test_too_short_names_the_numbers(text_of: Callable[..., str], tokenizer: Any
     assert "--samples" in (caught.value.hint or "")
     with pytest.raises(CalibrationError, match=rf"leaflet.txt .* {have:,} tokens, {100 * SEQ_LEN:,} needed"):
         evaluation_rows(short, tokenizer, seq_len=SEQ_LEN, rows=100)
+
+
+def test_a_token_without_a_row_in_the_embedding_is_named(text_of: Callable[..., str], tokenizer: Any) -> None:
+    wider = copy.deepcopy(tokenizer)
+    wider.add_tokens(["<FIM>"], special_tokens=True)
+    text = Text("fim.txt", text_of(20_000, 1).replace("the", "<FIM>"), "x")
+    given: dict[str, Any] = {"seq_len": SEQ_LEN, "vocabulary": len(tokenizer)}
+    for call in (
+        lambda: tokenize(text, wider, **given),
+        lambda: draw([text], wider, vocabulary=len(tokenizer)),
+        lambda: evaluation_rows(text, wider, rows=2, **given),
+    ):
+        with pytest.raises(CalibrationError, match=rf"fim\.txt .*'<FIM>' with the id {len(tokenizer)}, .* rows"):
+            call()
+    assert len(tokenize(text, wider, SEQ_LEN, len(wider)).ids)
+    assert embedding_rows({"vocab_size": 300}) == 300 and embedding_rows({}) is None
+
+
+def test_a_failing_tokenizer_is_named(tokenizer: Any) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise Exception("retry-limit-in-match over")  # as the tokenizers library raises it
+
+    with pytest.raises(SourceError, match=r"leaflet\.txt.* tokenizer\.json: retry-limit"):
+        tokenize(Text("leaflet.txt", "words", "x"), fails, SEQ_LEN)
 
 
 def test_rows_are_the_text_without_special_tokens(texts: list[Text], tokenizer: Any) -> None:
