@@ -30,7 +30,7 @@ def leave() -> None:
     """End the work together: the main process goes on alone."""
     global _left
     wait()
-    _left = True
+    _left = several()
 
 
 def join() -> None:

@@ -220,7 +220,7 @@ FIELDS: dict[str, tuple[str, Any, str]] = {
     "negative": ("bytes.after", -1, "bytes.after is -1; a whole number from 0"),
     "fraction": ("bytes.after", 1.5, "bytes.after is 1.5; a whole number from 0"),
     "true": ("seed", True, "seed is true; a whole number is expected"),
-    "10^400": ("bytes.before", 10**400, "bytes.before is a number of 400 digits"),
+    "10^400": ("bytes.before", 10**400, "an integer in it has 401 digits"),
     "layers": ("layers", None, "layers is null; a list is expected"),
     "layer": ("layers.0.score", "high", r"layers\[0\].score is 'high'; a number is expected"),
     "calibration": ("calibration", None, "calibration is null; an object is expected"),
@@ -229,8 +229,8 @@ FIELDS: dict[str, tuple[str, Any, str]] = {
     "perplexity of a file": ("artifacts.1.parity", [], r"artifacts\[1\].parity is a list of 0; an object"),
     "1e999": ("evaluation.after", math.inf, "Infinity is not a number of JSON"),
     "NaN": ("ratio", math.nan, "NaN is not a number of JSON"),
-    "half a character": ("name", "a\ud800", r"name is 'a\\ud800'; a text is expected"),
-    "half a character in settings": ("settings.calibration", ["\udfff"], r"calibration is '\\udfff'; a usual value"),
+    "half a character": ("name", "a\ud800", "is not Unicode"),
+    "half a character in settings": ("settings.calibration", ["\udfff"], "is not Unicode"),
     "settings": ("settings", [], "settings is a list of 0; an object is expected"),
     "settings of texts": ("settings.calibration", 7, "settings.calibration is 7; a list is expected"),
     "settings of a number": ("settings.seed", "7", "settings.seed is '7'; a whole number is expected"),
@@ -292,7 +292,7 @@ def test_settings_nested_too_deeply(full: RunRecord, tmp_path: Path) -> None:
         deep = [deep]
     data = json.loads(to_json(full)) | {"settings": {"x": deep}}
     (tmp_path / FILE_NAME).write_text(json.dumps(data), encoding="utf-8")
-    with pytest.raises(SourceError, match=r"settings\.x is nested more than 64 deep"):
+    with pytest.raises(SourceError, match="nested too deeply"):
         RunRecord.read(tmp_path)
 
 

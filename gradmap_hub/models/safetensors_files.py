@@ -147,6 +147,8 @@ def read_object(path: Path) -> dict[str, Any]:
         SourceError: it is missing, not JSON or not an object.
     """
     try:
+        if not path.is_file():  # missing, or a folder or a pipe
+            raise FileNotFoundError(path)
         content = read_json(path)
     except FileNotFoundError:
         raise SourceError(

@@ -276,7 +276,11 @@ def test_the_card_has_the_front_matter_that_spaces_need(runtime: str) -> None:
     import jinja2
     import yaml
 
-    text = jinja2.Template(JINJA_TEMPLATE.read_text(encoding="utf-8")).render(
+    from gradmap_hub.units import markdown
+
+    environment = jinja2.Environment()
+    environment.filters["markdown"] = markdown
+    text = environment.from_string(JINJA_TEMPLATE.read_text(encoding="utf-8")).render(
         title='Tiny: "lighter"', short_description="Original and pruned, side by side",
         license=None if runtime == "transformers" else "apache-2.0", models=["a/b", "c/d"],
         sdk_version="6.17.3", python_version="3.11", name_original="a/b", name_pruned="c/d",
