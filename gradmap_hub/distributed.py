@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 # How long the others wait for the main process: it reads and writes text for hours where they have nothing to do.
 _PATIENCE_DAYS = 7
-_left = False
+_joined = False
 
 
 def is_main() -> bool:
@@ -21,46 +21,47 @@ def is_main() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def several() -> bool:
-    """Whether this process is one of several that work together."""
-    return not _left and int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
-def leave() -> None:
-    """End the work together: the main process goes on alone."""
-    global _left
-    wait()
-    _left = several()
+def _launched() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def join() -> None:
-    """Meet the other processes before any of them computes, with a patience for what the main one does alone."""
-    if several():
+    """Meet the other processes, if there are any, with a patience for what the main one does alone."""
+    global _joined
+    if _launched():
         from datetime import timedelta
 
         import torch
         from accelerate import PartialState
 
         PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=_PATIENCE_DAYS))
+        _joined = True
+
+
+def leave() -> None:
+    """End the work together: the main process goes on alone."""
+    global _joined
+    wait()
+    _joined = False
 
 
 def wait() -> None:
     """Wait until all processes are here."""
-    if several():
+    if _joined:
         from accelerate import PartialState
 
         PartialState().wait_for_everyone()
 
 
-def check_alone(command: str) -> None:
+def check_alone() -> None:
     """
     Raises:
-        UsageError: the process is one of several, of which all but the training is the work of one.
+        UsageError: several processes were started and have not joined: each would do the same work in the same folder.
     """
-    if several():
+    if _launched() and not _joined:
         raise UsageError(
-            f"{command} runs in one process.",
-            hint="Run it without `accelerate launch` or `torchrun`; then launch `gradmap-hub heal` on the folder.",
+            "This command runs in one process, but several were started.",
+            hint="Run it without `accelerate launch` or `torchrun`; only `gradmap-hub heal` uses several.",
         )
 
 

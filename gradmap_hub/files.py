@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import stat
 from collections.abc import Iterator
@@ -45,7 +46,12 @@ def parse_json(content: bytes, *, finite: bool = False) -> Any:
         InvalidJson: it is not JSON, or nested too deeply.
     """
     try:
-        value = json.loads(content.decode("utf-8"), parse_int=_integer, parse_constant=_refuse if finite else float)
+        value = json.loads(
+            content.decode("utf-8"),
+            parse_int=_integer,
+            parse_float=_finite if finite else float,
+            parse_constant=_refuse if finite else float,
+        )
     except RecursionError:
         raise InvalidJson(f"it is nested too deeply, more than {MOST_LEVELS} levels") from None
     except UnicodeDecodeError:
@@ -73,6 +79,13 @@ def shown(value: Any) -> str:
 
 def _refuse(name: str) -> Any:
     raise InvalidJson(f"{name} is not a number of JSON")
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if math.isinf(number):
+        raise InvalidJson(f"{digits[:20]} is beyond the numbers of JSON")
+    return number
 
 
 def _integer(digits: str) -> int:

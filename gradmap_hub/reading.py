@@ -1,7 +1,8 @@
 """Decoded JSON as a dataclass: every type and range is checked, and an error names the field.
 
 The dataclass is the schema. A field may narrow its type with `Annotated` and one of the limits here; a class with a
-method `check` is asked, once its fields are read, whether they agree.
+method `problems` is asked, once its fields are read, whether they agree. The JSON is that of `files.read_json`, which
+checks its size, its depth and its texts.
 """
 
 from __future__ import annotations
@@ -10,14 +11,12 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
 T = TypeVar("T")
 
-# Ours are nested seven deep; the card and the terminal walk them.
-_DEPTH_LIMIT = 64
 # Beyond any count of bytes or tokens; larger ones have thousands of digits.
 _INTEGER_LIMIT = 1 << 63
 # Beyond any score or perplexity; quotients and squares of two stay finite.
@@ -127,7 +126,6 @@ def _decode(hint: Any, value: Any, where: str, expected: str | None = None) -> A
             return None
         return _decode(next(kind for kind in arguments if kind is not type(None)), value, where)
     if hint is Any:
-        _check_plain(value, where)
         return value
     if origin is Literal:
         if value not in arguments:
@@ -154,35 +152,10 @@ def _fits(kind: Any, value: Any) -> bool:
     if kind is float:
         return type(value) in (int, float) and abs(value) <= _NUMBER_LIMIT  # no NaN either
     if kind is str:
-        return isinstance(value, str) and _is_unicode(value)
+        return isinstance(value, str)
     if kind is dict:
-        return isinstance(value, dict) and all(map(_is_unicode, value))
+        return isinstance(value, dict)
     return isinstance(value, list) if kind in (list, tuple) else True
-
-
-def _is_unicode(text: str) -> bool:
-    """Whether the text can be written: JSON can escape halves of characters, UTF-8 cannot contain them."""
-    return not any("\ud800" <= character <= "\udfff" for character in text) if not text.isascii() else True
-
-
-def _check_plain(value: Any, where: str) -> None:
-    """Raises ValueError: a value of any type cannot be written again, or is nested too deeply."""
-    for item, depth in _walk(value, 0):
-        if depth > _DEPTH_LIMIT:
-            raise ValueError(f"{where} is nested more than {_DEPTH_LIMIT} deep")
-        if item is not None and not isinstance(item, list) and not _fits(type(item), item):
-            raise FieldError(where, found(item), "a usual value")
-
-
-def _walk(value: Any, depth: int) -> Iterator[tuple[Any, int]]:
-    """Every value within a decoded one, with its depth."""
-    open_items = [(value, depth)]
-    while open_items:
-        item, depth = open_items.pop()
-        yield item, depth
-        if depth <= _DEPTH_LIMIT and isinstance(item, dict | list):
-            inner = item.values() if isinstance(item, Mapping) else item
-            open_items += [(entry, depth + 1) for entry in inner]
 
 
 def found(value: Any) -> str:

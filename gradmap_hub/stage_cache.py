@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 from gradmap_hub import distributed
 from gradmap_hub.errors import GradmapError
+from gradmap_hub.files import read_json
 from gradmap_hub.progress import Reporter
 from gradmap_hub.reading import from_json
 from gradmap_hub.record import to_json
@@ -135,8 +136,8 @@ class Stages:
 
     def _read(self, name: str) -> dict[str, Any] | None:
         try:
-            stored = json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError, RecursionError):
+            stored = read_json(self.folder / f"{name}.json")
+        except (FileNotFoundError, ValueError):
             return None
         ours = isinstance(stored, dict) and stored.get("key") == self._key
         return stored if ours and {"result", "files", "seconds"} <= stored.keys() else None

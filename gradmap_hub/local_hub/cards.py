@@ -9,8 +9,9 @@ from typing import Any
 
 import yaml
 
+from gradmap_hub.files import parse_json
+
 from .errors import InvalidName
-from .foreign import check_value
 from .names import RepoType, parse_repo_id
 
 # Two searches, since one pattern from the first line to the last takes quadratic time on many line breaks.
@@ -140,7 +141,7 @@ def _metadata_json(text: str) -> str | None:
         raise ValueError("The metadata must be a mapping of keys to values")
     try:
         written = json.dumps(data, default=str, allow_nan=False)
-        check_value(json.loads(written))
+        parse_json(written.encode(), finite=True)
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"The metadata cannot be written as JSON: {error}") from error
     return written

@@ -10,10 +10,11 @@ from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
+from gradmap_hub.files import parse_json
+
 from .auth import Accounts, Identity, Signer, can_open, can_see
 from .errors import Forbidden, Gated, HubError, InvalidName, RepoNotFound, Unauthorized
 from .faults import Faults
-from .foreign import load_json
 from .gate import cdn_host
 from .gitids import Entry
 from .names import RepoKey, RepoType, check_path, requested_key
@@ -90,7 +91,7 @@ class Call:
             HubError: 400, the body is not a JSON object.
         """
         try:
-            value = load_json(self.body)
+            value = parse_json(self.body, finite=True)
         except ValueError as error:
             raise HubError(400, f"The body is not valid JSON: {error}") from None
         if not isinstance(value, dict):

@@ -6,8 +6,9 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from gradmap_hub.files import parse_json
+
 from .cards import RELATIONS, parse_front_matter
-from .foreign import load_json
 from .gitids import Entry, pointer, tree_ids
 from .names import RepoKey
 from .objects import Commit, Objects
@@ -221,7 +222,7 @@ def _header_parameters(file: Path) -> tuple[tuple[str, int], ...]:
         length = int.from_bytes(opened.read(8), "little")
         if length > _HEADER_LIMIT:
             raise ValueError(f"The header has more than {_HEADER_LIMIT} bytes")
-        header = load_json(opened.read(length))
+        header = parse_json(opened.read(length), finite=True)
     if not isinstance(header, dict):
         raise ValueError("The header is not an object")
     return tuple(_parameters(tensor) for name, tensor in header.items() if name != "__metadata__")
@@ -244,7 +245,7 @@ def _read_json(objects: Objects, entry: Entry | None) -> dict[str, Any]:
     if entry is None:
         return {}
     try:
-        value = load_json(objects.read(entry, _CONFIG_LIMIT), finite=False)  # transformers writes Infinity
+        value = parse_json(objects.read(entry, _CONFIG_LIMIT))  # transformers writes Infinity
     except ValueError:
         return {}
     return value if isinstance(value, dict) else {}

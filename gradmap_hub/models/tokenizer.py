@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gradmap_hub.errors import SourceError
+from gradmap_hub.files import InvalidJson, read_json
 from gradmap_hub.layout import TOKENIZER_CONFIG
 from gradmap_hub.models.tokenizer_trial import TOKENIZER, first_line, is_failure, try_tokenizer
 
@@ -86,10 +87,8 @@ def _object(path: Path, name: str) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except RecursionError:
-        raise SourceError(f"The tokenizer of {name} cannot be loaded: {path.name} is nested too deeply.") from None
-    except ValueError as error:
+        content = read_json(path)
+    except InvalidJson as error:
         raise SourceError(
             f"The tokenizer of {name} cannot be loaded: {path.name} is not valid JSON: {first_line(error)}"
         ) from error

@@ -16,7 +16,7 @@ from gradmap_hub.errors import BrokenCheckpointError
 from gradmap_hub.layout import WEIGHTS, WEIGHTS_INDEX
 from gradmap_hub.models.architectures import Architecture
 from gradmap_hub.models.expert_tensors import Parts, flat, parts_of, whole, whole_shape
-from gradmap_hub.models.safetensors_files import read_object, read_safetensors_header
+from gradmap_hub.models.safetensors_files import read_safetensors_header, read_weight_map
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -42,7 +42,7 @@ class WeightFiles:
             shards: dict[str, set[str] | None] = {WEIGHTS: None}
         else:
             shards = {}
-            for tensor, shard in read_object(folder / WEIGHTS_INDEX)["weight_map"].items():
+            for tensor, shard in read_weight_map(folder / WEIGHTS_INDEX).items():
                 names = shards.setdefault(shard, set())
                 assert names is not None
                 names.add(tensor)

@@ -90,9 +90,9 @@ def heal_folder(
     Raises:
         GradmapError: one of its subclasses says what is wrong; see errors.py.
     """
+    distributed.join()
     hub, reporter = connect(hub, reporter)
     folder = folder if folder.name else folder.resolve()  # "." has no folder beside it
-    distributed.join()
     distributed.main_first(lambda: _finish_earlier(folder))
     record = read_folder(folder)
     check_text_files(name for name in config.text if name != SELF)

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from gradmap_hub.config import PruneMethod, removals_of_ratio
 from gradmap_hub.data.texts import check_texts
-from gradmap_hub.distributed import check_alone
 from gradmap_hub.models.source import check_family, find_source
 from gradmap_hub.pipeline.connect import connect
 from gradmap_hub.pipeline.run import Run
@@ -54,7 +53,6 @@ def inspect(
     import tempfile
 
     method = method or PruneMethod()
-    check_alone("inspect")
     hub, reporter = connect(hub, reporter)
     check_texts(method)
     source = find_source(model, revision, hub)

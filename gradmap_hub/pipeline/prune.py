@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from gradmap_hub import __version__
 from gradmap_hub.config import Expected, PruneConfig, PruneMethod
 from gradmap_hub.data.texts import check_texts, is_local_text
-from gradmap_hub.distributed import check_alone
 from gradmap_hub.evaluation.staleness import with_earlier
 from gradmap_hub.layout import check_disk, check_output, weight_artifacts, work_folder
 from gradmap_hub.machine import hardware, versions
@@ -72,7 +71,6 @@ def prune(
     Raises:
         GradmapError: one of its subclasses says what is wrong; see errors.py.
     """
-    check_alone("prune")
     hub, reporter = connect(hub, reporter)
     check_output(output, resume)
     check_texts(config)

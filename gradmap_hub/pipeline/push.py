@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gradmap_hub.config import PushConfig
-from gradmap_hub.distributed import check_alone
 from gradmap_hub.evaluation.staleness import with_earlier
 from gradmap_hub.formats import quantized
 from gradmap_hub.layout import space_folder_of
@@ -58,7 +57,6 @@ def push(
     from gradmap_hub.exporters import environment
     from gradmap_hub.hub.publisher import Publisher
 
-    check_alone("push")
     hub, reporter = connect(hub, reporter)
     plan = make_plan(config, hub)
     if config.onnx:

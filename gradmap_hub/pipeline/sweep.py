@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 from gradmap_hub import __version__
 from gradmap_hub.config import SweepConfig
 from gradmap_hub.data.texts import check_texts
-from gradmap_hub.distributed import check_alone
 from gradmap_hub.errors import OutputExists
 from gradmap_hub.evaluation.speed import Speed
 from gradmap_hub.layout import check_disk
@@ -124,7 +123,6 @@ def sweep(
     Raises:
         GradmapError: one of its subclasses says what is wrong; see errors.py.
     """
-    check_alone("sweep")
     hub, reporter = connect(hub, reporter)
     output = config.output or default_sweep_output(config.model)
     check_texts(config.prune)

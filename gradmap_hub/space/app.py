@@ -223,6 +223,7 @@ def _readme(record: RunRecord, plan: SpacePlan, pruned_repo: str | None, content
         name_pruned=pruned_repo or record.name,
         layers_before=record.layers_before,
         layers_after=record.layers_after,
+        healed=_healed(record) is not None,
         runtime=plan.runtime,
         precisions=plan.precisions,
         stored=plan.stored,

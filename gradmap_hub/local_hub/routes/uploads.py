@@ -10,10 +10,11 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 from starlette.routing import Route
 
+from gradmap_hub.files import parse_json
+
 from ..auth import Identity
 from ..context import Call, Hub, answer, objects_in
 from ..errors import Forbidden, HubError
-from ..foreign import load_json
 from ..gitids import lfs_entry
 from ..names import PLURALS, RepoKey, check_path, is_sha256
 from ..patterns import REGULAR_LIMIT, default_attributes, is_ignored, upload_mode
@@ -151,7 +152,7 @@ async def _lines(stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
 
 def _parsed(line: bytes) -> dict[str, Any]:
     try:
-        row = load_json(line)
+        row = parse_json(line, finite=True)
     except ValueError as error:
         raise HubError(400, f"A line of the commit is not valid JSON: {error}") from None
     if not isinstance(row, dict) or not isinstance(row.get("key"), str) or not isinstance(row.get("value"), dict):
