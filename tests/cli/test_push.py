@@ -362,6 +362,7 @@ def test_killed_run_goes_on(killed: tuple[Any, Any, Path], plain: Pushed, sums: 
     assert sums(folder)["model.safetensors"] == sums(plain.folder)["model.safetensors"]
 
 
+@pytest.mark.slow
 def test_interrupted_run_goes_on(world: Any, plain: Pushed, sums: Sums) -> None:
     """Ctrl-C while the correction is fitted."""
     stopped, _, folder = stopped_and_resumed(world, "interrupted", "Measuring the original", signal.SIGINT)

@@ -253,7 +253,7 @@ FIELDS: dict[str, tuple[dict[str, str], str]] = {
     "tokens by names that are no ids": (
         {"tokenizer_config.json": '{"added_tokens_decoder": {"x": {"content": "a"}}}'}, "invalid literal",
     ),
-    "a deep map": ({"special_tokens_map.json": "[" * 20_000}, "special_tokens_map.json is not valid JSON: it is nested"),
+    "a deep map": ({"special_tokens_map.json": "[" * 20_000}, "_map.json is not valid JSON: it is nested"),
     "a list as map": ({"special_tokens_map.json": "[]"}, "special_tokens_map.json is not a JSON object"),
     "half a map": ({"added_tokens.json": "{"}, "added_tokens.json is not valid JSON"),
     "no UTF-8": ({"tokenizer_config.json": "\udcff"}, "tokenizer_config.json is not valid JSON"),

@@ -252,6 +252,7 @@ def test_a_second_run_computes_nothing_and_says_the_same(world: SimpleNamespace)
     assert len(heard.reused) == 2 * 2 + 2 * 3 + 2 + 2 + 2 and not set(heard.reused) & set(heard.computed)
 
 
+@pytest.mark.slow
 def test_computed_anew_it_gives_the_same_numbers(world: SimpleNamespace, copy: Path) -> None:
     shutil.rmtree(copy.with_name("small.work"))
     config = dataclasses.replace(world.config, speed=False)

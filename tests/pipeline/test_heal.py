@@ -96,6 +96,7 @@ def test_low_memory_heals_the_same(
     assert all(torch.allclose(value, second[name], atol=1e-5) for name, value in first.items())
 
 
+@pytest.mark.slow
 def test_a_time_becomes_tokens(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
     done = prune_tiny(tiny_folder, tmp_path / "out", text_file, "--heal", "2s")
     assert done.exit_code == 0, done.output
@@ -103,6 +104,7 @@ def test_a_time_becomes_tokens(tiny_folder: Path, text_file: Path, tmp_path: Pat
     assert healed is not None and healed.tokens >= 1024 and healed.seconds < 10
 
 
+@pytest.mark.slow
 def test_text_shorter_than_the_budget_is_read_again(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
     short = tmp_path / "short.txt"
     short.write_text(text_file.read_text(encoding="utf-8")[:5000], encoding="utf-8")
@@ -139,6 +141,7 @@ def test_own_text_is_written_once_and_kept(
     assert (tmp_path / "again.work" / "self.jsonl").read_text(encoding="utf-8") == written
 
 
+@pytest.mark.slow
 def test_from_finds_the_text_of_healing(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
     notes = tmp_path / "notes.txt"
     notes.write_text(text_file.read_text(encoding="utf-8")[:9000], encoding="utf-8")

@@ -31,6 +31,7 @@ def pruned(model: Path, output: Path, text: Path, **options: Any) -> RunRecord:
     return prune(str(model), output, PruneConfig(calibration=(str(text),), **settings))
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_low_memory_gives_the_same_checkpoint(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
     plain = pruned(tiny_folder, tmp_path / "plain", text_file)

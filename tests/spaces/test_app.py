@@ -285,6 +285,7 @@ def test_the_card_has_the_front_matter_that_spaces_need(runtime: str) -> None:
         license=None if runtime == "transformers" else "apache-2.0", models=["a/b", "c/d"],
         sdk_version="6.17.3", python_version="3.11", name_original="a/b", name_pruned="c/d",
         layers_before=3, layers_after=2, runtime=runtime, precisions=["int8", "float32"], stored=["int8"],
+        healed=runtime == "onnx",
     )  # fmt: skip
     front = yaml.safe_load(text.split("---")[1])
     assert front["title"] == 'Tiny: "lighter"'
@@ -293,6 +294,7 @@ def test_the_card_has_the_front_matter_that_spaces_need(runtime: str) -> None:
     assert front["emoji"]
     assert ("license" in front) == (runtime == "onnx")
     assert ("HF_TOKEN" in text) == (runtime == "transformers")
+    assert ("without retraining" in text) == (runtime == "transformers")
 
 
 def test_events_that_are_over_are_forgotten(kit: SimpleNamespace) -> None:
