@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Self
 
 from .errors import HubError
-from .objects import CorruptUpload, hash_file
+from .objects import CorruptUpload, hash_file, make_folder, write_atomically
 
 _PREFIX = "multipart-"
 _MOST_PARTS = 1000
@@ -87,7 +87,7 @@ class MultipartUpload:
         try:
             if hash_file(content) != sha256:
                 raise CorruptUpload(f"The content does not have the announced SHA-256 {sha256}")
-            target.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(target.parent)
             os.replace(content, target)
         except FileNotFoundError:
             raise HubError(409, "Another request completed or discarded this upload") from None
@@ -107,7 +107,7 @@ class PartWriter:
         self._received = 0
 
     def __enter__(self) -> Self:
-        self._folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self._folder)
         (self._folder / str(self._number)).unlink(missing_ok=True)
         # Parts arrive concurrently and in any order, so opening must not truncate the file.
         descriptor = os.open(self._folder / "content", os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o600)
@@ -132,7 +132,7 @@ class PartWriter:
             raise CorruptUpload(f"Expected {self._size} bytes for part {self._number}, received {self._received}")
         self._file.flush()
         etag = self._hash.hexdigest()
-        (self._folder / str(self._number)).write_text(etag)
+        write_atomically(self._folder / str(self._number), etag.encode(), self._folder)
         return etag
 
     def __exit__(

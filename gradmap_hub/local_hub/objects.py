@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import IO, Any, Self
 
 from .errors import HubError
 from .gitids import Entry, blob_id
@@ -53,8 +53,7 @@ class LfsWriter:
         self._received = 0
 
     def __enter__(self) -> Self:
-        self._temporary.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self._temporary.open("xb")
+        self._file = open_private(self._temporary)
         return self
 
     def write(self, chunk: bytes) -> None:
@@ -76,7 +75,7 @@ class LfsWriter:
         if self._hash.hexdigest() != self._sha256:
             raise CorruptUpload(f"The content does not have the announced SHA-256 {self._sha256}")
         self._file.close()
-        self._target.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self._target.parent)
         os.replace(self._temporary, self._target)
 
     def __exit__(
@@ -99,7 +98,7 @@ class Objects:
     def _write(self, path: Path, content: bytes) -> None:
         if path.exists():
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         write_atomically(path, content, self._temporary)
 
     def put_blob(self, content: bytes) -> Entry:
@@ -167,13 +166,30 @@ class Objects:
         return [prefix[:2] + rest.name for rest in folder.iterdir() if rest.name.startswith(prefix[2:])]
 
 
+def make_folder(path: Path) -> None:
+    """Create a folder and its parents as needed. Only their owner can enter, regardless of the umask."""
+    for folder in (*reversed(path.parents), path):
+        # `parents=True` would give the parents the mode of the umask.
+        if not folder.is_dir():
+            folder.mkdir(mode=0o700, exist_ok=True)
+
+
+def open_private(path: Path) -> IO[bytes]:
+    """Create a file and its folder, and open the file for writing. Only its owner can read it.
+
+    Raises:
+        FileExistsError: the file exists.
+    """
+    make_folder(path.parent)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+    return os.fdopen(os.open(path, flags, 0o600), "wb")
+
+
 def write_atomically(path: Path, content: bytes, temporary: Path) -> None:
     """Replace ``path`` atomically. Only the owner can read the file, regardless of the umask."""
-    temporary.mkdir(parents=True, exist_ok=True)
     draft = temporary / secrets.token_hex(16)
-    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with open_private(draft) as file:
             file.write(content)
         os.replace(draft, path)
     except BaseException:

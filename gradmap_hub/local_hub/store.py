@@ -19,7 +19,7 @@ from typing import Any, Literal
 from .errors import EntryNotFound, HubError, RepoExists, RepoNotFound, RevisionNotFound, StaleParent
 from .gitids import Entry, commit_id, tree_ids
 from .names import PLURALS, RepoKey, RepoType, check_path, check_ref_name
-from .objects import Commit, Objects, write_atomically
+from .objects import Commit, Objects, make_folder, write_atomically
 from .patterns import default_attributes, track
 from .spacebuild import SpaceBuild
 
@@ -125,7 +125,12 @@ Change = AddFile | DeleteFile | DeleteFolder
 
 @dataclass(frozen=True)
 class NewCommit:
-    """A commit to create. ``parent`` is the expected head, at least its first five digits."""
+    """A commit to create.
+
+    Args:
+        parent: the expected head, at least its first five digits.
+        into: the internal id of the repository, if it was looked up before: another one may have its name by now.
+    """
 
     title: str
     author: str
@@ -133,6 +138,7 @@ class NewCommit:
     description: str = ""
     parent: str | None = None
     create_pr: bool = False
+    into: str | None = None
 
 
 @dataclass(frozen=True)
@@ -153,7 +159,10 @@ class Store:
         self.temporary = root / "tmp"
         self._locks: dict[RepoKey, threading.RLock] = {}
         self._locks_guard = threading.Lock()
-        self.temporary.mkdir(parents=True, exist_ok=True)
+        # Older versions left files for everybody to read; nobody else reaches them in these folders.
+        for folder in (self.temporary, root / "repos", root / "xorbs"):
+            make_folder(folder)
+            folder.chmod(0o700)
 
     def lock(self, key: RepoKey) -> threading.RLock:
         with self._locks_guard:
@@ -220,8 +229,7 @@ class Store:
         with self.lock(key):
             if self.exists(key):
                 raise RepoExists(key.type, key.id)
-            folder = self._folder(key)
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self._folder(key))
             objects = self.objects(key)
             files = {".gitattributes": objects.put_blob(default_attributes(key.type).encode())}
             if space is not None:
@@ -259,7 +267,7 @@ class Store:
             if self.exists(new):
                 raise RepoExists(new.type, new.id)
             target = self._folder(new)
-            target.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(target.parent)
             # Remnants of an upload to a repository that was deleted during the upload.
             shutil.rmtree(target, ignore_errors=True)
             self._folder(key).rename(target)
@@ -311,11 +319,16 @@ class Store:
             RevisionNotFound: the branch does not exist.
             StaleParent: ``new.parent`` is not the head of the branch.
             EntryNotFound: a file or folder to delete does not exist.
-            HubError: 400, a path would be both a file and a folder.
+            HubError: 400, a path would be both a file and a folder; 409, the repository is not the one of
+                ``new.into``, or does not have the content of a file any more.
         """
         objects = self.objects(key)
         with self.lock(key):
             state = self.state(key)
+            if new.into not in (None, state.internal_id) or not all(
+                objects.file(change.entry).is_file() for change in new.changes if isinstance(change, AddFile)
+            ):
+                raise HubError(409, f"{key.id} was deleted or moved during this commit. Nothing was committed.")
             # A pull request may start from an older commit; a branch may not.
             if new.create_pr and new.parent is not None:
                 head = self.resolve(key, new.parent.lower())

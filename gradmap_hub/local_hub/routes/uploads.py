@@ -75,6 +75,8 @@ def preupload(call: Call) -> Response:
 async def commit(call: Call) -> Response:
     key = call.key()
     user = await run_in_threadpool(_committer, call, key)
+    # A body may take long to arrive, while the repository is deleted and another one takes its name.
+    repository = (await run_in_threadpool(call.hub.store.state, key)).internal_id
     header: dict[str, Any] | None = None
     changes: list[Change] = []
     async for line in _lines(call.http.stream()):
@@ -95,6 +97,7 @@ async def commit(call: Call) -> Response:
         changes=tuple(changes),
         parent=parent,
         create_pr=_creates_pr(call),
+        into=repository,
     )
     made = await run_in_threadpool(call.hub.store.commit, key, call.param("revision"), new)
     page = f"{call.base_url}/{key.address}"

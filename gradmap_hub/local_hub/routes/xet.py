@@ -19,6 +19,7 @@ from starlette.routing import Route
 from ..context import Call, Hub, answer
 from ..errors import HubError, Unauthorized
 from ..names import PLURALS, RepoKey, is_sha256, parse_repo_id
+from ..objects import make_folder, open_private
 from ..routing import RouteMaker
 from ..xet import XORB_LIMIT, BadXet, read_pieces, read_shard
 
@@ -65,7 +66,7 @@ async def take_xorb(call: Call) -> Response:
     target = store.xorb(name)
     draft = store.temporary / os.urandom(16).hex()
     try:
-        with draft.open("xb") as file:
+        with open_private(draft) as file:
             async for chunk in call.http.stream():
                 received += len(chunk)
                 if received > XORB_LIMIT:
@@ -75,7 +76,7 @@ async def take_xorb(call: Call) -> Response:
         def keep() -> None:
             for _ in read_pieces(draft):  # verify before it can replace a valid xorb
                 pass
-            target.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(target.parent)
             os.replace(draft, target)
 
         await run_in_threadpool(keep)
