@@ -25,9 +25,41 @@ TEXT_FILES = (
     "config.json",
     "tokenizer.json",
     "tokenizer_config.json",
+    "special_tokens_map.json",
     "generation_config.json",
     "chat_template.jinja",
 )
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+_LLAMA = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+_END = "<|endoftext|>"
+_GPT2 = {"bos_token": _END, "eos_token": _END, "unk_token": _END}
+# The special tokens of the tokenizer classes in transformers 4.57, which hold where the files of a model state none.
+CLASS_TOKENS: dict[str, dict[str, str]] = {
+    "LlamaTokenizer": _LLAMA,
+    "BloomTokenizer": _LLAMA | {"pad_token": "<pad>"},
+    "GemmaTokenizer": {"bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>", "pad_token": "<pad>"},
+    "CohereTokenizer": {"bos_token": "<BOS_TOKEN>", "eos_token": "<|END_OF_TURN_TOKEN|>", "unk_token": "<UNK>"},
+    "GPT2Tokenizer": _GPT2,
+    "GPTNeoXTokenizer": _GPT2,
+    "CodeGenTokenizer": _GPT2,
+    "Qwen2Tokenizer": {"eos_token": _END, "unk_token": _END, "pad_token": _END},
+}
+# The class of each model type (config.json), where no file names one.
+TYPE_CLASSES: dict[str, str] = {
+    **dict.fromkeys(("arcee", "deepseek_v3", "llama", "ministral", "mistral", "mixtral", "phi3"), "LlamaTokenizer"),
+    **dict.fromkeys(("gemma", "gemma2", "gemma3_text"), "GemmaTokenizer"),
+    **dict.fromkeys(("cohere", "cohere2"), "CohereTokenizer"),
+    **dict.fromkeys(
+        ("exaone4", "gpt2", "gpt_neo", "gptj", "granite", "granitemoe", "olmo3", "opt", "starcoder2"), "GPT2Tokenizer"
+    ),
+    **dict.fromkeys(("gpt_neox", "mpt", "olmo", "olmo2", "olmoe", "stablelm"), "GPTNeoXTokenizer"),
+    **dict.fromkeys(("qwen2", "qwen2_moe", "qwen3", "qwen3_moe"), "Qwen2Tokenizer"),
+    "bloom": "BloomTokenizer",
+    "phi": "CodeGenTokenizer",
+}
+# Characters of a foreign error that are shown.
+_MOST_SHOWN = 200
 
 
 class ModelError(Exception):
@@ -38,17 +70,30 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; empty if the file is missing, because several are optional.
 
     Raises:
-        ModelError: the file is not valid JSON, or not an object.
+        ModelError: the file is not valid JSON, nested too deeply, or not an object.
     """
     if not path.is_file():
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ModelError(f"{path.name} is nested too deeply.") from None
     except ValueError as error:
         raise ModelError(f"{path.name} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise ModelError(f"{path.name} does not contain a JSON object.")
     return content
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception of a library or a template says, as one short line without control characters."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return "".join(character if character.isprintable() else " " for character in line[:_MOST_SHOWN])
+
+
+def is_tokenizer_failure(error: BaseException) -> bool:
+    """Whether the tokenizers library raised this: a plain Exception, or the panic of its Rust code, which is none."""
+    return type(error) is Exception or type(error).__name__ == "PanicException"
 
 
 def special_token(value: object) -> str | None:
@@ -58,14 +103,29 @@ def special_token(value: object) -> str | None:
     return value if isinstance(value, str) else None
 
 
+def special_tokens(folder: Path, tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
+    """The special tokens by name, as transformers finds them: in tokenizer_config.json, else in
+    special_tokens_map.json, which overrides it in models that list no added_tokens_decoder, else by its class."""
+    config = read_json(folder / "config.json")
+    named = tokenizer_config.get("tokenizer_class") or config.get("tokenizer_class")
+    named = named or TYPE_CLASSES.get(str(config.get("model_type")))
+    stated: dict[str, Any] = dict(CLASS_TOKENS.get(str(named).removesuffix("Fast"), {}))
+    stated |= {name: tokenizer_config[name] for name in SPECIAL_TOKENS if name in tokenizer_config}
+    if "added_tokens_decoder" not in tokenizer_config:
+        saved = read_json(folder / "special_tokens_map.json")
+        stated |= {name: saved[name] for name in SPECIAL_TOKENS if name in saved}
+    return {name: token for name, value in stated.items() if (token := special_token(value)) is not None}
+
+
 def end_ids(folder: Path, tokenizer: Tokenizer, tokens: Mapping[str, str]) -> frozenset[int]:
     """The ids that end an answer: those that `generate` uses, else the tokenizer's own end token."""
     for name in ("generation_config.json", "config.json"):
         value = read_json(folder / name).get("eos_token_id")
-        if isinstance(value, int):
-            return frozenset({value})
-        if isinstance(value, list) and value:
-            return frozenset(int(item) for item in value)
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(token) is int for token in ids):
+            raise ModelError(f"{name}: eos_token_id must be a token id or a list of them.")
+        if ids:
+            return frozenset(ids)
     found = tokenizer.token_to_id(tokens["eos_token"]) if "eos_token" in tokens else None
     return frozenset() if found is None else frozenset({found})
 
@@ -74,11 +134,16 @@ def chat_template_of(folder: Path, tokenizer_config: Mapping[str, Any]) -> str |
     """The chat template, from its file or else from tokenizer_config.json (a text, or a list of named ones)."""
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ModelError(f"{file.name} is not UTF-8 text: {error}") from error
     template = tokenizer_config.get("chat_template")
     if isinstance(template, list):
-        named = {item.get("name"): item.get("template") for item in template if isinstance(item, Mapping)}
-        template = named.get("default")
+        named = [item for item in template if isinstance(item, Mapping) and item.get("name") == "default"]
+        template = named[-1].get("template") if named else None
+    elif isinstance(template, Mapping):
+        template = template.get("default")
     return template if isinstance(template, str) else None
 
 
@@ -112,9 +177,15 @@ def render_chat(template: str, messages: Sequence[Mapping[str, Any]], tokens: Ma
     def raise_exception(message: str) -> None:
         raise TemplateError(message)
 
-    def to_json(value: object, indent: int | None = None) -> str:
-        # Jinja's own filter escapes HTML characters, which changes the prompt.
-        return json.dumps(value, ensure_ascii=False, indent=indent)
+    def to_json(
+        value: object,
+        ensure_ascii: bool = False,
+        indent: int | str | None = None,
+        separators: tuple[str, str] | None = None,
+        sort_keys: bool = False,
+    ) -> str:
+        # Jinja's own filter escapes HTML characters, which changes the prompt. The arguments are transformers'.
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
@@ -129,17 +200,22 @@ def render_chat(template: str, messages: Sequence[Mapping[str, Any]], tokens: Ma
         )
     # A template is a program and may raise anything, such as a security or type error.
     except Exception as error:
-        raise ModelError(f"The model's chat template failed: {error}") from error
+        raise ModelError(f"The model's chat template failed: {first_line(error)}") from error
+
+
+Render = Callable[[str, Sequence[Mapping[str, Any]], Mapping[str, str]], str]
 
 
 @dataclass(frozen=True)
 class TextCodec:
-    """Encodes and decodes text for one model. `ends`: the ids that end an answer."""
+    """Encodes and decodes text for one model. `ends`: the ids that end an answer; `render`: `render_chat`, or the same
+    with limits of time and memory."""
 
     tokenizer: Tokenizer
     chat_template: str | None
     tokens: Mapping[str, str]
     ends: frozenset[int]
+    render: Render = render_chat
 
     @classmethod
     def from_folder(cls, folder: Path) -> TextCodec:
@@ -148,8 +224,10 @@ class TextCodec:
             raise ModelError("tokenizer.json is missing.")
         try:
             tokenizer = Tokenizer.from_file(str(file))
-        except Exception as error:  # tokenizers raises plain Exception
-            raise ModelError(f"tokenizer.json could not be read: {error}") from error
+        except BaseException as error:
+            if not is_tokenizer_failure(error):
+                raise
+            raise ModelError(f"tokenizer.json could not be read: {first_line(error)}") from error
         return cls.with_tokenizer(folder, tokenizer)
 
     @classmethod
@@ -158,8 +236,7 @@ class TextCodec:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         config = read_json(folder / "tokenizer_config.json")
-        names = ("bos_token", "eos_token", "unk_token", "pad_token")
-        tokens = {name: token for name in names if (token := special_token(config.get(name))) is not None}
+        tokens = special_tokens(folder, config)
         return cls(
             tokenizer=tokenizer,
             chat_template=chat_template_of(folder, config),
@@ -174,16 +251,26 @@ class TextCodec:
         return self.encode_chat([{"role": "user", "content": prompt}])
 
     def encode_text(self, text: str) -> list[int]:
-        return self._some(self.tokenizer.encode(text).ids)
+        return self._ids(text, add_special_tokens=True)
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         if self.chat_template is None:
             raise ModelError("This model has no chat template.")
         # The template has already written the special tokens.
-        text = render_chat(self.chat_template, messages, self.tokens)
-        return self._some(self.tokenizer.encode(text, add_special_tokens=False).ids)
+        text = self.render(self.chat_template, messages, self.tokens)
+        return self._ids(text, add_special_tokens=False)
 
-    def _some(self, ids: list[int]) -> list[int]:
+    def _ids(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:  # half of a surrogate pair, such as of a byte that is no UTF-8
+            raise ModelError("This prompt is not valid Unicode text.") from None
+        try:
+            ids = self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        except BaseException as error:
+            if not is_tokenizer_failure(error):
+                raise
+            raise ModelError(f"tokenizer.json fails on this prompt: {first_line(error)}") from error
         if not ids:
             raise ModelError("This prompt has no tokens.")
         return ids
@@ -194,12 +281,15 @@ class TextCodec:
 
         def next_piece(token: int) -> str:
             nonlocal stream
-            try:
-                return stream.step(self.tokenizer, token) or ""
-            except Exception:
-                # tokenizers fails on some malformed byte sequences ("Invalid prefix encountered"), which a damaged
-                # model may generate; continue with a new stream.
-                stream = DecodeStream(skip_special_tokens=True)
-                return stream.step(self.tokenizer, token) or ""
+            for _ in range(2):
+                try:
+                    return stream.step(self.tokenizer, token) or ""
+                except BaseException as error:
+                    if not is_tokenizer_failure(error):
+                        raise
+                    # tokenizers fails on some malformed byte sequences ("Invalid prefix encountered"), which a damaged
+                    # model may generate; continue with a new stream.
+                    stream = DecodeStream(skip_special_tokens=True)
+            return ""  # a token that cannot be decoded at all
 
         return next_piece
