@@ -44,7 +44,7 @@ def try_tokenizer(folder: Path, name: str, texts: Iterable[str] = ()) -> None:
     file = folder / TOKENIZER
     if not file.is_file():
         return
-    # A lone surrogate cannot be passed on; where it matters, the text is refused.
+    # Half of a surrogate pair cannot be passed on; where it matters, the text is refused.
     samples = [text[:SAMPLE_CHARACTERS].encode("utf-8", "replace").decode("utf-8") for text in texts]
     task = json.dumps([*PROBE, *filter(None, samples)])
     command = [sys.executable, "-P", tokenizer_worker.__file__, str(file)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
@@ -45,7 +46,9 @@ def load(
     for name, value in (("threads", threads), ("context", context)):
         if value is not None and value < 1:
             raise UsageError(f"--{name} must be at least 1; got {value}.")
+    from gradmap_hub.models.tokenizer_trial import try_tokenizer
     from gradmap_hub.runtime.prompting import ModelError, TextCodec, read_json
+    from gradmap_hub.runtime.rendering import LimitedRenderer
     from gradmap_hub.runtime.session import CUDA, Session, provider_named
 
     chosen = provider_named(provider)
@@ -54,8 +57,9 @@ def load(
     )
     graph = folder / found.path
     text = folder if (folder / "tokenizer.json").is_file() else graph.parent
+    try_tokenizer(text, str(model))
     try:
-        codec = TextCodec.from_folder(text)
+        codec = dataclasses.replace(TextCodec.from_folder(text), render=LimitedRenderer())
         config = read_json(text / "config.json")
     except ModelError as error:
         raise SourceError(f"{model}: {error}") from error

@@ -1,0 +1,109 @@
+"""Chat templates in a process with limits: the same prompts, and no template that holds up or fills this process."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from gradmap_hub.runtime import rendering
+from gradmap_hub.runtime.prompting import ModelError, render_chat
+from gradmap_hub.runtime.rendering import LimitedRenderer
+
+MESSAGES = [{"role": "user", "content": "Grüße 🦊 \u2028 <b>\n"}]
+TOKENS = {"bos_token": "<s>"}
+HONEST = "{{ bos_token }}{% for m in messages %}{{ m | tojson }}{{ m.content }}{% endfor %}"
+ENDLESS = "{% for a in range(99999) %}" * 3 + "{% endfor %}" * 3
+LARGE = {
+    "a multiple": "{{ 'a' * 10000000000 }}",
+    "doubling": "{% set ns = namespace(x='a') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
+    "a width": "{{ '%099999999999d' % 1 }}",
+    "a long prompt": "{{ 'a' * 40000000 }}",
+}
+
+
+@pytest.fixture
+def render() -> Iterator[LimitedRenderer]:
+    renderer = LimitedRenderer()
+    yield renderer
+    renderer.close()
+
+
+def test_prompts_and_errors_are_those_of_the_template(render: LimitedRenderer) -> None:
+    for _ in range(2):
+        assert render(HONEST, MESSAGES, TOKENS) == render_chat(HONEST, MESSAGES, TOKENS)
+        with pytest.raises(ModelError, match="failed: roles must alternate"):
+            render("{{ raise_exception('roles must alternate') }}", MESSAGES, TOKENS)
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_a_template_does_not_fill_the_memory(name: str, render: LimitedRenderer) -> None:
+    with pytest.raises(ModelError, match="chat template failed"):
+        render(LARGE[name], MESSAGES, TOKENS)
+    assert render(HONEST, MESSAGES, TOKENS).startswith("<s>")
+
+
+def test_a_template_without_end_is_stopped(render: LimitedRenderer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendering, "_SLOWDOWN", 0.05)  # the watch ends it before its own timer does
+    render(HONEST, MESSAGES, TOKENS)
+    began = time.monotonic()
+    with pytest.raises(ModelError, match="more than 5 seconds"):
+        render(ENDLESS, MESSAGES, TOKENS)
+    assert time.monotonic() - began < 3
+    monkeypatch.undo()
+    assert render(HONEST, MESSAGES, TOKENS).startswith("<s>")
+
+
+@pytest.mark.slow
+def test_the_worker_ends_itself_where_nobody_watches(render: LimitedRenderer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendering, "_SLOWDOWN", 60)
+    with pytest.raises(ModelError, match="more than 5 seconds"):
+        render(ENDLESS, MESSAGES, TOKENS)
+
+
+def test_threads_take_turns_and_a_dead_worker_is_replaced(render: LimitedRenderer) -> None:
+    found: dict[int, str] = {}
+
+    def ask(number: int) -> None:
+        found[number] = render("{{ messages[0].content }}", [{"role": "user", "content": str(number)}], {})
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {number: str(number) for number in range(8)}
+    render.close()
+    assert render(HONEST, MESSAGES, TOKENS).startswith("<s>")
+
+
+def test_the_worker_ends_with_the_renderer() -> None:
+    renderer = LimitedRenderer()
+    renderer(HONEST, MESSAGES, TOKENS)
+    worker = renderer._worker
+    assert worker is not None and worker.poll() is None
+    del renderer
+    gc.collect()
+    assert worker.poll() is not None
+
+
+def test_an_interrupted_call_leaves_no_answer_for_the_next(render: LimitedRenderer) -> None:
+    render(HONEST, MESSAGES, TOKENS)
+    worker = render._worker
+    assert worker is not None
+
+    class Interrupted:
+        def readline(self) -> bytes:
+            raise KeyboardInterrupt
+
+        def close(self) -> None:
+            pass
+
+    worker.stdout = Interrupted()  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(KeyboardInterrupt):
+        render("the answer that nobody reads", MESSAGES, TOKENS)
+    assert worker.poll() is not None
+    assert render(HONEST, MESSAGES, TOKENS).startswith("<s>")
