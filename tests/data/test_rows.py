@@ -1,15 +1,12 @@
-"""Text to rows: every reader, nothing measured on what was fitted, equal shares, errors that say the numbers."""
+"""Text to rows: nothing measured on what was fitted, equal shares, errors that say the numbers."""
 
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow
-import pyarrow.parquet
 import pytest
 
 from gradmap_hub.data.rows import CalibrationRows, embedding_rows, evaluation_rows, split_rows, tokenize
@@ -143,71 +140,3 @@ def test_evaluation_rows_are_spread_over_the_text(texts: list[Text], tokenizer: 
     places = [whole.index(row) for row in picked]
     assert places[0] == 0 and places == sorted(set(places)) and places[-1] >= 0.6 * len(whole)
     assert len(evaluation_rows(texts[0], tokenizer, seq_len=SEQ_LEN, rows=len(whole)).ids) == len(whole)
-
-
-def test_three_formats_read_the_same_words(tmp_path: Path) -> None:
-    parts = ["First part, with an umlaut: ä.", 'Second part, "quoted".', "Third."]
-    (tmp_path / "a.txt").write_text("\n\n".join(parts), encoding="utf-8")
-    lines = [json.dumps({"text": part, "id": 1}, ensure_ascii=False) for part in parts]
-    (tmp_path / "a.jsonl").write_text("\n".join([lines[0], "", *lines[1:], ""]), encoding="utf-8")
-    pyarrow.parquet.write_table(pyarrow.table({"id": [1, 2, 3], "text": parts}), tmp_path / "a.parquet")
-    read = [read_text(tmp_path / f"a.{kind}") for kind in ("txt", "jsonl", "parquet")]
-    assert [text.name for text in read] == ["a.txt", "a.jsonl", "a.parquet"]
-    assert read[0].content.split() == read[1].content.split() == read[2].content.split()
-    assert read[0].sha256 == read[1].sha256  # of the words read, not of the file
-    assert read_text(tmp_path / "a.txt", "owner/data").name == "owner/data"
-
-
-def test_parquet_rows_that_end_their_own_line_gain_none(tmp_path: Path) -> None:
-    values = ["= Title =\n", "", "A line.\n", None, "no end"]
-    pyarrow.parquet.write_table(pyarrow.table({"text": values}), tmp_path / "w.parquet")
-    assert read_text(tmp_path / "w.parquet").content == "= Title =\nA line.\nno end\n"
-
-
-def test_jsonl_with_line_separators_inside_a_string(tmp_path: Path) -> None:
-    """U+2028 and U+0085 are no line ends in JSON Lines; but json.dumps(ensure_ascii=False) writes them."""
-    value = "one\u2028two\u0085three\u2029four"
-    line = json.dumps({"text": value}, ensure_ascii=False)
-    (tmp_path / "a.jsonl").write_text(f"{line}\r\n{line}\n", encoding="utf-8", newline="")
-    assert read_text(tmp_path / "a.jsonl").content == f"{value}\n\n{value}"
-
-
-def test_jsonl_with_half_a_surrogate_pair(tmp_path: Path, tokenizer: Any) -> None:
-    (tmp_path / "a.jsonl").write_text('{"text": "cut \\ud83d off"}\n', encoding="utf-8")
-    text = read_text(tmp_path / "a.jsonl")
-    assert text.content.startswith("cut ") and text.content.endswith(" off")
-    assert len(tokenize(text, tokenizer, 2).ids)  # what is read can be tokenised
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("latin.txt", "Käse".encode("latin-1"), "not a UTF-8 text file"),
-        ("latin.jsonl", '{"text": "Käse"}'.encode("latin-1"), "not a UTF-8 text file"),
-        ("binary.txt", bytes(range(256)), "not a UTF-8 text file"),
-        ("empty.txt", b"", "contains no text"),
-        ("blank.txt", b" \n\t\n", "contains no text"),
-        ("empty.jsonl", b"\n\n", "contains no text"),
-        ("key.jsonl", b'{"text": "a"}\n{"content": "b"}\n', "line 2 is not a JSON object with the key `text`"),
-        ("cut.jsonl", b'{"text": "a"}\n\n{"text": "b', "line 3 is not"),
-        ("list.jsonl", b'["a"]\n', "line 1 is not"),
-        ("garbage.parquet", b"PAR1 nothing else", "garbage.parquet"),
-        ("empty.parquet", b"", "empty.parquet"),
-    ],
-)
-def test_files_that_are_no_text(name: str, content: bytes, message: str, tmp_path: Path) -> None:
-    path = tmp_path / name
-    path.write_bytes(content)
-    with pytest.raises(CalibrationError, match=message):
-        read_text(path)
-
-
-def test_missing_file_folder_and_column(tmp_path: Path) -> None:
-    for name in ("gone.txt", "gone.jsonl", "gone.parquet"):
-        with pytest.raises(CalibrationError, match="No such text file"):
-            read_text(tmp_path / name)
-    with pytest.raises(CalibrationError, match="not a UTF-8 text file"):
-        read_text(tmp_path)
-    pyarrow.parquet.write_table(pyarrow.table({"content": ["a"]}), tmp_path / "c.parquet")
-    with pytest.raises(CalibrationError, match="column `text`"):
-        read_text(tmp_path / "c.parquet")
