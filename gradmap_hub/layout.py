@@ -122,7 +122,12 @@ TOKENIZER_FILES = (
     "spiece.model",
     "chat_template.jinja",
     "chat_template.json",
+    "tekken.json",
 )
+
+
+# Folder of further chat templates, such as one for tools, each a .jinja file.
+TEMPLATES_FOLDER = "additional_chat_templates"
 
 
 COMPANION_FILES = (*TOKENIZER_FILES, "generation_config.json")
@@ -131,6 +136,24 @@ COMPANION_FILES = (*TOKENIZER_FILES, "generation_config.json")
 def legal_texts(names: Iterable[str]) -> list[str]:
     """LICENSE and NOTICE files among `names`."""
     return [name for name in names if _is_legal_text(name)]
+
+
+def is_companion(name: str) -> bool:
+    """Whether a file of a model folder is copied into a result: of the tokenizer, generation config or legal texts."""
+    folder, _, file = name.rpartition("/")
+    return (
+        name in COMPANION_FILES
+        or _is_legal_text(name)
+        or (folder == TEMPLATES_FOLDER and file.endswith(".jinja") and file != ".jinja")
+    )
+
+
+def extra_templates(folder: Path) -> list[str]:
+    """The further chat templates of a model folder, relative to it. A link to another folder is not followed: what is
+    in it is not checked as the files of the model are."""
+    if (folder / TEMPLATES_FOLDER).is_symlink():
+        return []
+    return [f"{TEMPLATES_FOLDER}/{path.name}" for path in sorted((folder / TEMPLATES_FOLDER).glob("?*.jinja"))]
 
 
 def _is_legal_text(name: str) -> bool:

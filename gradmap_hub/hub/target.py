@@ -8,12 +8,21 @@ from fnmatch import fnmatchcase
 
 from gradmap_hub.comparison import COMPARE, parse_comparison
 from gradmap_hub.errors import SourceError
-from gradmap_hub.layout import CARD, COMPANION_FILES, RESULTS_FOLDER, WEIGHTS, WEIGHTS_INDEX, legal_texts
+from gradmap_hub.layout import (
+    CARD,
+    COMPANION_FILES,
+    RESULTS_FOLDER,
+    TEMPLATES_FOLDER,
+    WEIGHTS,
+    WEIGHTS_INDEX,
+    legal_texts,
+)
 from gradmap_hub.record import FILE_NAME, parse_record
 
 # The names of our files; a repository with other names also holds files of somebody else.
 _OURS = {
     "model": (
+        f"{TEMPLATES_FOLDER}/*.jinja",
         CARD, FILE_NAME, "config.json", "generation_config.json", WEIGHTS, "model-*-of-*.safetensors", WEIGHTS_INDEX,
         *COMPANION_FILES, "onnx/*", "assets/*.png", "assets/*.svg",
         f"{RESULTS_FOLDER}/*.yaml",

@@ -47,12 +47,13 @@ def save_checkpoint(model: Any, folder: Path, dtype: torch.dtype) -> None:
 
 
 def copy_companions(source: Path, folder: Path, names: Sequence[str]) -> None:
-    """Copy tokenizer, chat template, generation config and legal texts byte for byte, except tokenizer_config.json (see
+    """Copy tokenizer, templates, generation config and legal texts byte for byte, except tokenizer_config.json (see
     `copy_tokenizer_config`)."""
     for name in names:
         if name == TOKENIZER_CONFIG and (source / name).is_file():
             copy_tokenizer_config(source / name, folder / name)
         elif (source / name).is_file():
+            (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(source / name, folder / name)
 
 

@@ -17,12 +17,12 @@ from typing import Any, TypeGuard
 from gradmap_hub.errors import BrokenCheckpointError, SourceError
 from gradmap_hub.files import MOST_BYTES, InvalidJson, parse_json, read_json, shown
 from gradmap_hub.layout import (
-    COMPANION_FILES,
     CONFIG,
     TOKENIZER_CONFIG,
     WEIGHTS,
     WEIGHTS_INDEX,
-    _is_legal_text,
+    extra_templates,
+    is_companion,
 )
 from gradmap_hub.models.config_fields import check_config
 from gradmap_hub.models.transformers_compat import NotInBothForms, both_read_config, both_read_tokenizer_config
@@ -70,7 +70,7 @@ def choose_files(sizes: Mapping[str, int], fetched: Callable[[str], Path]) -> Fi
         BrokenCheckpointError: there are only pickled weights, or the index does not name files of the listing.
     """
     top = {name: size for name, size in sizes.items() if "/" not in name}
-    companions = tuple(name for name in top if name in COMPANION_FILES or _is_legal_text(name))
+    companions = tuple(name for name in sizes if is_companion(name))
     for name in _QUANTIZED:
         if name in top:
             raise SourceError(f"The checkpoint is quantised, as {name} says.", hint=_FULL_PRECISION)
@@ -199,6 +199,9 @@ def readable(folder: Path, stand_in: Path) -> Path:
     for path in folder.iterdir():
         if path.is_file() and not (stand_in / path.name).exists():
             _link(path.resolve(), stand_in / path.name)
+    for name in extra_templates(folder):
+        (stand_in / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(folder / name, stand_in / name)
     for name, translated in ((CONFIG, in_both_forms(config)), (TOKENIZER_CONFIG, both_read_tokenizer_config(saved))):
         if (folder / name).is_file():
             (stand_in / name).unlink()  # a link: its target must not change

@@ -22,6 +22,7 @@ from gradmap_hub.layout import (
     CONFIG,
     WEIGHTS_INDEX,
     check_disk,
+    extra_templates,
     sha256_of,
     weight_artifacts,
     work_folder,
@@ -237,7 +238,7 @@ def _with_weights(run: Run, record: RunRecord, healed: HealRecord, built: Path) 
         expected = logits_of(model, probe_ids(model.config))
         del model
         reloaded, report = checkpoint.load_model(built)
-        checkpoint.copy_companions(folder, built, COMPANION_FILES)
+        checkpoint.copy_companions(folder, built, [*COMPANION_FILES, *extra_templates(folder)])
         return verify(reloaded, report, built, expected)
 
     run.release()

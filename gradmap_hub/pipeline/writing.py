@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from gradmap_hub.layout import COMPANION_FILES, legal_texts
+from gradmap_hub.layout import COMPANION_FILES, extra_templates, legal_texts
 from gradmap_hub.measurements import BeforeAfter
 from gradmap_hub.pipeline.stages import new_values
 from gradmap_hub.record import (
@@ -51,7 +51,7 @@ def write(
         from_source = _write_streamed if run.method.low_memory else _write_from_memory
         verification, parameters = from_source(run, removed, overrides, dtype)
         names = legal_texts(path.name for path in source.iterdir())
-        checkpoint.copy_companions(source, run.output, [*COMPANION_FILES, *names])
+        checkpoint.copy_companions(source, run.output, [*COMPANION_FILES, *extra_templates(source), *names])
         write_tokenizer(run.original.tokenizer(), run.output, run.source.base.name)
         return WrittenModel(
             verification,

@@ -15,7 +15,11 @@ from typing import Any
 import pytest
 
 from gradmap_hub.errors import SourceError
+from gradmap_hub.hub.target import is_ours
+from gradmap_hub.layout import TEMPLATES_FOLDER, extra_templates, folder_sizes, is_companion
 from gradmap_hub.models import tokenizer_worker
+from gradmap_hub.models.checkpoint import copy_companions
+from gradmap_hub.models.safetensors_files import choose_files, readable
 from gradmap_hub.models.tokenizer import load_tokenizer, write_tokenizer
 from gradmap_hub.models.tokenizer_trial import PROBE, failures_named, try_tokenizer
 
@@ -277,6 +281,31 @@ def test_no_tokenizer_at_all_is_said(files: dict[str, Any], tmp_path: Path) -> N
 def test_a_class_without_a_fast_form_is_refused_before_anything_expensive(tmp_path: Path) -> None:
     folder = folder_with(tmp_path, {"vocab.txt": "a\nb\n"}, {"tokenizer_class": "BertJapaneseTokenizer"})
     assert "tokenizer" in refused(folder).message
+
+
+def test_further_templates_and_tekken_are_files_of_the_model(tmp_path: Path) -> None:
+    names = [f"{TEMPLATES_FOLDER}/{name}.jinja" for name in ("rag", "tool_use")]
+    others = [f"{TEMPLATES_FOLDER}/notes.txt", f"{TEMPLATES_FOLDER}/deep/a.jinja", "other/a.jinja", "a.jinja"]
+    assert all(map(is_companion, [*names, "tekken.json"])) and not any(map(is_companion, others))
+    files = choose_files(dict.fromkeys(["model.safetensors", "tekken.json", *names, *others], 1))
+    assert set(files.companions) == {"tekken.json", *names}
+    assert all(is_ours(name, "model") for name in ["tekken.json", *names])
+    source = tmp_path / "source"
+    for name in [*names, *others]:
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text(name)
+    assert extra_templates(source) == names
+    (tmp_path / "result").mkdir()
+    copy_companions(source, tmp_path / "result", names)
+    assert sorted(folder_sizes(tmp_path / "result")) == names
+    # transformers 5 wrote the config, so that a translated folder stands in for it.
+    (source / "config.json").write_text(json.dumps({"model_type": "llama", "dtype": "float32", "rope_parameters": {}}))
+    (source / "tokenizer_config.json").write_text(json.dumps({"extra_special_tokens": ["<x>"]}))
+    stand_in = readable(source, tmp_path / "readable")
+    assert stand_in != source and extra_templates(stand_in) == names
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / TEMPLATES_FOLDER).symlink_to(source / TEMPLATES_FOLDER)
+    assert extra_templates(tmp_path / "linked") == []
 
 
 def test_files_outside_of_the_folder_are_not_read(good: dict[str, Any], tokenizer: Any, tmp_path: Path) -> None:
