@@ -28,8 +28,9 @@ from gradmap_hub.cli import (
     space,
     sweep,
 )
-from gradmap_hub.cli.output import stderr
+from gradmap_hub.cli.output import escape_unknown_characters, stderr
 from gradmap_hub.errors import GradmapError, UsageError
+from gradmap_hub.models.tokenizer_trial import first_line
 from gradmap_hub.units import printable
 
 app = typer.Typer(
@@ -54,6 +55,7 @@ def main() -> NoReturn:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     # Importing torch and transformers makes a million objects, none of them garbage; collecting them takes a second.
     gc.set_threshold(100_000, 30, 30)
+    escape_unknown_characters()
     debug = "--debug" in sys.argv or bool(os.environ.get("GRADMAP_DEBUG"))
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
@@ -83,6 +85,12 @@ def main() -> NoReturn:
         _trace(debug)
         reason = str(error.strerror or error).strip() or type(error).__name__
         status = _report(reason.splitlines()[0] + (f": {error.filename}" if error.filename else ""), None, 1)
+    except BaseException as error:
+        # The panic of a library in Rust, such as tokenizers; it is no Exception, and has no importable class.
+        if type(error).__name__ != "PanicException":
+            raise
+        _trace(debug)
+        status = _report(f"A library failed on a file of the model: {first_line(error)}", None, 1)
     sys.exit(status)
 
 

@@ -75,7 +75,9 @@ def generate(
         raise UsageError(
             "No prompt given.", hint='Give one: gradmap-hub generate MODEL "prompt"; or --chat; or pipe it in.'
         )
-    text = "" if chat else sys.stdin.read().removesuffix("\n") if prompt in (None, "-") else prompt or ""
+    text = "" if chat else _standard_input() if prompt in (None, "-") else prompt or ""
+    _check_unicode(text, "prompt")
+    _check_unicode(system or "", "system message")
     if not chat and not text.strip():
         raise UsageError("The prompt is empty.")
     began = time.perf_counter()
@@ -95,6 +97,29 @@ def generate(
         return
     _stream(answer)
     stderr.print(f"[dim]{escape(_summary(loaded, answer))}[/]", highlight=False)
+
+
+def _standard_input() -> str:
+    try:
+        return sys.stdin.read().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise _not_unicode("prompt on standard input") from error
+
+
+def _check_unicode(text: str, what: str) -> None:
+    """Raises UsageError: bytes of the text were not in the encoding of the terminal; Python keeps them as half of a
+    surrogate pair."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise _not_unicode(what) from error
+
+
+def _not_unicode(what: str) -> UsageError:
+    return UsageError(
+        f"The {what} is not valid {(sys.stdin.encoding or 'utf-8').upper()} text.",
+        hint="Convert it to UTF-8, for example with iconv.",
+    )
 
 
 def _prompt_ids(model: TextModel, text: str, system: str | None, raw: bool) -> list[int]:
@@ -133,6 +158,9 @@ def _converse(model: TextModel, system: str | None, max_tokens: int, sampling: S
             said = input("> " if sys.stdin.isatty() else "")
         except EOFError:
             return
+        except UnicodeDecodeError as error:
+            raise _not_unicode("prompt on standard input") from error
+        _check_unicode(said, "prompt")
         if not said.strip():
             continue
         messages.append({"role": "user", "content": said})

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
+import io
 import json
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +31,22 @@ class SafeConsole(Console):
 # Without emoji, which a name like `:fire:` would become.
 stdout = SafeConsole(soft_wrap=True, emoji=False)
 stderr = SafeConsole(stderr=True, soft_wrap=True, emoji=False)
+
+
+def escape_unknown_characters() -> None:
+    """Let stdout and stderr write a character that their encoding lacks (cp1252, ascii) as \\uXXXX, which JSON reads
+    too, instead of failing after all work."""
+
+    def escaped(error: UnicodeError) -> tuple[str, int]:
+        if not isinstance(error, UnicodeEncodeError):
+            raise error
+        # json writes a character beyond U+FFFF as two escapes.
+        return json.dumps(error.object[error.start : error.end])[1:-1], error.end
+
+    codecs.register_error("gradmap-escape", escaped)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="gradmap-escape")
 
 
 @dataclass(frozen=True)
