@@ -14,6 +14,7 @@ from torch import nn
 from gradmap_hub.errors import BrokenCheckpointError, GradmapError
 from gradmap_hub.layout import TOKENIZER_CONFIG
 from gradmap_hub.models.safetensors_files import clean_config, copy_tokenizer_config
+from gradmap_hub.models.skeleton import reason_of
 
 SHARD_LIMIT = "5GB"
 
@@ -63,9 +64,11 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Any, d
     Raises:
         BrokenCheckpointError: transformers cannot read it, or keys are missing, unexpected or mismatched.
     """
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # its report of the tensors is returned, and `weight_check` says it in one line
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -76,9 +79,12 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Any, d
             output_loading_info=True,
         )
         model, report = loaded
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise BrokenCheckpointError(f"The checkpoint in {folder} cannot be loaded: {first}") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # of any type: transformers does not expect all that a folder may hold
+        raise BrokenCheckpointError(f"The checkpoint in {folder} cannot be loaded: {reason_of(error)}") from error
+    finally:
+        logging.set_verbosity(verbosity)
     for kind in ("missing_keys", "mismatched_keys"):
         if report[kind]:
             raise BrokenCheckpointError(

@@ -25,6 +25,7 @@ _MOST_TOKENS = 1 << 24
 _LONGEST = 1 << 24
 _MOST_HEADS = 1 << 14
 _DTYPES = ("auto", "float32", "float16", "bfloat16", "float64")
+_ATTENTIONS = ("full_attention", "sliding_attention")
 _ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "su", "llama3", "proportional")
 
 
@@ -61,6 +62,10 @@ def _list_of(kind: _Kind, expected: str) -> _Kind:
     return _Kind(expected, lambda value: isinstance(value, list) and all(kind.holds(entry) for entry in value))
 
 
+def _one_of(*names: str) -> _Kind:
+    return _Kind(f"one of {', '.join(names)}", lambda value: value in names)
+
+
 _TEXT = _Kind("a text", lambda value: isinstance(value, str))
 _TEXTS = _list_of(_TEXT, "a list of texts")
 _FLAG = _Kind("true or false", lambda value: isinstance(value, bool))
@@ -90,8 +95,10 @@ def _table(*rows: tuple[_Kind, str]) -> dict[str, _Kind]:
 
 # Of every type of model: they decide whether it is supported at all.
 _GENERAL = _table((_TEXT, "model_type"), (_TEXTS, "architectures"))
+# Also of a generation_config.json.
+_SPECIAL = _table((_TOKENS, "bos_token_id eos_token_id pad_token_id"))
 # Of the supported types, under the names of all families.
-_FIELDS = _table(
+_FIELDS = _SPECIAL | _table(
     (_whole(0, MOST_LAYERS), "num_hidden_layers n_layer n_layers num_layers"),
     (_WIDTH, "hidden_size n_embd d_model intermediate_size ffn_dim ffn_hidden_size n_inner word_embed_proj_dim"),
     (_WIDTH, "moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size head_dim"),
@@ -109,7 +116,6 @@ _FIELDS = _table(
     (_list_of(_LAYER, "a list of layers"), "mlp_only_layers"),
     (_whole(1, MOST_EXPERTS), "num_experts num_local_experts n_routed_experts num_experts_per_tok"),
     (_whole(0, MOST_EXPERTS), "n_shared_experts n_group topk_group"),
-    (_TOKENS, "bos_token_id eos_token_id pad_token_id"),
     (_PROBABILITY, "rms_norm_eps layer_norm_eps layer_norm_epsilon norm_epsilon norm_eps"),
     (_PROBABILITY, "attention_dropout attn_pdrop resid_pdrop embd_pdrop emb_pdrop hidden_dropout dropout"),
     (_POSITIVE, "rope_theta rotary_emb_base rope_local_base_freq logits_scaling query_pre_attn_scalar"),
@@ -126,7 +132,8 @@ _FIELDS = _table(
     (_FLAG, "output_attentions output_hidden_states is_encoder_decoder is_decoder"),
     (_TEXT, "hidden_act hidden_activation activation activation_function position_embedding_type norm_type"),
     (_DTYPE, "dtype torch_dtype"),
-    (_TEXTS, "layer_types attention_layers"),
+    (_list_of(_one_of(*_ATTENTIONS), f"a list of {' and '.join(_ATTENTIONS)}"), "layer_types"),
+    (_list_of(_one_of("global", "local"), "a list of global and local"), "attention_layers"),
     (_list_of(_whole(0, 1), "a list of 0 and 1"), "no_rope_layers"),
     (_Kind("a list", lambda value: isinstance(value, list)), "attention_types"),
     (_OBJECT, "attn_config rope_scaling rope_parameters"),
@@ -135,7 +142,7 @@ _FIELDS = _table(
 # Within rope_scaling and rope_parameters.
 _FACTORS = _list_of(_POSITIVE, "a list of numbers above 0")
 _ROPE = _table(
-    (_Kind(f"one of {', '.join(_ROPE_TYPES)}", lambda value: value in _ROPE_TYPES), "rope_type type"),
+    (_one_of(*_ROPE_TYPES), "rope_type type"),
     (_POSITIVE, "rope_theta factor low_freq_factor high_freq_factor attention_factor beta_fast beta_slow"),
     (_ANY, "mscale mscale_all_dim"),
     (_SHARE, "partial_rotary_factor"),
@@ -160,6 +167,16 @@ def check_config(config: Mapping[str, Any], name: str) -> None:
             f"{name}: {field} is {shown(found)}; {expected} is expected.",
             hint="Correct it in config.json, or use another revision of the model.",
         )
+
+
+def check_generation_config(config: Mapping[str, Any], name: str) -> None:
+    """Check the tokens of a generation_config.json, which an error calls `name`. The other settings are copied unread.
+
+    Raises:
+        SourceError: one of them is no token id.
+    """
+    for field, found, expected in _of_kinds(config, _SPECIAL):
+        raise SourceError(f"{name}: {field} is {shown(found)}; {expected} is expected.")
 
 
 def _wrong(config: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gradmap_hub.layout import CONFIG, GENERATION_CONFIG
 from gradmap_hub.models.architectures import Architecture
-from gradmap_hub.models.safetensors_files import check_weights, readable
+from gradmap_hub.models.config_fields import check_generation_config
+from gradmap_hub.models.safetensors_files import check_weights, read_object, readable
 from gradmap_hub.models.source import ModelHub, Source
 from gradmap_hub.models.tokenizer import load_tokenizer
 
@@ -28,49 +30,95 @@ class OriginalModel:
         source: The resolved MODEL.
         hub: Where the files of a Hub model come from.
         work: Folder for files made to read the model: a converted GGUF file, a translated config.
+        note: Called with a line of information about the model.
     """
 
-    def __init__(self, source: Source, hub: ModelHub, work: Path) -> None:
+    def __init__(
+        self, source: Source, hub: ModelHub, work: Path, note: Callable[[str], None] = lambda _line: None
+    ) -> None:
         self.source = source
         self._hub = hub
+        self._note = note
         self._converted = work / "original"
         self._translated = work / TRANSLATED
         self._tokenizer: Any = None
+        self._companions: Path | None = None
+        self._builds = source.gguf is not None  # its config is ours
+        self._checked: Path | None = None
 
     def companions(self) -> Path:
-        """A local folder with tokenizer, generation config and legal texts."""
-        if self.source.gguf is not None:
-            return self.checkpoint()
-        if self.source.folder is not None:
-            return readable(self.source.folder, self._translated)
-        return readable(self._fetch(["config.json", *self.source.files.companions]), self._translated)
-
-    def checkpoint(self) -> Path:
-        """A local folder with config, safetensors weights and companions.
+        """A local folder with config, tokenizer, generation config and legal texts.
 
         Raises:
-            BrokenCheckpointError: a weight file is incomplete.
+            SourceError: the generation config is none.
         """
+        if self.source.gguf is not None:
+            return self.checkpoint()
+        if self._companions is None:
+            folder = self._readable(self.source.folder or self._fetch([CONFIG, *self.source.files.companions]))
+            if (folder / GENERATION_CONFIG).is_file():
+                check_generation_config(read_object(folder / GENERATION_CONFIG), str(folder / GENERATION_CONFIG))
+            self._companions = folder
+        return self._companions
+
+    def _described(self) -> Path:
+        """The companions, of a model that transformers can build. It costs the import of torch."""
+        folder = self.companions()
+        if not self._builds:
+            from gradmap_hub.models.skeleton import described_model
+
+            described_model(folder, self.source.base.name)
+            self._builds = True
+        return folder
+
+    def checkpoint(self) -> Path:
+        """A local folder with config, safetensors weights and companions, and no other weights. The first call reads
+        all weights once.
+
+        Raises:
+            SourceError: transformers cannot build the model of its config; this is found before weights are fetched.
+            BrokenCheckpointError: a weight file is incomplete, or does not fit the config.
+        """
+        if self._checked is None:
+            from gradmap_hub.models.weight_check import check_tensors
+
+            folder, base = self._with_weights(), self.source.base
+            unused = check_tensors(folder, self.source.architecture, base.name)
+            if unused:
+                several = "tensors" if len(unused) > 1 else "tensor"
+                self._note(
+                    f"{len(unused)} {several} of the checkpoint, such as {unused[0]}: not used, because a "
+                    f"{base.model_type} as config.json describes it has no place for them."
+                )
+            self._checked = folder
+        return self._checked
+
+    def _with_weights(self) -> Path:
         if self.source.folder is not None:
-            return readable(self.source.folder, self._translated)
+            return self._described()
         if self.source.gguf is not None:
             if not (self._converted / "tokenizer_config.json").is_file():
                 from gradmap_hub.models.gguf import convert_gguf
 
                 convert_gguf(self.source.gguf, self._converted)
             return self._converted
-        folder = self._fetch(["config.json", *self.source.files.weights, *self.source.files.companions])
+        self._described()
+        folder = self._fetch([CONFIG, *self.source.files.weights, *self.source.files.companions])
         check_weights(folder, self.source.files)
-        return readable(folder, self._translated)
+        return self._readable(folder)
+
+    def _readable(self, folder: Path) -> Path:
+        files = self.source.files
+        return readable(folder, self._translated, {CONFIG, *files.weights, *files.companions})
 
     def tokenizer(self, texts: Iterable[str] = ()) -> Any:
         """The tokenizer, loaded on first use, when it is also tried on the beginnings of `texts`.
 
         Raises:
-            SourceError: it cannot be loaded, or fails on the texts.
+            SourceError: it cannot be loaded, or fails on the texts; or transformers cannot build the model.
         """
         if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.companions(), self.source.base.name, texts)
+            self._tokenizer = load_tokenizer(self._described(), self.source.base.name, texts)
         return self._tokenizer
 
     def _fetch(self, names: Sequence[str]) -> Path:

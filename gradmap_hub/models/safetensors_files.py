@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -40,6 +40,13 @@ _LONGEST_NAME = 500
 _MOST_DIMENSIONS = 64
 ADAPTER_CONFIG = "adapter_config.json"
 """What peft writes beside an adapter. transformers with peft loads the model that it names."""
+# Fields of a config.json that transformers obeys while it loads; whether a checkpoint is quantised is decided before.
+_LOADING = frozenset({
+    "attn_implementation", "_attn_implementation", "_attn_implementation_internal", "_attn_implementation_autoset",
+    "experts_implementation", "_experts_implementation", "_experts_implementation_internal", "use_kernels",
+    "return_dict", "use_return_dict", "torchscript", "transformers_weights",
+    "quantization_config", "compression_config", "quantization",
+})  # fmt: skip
 BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2,
     "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
@@ -188,26 +195,44 @@ def copy_tokenizer_config(source: Path, target: Path) -> None:
         target.write_text(json.dumps(translated, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def readable(folder: Path, stand_in: Path) -> Path:
-    """A model folder whose config and tokenizer transformers 4.57 and 5 both read: the folder itself, or, if 5 saved it
-    in its own form, `stand_in`, which then has the two files translated and links to all others."""
+def readable(folder: Path, stand_in: Path, names: Collection[str] | None = None) -> Path:
+    """A model folder that transformers 4.57 and 5 both load as the same model: the folder itself, or `stand_in`, which
+    then has the config and tokenizer_config translated and links to the other files.
+
+    `stand_in` is needed if 5 saved the folder in its own form, if the config has settings of the loader, or if there
+    are files beside those of the model that transformers would load as well.
+
+    Args:
+        names: The files of the model; None: all that are there.
+    """
     config, tokenizer = read_config(folder / CONFIG), folder / TOKENIZER_CONFIG
     saved = read_object(tokenizer) if tokenizer.is_file() else {}
-    if in_both_forms(config) == config and both_read_tokenizer_config(saved) == saved:
+    present = [path for path in folder.iterdir() if path.is_file()]
+    chosen = [path for path in present if names is None or path.name in names]
+    strangers = {path.name for path in present} - {path.name for path in chosen}
+    alone = not any(name == ADAPTER_CONFIG or name.endswith(".safetensors") for name in strangers)
+    if alone and _loadable(config) == config and both_read_tokenizer_config(saved) == saved:
         return folder
     stand_in.mkdir(parents=True, exist_ok=True)
-    for path in folder.iterdir():
-        if path.is_file() and not (stand_in / path.name).exists():
+    for path in chosen:
+        if not (stand_in / path.name).exists():
             _link(path.resolve(), stand_in / path.name)
     for name in extra_templates(folder):
         (stand_in / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(folder / name, stand_in / name)
-    for name, translated in ((CONFIG, in_both_forms(config)), (TOKENIZER_CONFIG, both_read_tokenizer_config(saved))):
+    for name, translated in ((CONFIG, _loadable(config)), (TOKENIZER_CONFIG, both_read_tokenizer_config(saved))):
         if (folder / name).is_file():
-            (stand_in / name).unlink()  # a link: its target must not change
+            (stand_in / name).unlink(missing_ok=True)  # a link: its target must not change
             text = json.dumps(translated, indent=2, ensure_ascii=False) + "\n"
             (stand_in / name).write_text(text, encoding="utf-8")
     return stand_in
+
+
+def _loadable(config: dict[str, Any]) -> dict[str, Any]:
+    """A config.json in the form that 4.57 and 5 both read, without what says how to load the model and not what it is:
+    kernels that need packages or a download, other files of weights, a quantisation of null."""
+    result = {name: value for name, value in in_both_forms(config).items() if name not in _LOADING}
+    return {name: value for name, value in result.items() if name not in ("dtype", "torch_dtype") or value != "auto"}
 
 
 def _link(source: Path, target: Path) -> None:

@@ -8,11 +8,44 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradmap_hub.errors import SourceError
+
 
 def transformers_config(folder: Path) -> Any:
     from transformers import AutoConfig
 
     return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def described_model(folder: Path, name: str) -> Any:
+    """The causal LM of a config.json from somebody else, with everything on the meta device; `name` is what an error
+    calls the model.
+
+    Raises:
+        SourceError: transformers cannot build it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        config = transformers_config(folder)
+        config.to_json_string()
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except MemoryError:
+        raise
+    except Exception as error:  # of any type: transformers does not expect the values that it meets here
+        raise SourceError(
+            f"config.json of {name} does not describe a model that transformers can build: {reason_of(error)}",
+            hint="Correct it in config.json, or use another revision of the model.",
+        ) from error
+
+
+def reason_of(error: Exception) -> str:
+    """The first line of an error of a library, printable and short."""
+    lines = str(error).strip().splitlines() or [""]
+    text = "".join(character if character.isprintable() else " " for character in lines[0])[:200]
+    named = not text or isinstance(error, (KeyError, AttributeError, TypeError))
+    return f"{type(error).__name__}{': ' * bool(text)}{text}" if named else text
 
 
 def empty_model(config: Any, dtype: torch.dtype) -> Any:

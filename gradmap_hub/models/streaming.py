@@ -182,7 +182,7 @@ def open_streamed(
     dtype = dtype or stored
     model = empty_model(config, dtype)
     files.expect(architecture, named_tensors(model))
-    missing, _, mismatched = _compared(model, files)
+    missing, _, mismatched = files.compare(named_tensors(model))
     if missing or mismatched:
         kind, name = ("no tensor", missing[0]) if missing else ("another shape of", mismatched[0])
         raise BrokenCheckpointError(f"The checkpoint in {folder} has {kind} {name}.")
@@ -200,7 +200,7 @@ def key_report(folder: Path) -> dict[str, list[str]]:
     model = empty_model(transformers_config(folder), torch.float32)
     files = WeightFiles(folder)
     files.expect(ARCHITECTURES[model.config.model_type], named_tensors(model))
-    missing, unexpected, mismatched = _compared(model, files)
+    missing, unexpected, mismatched = files.compare(named_tensors(model))
     for path in folder.glob("*.safetensors"):
         with safe_open(path, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118 - not a mapping
@@ -213,15 +213,6 @@ def pruned_logits(decoder: Decoder, kept: Sequence[int], ids: Tensor) -> Tensor:
     with torch.no_grad():
         hidden = decoder.run(decoder.embed(ids), kept)
         return decoder.head(decoder.norm(hidden))[0].float()
-
-
-def _compared(model: Any, files: WeightFiles) -> tuple[list[str], list[str], list[str]]:
-    """Names of the missing, unexpected and mismatched tensors."""
-    wanted = {name: tuple(tensor.shape) for name, tensor in named_tensors(model)}
-    missing = [name for name in wanted if name not in files]
-    unexpected = [name for name in files.names() if name not in wanted]
-    mismatched = [name for name in wanted if name in files and files.shape(name) != wanted[name]]
-    return missing, unexpected, mismatched
 
 
 def _load_outside(

@@ -19,6 +19,10 @@ from gradmap_hub.models.expert_tensors import Parts, flat, parts_of, whole, whol
 from gradmap_hub.models.safetensors_files import read_safetensors_header, read_weight_map
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# Of masks and positions that older checkpoints store and no model asks for.
+_OTHER_DTYPES = {
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
 
 
 class WeightFiles:
@@ -62,10 +66,11 @@ class WeightFiles:
                     f"{WEIGHTS_INDEX} names the tensor {name}, which {path.name} does not contain."
                 )
             entry = header[name]
-            if entry["dtype"] not in DTYPES:
+            dtype = (DTYPES | _OTHER_DTYPES).get(entry["dtype"])
+            if dtype is None:
                 raise BrokenCheckpointError(f"The tensor {name} has dtype {entry['dtype']}, which is not supported.")
             offset = start + entry["data_offsets"][0]
-            self._entries[name] = (path, DTYPES[entry["dtype"]], tuple(entry["shape"]), offset)
+            self._entries[name] = (path, dtype, tuple(entry["shape"]), offset)
 
     def expect(self, architecture: Architecture, wanted: Iterable[tuple[str, Tensor]]) -> None:
         """Map the names of the checkpoint to those of the model, whose tensors are `wanted`: older checkpoints lack the
@@ -77,6 +82,27 @@ class WeightFiles:
             parts = None if name in self._entries else parts_of(architecture, name, len(tensor))
             if parts is not None and all(part in self._entries for part in flat(parts)):
                 self._made[name] = parts
+
+    def compare(self, wanted: Iterable[tuple[str, Tensor]]) -> tuple[list[str], list[str], list[str]]:
+        """Names of the missing, unexpected and mismatched tensors, compared with those of a model."""
+        shapes = {name: tuple(tensor.shape) for name, tensor in wanted}
+        missing = [name for name in shapes if name not in self]
+        unexpected = [name for name in self.names() if name not in shapes]
+        mismatched = [name for name in shapes if name in self and self.shape(name) != shapes[name]]
+        return missing, unexpected, mismatched
+
+    def first_not_finite(self, names: Iterable[str]) -> str | None:
+        """The first of these tensors that has a NaN or an infinity in it. Each is read once and left on disk."""
+        for name in names:
+            for stored in flat(self._made[name]) if name in self._made else [name]:
+                value = self.tensor(stored)
+                # Passes a NaN on, and takes no memory.
+                finite = not value.numel() or all(math.isfinite(bound) for bound in torch.aminmax(value))
+                del value
+                self.release([stored])
+                if not finite:
+                    return stored
+        return None
 
     def parts(self, name: str) -> Parts | None:
         """The names in the checkpoint of a split or renamed tensor; None for all others."""

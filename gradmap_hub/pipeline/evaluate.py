@@ -74,7 +74,7 @@ def evaluate_stages(folder: Path, config: EvaluateConfig, *, reporter: Reporter,
     source = find_original(folder, record, config.against, hub)
     work = work_folder(folder)
     work.mkdir(parents=True, exist_ok=True)
-    original = OriginalModel(source, hub, work)
+    original = OriginalModel(source, hub, work, reporter.note)
     texts = _read_texts(folder, original, config, reporter, hub)
     contamination = compare_with_calibration(folder, record, original, texts, config.text, reporter, hub)
     context = Context(

@@ -54,7 +54,7 @@ class Run:
         self.reporter = reporter
         self.command = command
         self.expected = expected or Expected()
-        self.original = OriginalModel(source, hub, self.work)
+        self.original = OriginalModel(source, hub, self.work, reporter.note)
         depends = {"version": __version__, "what": kind, "base": identity(source)}
         self.stages = Stages(self.work, reporter, depends if of is None else depends | {"of": of})
         # What does not depend on the stages so far, such as what the original writes or predicts: shared by branches.

@@ -210,7 +210,7 @@ def build_space(
     if not (folder / graph_path(FORMATS[ONNX])).is_file():
         record = export_folder(folder, [ONNX], reporter=reporter)
         names = tuple(precisions_of(record))
-    original = OriginalModel(source, hub, work_folder(folder))
+    original = OriginalModel(source, hub, work_folder(folder), reporter.note)
     identified = {"version": __version__, "what": "space", "base": identity(source)}
     stages = Stages(work_folder(folder), reporter, identified)
     plan = (

@@ -61,6 +61,7 @@ def read(tmp_path: Path, **changes: Any) -> dict[str, Any]:
         ("tie_word_embeddings", 0), ("attention_bias", "no"), ("pad_token_id", "<pad>"), ("pad_token_id", 1.5),
         ("eos_token_id", [2, "3"]), ("eos_token_id", {"a": 2}), ("hidden_act", 3), ("sliding_window", -4),
         ("attention_dropout", "0.0"), ("pruned_heads", {"0": [1]}), ("mlp_only_layers", 3), ("initializer_range", "x"),
+        ("layer_types", ["linear_attention"] * 5), ("attention_layers", ["none"] * 5),
         ("unheard_of", float("nan")), ("unheard_of", {"inner": [float("-inf")]}), ("attn_config", [1]),
         ("attn_config", {"clip_qkv": float("inf")}),
     ],

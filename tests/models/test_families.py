@@ -35,12 +35,13 @@ from gradmap_hub.models.architectures import (
     compensation_skipped,
 )
 from gradmap_hub.models.decoder import Decoder
-from gradmap_hub.models.safetensors_files import readable
+from gradmap_hub.models.safetensors_files import read_config, readable
 from gradmap_hub.models.slicing import sliced_config
 from gradmap_hub.models.source import check_family, find_source
 from gradmap_hub.models.streaming import key_report, open_streamed, pruned_logits
 from gradmap_hub.models.support import architecture_of
 from gradmap_hub.models.transformers_compat import ONLY_5, has_5
+from gradmap_hub.models.weight_check import check_tensors
 from gradmap_hub.progress import SilentReporter
 from gradmap_hub.pruning.compensation import fit_compensation
 from gradmap_hub.pruning.fitting import accumulate_gram, fitted_gain, site_kind, solved, through_norm
@@ -353,6 +354,8 @@ def test_a_pruned_checkpoint_is_a_stock_model(
     checkpoint.save_checkpoint(model, tmp_path, torch.float32)
     reloaded, report = checkpoint.load_model(tmp_path)
     assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+    assert architecture_of(read_config(tmp_path / "config.json")) is ARCHITECTURES[model_type(name)]
+    assert check_tensors(tmp_path, ARCHITECTURES[model_type(name)], name) == []
     with torch.no_grad():
         assert (reloaded(input_ids=ids, use_cache=False).logits - pruned).abs().max() <= 1e-5
     probe = probe_ids(reloaded.config)

@@ -123,6 +123,13 @@ def test_a_shard_is_a_file_beside_the_index(shard: Any, tmp_path: Path) -> None:
     assert caught.value.message.isprintable()
 
 
+@pytest.mark.parametrize("content", ["{", "[]", '{"weight_map":' * 10_000 + "1" + "}" * 10_000])
+def test_an_index_that_is_no_json(content: str, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(SourceError, match=r"model\.safetensors\.index\.json is not"):
+        choose_files({"config.json": 1, "model.safetensors.index.json": 7}, tmp_path.joinpath)
+
+
 def test_a_shard_that_the_listing_lacks_is_named_before_anything_is_fetched(tmp_path: Path) -> None:
     listing = {"config.json": 1, "model.safetensors.index.json": 7, "one.safetensors": 9}
     with pytest.raises(BrokenCheckpointError, match=r"shard two\.safetensors named in .* is missing"):

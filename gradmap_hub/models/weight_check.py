@@ -1,0 +1,65 @@
+"""The weights of an original compared with its config, before anything is computed from them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from gradmap_hub.errors import BrokenCheckpointError
+from gradmap_hub.models.architectures import Architecture
+from gradmap_hub.models.skeleton import described_model, named_tensors
+from gradmap_hub.models.weight_files import WeightFiles
+
+# Buffers that older versions of transformers stored: masks, positions, rotary frequencies.
+_BUFFERS = re.compile(r"(^|\.)(inv_freq|masked_bias|position_ids|(attn|attention)\.(attention\.)?bias)$")
+
+
+def check_tensors(folder: Path, architecture: Architecture, name: str) -> list[str]:
+    """Compare a checkpoint's tensors with its config, and read them once. `name` is what an error calls the model.
+
+    Returns:
+        The tensors that the model has no place for. Weights of parts that are known to be left out do not count.
+
+    Raises:
+        SourceError: config.json does not describe a model.
+        BrokenCheckpointError: a tensor is missing, has another shape, or has a NaN or an infinity in it.
+    """
+    model = described_model(folder, name)
+    wanted = named_tensors(model)
+    files = WeightFiles(folder)
+    files.expect(architecture, wanted)
+    missing, unexpected, mismatched = files.compare(wanted)
+    if missing:
+        raise BrokenCheckpointError(
+            f"The checkpoint of {name} has no tensor {missing[0]}, which its config.json requires."
+        )
+    if mismatched:
+        first = mismatched[0]
+        shape = next(tuple(tensor.shape) for tensor_name, tensor in wanted if tensor_name == first)
+        raise BrokenCheckpointError(
+            f"The tensor {first} of {name} has shape {files.shape(first)}; its config.json requires {shape}."
+        )
+    found = files.first_not_finite(tensor_name for tensor_name, _ in wanted)
+    if found is not None:
+        raise BrokenCheckpointError(
+            f"The tensor {found} of {name} has values that are not finite (NaN or infinity).",
+            hint="Fetch it again, or use another revision: results of such weights mean nothing.",
+        )
+    return _without_place(model, architecture, unexpected)
+
+
+def _without_place(model: Any, architecture: Architecture, unexpected: list[str]) -> list[str]:
+    known = {name for name, _ in model.named_buffers()}
+    known |= set(model._tied_weights_keys or ()) if model.config.tie_word_embeddings else set()
+    patterns = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+    # Layers after the last one predict further tokens; no written checkpoint has them.
+    after = f"{architecture.layers}.{model.config.num_hidden_layers}." if architecture.dropped else None
+    return [
+        name
+        for name in unexpected
+        if name not in known
+        and not _BUFFERS.search(name)
+        and not any(pattern.search(name) for pattern in patterns)
+        and not (after is not None and name.startswith(after))
+    ]
