@@ -266,7 +266,8 @@ class TextCodec:
         except UnicodeEncodeError:  # half of a surrogate pair, such as of a byte that is no UTF-8
             raise ModelError("This prompt is not valid Unicode text.") from None
         try:
-            ids = self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+            # A batch of one: unlike `encode`, it lets go of the interpreter meanwhile, so a server answers others.
+            ids = self.tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids
         except BaseException as error:
             if not is_tokenizer_failure(error):
                 raise

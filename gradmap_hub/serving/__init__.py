@@ -6,6 +6,7 @@
     scheduler.py  one decode thread, slots and a bounded queue; no asyncio, no HTTP
     delivery.py   connects a request to its generation: ordered text, time limit, disconnect
     prompts.py    converts a validated request to token ids and sampling parameters
+    preparing.py  the thread that does so
     metrics.py    the metrics of /metrics
     gate.py       middleware: host, key, overload and shutdown checks; metrics and access log
     openapi.py    /openapi.json

@@ -6,7 +6,6 @@ import asyncio
 import secrets
 import time
 from collections.abc import Mapping
-from concurrent.futures import Executor
 from functools import partial
 from typing import Any
 
@@ -25,30 +24,31 @@ from gradmap_hub.serving.delivery import Delivery, Disconnected
 from gradmap_hub.serving.gate import Door, Gate
 from gradmap_hub.serving.metrics import CONTENT_TYPE, Metrics
 from gradmap_hub.serving.openapi import document
+from gradmap_hub.serving.preparing import Preparer
 from gradmap_hub.serving.problems import ApiError, unknown_model
-from gradmap_hub.serving.prompts import work_for
+from gradmap_hub.serving.prompts import check_length, work_for
 from gradmap_hub.serving.scheduler import Engine, Finished, Scheduler
 from gradmap_hub.serving.schemas import ChatRequest, CompletionRequest
-from gradmap_hub.serving.settings import BODY_SECONDS, Settings
+from gradmap_hub.serving.settings import BODY_SECONDS, MAX_VALUES, Settings
 
 # Proxies must neither cache nor buffer the events.
 _EVENT_HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache",
                   "X-Accel-Buffering": "no"}  # fmt: skip
 
 
-def build_app(engine: Engine, settings: Settings, scheduler: Scheduler, executor: Executor, door: Door) -> Starlette:
+def build_app(engine: Engine, settings: Settings, scheduler: Scheduler, preparer: Preparer, door: Door) -> Starlette:
     """Build the ASGI application.
 
     Args:
-        engine: the model; the application calls only its `encode` methods, on the executor.
+        engine: the model; the application calls only its `encode` methods, on the preparer's thread.
         settings: limits and keys.
         scheduler: a scheduler of the same engine.
-        executor: runs tokenisation, one call at a time.
+        preparer: runs tokenisation.
         door: the server closes it at shutdown.
     """
     name = settings.name or engine.name
     metrics = Metrics(engine, scheduler, model=name, slots=settings.slots)
-    routes = _Routes(name, engine, settings, scheduler, metrics, executor, door)
+    routes = _Routes(name, engine, settings, scheduler, metrics, preparer, door)
     middleware = [Middleware(Gate, settings=settings, scheduler=scheduler, metrics=metrics, door=door)]
     if settings.allow_origins:
         middleware.insert(
@@ -106,7 +106,7 @@ class _Routes:
         settings: Settings,
         scheduler: Scheduler,
         metrics: Metrics,
-        executor: Executor,
+        preparer: Preparer,
         door: Door,
     ) -> None:
         self.name = name
@@ -114,7 +114,7 @@ class _Routes:
         self.settings = settings
         self.scheduler = scheduler
         self.counters = metrics
-        self.executor = executor
+        self.preparer = preparer
         self._door = door
         owner, slash, _ = name.partition("/")
         self._info = schemas.ModelInfo(
@@ -143,7 +143,8 @@ class _Routes:
         return _answer(schemas.Health(status="failed"), 503)
 
     async def ready(self, request: Request) -> Response:
-        status = "stopping" if self._door.closing else "ready" if self.scheduler.alive else "failed"
+        works = self.scheduler.alive and not self.preparer.stuck
+        status = "stopping" if self._door.closing else "ready" if works else "failed"
         answer = schemas.Ready(
             status=status, model=self.name, active=self.scheduler.active, waiting=self.scheduler.waiting
         )
@@ -168,11 +169,12 @@ class _Generate:
         settings, name = routes.settings, routes.name
         try:
             body = await _read(Request(scope, receive), settings.max_body)
-            asked = schemas.parse(self._kind, body)
+            asked = schemas.parse(self._kind, body, most=MAX_VALUES + routes.engine.context_length)
             if asked.model != name:
                 raise unknown_model(asked.model, name)
+            characters = check_length(asked, routes.engine.context_length)
             async with Delivery(routes.scheduler, routes.counters, receive, settings.timeout) as delivery:
-                await delivery.prepare(routes.executor, partial(work_for, routes.engine, asked))
+                await delivery.prepare(routes.preparer.submit(characters, partial(work_for, routes.engine, asked)))
                 shape = _Chat(name) if isinstance(asked, ChatRequest) else _Plain(name)
                 if asked.stream:
                     usage = asked.stream_options is not None and bool(asked.stream_options.include_usage)

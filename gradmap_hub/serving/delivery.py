@@ -6,8 +6,8 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
-from concurrent.futures import Executor
+from collections.abc import AsyncIterator
+from concurrent.futures import Future
 from types import TracebackType
 from typing import Self
 
@@ -82,14 +82,14 @@ class Delivery:
             tokens_per_second=finished.tokens_per_second if finished else None,
         )
 
-    async def prepare(self, executor: Executor, make: Callable[[], Work]) -> None:
-        """Run `make` on the executor, then wait until the generation has a slot and starts.
+    async def prepare(self, prepared: Future[Work]) -> None:
+        """Wait for the input, then until the generation has a slot and starts.
 
         Raises:
-            ApiError: `make` raised it, the time limit passed, or the generation could not start.
+            ApiError: it is the error of `prepared`, the time limit passed, or the generation could not start.
             Disconnected: the client disconnected.
         """
-        making = asyncio.get_running_loop().run_in_executor(executor, make)
+        making = asyncio.wrap_future(prepared)
         making.add_done_callback(lambda _: self._changed.set())
         try:
             while not making.done():
@@ -99,6 +99,8 @@ class Delivery:
             raise
         try:
             work = making.result()
+        except asyncio.CancelledError:  # by the preparer, which stops
+            raise stopping() from None
         except Exception:
             self._outcome = "error"
             raise

@@ -1,4 +1,4 @@
-"""uvicorn's HTTP/1.1 with time limits: for clients that send no request head, or do not read the response.
+"""uvicorn's HTTP/1.1 with limits for clients that stall: they send no request, or do not read the response.
 
 Such clients cannot hold a slot, since a generation never waits for its client; but they would hold a connection.
 """
@@ -7,23 +7,53 @@ from __future__ import annotations
 
 import asyncio
 import json
+from typing import Any
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from gradmap_hub.serving.problems import ApiError
-from gradmap_hub.serving.settings import HEAD_SECONDS, STALL_SECONDS
+from gradmap_hub.serving.settings import HEAD_SECONDS, MAX_CONNECTIONS, STALL_SECONDS
 
 
 class PatientProtocol(H11Protocol):
-    """One connection, closed if the client stalls for `HEAD_SECONDS` or `STALL_SECONDS`."""
+    """One connection, closed if the client stalls for `HEAD_SECONDS` or `STALL_SECONDS`.
+
+    If there are more than `most` connections, one that waits for its client is closed for the new one: first those that
+    never sent a whole request, the oldest first. A server that runs out of files could accept nobody, and would log
+    every attempt.
+    """
 
     _head_timer: asyncio.TimerHandle | None = None
     _stall_timer: asyncio.TimerHandle | None = None
 
+    def __init__(self, *args: Any, most: int = MAX_CONNECTIONS, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._most = most
+        self._opened = self.loop.time()
+
     def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         super().connection_made(transport)
         self._expect_head()
+        if len(self.connections) > self._most:
+            self._make_room()
+
+    def _make_room(self) -> None:
+        held = [each for each in self.connections if isinstance(each, PatientProtocol)]
+        held = [each for each in held if not each.transport.is_closing()]
+        if len(held) > self._most:
+            others = [each for each in held if each is not self and each._awaits_client]
+            victim = min(others, key=lambda each: (each._has_served, each._opened), default=self)
+            victim.transport.abort()
+
+    @property
+    def _has_served(self) -> bool:
+        return self.cycle is not None and self.cycle.response_complete
+
+    @property
+    def _awaits_client(self) -> bool:
+        """Whether there is no request yet, or only a part of one."""
+        return self.cycle is None or self.cycle.response_complete or self.conn.their_state is h11.SEND_BODY
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._head_timer = _cancelled(self._head_timer)

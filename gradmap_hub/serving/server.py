@@ -1,10 +1,11 @@
 """Starts and stops the server: sockets, threads, signals.
 
-It uses three threads: the main thread waits for signals, one runs the event loop (uvicorn), one decodes.
+It uses four threads: the main thread waits for signals, one runs the event loop (uvicorn), one tokenises, one decodes.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import signal
@@ -12,24 +13,27 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from types import FrameType, TracebackType
-from typing import Self
+from typing import Self, cast
 
 import uvicorn
 
 from gradmap_hub.errors import GradmapError
 from gradmap_hub.serving.api import build_app
 from gradmap_hub.serving.gate import Door
+from gradmap_hub.serving.preparing import Preparer
 from gradmap_hub.serving.protocol import PatientProtocol
 from gradmap_hub.serving.scheduler import Engine, Scheduler
-from gradmap_hub.serving.settings import Settings
+from gradmap_hub.serving.settings import MAX_CONNECTIONS, Settings
 
 log = logging.getLogger("gradmap_hub.serving")
 
 _START_SECONDS = 30.0
 _FAREWELL_SECONDS = 2  # to send the remaining responses after decoding has stopped
 _LOOK_SECONDS = 0.02
+_BACKLOG = 100  # connections accepted at once, before any other is closed; asyncio's default, uvicorn's is 2048
+_RECORDS_PER_MINUTE = 10
 
 
 class Server:
@@ -44,9 +48,9 @@ class Server:
         self._settings = settings
         self._door = Door()
         self._scheduler = Scheduler(engine, slots=settings.slots, queue=settings.queue)
-        # One at a time: tokenisation is fast, and decoding needs the cores.
-        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenise")
-        self._app = build_app(engine, settings, self._scheduler, self._executor, self._door)
+        self._preparer = Preparer()
+        self._sparse = _Sparse()
+        self._app = build_app(engine, settings, self._scheduler, self._preparer, self._door)
         self._uvicorn: uvicorn.Server | None = None
         self._thread: threading.Thread | None = None
         self._port: int | None = None
@@ -77,7 +81,8 @@ class Server:
         listener = _listen(self._settings.host, self._settings.port)
         config = uvicorn.Config(
             self._app,
-            http=PatientProtocol,
+            http=cast("type[asyncio.Protocol]", partial(PatientProtocol, most=_most_connections(self._settings))),
+            backlog=_BACKLOG,
             log_config=None,
             log_level="error",  # uvicorn warns about every client that sends invalid HTTP
             access_log=False,
@@ -89,7 +94,9 @@ class Server:
         self._uvicorn = server = uvicorn.Server(config)
         self._thread = thread = threading.Thread(target=server.run, args=([listener],), name="http", daemon=True)
         self._port = listener.getsockname()[1]
+        logging.getLogger("asyncio").addFilter(self._sparse)
         self._scheduler.start()
+        self._preparer.start()
         thread.start()
         deadline = time.monotonic() + _START_SECONDS
         while not server.started:
@@ -114,6 +121,7 @@ class Server:
     def stop(self) -> None:
         """Stop the server: end running generations with an error and close all connections. Idempotent."""
         self._door.closing = True
+        self._preparer.stop()
         self._scheduler.stop()
         server, thread = self._uvicorn, self._thread
         if server is not None and thread is not None and thread.is_alive():
@@ -122,7 +130,7 @@ class Server:
             if thread.is_alive():
                 server.force_exit = True
                 thread.join(_FAREWELL_SECONDS)
-        self._executor.shutdown(wait=False, cancel_futures=True)
+        logging.getLogger("asyncio").removeFilter(self._sparse)
         self._port = None
 
     def serve_forever(self, started: Callable[[str], None]) -> None:
@@ -167,6 +175,33 @@ class Server:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
+
+
+class _Sparse(logging.Filter):
+    """Lets a few records per minute pass: when the files of the process run out, asyncio logs every failed accept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._minute = self._passed = 0
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        minute = int(record.created // 60)
+        if minute != self._minute:
+            self._minute, self._passed = minute, 0
+        self._passed += 1
+        return self._passed <= _RECORDS_PER_MINUTE
+
+
+def _most_connections(settings: Settings) -> int:
+    """How many connections may be open: enough for every place in slots and queue, if the system allows that."""
+    wanted = max(MAX_CONNECTIONS, 4 * (settings.slots + settings.queue))
+    try:
+        import resource
+    except ImportError:  # Windows, which has no such limit
+        return wanted
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # The other half is for what is accepted before others are closed, and for the files of the process.
+    return wanted if files == resource.RLIM_INFINITY else min(wanted, max(1, files // 2))
 
 
 def _listen(host: str, port: int) -> socket.socket:

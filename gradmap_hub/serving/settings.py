@@ -10,6 +10,14 @@ from gradmap_hub.errors import UsageError
 MAX_MESSAGES = 1024  # per chat request
 MAX_STOPS = 4  # as in the OpenAI API
 MAX_STOP_CHARACTERS = 512
+# JSON values of a request body, beyond those of a prompt in token ids. The event loop parses, at most 0.05 s for these;
+# a thousand messages of some parts have fewer than 10,000.
+MAX_VALUES = 20_000
+MAX_CONNECTIONS = 512  # or four per place in slots and queue; at most half of what the system lets a process open
+# A longer prompt is refused before it is tokenised, which takes a second for a megabyte. English has 4 to 5 characters
+# per token, deeply indented code about 10.
+CHARACTERS_PER_TOKEN = 32
+STUCK_SECONDS = 10.0  # of one prompt in the tokeniser; the longest takes about one
 BODY_SECONDS = 30.0  # for a request body to arrive
 HEAD_SECONDS = 30.0  # for the head of a request to arrive
 STALL_SECONDS = 30.0  # for a client to read from a blocked response
