@@ -128,9 +128,7 @@ TOKENIZER_FILES = (
 
 # Folder of further chat templates, such as one for tools, each a .jinja file.
 TEMPLATES_FOLDER = "additional_chat_templates"
-
 GENERATION_CONFIG = "generation_config.json"
-
 
 COMPANION_FILES = (*TOKENIZER_FILES, GENERATION_CONFIG)
 
