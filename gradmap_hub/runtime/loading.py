@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
@@ -48,7 +47,6 @@ def load(
             raise UsageError(f"--{name} must be at least 1; got {value}.")
     from gradmap_hub.models.tokenizer_trial import try_tokenizer
     from gradmap_hub.runtime.prompting import ModelError, TextCodec, read_json
-    from gradmap_hub.runtime.rendering import LimitedRenderer
     from gradmap_hub.runtime.session import CUDA, Session, provider_named
 
     chosen = provider_named(provider)
@@ -59,7 +57,7 @@ def load(
     text = folder if (folder / "tokenizer.json").is_file() else graph.parent
     try_tokenizer(text, str(model))
     try:
-        codec = dataclasses.replace(TextCodec.from_folder(text), render=LimitedRenderer())
+        codec = TextCodec.from_folder(text)
         config = read_json(text / "config.json")
     except ModelError as error:
         raise SourceError(f"{model}: {error}") from error

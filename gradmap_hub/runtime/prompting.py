@@ -1,14 +1,20 @@
 """Converts text to token ids and back: the tokenizer, the chat template and the end-of-text ids.
 
 Standalone: `runtime` uses it, and it is copied into every Space folder, so that every engine prompts a model in the
-same way.
+same way. Started as a program, it is the process in which a LimitedRenderer renders chat templates.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -60,6 +66,15 @@ TYPE_CLASSES: dict[str, str] = {
 }
 # Characters of a foreign error that are shown.
 _MOST_SHOWN = 200
+
+# CPU seconds in which a chat template renders a prompt: it takes milliseconds for a long conversation.
+RENDER_SECONDS = 5
+# Bytes of address space for that; the process takes 0.2 GB, and a conversation a few times its own size.
+RENDER_MEMORY = 1 << 30
+# Characters of a prompt: more than any context length holds.
+_MOST_RENDERED = 32_000_000
+# Wall-clock seconds per CPU second of rendering, on a machine that decoding keeps busy.
+_SLOWDOWN = 4
 
 
 class ModelError(Exception):
@@ -203,19 +218,138 @@ def render_chat(template: str, messages: Sequence[Mapping[str, Any]], tokens: Ma
         raise ModelError(f"The model's chat template failed: {first_line(error)}") from error
 
 
-Render = Callable[[str, Sequence[Mapping[str, Any]], Mapping[str, str]], str]
+class LimitedRenderer:
+    """Renders as `render_chat` does, in a process with limits of time and memory. Threads take turns.
+
+    A template is a program from somebody else: one message can make it loop for ever, or build a text that fills the
+    memory. Neither can be stopped within a process. It starts with the first call, and again after it was ended at a
+    limit; it ends with this object, or with the process that started it.
+    """
+
+    def __init__(self) -> None:
+        self._process = os.getpid()
+        self._lock = threading.Lock()
+        self._worker: subprocess.Popen[bytes] | None = None
+        self._finalizer: weakref.finalize | None = None
+
+    def __call__(self, template: str, messages: Sequence[Mapping[str, Any]], tokens: Mapping[str, str]) -> str:
+        """The prompt of messages ({"role", "content"}), up to the start of the answer.
+
+        Raises:
+            ModelError: the template fails, or takes more time or memory than a prompt needs.
+        """
+        task = json.dumps({"template": template, "messages": [dict(turn) for turn in messages], "tokens": dict(tokens)})
+        if os.getpid() != self._process:  # a fork, such as one of ZeroGPU: its parent goes on with lock and worker
+            if self._finalizer is not None:
+                self._finalizer.detach()
+            self.__init__()
+        with self._lock:
+            line = self._ask(task.encode() + b"\n")
+        try:
+            answer = json.loads(line)
+        except ValueError:  # it was ended before it answered
+            raise ModelError(
+                f"The model's chat template failed: it takes more than {RENDER_SECONDS} seconds or "
+                f"{RENDER_MEMORY / 1e9:.1f} GB for these messages."
+            ) from None
+        if "text" in answer:
+            return answer["text"]
+        raise ModelError(answer["error"])
+
+    def close(self) -> None:
+        """End the process, even while it renders."""
+        if self._worker is not None:
+            _end(self._worker)
+
+    def _ask(self, task: bytes) -> bytes:
+        worker = self._worker
+        if worker is None or worker.poll() is not None:
+            worker = self._worker = _start()
+            self._finalizer = weakref.finalize(self, _end, worker)
+        assert worker.stdin is not None and worker.stdout is not None
+        watch = threading.Timer(_SLOWDOWN * RENDER_SECONDS, worker.kill)
+        watch.daemon = True
+        watch.start()
+        line = b""
+        try:
+            worker.stdin.write(task)
+            worker.stdin.flush()
+            line = worker.stdout.readline()
+        except OSError:  # it died before it read the task
+            pass
+        finally:
+            watch.cancel()
+            if not line.endswith(b"\n"):  # after Ctrl-C too: the answer would be taken for that of the next task
+                _end(worker)
+        return line
+
+
+def _start() -> subprocess.Popen[bytes]:
+    # -P: this file's folder is not searched for modules. No shell, and nothing of the caller's on the command line.
+    return subprocess.Popen(
+        [sys.executable, "-P", __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+
+
+def _end(worker: subprocess.Popen[bytes]) -> None:
+    worker.kill()
+    worker.wait()
+    for stream in (worker.stdin, worker.stdout):
+        if stream is not None:
+            try:
+                stream.close()
+            except OSError:  # what was not yet written
+                continue
+
+
+def _limit_memory() -> None:
+    """Let allocations beyond RENDER_MEMORY fail, where the platform can (macOS cannot)."""
+    try:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_AS, (RENDER_MEMORY, RENDER_MEMORY))
+    except (ImportError, OSError, ValueError):
+        return
+
+
+def _limit_time(seconds: int) -> None:
+    """Let the system end this process after so many CPU seconds, even if nobody waits for it; 0 takes that back."""
+    if hasattr(signal, "setitimer"):  # not on Windows
+        signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+
+
+def _render_tasks() -> None:
+    """The process of a LimitedRenderer: a task per line of standard input, an answer per line of standard output, both
+    JSON. It ends when its input does, or at a limit."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
+    _limit_memory()
+    for line in sys.stdin:
+        task = json.loads(line)
+        _limit_time(RENDER_SECONDS)
+        try:
+            text = render_chat(task["template"], task["messages"], task["tokens"])
+            if len(text) > _MOST_RENDERED:
+                raise ModelError(
+                    f"The model's chat template failed: it writes more than {_MOST_RENDERED:,} characters for these "
+                    "messages."
+                )
+            written = json.dumps({"text": text})
+        except ModelError as error:
+            written = json.dumps({"error": str(error)})
+        _limit_time(0)
+        print(written, flush=True)
 
 
 @dataclass(frozen=True)
 class TextCodec:
-    """Encodes and decodes text for one model. `ends`: the ids that end an answer; `render`: `render_chat`, or the same
-    with limits of time and memory."""
+    """Encodes and decodes text for one model. `ends`: the ids that end an answer."""
 
     tokenizer: Tokenizer
     chat_template: str | None
     tokens: Mapping[str, str]
     ends: frozenset[int]
-    render: Render = render_chat
+    render: LimitedRenderer = field(default_factory=LimitedRenderer)
 
     @classmethod
     def from_folder(cls, folder: Path) -> TextCodec:
@@ -294,3 +428,7 @@ class TextCodec:
             return ""  # a token that cannot be decoded at all
 
         return next_piece
+
+
+if __name__ == "__main__":
+    _render_tasks()

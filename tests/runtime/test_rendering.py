@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import threading
 import time
 from collections.abc import Iterator
 
 import pytest
 
-from gradmap_hub.runtime import rendering
-from gradmap_hub.runtime.prompting import ModelError, render_chat
-from gradmap_hub.runtime.rendering import LimitedRenderer
+from gradmap_hub.runtime import prompting
+from gradmap_hub.runtime.prompting import LimitedRenderer, ModelError, render_chat
 
 MESSAGES = [{"role": "user", "content": "Grüße 🦊 \u2028 <b>\n"}]
 TOKENS = {"bos_token": "<s>"}
@@ -47,7 +47,7 @@ def test_a_template_does_not_fill_the_memory(name: str, render: LimitedRenderer)
 
 
 def test_a_template_without_end_is_stopped(render: LimitedRenderer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rendering, "_SLOWDOWN", 0.05)  # the watch ends it before its own timer does
+    monkeypatch.setattr(prompting, "_SLOWDOWN", 0.05)  # the watch ends it before its own timer does
     render(HONEST, MESSAGES, TOKENS)
     began = time.monotonic()
     with pytest.raises(ModelError, match="more than 5 seconds"):
@@ -59,7 +59,7 @@ def test_a_template_without_end_is_stopped(render: LimitedRenderer, monkeypatch:
 
 @pytest.mark.slow
 def test_the_worker_ends_itself_where_nobody_watches(render: LimitedRenderer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rendering, "_SLOWDOWN", 60)
+    monkeypatch.setattr(prompting, "_SLOWDOWN", 60)
     with pytest.raises(ModelError, match="more than 5 seconds"):
         render(ENDLESS, MESSAGES, TOKENS)
 
@@ -107,3 +107,28 @@ def test_an_interrupted_call_leaves_no_answer_for_the_next(render: LimitedRender
         render("the answer that nobody reads", MESSAGES, TOKENS)
     assert worker.poll() is not None
     assert render(HONEST, MESSAGES, TOKENS).startswith("<s>")
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork")
+def test_a_fork_has_a_worker_of_its_own(render: LimitedRenderer) -> None:
+    """ZeroGPU runs each request in a fork; two of them must not read each other's prompts."""
+    render(HONEST, MESSAGES, TOKENS)
+    worker = render._worker
+    assert worker is not None
+    ours, theirs = multiprocessing.get_context("fork").Pipe()
+
+    def in_a_fork() -> None:
+        text = render(HONEST, MESSAGES, TOKENS)
+        other = render._worker
+        assert other is not None
+        theirs.send((text, other.pid))
+        render.close()
+
+    with render._lock:  # held by a thread that the fork does not have
+        process = multiprocessing.get_context("fork").Process(target=in_a_fork)
+        process.start()
+        assert ours.poll(20)
+        text, pid = ours.recv()
+    process.join()
+    assert text == render(HONEST, MESSAGES, TOKENS)
+    assert pid != worker.pid and worker.poll() is None
