@@ -72,6 +72,18 @@ def one_line(text: str) -> str:
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
+def reason_of(cause: BaseException | str, most: int = 200) -> str:
+    """What an exception of a library says, or words, as one printable line of at most `most` characters.
+
+    That is the first line, and those that follow a colon; the type is named where the text alone says little."""
+    lines = [line.strip() for line in str(cause).strip().splitlines() if line.strip()]
+    last = next((place for place, line in enumerate(lines) if not line.endswith(":")), len(lines))
+    text = one_line(" ".join(lines[: last + 1]))
+    if not text or isinstance(cause, (KeyError, AttributeError, TypeError)):
+        text = f"{type(cause).__name__}{': ' * bool(text)}{text}"
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
 def markdown(text: str) -> str:
     """Text that Markdown shows literally in a paragraph, a heading or a table cell."""
     line = one_line(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from gradmap_hub.units import markdown, one_line, plain, printable, printable_json
+from gradmap_hub.units import markdown, one_line, plain, printable, printable_json, reason_of
 
 # Changes the title, copies to the clipboard, hides what follows, reverses the reading order.
 TITLE, CLIPBOARD, HIDDEN, REVERSED = "\x1b]0;owned\x07", "\x1b]52;c;b3duZWQ=\x07", "\x9b8m", "\u202egnp.exe"
@@ -46,3 +46,11 @@ def test_json_means_the_same(text: str) -> None:
 def test_one_line_and_markdown() -> None:
     assert one_line(f"a\n{HIDDEN}  b") == "a 8m b"
     assert markdown("# <b>[x](y)</b>\n_a_ a_b") == r"\# &lt;b&gt;\[x\](y)&lt;/b&gt; \_a\_ a_b"
+
+
+def test_the_reason_of_a_library_is_one_printable_line() -> None:
+    assert reason_of(ValueError("one\x1b]0;title\x07\ntwo")) == "one ]0;title"
+    assert reason_of(KeyError("silo")) == "KeyError: 'silo'"
+    assert reason_of(AssertionError()) == "AssertionError"
+    assert reason_of(ValueError("Give one of:\n\n  (1) a file,\n  (2) a class.\nMore.")) == "Give one of: (1) a file,"
+    assert len(reason_of(ValueError("x" * 9_000))) == 200

@@ -30,8 +30,7 @@ from gradmap_hub.cli import (
 )
 from gradmap_hub.cli.output import escape_unknown_characters, stderr
 from gradmap_hub.errors import GradmapError, UsageError
-from gradmap_hub.models.tokenizer_trial import first_line
-from gradmap_hub.units import printable
+from gradmap_hub.units import printable, reason_of
 
 app = typer.Typer(
     name="gradmap-hub",
@@ -90,7 +89,7 @@ def main() -> NoReturn:
         if type(error).__name__ != "PanicException":
             raise
         _trace(debug)
-        status = _report(f"A library failed on a file of the model: {first_line(error)}", None, 1)
+        status = _report(f"A library failed on a file of the model: {reason_of(error)}", None, 1)
     sys.exit(status)
 
 

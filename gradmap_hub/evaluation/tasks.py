@@ -29,6 +29,7 @@ import yaml
 from torch import nn
 
 from gradmap_hub.errors import CalibrationError, MissingExtra, SourceError, UsageError
+from gradmap_hub.units import reason_of
 
 # Sequences per pass; the float32 log-probabilities of a batch take most of the memory.
 BATCH = 8
@@ -217,9 +218,8 @@ def _load(manager: Any, names: Sequence[str]) -> dict[str, Any]:
     try:
         loaded = manager.load(list(names))
     except Exception as error:  # from datasets, pyarrow, requests or huggingface_hub: no common base class
-        said = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise SourceError(
-            f"The documents of {', '.join(names)} cannot be loaded: {said[:300]}",
+            f"The documents of {', '.join(names)} cannot be loaded: {reason_of(error, 300)}",
             hint="Check the connection, or give a folder that holds them with --tasks-from.",
         ) from error
     for task in loaded["tasks"].values():

@@ -19,6 +19,7 @@ from gradmap_hub.errors import CalibrationError
 from gradmap_hub.healing.sampling import sample
 from gradmap_hub.healing.training import memory_kept
 from gradmap_hub.measurements import repeated_share
+from gradmap_hub.units import reason_of
 
 # Stands for the content of a message when a template is taken apart.
 _MARK = "\u2063gradmap\u2063"
@@ -185,9 +186,8 @@ def render(tokenizer: Any, messages: Sequence[dict[str, str]], *, answer: bool =
     try:
         return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=answer)
     except Exception as error:  # templates raise their own
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CalibrationError(
-            f"The chat template of the model fails: {first}", hint="Give a text instead of `self`."
+            f"The chat template of the model fails: {reason_of(error)}", hint="Give a text instead of `self`."
         ) from error
 
 

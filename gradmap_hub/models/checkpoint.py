@@ -14,7 +14,7 @@ from torch import nn
 from gradmap_hub.errors import BrokenCheckpointError, GradmapError
 from gradmap_hub.layout import TOKENIZER_CONFIG
 from gradmap_hub.models.safetensors_files import clean_config, copy_tokenizer_config
-from gradmap_hub.models.skeleton import reason_of
+from gradmap_hub.units import reason_of
 
 SHARD_LIMIT = "5GB"
 

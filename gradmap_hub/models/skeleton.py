@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gradmap_hub.errors import SourceError
+from gradmap_hub.units import reason_of
 
 
 def transformers_config(folder: Path) -> Any:
@@ -38,14 +39,6 @@ def described_model(folder: Path, name: str) -> Any:
             f"config.json of {name} does not describe a model that transformers can build: {reason_of(error)}",
             hint="Correct it in config.json, or use another revision of the model.",
         ) from error
-
-
-def reason_of(error: Exception) -> str:
-    """The first line of an error of a library, printable and short."""
-    lines = str(error).strip().splitlines() or [""]
-    text = "".join(character if character.isprintable() else " " for character in lines[0])[:200]
-    named = not text or isinstance(error, (KeyError, AttributeError, TypeError))
-    return f"{type(error).__name__}{': ' * bool(text)}{text}" if named else text
 
 
 def empty_model(config: Any, dtype: torch.dtype) -> Any:

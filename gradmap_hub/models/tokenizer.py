@@ -11,7 +11,8 @@ from typing import Any
 from gradmap_hub.errors import SourceError
 from gradmap_hub.files import InvalidJson, read_json
 from gradmap_hub.layout import TOKENIZER_CONFIG
-from gradmap_hub.models.tokenizer_trial import TOKENIZER, first_line, is_failure, try_tokenizer
+from gradmap_hub.models.tokenizer_trial import TOKENIZER, is_failure, try_tokenizer
+from gradmap_hub.units import reason_of
 
 # Arguments of transformers' tokenizers that name a file, and the file names in a model folder.
 _FILES = {
@@ -78,7 +79,7 @@ def _fast(tokenizer: Any, name: str) -> Any:
     except Exception as error:  # ValueError for an unknown class; converters may raise anything on their files
         raise SourceError(
             f"The tokenizer of {name} ({type(tokenizer).__name__}) cannot be written as {TOKENIZER}, which exports "
-            f"need: {first_line(error)}"
+            f"need: {reason_of(error)}"
         ) from error
 
 
@@ -90,7 +91,7 @@ def _object(path: Path, name: str) -> dict[str, Any]:
         content = read_json(path)
     except InvalidJson as error:
         raise SourceError(
-            f"The tokenizer of {name} cannot be loaded: {path.name} is not valid JSON: {first_line(error)}"
+            f"The tokenizer of {name} cannot be loaded: {path.name} is not valid JSON: {reason_of(error)}"
         ) from error
     if not isinstance(content, dict):
         raise SourceError(f"The tokenizer of {name} cannot be loaded: {path.name} is not a JSON object.")
@@ -111,7 +112,7 @@ def _check_fields(config: Mapping[str, Any], file: str, name: str) -> None:
             continue
         if not good and value is not None:
             raise SourceError(
-                f"The tokenizer of {name} cannot be loaded: {file}: {field} is {first_line(json.dumps(value))}; "
+                f"The tokenizer of {name} cannot be loaded: {file}: {field} is {reason_of(json.dumps(value))}; "
                 f"it must be {wanted}."
             )
 
@@ -124,9 +125,13 @@ def _not_loaded(folder: Path, name: str, error: BaseException) -> SourceError:
     hint = _packages_hint(folder)
     if hint is not None:
         return SourceError(f"{start}it needs packages that are not installed.", hint=hint)
+    hint = None
+    if not (folder / TOKENIZER).is_file():
+        hint = f"Where another version of transformers loads it, save_pretrained writes its {TOKENIZER}; put that here."
     # The text of an error that transformers did not expect says little without its type.
-    known = isinstance(error, (OSError, ValueError, ImportError)) or is_failure(error)
-    return SourceError(f"{start}{'' if known else f'{type(error).__name__}: '}{first_line(error)}")
+    known = isinstance(error, (OSError, ValueError, ImportError, KeyError, AttributeError, TypeError))
+    named = "" if known or is_failure(error) else f"{type(error).__name__}: "
+    return SourceError(f"{start}{named}{reason_of(error)}", hint=hint)
 
 
 def _own_files(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:

@@ -16,14 +16,13 @@ from pathlib import Path
 
 from gradmap_hub.errors import SourceError
 from gradmap_hub.models import tokenizer_worker
+from gradmap_hub.units import reason_of
 
 TOKENIZER = "tokenizer.json"
 # Characters at the start of each text that are tried: enough to meet its script and its markup, and encoded at once.
 SAMPLE_CHARACTERS = 100_000
 # Wall-clock seconds per CPU second that the worker may use, on a machine that other work keeps busy.
 _SLOWDOWN = 4
-# Characters of a cause that are shown.
-_MOST_SHOWN = 200
 # Every kind of character that pre-tokenizers tell apart, and runs on which backtracking shows.
 PROBE = (
     "The river's 12,345 mills (1987) cost \u20ac3.50!\n\n\tdef f(x):\n        return x\r\n",
@@ -60,18 +59,12 @@ def try_tokenizer(folder: Path, name: str, texts: Iterable[str] = ()) -> None:
         raise unusable(name, cause)
 
 
-def unusable(name: str, cause: object) -> SourceError:
+def unusable(name: str, cause: BaseException | str) -> SourceError:
     """The error of a tokenizer that fails for this cause: an exception, or words."""
     return SourceError(
-        f"The tokenizer of {name} cannot be used: {TOKENIZER}: {first_line(cause)}",
+        f"The tokenizer of {name} cannot be used: {TOKENIZER}: {reason_of(cause)}",
         hint="Replace tokenizer.json with the file of the model's own repository.",
     )
-
-
-def first_line(cause: object) -> str:
-    """An exception, or words, as one short line."""
-    line = (str(cause).strip() or type(cause).__name__).splitlines()[0]
-    return line if len(line) <= _MOST_SHOWN else f"{line[: _MOST_SHOWN - 3]}..."
 
 
 def is_failure(error: BaseException) -> bool:

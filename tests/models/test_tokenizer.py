@@ -22,6 +22,7 @@ from gradmap_hub.models.checkpoint import copy_companions
 from gradmap_hub.models.safetensors_files import choose_files, readable
 from gradmap_hub.models.tokenizer import load_tokenizer, write_tokenizer
 from gradmap_hub.models.tokenizer_trial import PROBE, failures_named, try_tokenizer
+from gradmap_hub.models.transformers_compat import has_5
 
 Change = Callable[[dict[str, Any]], Any]
 
@@ -208,6 +209,9 @@ def test_a_vocabulary_is_written_as_tokenizer_json(
     original = folder_with(tmp_path / "original", {**vocabulary_files(good)}, config, model_type)
     result = tmp_path / "result"
     result.mkdir()
+    if has_5() and config is None:  # it knows the class of no type by default
+        assert "save_pretrained" in str(refused(original).hint)
+        return
     loaded = load_tokenizer(original, "org/name")
     write_tokenizer(loaded, result, "org/name")
     text = text_of(500, 3)
@@ -266,6 +270,8 @@ FIELDS: dict[str, tuple[dict[str, str], str]] = {
 
 @pytest.mark.parametrize("name", FIELDS)
 def test_a_bad_field_is_named(name: str, good: dict[str, Any], tmp_path: Path) -> None:
+    if has_5() and name == "an unknown class":
+        pytest.skip("transformers 5 takes tokenizer.json for any class")
     files, said = FIELDS[name]
     folder = folder_with(tmp_path, {"tokenizer.json": json.dumps(good)})
     for file, content in files.items():

@@ -17,7 +17,7 @@ from gradmap_hub.errors import BrokenCheckpointError, SourceError
 from gradmap_hub.models import checkpoint
 from gradmap_hub.models.architectures import ARCHITECTURES
 from gradmap_hub.models.original import OriginalModel
-from gradmap_hub.models.skeleton import described_model, reason_of
+from gradmap_hub.models.skeleton import described_model
 from gradmap_hub.models.source import find_source
 from gradmap_hub.models.streaming import open_streamed
 from gradmap_hub.models.transformers_compat import has_5
@@ -83,13 +83,6 @@ def test_files_beside_the_config(name: str, content: str, message: str, tiny_fol
     with pytest.raises(SourceError, match=message) as caught:
         original.companions()
     assert name in caught.value.message
-
-
-def test_the_reason_of_a_library_is_one_printable_line() -> None:
-    assert reason_of(ValueError("one\x1b]0;title\x07\ntwo")) == "one ]0;title "
-    assert reason_of(KeyError("silo")) == "KeyError: 'silo'"
-    assert reason_of(AssertionError()) == "AssertionError"
-    assert len(reason_of(ValueError("x" * 9_000))) == 200
 
 
 @pytest.mark.parametrize(
