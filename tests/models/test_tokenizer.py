@@ -293,7 +293,7 @@ def test_further_templates_and_tekken_are_files_of_the_model(tmp_path: Path) -> 
     names = [f"{TEMPLATES_FOLDER}/{name}.jinja" for name in ("rag", "tool_use")]
     others = [f"{TEMPLATES_FOLDER}/notes.txt", f"{TEMPLATES_FOLDER}/deep/a.jinja", "other/a.jinja", "a.jinja"]
     assert all(map(is_companion, [*names, "tekken.json"])) and not any(map(is_companion, others))
-    files = choose_files(dict.fromkeys(["model.safetensors", "tekken.json", *names, *others], 1))
+    files = choose_files(dict.fromkeys(["model.safetensors", "tekken.json", *names, *others], 1), tmp_path.joinpath)
     assert set(files.companions) == {"tekken.json", *names}
     assert all(is_ours(name, "model") for name in ["tekken.json", *names])
     source = tmp_path / "source"
