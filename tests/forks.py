@@ -85,8 +85,8 @@ class Forks:
 
     def run(
         self, module: str, arguments: Sequence[str], environment: Mapping[str, str], folder: Path, timeout: float
-    ) -> tuple[int, str, str, bool]:
-        """Exit status, stdout, stderr, whether torch was imported.
+    ) -> tuple[int, str, str, bool, int]:
+        """Exit status, stdout, stderr, whether torch was imported, the largest memory in bytes of it or a child.
 
         Raises:
             TimeoutError: it did not end in time; it is killed.
@@ -108,7 +108,7 @@ class Forks:
             with server.makefile("rb") as lines:
                 answer = json.loads(lines.readline())
             texts = [file.seek(0) or file.read().decode() for file in (out, err)]
-        return answer["code"], texts[0], texts[1], answer["torch"]
+        return answer["code"], texts[0], texts[1], answer["torch"], answer["bytes"]
 
     def stop(self) -> None:
         assert self._server.stdin is not None
@@ -207,12 +207,13 @@ def _wait(pid: int, client: socket.socket, told: int) -> NoReturn:
     ready, _, _ = select.select([process, client], [], [])
     if process not in ready:
         os.kill(pid, signal.SIGKILL)
-    _, status = os.waitpid(pid, 0)
+    _, status, used = os.wait4(pid, 0)
     os.set_blocking(told, False)
     words = b""
     with contextlib.suppress(BlockingIOError):
         words = os.read(told, 16)
-    answer = {"code": os.waitstatus_to_exitcode(status), "torch": words == b"torch"}
+    code = os.waitstatus_to_exitcode(status)
+    answer = {"code": code, "torch": words == b"torch", "bytes": used.ru_maxrss * 1024}
     with contextlib.suppress(OSError):
         client.sendall(json.dumps(answer).encode() + b"\n")
     os._exit(0)

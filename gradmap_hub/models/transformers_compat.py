@@ -123,7 +123,7 @@ def both_read_tokenizer_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """A tokenizer_config.json from which 4.57 and 5 read the same tokenizer."""
     result = dict(config)
     name = result.get("tokenizer_class")
-    if name in _TOKENIZER_CLASS:
+    if isinstance(name, str) and name in _TOKENIZER_CLASS:
         result["tokenizer_class"] = _TOKENIZER_CLASS[name]
         # Only the generic class has no input names of its own: 4.57 would add token_type_ids, which models reject.
         result.setdefault("model_input_names", ["input_ids", "attention_mask"])

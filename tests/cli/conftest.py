@@ -52,6 +52,7 @@ class Done:
     err: str
     seconds: float
     torch: bool | None = None  # whether it was imported; None where the process cannot tell
+    bytes: int | None = None  # the largest memory of the process or a child of it; None where that is not measured
 
     @property
     def json(self) -> dict[str, Any]:
@@ -114,10 +115,10 @@ class Cli:
                 self._forks[kind] = Forks(kind, self.environment(None, {}))
             environment = self.environment(self.token if token is None else token or None, extra)
             began = time.monotonic()
-            code, out, err, torch = self._forks[kind].run(
+            code, out, err, torch, used = self._forks[kind].run(
                 "gradmap_hub", [*map(str, arguments)], environment, cwd or self.home, 180
             )
-            return Done(code, out, err, time.monotonic() - began, torch)
+            return Done(code, out, err, time.monotonic() - began, torch, used)
         began = time.monotonic()
         process = self.start(*arguments, token=token, cwd=cwd, **extra)
         try:
