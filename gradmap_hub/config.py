@@ -91,8 +91,8 @@ class PruneMethod:
     )
     calibration: tuple[str, ...] = option(
         (DEFAULT_CALIBRATION,),
-        "Calibration text; repeat to mix sources. A .txt or .jsonl file (key `text`), or a Hub dataset as "
-        "owner/name[:config[/split]].",
+        "Calibration text; repeat to mix sources. A .txt or .jsonl file (key `text`), a Hub dataset as "
+        "owner/name[:config[/split]], or `self`: text that the original writes itself.",
     )
     eval_text: tuple[str, ...] = option(
         (), "Further text to measure perplexity on, not used for calibration; repeatable. Same formats."
@@ -151,7 +151,7 @@ class PruneMethod:
         if self.low_memory and self.device == "cuda":
             raise UsageError("--low-memory computes on the CPU; leave out --device cuda.")
         parse_budget(self.heal)
-        if SELF in self.heal_text and self.low_memory:
+        if SELF in (*self.calibration, *self.heal_text) and self.low_memory:
             raise UsageError("Text that the original writes needs it in memory; leave out --low-memory or that text.")
         if not self.calibration:
             raise UsageError("--calibration needs at least one text.")

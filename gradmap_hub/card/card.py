@@ -49,6 +49,7 @@ TEMPLATE = "card.md.jinja"
 LAYERS_PLOT = "assets/layers.png"
 SHIFT_PLOT = "assets/shift.png"
 HEALING_PLOT = "assets/healing.png"
+_OWN_TEXT = "text that the original wrote itself"
 CALIBRATION_KIND = "calibration (held out)"
 HUB = "https://huggingface.co"
 
@@ -158,6 +159,7 @@ def _context(record: RunRecord) -> dict[str, Any]:
         "heal": record.heal,
         "healed": record.heal is not None and record.heal.applied,
         "healing_text": _healing_text(record),
+        "calibration_text": _calibration_text(record),
         "healed_part": _healed_part(record),
         "treatment": _treatment(record),
         "graphs": graphs,
@@ -277,12 +279,18 @@ def has_healing_plot(record: RunRecord) -> bool:
     return heal is not None and heal.applied and sum(check.held_out is not None for check in heal.checks) > 1
 
 
+def _calibration_text(record: RunRecord) -> str:
+    """The calibration texts, in words."""
+    names = [text.name for text in record.calibration.texts] or [record.calibration.source]
+    return ", ".join(_OWN_TEXT if name == SELF else name for name in names)
+
+
 def _healing_text(record: RunRecord) -> Safe:
     """What the model was healed on, in words."""
     texts = record.heal.texts if record.heal is not None else []
     names: list[str] = [code(text.name) for text in texts if text.name != SELF]
     if len(names) < len(texts):
-        names.append("text that the original wrote itself")
+        names.append(_OWN_TEXT)
     return Safe(" and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]])))
 
 

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from gradmap_hub import distributed
 from gradmap_hub.config import SELF
-from gradmap_hub.data.texts import Text, read_text, text_of
+from gradmap_hub.data.texts import text_of
 from gradmap_hub.errors import CalibrationError
-from gradmap_hub.files import write_text
 from gradmap_hub.layout import check_disk
 from gradmap_hub.models.original import open_decoder
 from gradmap_hub.models.source import identity
 from gradmap_hub.pipeline.run import Run
+from gradmap_hub.pipeline.self_text import SelfTextFile, open_reader, self_text
 from gradmap_hub.pipeline.stages import COMPENSATION_FILE, HEALED_FILE, load_overrides, save_overrides
 from gradmap_hub.pruning.prune_model import Compensated
 from gradmap_hub.record import HealRecord
@@ -39,7 +38,7 @@ if TYPE_CHECKING:  # torch is only imported once there is something to compute
 # The model to train and the function from its last hidden states to logits.
 OpenStudent: TypeAlias = "Callable[[], tuple[nn.Module, Callable[[Tensor], Tensor]]]"
 
-SELF_FILE, _TEACHER = "self.jsonl", "teacher"
+_TEACHER = "teacher"
 # The held-out sequences of the calibration text, as the record calls them.
 _CHOSE = "calibration sequences that chose the layers"
 # Held-out sequences of a text that is not a calibration text.
@@ -49,19 +48,6 @@ SELF_SHARE = 0.25
 _PARTS = {"all": "all layers", "gaps": "the layers around the gaps", "lora": "low-rank adapters"}
 # Training steps that are timed to turn a time into tokens.
 _TIMED = 3
-
-
-@dataclass(frozen=True)
-class SelfTextFile:
-    """The text that the original wrote: its file in the work folder, and how it came about."""
-
-    sha256: str
-    tokens: int
-    drawn: int
-    repetitive: int
-    short: int
-    duplicates: int
-    recipe: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -214,7 +200,7 @@ def _corpus(run: Run, rows: CalibrationRows, sequences: int, *, own: bool = True
     for name in names:
         wanted = max(2 * HELD_OUT, round(share * sequences) + HELD_OUT)
         if name == SELF:
-            text, written = self_text(run, wanted * run.method.seq_len)
+            text, written = self_text(run, wanted * run.method.seq_len, "healing")
         else:
             text = text_of(name, run.hub)
         cut = tokenize(text, tokenizer, run.method.seq_len, embedding_rows(run.source.config))
@@ -235,43 +221,6 @@ def _corpus(run: Run, rows: CalibrationRows, sequences: int, *, own: bool = True
     return corpus, written
 
 
-def self_text(run: Run, tokens: int) -> tuple[Text, SelfTextFile]:
-    """About `tokens` tokens that the original writes itself, kept in the work folder (see `healing.self_text`)."""
-    from gradmap_hub.healing.self_text import SelfTextRecipe
-
-    file = run.shared / SELF_FILE
-    recipe = SelfTextRecipe(seed=run.method.seed)
-
-    def compute() -> SelfTextFile:
-        from gradmap_hub.healing.self_text import write_self_text
-
-        decoder = _open_reader(run)
-        run.reporter.total(tokens, unit="tokens")
-        found = write_self_text(decoder.model, run.original.tokenizer(), tokens, recipe, run.reporter.advance)
-        write_text(file, "".join(json.dumps({"text": sample}, ensure_ascii=False) + "\n" for sample in found.samples))
-        return SelfTextFile(
-            read_text(file).sha256, found.tokens, found.drawn, found.repetitive, found.short, found.duplicates,
-            recipe.settings(),
-        )  # fmt: skip
-
-    written = run.independent.branch().run(
-        "self-text",
-        "Letting the original write text",
-        SelfTextFile,
-        compute,
-        inputs={"tokens": tokens, "recipe": recipe.settings()},
-        files=lambda: [file],
-        describe=lambda found: (
-            f"{found.tokens:,} tokens; of {found.drawn} samples dropped {found.repetitive} that "
-            f"repeat themselves, {found.short} short ones, {found.duplicates} near duplicates"
-        ),
-    )
-    text = read_text(file, name=SELF)
-    if text.sha256 != written.sha256:
-        raise CalibrationError(f"{file} has changed since it was written; delete it and run the command again.")
-    return text, written
-
-
 # -- teacher and student ----------------------------------------------------------------------------------------------
 
 
@@ -285,28 +234,13 @@ def recipe_of(run: Run) -> Recipe:
     return Recipe(RATE, sequences, sequences, autocast=fast_bfloat16(run.precision()[1]))
 
 
-def _open_reader(run: Run) -> Decoder:
-    """The original to predict and to write text: in bfloat16 where the machine multiplies it faster, even if its
-    weights are stored in float32, because a distribution needs no more."""
-    import torch
-
-    dtype = torch.bfloat16 if recipe_of(run).autocast else run.precision()[0]
-    if dtype == run.precision()[0]:
-        return run.decoder()
-    run.release()
-    return open_decoder(
-        run.original.checkpoint(), run.source.architecture, run.method.seq_len, dtype=dtype,
-        device=run.precision()[1], streamed=run.method.low_memory,
-    )  # fmt: skip
-
-
 def _teacher(run: Run, corpus: Corpus) -> Teacher:
     """The original's predictions for the corpus, computed as far as they are missing."""
     from gradmap_hub.healing.heal import Teacher
 
     tokens = run.method.seq_len
     run.reporter.start(f"{run.stages.label}Reading the original's predictions")
-    decoder = _open_reader(run)
+    decoder = open_reader(run)
     about = f"{identity(run.source)} {decoder.weight_dtype}"
     teacher = Teacher.of(corpus, run.shared / _TEACHER, decoder.vocabulary, about)
     check_disk(run.work, sum(cache.bytes for cache in teacher.parts if not cache.done))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gradmap_hub.config import PruneMethod
+from gradmap_hub.config import SELF, PruneMethod
 from gradmap_hub.data.texts import is_local_text, text_of
 from gradmap_hub.errors import CalibrationError, GradmapError, SourceError
 from gradmap_hub.measurements import Contamination
@@ -98,6 +98,8 @@ def _calibration(
     from gradmap_hub.data.rows import split_rows
 
     sources = find_calibration(record, places)
+    if SELF in sources:
+        raise CalibrationError("The calibration text was written by the original, and is not kept.")
     remote = next((source for source in sources if not is_local_text(source)), None)
     if remote is not None and not online:
         raise CalibrationError(f"The calibration text {remote} is on the Hub, and this evaluation is offline.")

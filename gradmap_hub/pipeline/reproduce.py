@@ -258,7 +258,7 @@ def _texts(
     left = {name: list(values) for name, values in sums.items()}
     found: list[str] = []
     for name in names:
-        if _PINNED.fullmatch(name):
+        if _PINNED.fullmatch(name) or name == SELF:  # that is written again
             found.append(name)
             continue
         if not left.get(name):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from gradmap_hub.data.texts import text_of
+from gradmap_hub.config import SELF
+from gradmap_hub.data.texts import Text, text_of
 from gradmap_hub.errors import CalibrationError
 from gradmap_hub.record import (
     CalibrationRecord,
@@ -18,6 +20,9 @@ if TYPE_CHECKING:  # torch is only imported once there is something to compute
 
     from gradmap_hub.data.rows import CalibrationRows, Rows
     from gradmap_hub.pipeline.run import Run
+
+# Sequences that are written beyond those needed: the shares of the texts are rounded.
+_SPARE = 3
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,8 @@ class EvaluationText:
 
 
 def calibrate(run: Run) -> tuple[CalibrationRows, list[Rows]]:
-    """Tokenise and split the texts. This is cheap, so every run repeats it, before the weights are fetched.
+    """Tokenise and split the texts. This is cheap, so every run repeats it, before the weights are fetched. Only the
+    text `self` needs them; it is written once.
 
     Returns:
         The calibration sequences, and those of each --eval-text.
@@ -43,7 +49,7 @@ def calibrate(run: Run) -> tuple[CalibrationRows, list[Rows]]:
 
     config = run.method
     run.reporter.start("Reading calibration text")
-    texts = [text_of(source, run.hub) for source in config.calibration]
+    texts = [_calibration_text(run, source) for source in config.calibration]
     extra_texts = [text_of(source, run.hub) for source in config.eval_text]
     clash = {text.sha256 for text in texts} & {text.sha256 for text in extra_texts}
     if clash:
@@ -75,6 +81,18 @@ def calibrate(run: Run) -> tuple[CalibrationRows, list[Rows]]:
     ]
     run.reporter.finish(f"{rows.fit.numel():,} tokens from {', '.join(text.name for text in texts)}")
     return rows, extra
+
+
+def _calibration_text(run: Run, source: str) -> Text:
+    if source != SELF:
+        return text_of(source, run.hub)
+    from gradmap_hub.pipeline.self_text import self_text
+
+    config = run.method
+    needed = math.ceil((config.samples + config.selection_rows + config.eval_rows) / len(config.calibration))
+    text = self_text(run, (needed + _SPARE) * config.seq_len, "calibration")[0]
+    run.reporter.start("Reading calibration text")
+    return text
 
 
 def _check_contamination(run: Run, rows: CalibrationRows, extra: Sequence[Rows]) -> list[list[int]]:

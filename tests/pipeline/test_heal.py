@@ -128,17 +128,39 @@ def test_own_text_is_written_once_and_kept(
 ) -> None:
     monkeypatch.setattr(healing, "lowers", lambda _before, _after: True)
     output = tmp_path / "out"
-    done = prune_tiny(tiny_folder, output, text_file, "--heal", "2", "--heal-text", "self")
+    own = ("--heal", "1k", "--heal-text", "self", "-c", "self")
+    done = prune_tiny(tiny_folder, output, text_file, *own)
     assert done.exit_code == 0, done.output
     record = RunRecord.read(output)
+    assert [text.name for text in record.calibration.texts] == [text_file.name, "self"]
     assert record.heal is not None and [text.name for text in record.heal.texts] == ["self"]
     assert record.settings is not None and record.settings["heal_text"] == ["self"]
     written = (tmp_path / "out.work" / "self.jsonl").read_text(encoding="utf-8")
     assert all(json.loads(line)["text"] for line in written.splitlines())
-    assert "text that the original wrote itself" in card_text(record)
-    again = prune_tiny(tiny_folder, tmp_path / "again", text_file, "--heal", "2", "--heal-text", "self")
+    other = (tmp_path / "out.work" / "calibration-self.jsonl").read_text(encoding="utf-8")
+    assert not set(other.splitlines()) & set(written.splitlines())
+    card = card_text(record)
+    assert f"| Calibration text | {text_file.name}, text that the original wrote itself |" in card
+    assert "tokens of text that the original wrote itself" in card
+    again = prune_tiny(tiny_folder, tmp_path / "again", text_file, *own)
     assert again.exit_code == 0, again.output
-    assert (tmp_path / "again.work" / "self.jsonl").read_text(encoding="utf-8") == written
+    for name, text in {"self.jsonl": written, "calibration-self.jsonl": other}.items():
+        assert (tmp_path / "again.work" / name).read_text(encoding="utf-8") == text
+
+
+@pytest.mark.slow
+def test_own_calibration_text_is_written_again(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    """By --from, and by `heal`, which keeps the sequences that were held out."""
+    done = prune_tiny(tiny_folder, tmp_path / "out", text_file, "-c", "self")
+    assert done.exit_code == 0, done.output
+    (tmp_path / "out" / text_file.name).write_text(text_file.read_text(encoding="utf-8"), encoding="utf-8")
+    record = str(tmp_path / "out" / "gradmap.json")
+    again = CliRunner().invoke(app, ["prune", "--from", record, str(tiny_folder), str(tmp_path / "again"), "--quiet"])
+    assert again.exit_code == 0, again.output
+    first, second = RunRecord.read(tmp_path / "out"), RunRecord.read(tmp_path / "again")
+    assert first.calibration == second.calibration and first.evaluation == second.evaluation
+    healed = CliRunner().invoke(app, ["heal", str(tmp_path / "out"), "--tokens", "1k", "--against", str(tiny_folder)])
+    assert healed.exit_code == 0, healed.output
 
 
 @pytest.mark.slow
