@@ -112,7 +112,7 @@ def _measure(folder: Path, original: Path, texts: Mapping[str, Text], chat: Path
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     if not chat.is_file():  # held out: healing draws with the seed of its run
         writer = AutoModelForCausalLM.from_pretrained(original, dtype=torch.bfloat16).eval()
-        written = write_self_text(writer, tokenizer, CHAT_TOKENS, SelfTextRecipe(seed=CHAT_SEED))
+        written = write_self_text(writer, tokenizer, CHAT_TOKENS, SelfTextRecipe(seed=CHAT_SEED, temperature=1.0))
         chat.write_text(json.dumps(written.samples), encoding="utf-8")
     talk = Text("chat", "\n\n".join(json.loads(chat.read_text(encoding="utf-8"))), "")
     rows = {name: evaluation_rows(text, tokenizer, seq_len=TOKENS, rows=ROWS).ids for name, text in texts.items()}

@@ -29,11 +29,14 @@ _MARK = "\u2063gradmap\u2063"
 class SelfTextRecipe:
     """How text is sampled and filtered.
 
+    `temperature` is that of conversations: text that is nearer to the greedy one has better questions, and the model
+    healed on it repeats itself less. `text_temperature` is that of a base model, which has nothing to be near to.
     `repeated`: the largest share of 4-grams of words that occurred before in a sample. `similar`: the largest Jaccard
     similarity of the word 5-grams of two samples, estimated by MinHash."""
 
     seed: int = 0
-    temperature: float = 1.0
+    temperature: float = 0.6
+    text_temperature: float = 1.0
     top_p: float = 0.95
     top_k: int = 100
     batch: int = 64
@@ -166,7 +169,8 @@ def _continuations(
     """Endless (text, text), each from the token that begins a document, `rows()` written together."""
     start = torch.tensor([_first_token(tokenizer)])
     while True:
-        for text in _write(model, tokenizer, [start] * rows(), recipe.question_tokens + recipe.answer_tokens, recipe):
+        length = recipe.question_tokens + recipe.answer_tokens
+        for text in _write(model, tokenizer, [start] * rows(), length, recipe, recipe.text_temperature):
             yield text, text
 
 
@@ -191,7 +195,15 @@ def render(tokenizer: Any, messages: Sequence[dict[str, str]], *, answer: bool =
         ) from error
 
 
-def _write(model: Any, tokenizer: Any, prompts: Sequence[Tensor], tokens: int, recipe: SelfTextRecipe) -> list[str]:
+def _write(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Tensor],
+    tokens: int,
+    recipe: SelfTextRecipe,
+    temperature: float | None = None,
+) -> list[str]:
     return sample(
-        model, tokenizer, prompts, tokens, temperature=recipe.temperature, top_p=recipe.top_p, top_k=recipe.top_k
-    )
+        model, tokenizer, prompts, tokens, top_p=recipe.top_p, top_k=recipe.top_k,
+        temperature=recipe.temperature if temperature is None else temperature,
+    )  # fmt: skip
