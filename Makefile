@@ -52,7 +52,7 @@ TESTS5 := tests/runtime tests/serving tests/local_hub tests/hub tests/models tes
 test-5: install-5
 	$(BIN5)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS5)
 
-# Every fault, every kill and the bent files of docs/reliability.md, whose tables it writes anew. MUTATIONS=2000: so many
+# Every fault, every kill and the bent files of docs/reliability.md, whose tables it writes anew. MUTATIONS=2000: 2000
 # bent files of each kind (hours).
 reliability: install
 	RELIABILITY=docs/reliability.md $(BIN)/python -m pytest -m '' tests/hub/test_faults.py tests/cli/test_kill.py tests/cli/test_bent_files.py

@@ -28,6 +28,7 @@ from gradmap_hub.exporters.graph import files_of
 from gradmap_hub.exporters.inputs import Inputs, Rows, base_of, run_worker
 from gradmap_hub.exporters.recipes import GPTQ, LADDERS, LEAST_BLOCK, Recipe
 from gradmap_hub.exporters.writers import WRITERS
+from gradmap_hub.files import usual_mode
 from gradmap_hub.formats import FORMATS, ONNX, Format, preferred
 from gradmap_hub.models.architectures import dimension
 from gradmap_hub.progress import Reporter, SilentReporter
@@ -252,5 +253,7 @@ def _write_genai_config(destination: Path, inputs: Inputs) -> None:
         return
     config = json.loads(source.read_text(encoding="utf-8"))
     config["model"]["decoder"]["filename"] = present[0]
+    if config["model"].get("eos_token_id") is None:  # the builder takes it from config.json alone, and GenAI needs one
+        config["model"]["eos_token_id"] = inputs.end_token()
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    path.chmod(0o644)
+    path.chmod(usual_mode())

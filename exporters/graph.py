@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from gradmap_hub.files import usual_mode
+
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto, TensorProto
 
@@ -85,7 +87,7 @@ class Graph:
         del self.model.graph.initializer[:]
         written = [path, data_path] if outside else [path]
         for file in written:
-            file.chmod(0o644)
+            file.chmod(usual_mode())
         return written
 
     def producers(self) -> dict[str, int]:

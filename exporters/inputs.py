@@ -73,6 +73,12 @@ class Inputs:
         path = self.folder / "genai" / genai.CONFIG
         return path if path.is_file() else None
 
+    def end_token(self) -> int | None:
+        """The id of the token that ends an answer, by generation config or tokenizer; None if they name none."""
+        from gradmap_hub.runtime.prompting import TextCodec
+
+        return min(TextCodec.from_folder(self.checkpoint).ends, default=None)
+
     def rows(self) -> Path:
         """The held-out tokens as an .npy file, (sequences, tokens) int64."""
         return self._saved("rows.npy", self._rows)

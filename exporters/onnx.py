@@ -16,6 +16,7 @@ from typing import Any
 from gradmap_hub.errors import MissingExtra, VerificationError
 from gradmap_hub.exporters import environment
 from gradmap_hub.exporters.processes import WorkerFailed, call
+from gradmap_hub.files import usual_mode
 from gradmap_hub.formats import FORMATS, ONNX
 from gradmap_hub.models.architectures import ARCHITECTURES
 from gradmap_hub.models.safetensors_files import clean_config
@@ -103,7 +104,7 @@ def export_onnx(source: Path, destination: Path) -> list[Path]:
         )
     for path in partial.iterdir():
         if path.name in _KEPT:
-            path.chmod(0o644)
+            path.chmod(usual_mode())
         else:
             path.unlink()
     clean_config(partial / "config.json")

@@ -95,7 +95,9 @@ class PruneMethod:
         "owner/name[:config[/split]], or `self`: text that the original writes itself.",
     )
     eval_text: tuple[str, ...] = option(
-        (), "Further text to measure perplexity on, not used for calibration; repeatable. Same formats."
+        (),
+        "Further text to measure perplexity on, not used for calibration; repeat for more. A file or a data set as for "
+        "--calibration.",
     )
     samples: int = option(
         32, "Calibration sequences for the compensation; a quarter of them, at least 4, score the layers."
@@ -153,6 +155,8 @@ class PruneMethod:
         parse_budget(self.heal)
         if SELF in (*self.calibration, *self.heal_text) and self.low_memory:
             raise UsageError("Text that the original writes needs it in memory; leave out --low-memory or that text.")
+        if SELF in self.eval_text:
+            raise UsageError("--eval-text takes no text that the original writes itself: it would favour the original.")
         if not self.calibration:
             raise UsageError("--calibration needs at least one text.")
 

@@ -80,6 +80,16 @@ class OutputExists(GradmapError):
     """The output folder is not empty."""
 
 
+class OutputInUse(GradmapError):
+    """Another run works on the output folder."""
+
+    def __init__(self, output: str) -> None:
+        super().__init__(
+            f"Another run works on {output}.",
+            hint="Wait until it ends, or choose another folder with --output.",
+        )
+
+
 class CalibrationError(GradmapError):
     """The calibration or evaluation text cannot be used."""
 

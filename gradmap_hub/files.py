@@ -8,7 +8,7 @@ import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 # Bytes of a JSON file that is read. The largest known index of weights has 9 MB; JSON takes some ten times its size in
 # memory.
@@ -125,3 +125,31 @@ def write_text(path: Path, text: str) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def lock(path: Path) -> IO[bytes]:
+    """Hold a file lock until the returned file is closed or the process dies.
+
+    Raises:
+        BlockingIOError: another process, or this one, holds it.
+    """
+    file = path.open("ab")
+    try:
+        import fcntl
+    except ImportError:  # Windows: a second holder is not detected
+        return file
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise
+    except OSError:  # a file system without locks
+        pass
+    return file
+
+
+def usual_mode() -> int:
+    """The permissions of a new file of this user, for files that a library makes private."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return 0o666 & ~mask

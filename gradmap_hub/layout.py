@@ -64,13 +64,17 @@ def _existing(path: Path) -> Path:
 
 
 def default_output(model: str, config: PruneConfig) -> Path:
-    """NAME-gradmap-25 in the current folder."""
-    name = Path(model).stem if model.endswith(".gguf") else Path(model).name
+    """NAME-gradmap-25 in the current folder, or beside it if it is the model."""
+    path, folder = Path(model), Path()
+    if not path.name or path.name == "..":  # ".", "..", "/"
+        path = path.resolve()
+        folder = path.parent if path == Path.cwd() else folder
+    name = path.stem if model.endswith(".gguf") else path.name
     if config.ratio is not None:
         how_much = f"{math.floor(config.ratio * 100 + 0.5)}"
     else:
         how_much = f"{config.layers or len(config.drop or ())}layers"
-    return Path(f"{name}-gradmap-{how_much}")
+    return folder / f"{name}-gradmap-{how_much}"
 
 
 def work_folder(output: Path) -> Path:

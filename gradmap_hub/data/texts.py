@@ -19,12 +19,13 @@ MAX_CHARACTERS = 24_000_000
 _MOST_JSON = 8 * MAX_CHARACTERS
 # Rows of a .parquet file that are read at once.
 _BATCH = 4096
-# Tables of text: which column is the text is not known, and the others are none.
+# Tables: which of their columns is the text is not known.
 _TABLES = (".csv", ".tsv")
 # The first bytes of files that are no text, under any name.
 _SIGNATURES = {
-    b"\x1f\x8b": "gzip", b"PK\x03\x04": "ZIP", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "Zstandard",
-    b"PAR1": "Parquet", b"ARROW1": "Arrow", b"%PDF": "PDF", b"SQLite format 3": "SQLite",
+    b"\x1f\x8b": "gzip", b"PK\x03\x04": "ZIP", b"BZh91AY&SY": "bzip2", b"\xfd7zXZ": "xz",
+    b"\x28\xb5\x2f\xfd": "Zstandard",
+    b"PAR1\x15": "Parquet", b"ARROW1\0\0": "Arrow", b"%PDF-": "PDF", b"SQLite format 3\0": "SQLite",
     b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16",
 }  # fmt: skip
 _GIVE = "Give a .txt or .jsonl file, or a Hub dataset as owner/name."

@@ -1,4 +1,4 @@
-"""Text that the original writes itself, to heal on: no data set, and what its users ask it for.
+"""Text that the original writes itself, to calibrate or to heal on: no data set, and what its users ask it for.
 
 A chat model is given only the opening of a user's turn in its own template, so that it writes the question, and then
 answers it (Magpie, arXiv 2406.08464). A base model continues from its first token. Samples that repeat themselves,
@@ -29,8 +29,8 @@ _MARK = "\u2063gradmap\u2063"
 class SelfTextRecipe:
     """How text is sampled and filtered.
 
-    `temperature` is that of conversations: text that is nearer to the greedy one has better questions, and the model
-    healed on it repeats itself less. `text_temperature` is that of a base model, which has nothing to be near to.
+    `temperature` is that of conversations: below 1 the questions make more sense, and the model that is healed on them
+    repeats itself less. `text_temperature` is that of a base model, which would often repeat itself below 1.
     `repeated`: the largest share of 4-grams of words that occurred before in a sample. `similar`: the largest Jaccard
     similarity of the word 5-grams of two samples, estimated by MinHash."""
 

@@ -9,13 +9,15 @@ import copy
 import json
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
-from huggingface_hub import HfApi, get_token
+from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -26,6 +28,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import (
     get_session,  # pyright: ignore[reportPrivateImportUsage]
     hf_raise_for_status,  # pyright: ignore[reportPrivateImportUsage]
@@ -50,6 +53,8 @@ from gradmap_hub.hub.transport import PASSING, HttpFailure, RequestFailed, Watch
 from gradmap_hub.progress import Reporter, SilentReporter
 
 T = TypeVar("T")
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,11 @@ class Hub:
         # The client's own warnings, such as "token is invalid", would repeat our error messages.
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
         self.endpoint = endpoint or os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+        if "@" in urlsplit(self.endpoint).netloc:
+            raise Usage(
+                "HF_ENDPOINT contains a user name or password, which messages and cards would show.",
+                hint="Leave it out, and set HF_TOKEN.",
+            )
         self.token = token or get_token()
         self.api = HfApi(endpoint=self.endpoint, token=self.token or False)
         self._note = SilentReporter().note
@@ -138,6 +148,8 @@ class Hub:
         Raises:
             RepositoryNotFound, RevisionNotFound, GatedRepository, HubError
         """
+        if constants.HF_HUB_OFFLINE and (known := _cached(repo_id, revision or "main")) is not None:
+            return known
         with self.translated(repo_id, revision):
             info = self.attempt(
                 lambda: self.api.model_info(repo_id, revision=revision, files_metadata=True), brief=True
@@ -286,7 +298,30 @@ class Hub:
                 raise RepositoryNotFound(repo_id) from error
             raise _unanswered(self.endpoint, error) from error
         except (OSError, HttpFailure) as error:
+            if isinstance(error, OSError) and error.filename is not None:
+                raise  # the disk, such as a cache that may not be written
             raise _unanswered(self.endpoint, error) from error
+
+
+def _cached(repo_id: str, revision: str) -> RemoteModel | None:
+    """A model as the cache has it, with the files that were fetched; None if it has none, or several and none of this
+    name. What the Hub knows beside the files is unknown."""
+    folder = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repo_id, repo_type="model"))
+    try:
+        commit = folder.joinpath("refs", *revision.split("/")).read_text(encoding="utf-8").strip()
+    except OSError:
+        commit = revision
+    if not _COMMIT.fullmatch(commit):
+        # Fetched by its commit, as we do, a model has no name in the cache.
+        present = [path.name for path in folder.glob("snapshots/*")]
+        if revision != "main" or len(present) != 1:
+            return None
+        commit = present[0]
+    snapshot = folder / "snapshots" / commit
+    files = {
+        path.relative_to(snapshot).as_posix(): path.stat().st_size for path in snapshot.rglob("*") if path.is_file()
+    }
+    return RemoteModel(repo_id, commit, files, {}, gated=False, private=False) if files else None
 
 
 def worth_retrying(error: Exception) -> Retry | None:

@@ -133,8 +133,12 @@ def check_name(repo_id: str) -> str:
         raise UsageError(f"--to takes OWNER/NAME; got {repo_id!r}.")
     try:
         validate_repo_id(repo_id)
-    except HFValidationError as error:
+        good = repo_id.isascii()  # the client takes letters of any script, the Hub does not
+    except HFValidationError:
+        good = False
+    if not good:
         raise UsageError(
-            f"{repo_id!r} is not a valid name of a repository: use at most 96 letters, digits, '-', '_' and '.'."
-        ) from error
+            f"{repo_id!r} is not a valid name of a repository: use at most 96 letters (a-z, A-Z), digits, '-', '_' "
+            "and '.'."
+        )
     return owner

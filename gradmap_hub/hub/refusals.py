@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -77,7 +78,8 @@ def refusal(endpoint: str, doing: str, repo_id: str, known: str, error: Exceptio
         case 429:
             return rate_limited(endpoint, error, known)
         case None | 400 | 404 | 411 | 413 | 415 | 422:  # the Hub rejects README.md or another file
-            message = " ".join(str(error).split())[:300]
+            # Without the parameters of addresses, which may be signed.
+            message = re.sub(r"(https?://[^\s?]+)\?\S*", r"\1", " ".join(str(error).split()))[:300]
             return HubError(f"The Hub refused to {doing} {repo_id}: {message}", hint=f"{known} {ON_DISK}.".strip())
         case _:
             return _interrupted(endpoint, doing, repo_id, known, error)

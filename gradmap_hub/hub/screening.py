@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from gradmap_hub.errors import UnsafeToPublish
-from gradmap_hub.layout import COMPANION_FILES, RESULTS_FOLDER, legal_texts
+from gradmap_hub.layout import COMPANION_FILES, RESULTS_FOLDER, is_companion, legal_texts
 
 _MODEL_SUFFIXES = (
     ".safetensors", ".onnx", ".onnx_data", ".json", ".md", ".txt", ".jinja", ".model", ".png", ".svg", ".jpg", ".webp",
@@ -83,7 +83,7 @@ def screen_files(files: Mapping[str, Path], kind: str, private: Private) -> None
         check_kind(name, kind)
         if path.suffix in _DATA_ONLY:
             continue
-        original = path.name in COMPANION_FILES or bool(legal_texts([path.name]))
+        original = is_companion(name) or path.name in COMPANION_FILES or bool(legal_texts([path.name]))
         for what, pattern, literals in patterns:
             # Copied from the original byte for byte: its vocabulary may contain the host name as a word.
             if original and what == _HOST:

@@ -165,6 +165,9 @@ def validate_card(readme: str, repo_type: RepoType) -> Findings:
     return checks[repo_type](data)
 
 
+_LANGUAGE = re.compile(r"[a-z]{2,3}|code|multilingual")
+
+
 def _texts(value: object) -> list[str] | None:
     """A string or a list of strings as a list; None for anything else."""
     if isinstance(value, str):
@@ -178,6 +181,12 @@ def _check_common(data: Mapping[str, Any], errors: list[str], warnings: list[str
     for name in ("language", "license", "base_model", "datasets"):
         if data.get(name) is not None and _texts(data[name]) is None:
             errors.append(f'"{name}" must be a string or a list of strings')
+    for language in _texts(data.get("language")) or []:
+        if not _LANGUAGE.fullmatch(language):
+            errors.append(
+                f'"language" with value {language!r} is not valid. It must be an ISO 639-1, 639-2 or 639-3 code '
+                '(two/three letters), or a special value like "code", "multilingual".'
+            )
     tags = data.get("tags")
     if tags is not None and not (isinstance(tags, list) and all(isinstance(tag, str) and tag for tag in tags)):
         errors.append('"tags" must be an array of strings')

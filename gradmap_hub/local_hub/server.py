@@ -14,6 +14,8 @@ from typing import IO, Any, Literal, Self
 
 import uvicorn
 
+from gradmap_hub.files import lock
+
 from .app import build_app
 from .auth import Accounts, Role, Signer
 from .context import Hub
@@ -360,19 +362,8 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _lock(path: Path) -> IO[bytes]:
-    """Hold a file lock until the returned file is closed or the process dies.
-
-    Raises:
-        RuntimeError: another hub holds the lock.
-    """
-    file = path.open("ab")
+    """Raises RuntimeError: another hub runs on this folder."""
     try:
-        import fcntl
-    except ImportError:  # Windows: a second hub on the directory is not detected
-        return file
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
+        return lock(path)
+    except BlockingIOError:
         raise RuntimeError(f"Another hub is running on {path.parent}") from None
-    return file

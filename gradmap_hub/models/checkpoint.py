@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from gradmap_hub.errors import BrokenCheckpointError, GradmapError
+from gradmap_hub.files import usual_mode
 from gradmap_hub.layout import TOKENIZER_CONFIG
 from gradmap_hub.models.safetensors_files import clean_config, copy_tokenizer_config
 from gradmap_hub.units import reason_of
@@ -43,7 +44,7 @@ def save_checkpoint(model: Any, folder: Path, dtype: torch.dtype) -> None:
         raise GradmapError(f"The checkpoint cannot be written to {folder}: {error}") from error
     (folder / "generation_config.json").unlink(missing_ok=True)
     for path in folder.glob("*.safetensors"):
-        path.chmod(0o644)  # safetensors creates them 0600
+        path.chmod(usual_mode())  # safetensors creates them 0600
     clean_config(folder / "config.json")
 
 

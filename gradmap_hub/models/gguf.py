@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradmap_hub.errors import SourceError
+from gradmap_hub.files import usual_mode
 from gradmap_hub.layout import CONFIG, WEIGHTS, WEIGHTS_INDEX
 from gradmap_hub.models.gguf_header import USE_ORIGINAL, GgufHeader, GgufTensor, read_gguf_header
 from gradmap_hub.models.gguf_rope import FACTORS, llama3_scaling, stated_scaling
@@ -360,7 +361,7 @@ def _write_weights(model: GgufModel, folder: Path) -> None:
             {model.names[tensor]: _converted(model, tensor) for tensor in shard},
             folder / name, metadata={"format": "pt"},
         )  # fmt: skip
-        (folder / name).chmod(0o644)  # safetensors creates them 0600
+        (folder / name).chmod(usual_mode())  # safetensors creates them 0600
         index |= dict.fromkeys((model.names[tensor] for tensor in shard), name)
     if len(shards) > 1:
         _write_json(folder / WEIGHTS_INDEX, {"metadata": {"total_size": model.weight_bytes}, "weight_map": index})

@@ -12,6 +12,7 @@ from gradmap_hub.models.config_fields import check_generation_config
 from gradmap_hub.models.safetensors_files import check_weights, read_object, readable
 from gradmap_hub.models.source import ModelHub, Source
 from gradmap_hub.models.tokenizer import load_tokenizer
+from gradmap_hub.models.tokenizer_trial import try_tokenizer
 
 if TYPE_CHECKING:  # torch is only imported once there is something to compute
     import torch
@@ -50,7 +51,7 @@ class OriginalModel:
         """A local folder with config, tokenizer, generation config and legal texts.
 
         Raises:
-            SourceError: the generation config is none.
+            SourceError: generation_config.json is invalid.
         """
         if self.source.gguf is not None:
             return self.checkpoint()
@@ -87,8 +88,8 @@ class OriginalModel:
             if unused:
                 several = "tensors" if len(unused) > 1 else "tensor"
                 self._note(
-                    f"{len(unused)} {several} of the checkpoint, such as {unused[0]}: not used, because a "
-                    f"{base.model_type} as config.json describes it has no place for them."
+                    f"Ignored {len(unused)} {several} of the checkpoint that a {base.model_type} with this "
+                    f"config.json does not have, such as {unused[0]}."
                 )
             self._checked = folder
         return self._checked
@@ -112,13 +113,16 @@ class OriginalModel:
         return readable(folder, self._translated, {CONFIG, *files.weights, *files.companions})
 
     def tokenizer(self, texts: Iterable[str] = ()) -> Any:
-        """The tokenizer, loaded on first use, when it is also tried on the beginnings of `texts`.
+        """The tokenizer, loaded on first use, and tried on the beginnings of `texts`.
 
         Raises:
             SourceError: it cannot be loaded, or fails on the texts; or transformers cannot build the model.
         """
+        texts = list(texts)
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(self._described(), self.source.base.name, texts)
+        elif texts:
+            try_tokenizer(self._described(), self.source.base.name, texts)
         return self._tokenizer
 
     def _fetch(self, names: Sequence[str]) -> Path:

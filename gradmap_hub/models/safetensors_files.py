@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from gradmap_hub.errors import BrokenCheckpointError, SourceError
-from gradmap_hub.files import MOST_BYTES, InvalidJson, parse_json, read_json, shown
+from gradmap_hub.files import MOST_BYTES, InvalidJson, parse_json, read_json, shown, write_text
 from gradmap_hub.layout import (
     CONFIG,
     TOKENIZER_CONFIG,
@@ -196,13 +197,14 @@ def copy_tokenizer_config(source: Path, target: Path) -> None:
 
 
 def readable(folder: Path, stand_in: Path, names: Collection[str] | None = None) -> Path:
-    """A model folder that transformers 4.57 and 5 both load as the same model: the folder itself, or `stand_in`, which
-    then has the config and tokenizer_config translated and links to the other files.
+    """A model folder that transformers 4.57 and 5 both load as the same model: the folder itself, or one in `stand_in`,
+    which has the config and tokenizer_config translated and links to the other files.
 
-    `stand_in` is needed if 5 saved the folder in its own form, if the config has settings of the loader, or if there
-    are files beside those of the model that transformers would load as well.
+    That is needed if 5 saved the folder in its own form, if the config has settings of the loader, or if there are
+    files beside those of the model that transformers would load as well.
 
     Args:
+        stand_in: Holds a folder for each folder that is asked for.
         names: The files of the model; None: all that are there.
     """
     config, tokenizer = read_config(folder / CONFIG), folder / TOKENIZER_CONFIG
@@ -213,18 +215,19 @@ def readable(folder: Path, stand_in: Path, names: Collection[str] | None = None)
     alone = not any(name == ADAPTER_CONFIG or name.endswith(".safetensors") for name in strangers)
     if alone and _loadable(config) == config and both_read_tokenizer_config(saved) == saved:
         return folder
+    stand_in = stand_in / hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
     stand_in.mkdir(parents=True, exist_ok=True)
+    translated = {CONFIG: _loadable(config), TOKENIZER_CONFIG: both_read_tokenizer_config(saved)}
     for path in chosen:
-        if not (stand_in / path.name).exists():
+        if path.name not in translated:
             _link(path.resolve(), stand_in / path.name)
     for name in extra_templates(folder):
         (stand_in / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(folder / name, stand_in / name)
-    for name, translated in ((CONFIG, _loadable(config)), (TOKENIZER_CONFIG, both_read_tokenizer_config(saved))):
-        if (folder / name).is_file():
-            (stand_in / name).unlink(missing_ok=True)  # a link: its target must not change
-            text = json.dumps(translated, indent=2, ensure_ascii=False) + "\n"
-            (stand_in / name).write_text(text, encoding="utf-8")
+    for name, content in translated.items():
+        text, target = json.dumps(content, indent=2, ensure_ascii=False) + "\n", stand_in / name
+        if (folder / name).is_file() and not (target.is_file() and target.read_text(encoding="utf-8") == text):
+            write_text(target, text)
     return stand_in
 
 
@@ -236,10 +239,23 @@ def _loadable(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _link(source: Path, target: Path) -> None:
+    """Make `target` a link to `source`, or a copy; what it was before is replaced."""
+    if target.is_symlink():
+        if Path(os.readlink(target)) == source:
+            return
+        target.unlink()
     try:
         os.symlink(source, target)
+        return
     except OSError:  # some file systems, and most users of Windows
-        shutil.copyfile(source, target)
+        pass
+    if not (target.is_file() and _stamp(target) == _stamp(source)):
+        shutil.copy2(source, target)
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
 
 
 def check_weights(folder: Path, files: Files) -> None:

@@ -52,5 +52,10 @@ def empty_model(config: Any, dtype: torch.dtype) -> Any:
 
 def named_tensors(model: Any) -> list[tuple[str, Tensor]]:
     """The tensors of the model's checkpoint: its state without weights that are tied to another."""
-    tied = set(model._tied_weights_keys or ()) if model.config.tie_word_embeddings else set()
+    tied = tied_names(model)
     return [(name, tensor) for name, tensor in model.state_dict().items() if name not in tied]
+
+
+def tied_names(model: Any) -> set[str]:
+    """The tensors that a checkpoint need not have, because they are tied to another."""
+    return set(model._tied_weights_keys or ()) if model.config.tie_word_embeddings else set()

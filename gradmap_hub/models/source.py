@@ -56,6 +56,10 @@ class ModelHub(Protocol):
 
 
 # The YAML header of a README.md, between two lines of dashes.
+# A language on a card, as the Hub accepts it: ISO 639, or one of its special values.
+_LANGUAGE = re.compile(r"[a-z]{2,3}|code|multilingual")
+# Characters of the header of a model card; those of the largest have some thousand.
+_MOST_HEADER = 200_000
 _HEADER = re.compile(r"\A---[ \t]*\r?\n(.*?)\r?\n---[ \t]*\r?(?:\n|\Z)", re.DOTALL)
 
 
@@ -174,9 +178,12 @@ def _check_inside(folder: Path, name: str) -> None:
 
 
 def _card_header(path: Path) -> dict[str, Any]:
-    """The YAML header of a model card; empty if it is missing or invalid."""
+    """The YAML header of a model card; empty if it is missing, invalid or too long."""
     try:
-        found = _HEADER.match(path.read_text(encoding="utf-8"))
+        if not path.is_file():  # missing, or a pipe
+            return {}
+        with path.open(encoding="utf-8") as stream:
+            found = _HEADER.match(stream.read(_MOST_HEADER))
         header = yaml.safe_load(found[1]) if found else None
     except (OSError, ValueError, yaml.YAMLError, RecursionError):
         return {}
@@ -233,9 +240,10 @@ def _card_facts(card: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _languages(value: Any) -> list[str]:
-    if isinstance(value, str):
-        return [value]
-    return [entry for entry in value if isinstance(entry, str)] if isinstance(value, list) else []
+    """The languages that the Hub accepts on a card; it refuses one with any other."""
+    entries = [value] if isinstance(value, str) else value if isinstance(value, list) else []
+    named = [part for entry in entries if isinstance(entry, str) for part in re.split(r"[,\s]+", entry)]
+    return [name for name in dict.fromkeys(named) if _LANGUAGE.fullmatch(name)]
 
 
 def identity(source: Source) -> dict[str, Any]:

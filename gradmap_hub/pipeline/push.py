@@ -20,7 +20,7 @@ from gradmap_hub.pipeline.plan import PushPlan, check_companions, make_plan
 from gradmap_hub.pipeline.prune import no_empty_folders, prune_stages
 from gradmap_hub.pipeline.publish import PushResult, publish_both
 from gradmap_hub.pipeline.results import write_results
-from gradmap_hub.pipeline.run import Run
+from gradmap_hub.pipeline.run import Run, exclusive
 from gradmap_hub.pipeline.space import remove_space, write_space_folder
 from gradmap_hub.pipeline.texts import export_rows
 from gradmap_hub.progress import Reporter
@@ -61,20 +61,18 @@ def push(
     plan = make_plan(config, hub)
     if config.onnx:
         environment.prepare(reporter)  # fails before the work, if at all
-    with no_empty_folders(plan.output):
-        run = Run(
-            plan.source, config.prune, plan.output, hub, reporter, command=command, expected=config.repeats
-        )  # fmt: skip
+    with no_empty_folders(plan.output), exclusive(plan.output):
+        run = Run(plan.source, config.prune, plan.output, hub, reporter, command=command, expected=config.repeats)
         if plan.source.base.repo_id is not None and plan.source.files.companions:
             check_companions(plan.source, run.original.companions(), hub)  # those of a folder were checked by the plan
         record = prune_stages(run, config.prune, target=plan.targets.target, license=plan.license)
-    record = with_earlier(record, plan.output)
-    record, text = _export(run, record, config)
-    record, plan = _space(run, record, plan, text)
-    space_folder = space_folder_of(plan.output) if plan.targets.space is not None else None
-    if config.space and space_folder is None and remove_space(space_folder_of(plan.output), record):
-        reporter.note("Removed the Space folder of an earlier run of this push, because no Space is published.")
-    return publish_both(record, plan.output, space_folder, plan.targets, config, Publisher(hub, reporter))
+        record = with_earlier(record, plan.output)
+        record, text = _export(run, record, config)
+        record, plan = _space(run, record, plan, text)
+        space_folder = space_folder_of(plan.output) if plan.targets.space is not None else None
+        if config.space and space_folder is None and remove_space(space_folder_of(plan.output), record):
+            reporter.note("Removed the Space folder of an earlier run of this push, because no Space is published.")
+        return publish_both(record, plan.output, space_folder, plan.targets, config, Publisher(hub, reporter))
 
 
 def _export(run: Run, record: RunRecord, config: PushConfig) -> tuple[RunRecord, _ExportText]:

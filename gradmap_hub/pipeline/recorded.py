@@ -99,7 +99,7 @@ def _calibration(
 
     sources = find_calibration(record, places)
     if SELF in sources:
-        raise CalibrationError("The calibration text was written by the original, and is not kept.")
+        raise CalibrationError("The calibration text was written by the original, and is not part of the folder.")
     remote = next((source for source in sources if not is_local_text(source)), None)
     if remote is not None and not online:
         raise CalibrationError(f"The calibration text {remote} is on the Hub, and this evaluation is offline.")

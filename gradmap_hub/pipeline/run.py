@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import copy
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradmap_hub import __version__
 from gradmap_hub.config import Expected, PruneMethod
+from gradmap_hub.errors import OutputInUse
+from gradmap_hub.files import lock
 from gradmap_hub.layout import work_folder
 from gradmap_hub.models.original import OriginalModel, open_decoder
 from gradmap_hub.models.source import Source, identity
@@ -20,6 +24,27 @@ if TYPE_CHECKING:  # torch is only imported once there is something to compute
 
     from gradmap_hub.hub.client import Hub
     from gradmap_hub.models.decoder import Decoder
+
+
+@contextmanager
+def exclusive(output: Path) -> Iterator[None]:
+    """Keep other processes from working on the folder `output`.
+
+    Raises:
+        OutputInUse: another one does.
+    """
+    work = work_folder(output)
+    work.mkdir(parents=True, exist_ok=True)
+    file = work / "lock"
+    try:
+        held = lock(file)
+    except BlockingIOError:
+        raise OutputInUse(str(output)) from None
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)
+        held.close()
 
 
 class Run:

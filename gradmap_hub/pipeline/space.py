@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from gradmap_hub import __version__
 from gradmap_hub.comparison import read_comparison
 from gradmap_hub.config import DEFAULT_CALIBRATION
-from gradmap_hub.errors import GradmapError, SourceError, SpaceImpossible
+from gradmap_hub.errors import GradmapError, SourceError, SpaceImpossible, UnsafeToPublish
 from gradmap_hub.evaluation.staleness import without_stale
 from gradmap_hub.formats import FORMATS, ONNX, graph_path, in_space, of_precision
 from gradmap_hub.layout import COMPANION_FILES, legal_texts, space_folder_of, work_folder
@@ -79,7 +79,12 @@ def write_space_folder(
         if TOKENIZER not in companions:
             write_tokenizer(original.tokenizer(), stages.folder, original.source.base.name)
             companions[TOKENIZER] = stages.folder / TOKENIZER
+    from gradmap_hub.space.integrity import foreign_code
+
     write_space(record, plan, destination, pruned_repo=target, companions=companions, originals=originals)
+    found = foreign_code(destination)
+    if found is not None:  # it was there before, and would run with the app
+        raise UnsafeToPublish(f"{destination.name}/{found}", "is not part of the comparison app", hint="Remove it.")
     return plan
 
 

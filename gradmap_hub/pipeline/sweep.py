@@ -26,7 +26,7 @@ from gradmap_hub.models.source import Source, find_source
 from gradmap_hub.pipeline.connect import connect
 from gradmap_hub.pipeline.heal import forget_teacher, heal
 from gradmap_hub.pipeline.prune import no_empty_folders, settings_of
-from gradmap_hub.pipeline.run import Run
+from gradmap_hub.pipeline.run import Run, exclusive
 from gradmap_hub.pipeline.stages import (
     RowLosses,
     compensate,
@@ -129,7 +129,7 @@ def sweep(
     source = find_source(config.model, config.revision, hub)
     check_sweep_output(output, source)
     check_disk(output, 0 if source.folder is not None else source.weight_bytes)
-    with no_empty_folders(output):
+    with no_empty_folders(output), exclusive(output):
         run = Run(source, config.prune, output, hub, reporter, command=command, kind="sweep")
         records = sweep_stages(run, config)
         record = next(records)

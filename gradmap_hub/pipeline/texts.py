@@ -72,8 +72,9 @@ def calibrate(run: Run) -> tuple[CalibrationRows, list[Rows]]:
     )
     if run.expected.rows_sha256 not in (None, rows.sha256):
         raise CalibrationError(
-            "The calibration sequences differ from the recorded ones: another text, tokenizer or package version.",
-            hint="Use the recorded texts and versions, or leave out --from to make a different model.",
+            "The calibration sequences differ from the recorded ones: another text, tokenizer or package version"
+            f"{', or a text that the original wrote on another machine' if SELF in config.calibration else ''}.",
+            hint="Use the recorded texts and versions, or make a different model, without --from.",
         )
     extra = [
         evaluation_rows(text, tokenizer, seq_len=config.seq_len, rows=config.eval_rows, vocabulary=vocabulary)

@@ -23,8 +23,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gradmap_hub.errors import BrokenCheckpointError
 from gradmap_hub.models.decoder import Decoder
 from gradmap_hub.pruning.scores import LayerScores
+
+
+# Beyond any trained model: its massive activations have some thousand, and a uniform guess costs 14 nats.
+_LARGEST_ACTIVATION, _LARGEST_LOSS = 1e12, 500.0
+_HINT = "Its weights cannot be right: fetch them again, or use another revision."
 
 
 def score_layers(
@@ -39,6 +45,9 @@ def score_layers(
     The forward pass keeps only the residual stream between layers; the backward pass recomputes each layer's
     activations (checkpointing), so that only the activations of one layer and the gradient of one weight exist at a
     time. Embeddings, final norm and head are not scored.
+
+    Raises:
+        BrokenCheckpointError: the activations or the loss are no numbers to compute with.
     """
     chosen = list(range(decoder.count)) if layers is None else list(layers)
     gradient = dict.fromkeys(chosen, 0.0)
@@ -58,10 +67,15 @@ def score_layers(
             for states in stream:
                 similarity += _mean_cosines(states)
                 means.append(torch.stack([state.double().mean(dim=(0, 1)) for state in states]).cpu())
+                _check_usable(means[-1], chosen)
             gradients: list[Tensor] = []
             for row, states in zip(rows, stream, strict=True):
                 loss, last = decoder.loss_gradient(states.pop(), row)
                 loss_sum += float(loss)
+                if not loss_sum / len(ids) < _LARGEST_LOSS:  # also NaN
+                    raise BrokenCheckpointError(
+                        f"The loss of the original is {float(loss):g} nats per token.", hint=_HINT
+                    )
                 gradients.append(last)
             for layer in reversed(chosen):
 
@@ -88,6 +102,19 @@ def score_layers(
         loss=loss_sum / len(ids),
         rows=len(ids),
     )
+
+
+def _check_usable(means: Tensor, layers: Sequence[int]) -> None:
+    """`means`: of the embeddings and of the output of each layer, (layers + 1, d).
+
+    Raises:
+        BrokenCheckpointError: names the first of them that is not finite or too large.
+    """
+    wrong = ~(means.abs() < _LARGEST_ACTIVATION).all(dim=-1)
+    if wrong.any():
+        place = int(wrong.nonzero()[0])
+        where = f"layer {layers[place - 1]}" if place else "the embedding"
+        raise BrokenCheckpointError(f"The output of {where} of the original is not finite, or too large.", hint=_HINT)
 
 
 def iterative_removals(

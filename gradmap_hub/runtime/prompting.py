@@ -71,8 +71,8 @@ _MOST_SHOWN = 200
 RENDER_SECONDS = 5
 # Bytes of address space for that; the process takes 0.2 GB, and a conversation a few times its own size.
 RENDER_MEMORY = 1 << 30
-# Characters of a prompt: more than any context length holds.
-_MOST_RENDERED = 32_000_000
+# Characters of a prompt: more than a context of a million tokens holds.
+_MOST_RENDERED = 4_000_000
 # Wall-clock seconds per CPU second of rendering, on a machine that decoding keeps busy.
 _SLOWDOWN = 4
 
@@ -107,7 +107,7 @@ def first_line(error: BaseException) -> str:
 
 
 def is_tokenizer_failure(error: BaseException) -> bool:
-    """Whether the tokenizers library raised this: a plain Exception, or the panic of its Rust code, which is none."""
+    """Whether the tokenizers library raised this: a plain Exception, or a panic of its Rust code, which is not one."""
     return type(error) is Exception or type(error).__name__ == "PanicException"
 
 
@@ -119,8 +119,8 @@ def special_token(value: object) -> str | None:
 
 
 def special_tokens(folder: Path, tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
-    """The special tokens by name, as transformers finds them: in tokenizer_config.json, else in
-    special_tokens_map.json, which overrides it in models that list no added_tokens_decoder, else by its class."""
+    """The special tokens by name, as transformers finds them: from tokenizer_config.json; from special_tokens_map.json,
+    which wins, if the former lists no added_tokens_decoder; else those of the tokenizer's class."""
     config = read_json(folder / "config.json")
     named = tokenizer_config.get("tokenizer_class") or config.get("tokenizer_class")
     named = named or TYPE_CLASSES.get(str(config.get("model_type")))
@@ -146,7 +146,7 @@ def end_ids(folder: Path, tokenizer: Tokenizer, tokens: Mapping[str, str]) -> fr
 
 
 def chat_template_of(folder: Path, tokenizer_config: Mapping[str, Any]) -> str | None:
-    """The chat template, from its file or else from tokenizer_config.json (a text, or a list of named ones)."""
+    """The chat template, from its file, or tokenizer_config.json: a text, or a list or a mapping of named ones."""
     file = folder / "chat_template.jinja"
     if file.is_file():
         try:
@@ -250,21 +250,21 @@ class LimitedRenderer:
         except ValueError:  # it was ended before it answered
             raise ModelError(
                 f"The model's chat template failed: it takes more than {RENDER_SECONDS} seconds or "
-                f"{RENDER_MEMORY / 1e9:.1f} GB for these messages."
+                f"{RENDER_MEMORY / 1e9:.1f} GB for these messages, or its process was ended."
             ) from None
         if "text" in answer:
             return answer["text"]
         raise ModelError(answer["error"])
 
-    def close(self) -> None:
-        """End the process, even while it renders."""
-        if self._worker is not None:
-            _end(self._worker)
-
     def _ask(self, task: bytes) -> bytes:
         worker = self._worker
         if worker is None or worker.poll() is not None:
-            worker = self._worker = _start()
+            if self._finalizer is not None:
+                self._finalizer.detach()
+            try:
+                worker = self._worker = _start()
+            except OSError as error:  # no more processes or files
+                raise ModelError(f"The model's chat template cannot be rendered: {error.strerror}") from error
             self._finalizer = weakref.finalize(self, _end, worker)
         assert worker.stdin is not None and worker.stdout is not None
         watch = threading.Timer(_SLOWDOWN * RENDER_SECONDS, worker.kill)
@@ -314,7 +314,7 @@ def _limit_memory() -> None:
 
 
 def _limit_time(seconds: int) -> None:
-    """Let the system end this process after so many CPU seconds, even if nobody waits for it; 0 takes that back."""
+    """Let the system end this process after `seconds` of CPU time, even if nobody waits for it; 0 takes that back."""
     if hasattr(signal, "setitimer"):  # not on Windows
         signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
 

@@ -16,7 +16,7 @@ Made = TypeVar("Made")
 
 
 class Preparer:
-    """One daemon thread: tokenisation is fast, decoding needs the cores, and a thread that hangs in a chat template
+    """One daemon thread: tokenisation is fast, decoding needs the cores, and a thread that hangs in a tokenizer
     must not keep the process from ending.
 
     The shortest prompt comes first, so that a few long ones do not delay all others. The queue is bounded by the
@@ -57,7 +57,7 @@ class Preparer:
             if self._stopping:
                 future.cancel()
                 return future
-            # Cancelled tasks go first: while a task is stuck, clients that come and go would fill the memory.
+            # Drop cancelled tasks: while a task is stuck, clients that come and go would fill the memory.
             self._queue = [entry for entry in self._queue if not entry[3].cancelled()]
             self._queue.append((characters, next(self._numbers), make, future))  # pyright: ignore[reportArgumentType]
             heapq.heapify(self._queue)

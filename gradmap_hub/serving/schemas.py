@@ -18,7 +18,8 @@ from gradmap_hub.serving.settings import MAX_MESSAGES, MAX_STOP_CHARACTERS, MAX_
 _TAG = "~"  # prefix of union branch names in pydantic's error locations; not part of the parameter name
 _MAX_TOKENS = 2**31 - 1
 _MAX_PROMPT_IDS = 1_000_000
-_TEXTS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+# The closing quote may be missing: a search that fails would begin again at every later quote.
+_TEXTS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)
 
 # -- requests ------------------------------------------------------------------------------------------------------
 
@@ -119,7 +120,7 @@ class _Generation(_Request):
 class ChatRequest(_Generation):
     """POST /v1/chat/completions"""
 
-    # Only the first error is told; collecting those of 60,000 parts takes a second.
+    # Only the first error is reported; collecting those of 60,000 parts takes a second.
     messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: MaxTokens = Field(None, description="Overrides max_tokens.")
     logprobs: Literal[False] | None = None
@@ -176,7 +177,7 @@ def parse(kind: type[Asked], body: bytes, *, most: int) -> Asked:
     Raises:
         ApiError: 400; names the invalid parameter.
     """
-    # Every value but the first of a list or object follows a comma. Texts have commas too, but are no work.
+    # Every value but the first of a list or object follows a comma. Commas within texts do not count.
     if body.count(b",") > most and _TEXTS.sub(b"", body).count(b",") > most:
         raise ApiError(400, f"The body has more than {most} JSON values.", code="invalid_value")
     try:

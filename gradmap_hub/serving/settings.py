@@ -17,7 +17,7 @@ MAX_CONNECTIONS = 512  # or four per place in slots and queue; at most half of w
 # A longer prompt is refused before it is tokenised, which takes a second for a megabyte. English has 4 to 5 characters
 # per token, deeply indented code about 10.
 CHARACTERS_PER_TOKEN = 32
-STUCK_SECONDS = 10.0  # of one prompt in the tokeniser; the longest takes about one
+STUCK_SECONDS = 30.0  # of one prompt; the longest takes about one in the tokeniser, a chat template at its limit 20
 BODY_SECONDS = 30.0  # for a request body to arrive
 HEAD_SECONDS = 30.0  # for the head of a request to arrive
 STALL_SECONDS = 30.0  # for a client to read from a blocked response

@@ -91,9 +91,9 @@ def write_space(
     written: list[Path] = []
     for path in [*sorted(content.iterdir()), PROMPTING]:
         if path.suffix in (".py", ".css") and path.name not in unwanted:
-            written.append(Path(shutil.copyfile(path, destination / path.name)))
+            written.append(_copy(path, destination / path.name))
     requirements = destination / "requirements.txt"
-    shutil.copyfile(content / f"requirements-{plan.runtime}.txt", requirements)
+    _copy(content / f"requirements-{plan.runtime}.txt", requirements)
     facts = destination / COMPARE
     content_of_facts = _compare(record, plan, pruned_repo, originals or {})
     write_text(facts, json.dumps(content_of_facts, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
@@ -103,9 +103,17 @@ def write_space(
     if plan.stored:
         original.mkdir(exist_ok=True)
         for name, path in (companions or {}).items():
-            written.append(Path(shutil.copyfile(path, original / name)))
+            written.append(_copy(path, original / name))
         clean_config(original / "config.json")
     return written
+
+
+def _copy(source: Path, target: Path) -> Path:
+    """Copy a file over another one; over a link, not over what it leads to."""
+    if target.is_symlink():
+        target.unlink()
+    shutil.copyfile(source, target)
+    return target
 
 
 def _short(name: str) -> str:

@@ -29,12 +29,27 @@ def foreign_code(folder: Path) -> str | None:
     for path in sorted(folder.iterdir()):
         if path.is_symlink() or (path.is_dir() and path.name not in (ORIGINAL_FOLDER, "__pycache__")):
             return path.name
+        if not path.is_dir() and not path.is_file():  # a pipe, which would be read for ever
+            return path.name
         if path.name == _REQUIREMENTS and not set(_lines(path)) <= wanted | ZERO_REQUIREMENTS:
             return path.name
         if path.is_dir() or path.suffix in _DATA or path.name.startswith(".git"):
             continue
         ours = installed.get(path.name)
         if ours is None or path.read_bytes() != ours.read_bytes():
+            return path.name
+    return None
+
+
+def foreign_entry(folder: Path) -> str | None:
+    """The first entry of a folder that would stay beside the app if it were written there, and could be run with it;
+    None if there is none."""
+    content = {path.name for path in (*content_folder().iterdir(), PROMPTING)} | {_REQUIREMENTS}
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        known = path.name in content or path.suffix in _DATA or path.name.startswith(".git")
+        if path.is_dir():
+            known = not path.is_symlink() and path.name in (ORIGINAL_FOLDER, "__pycache__")
+        if not known:
             return path.name
     return None
 

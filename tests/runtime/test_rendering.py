@@ -25,11 +25,18 @@ LARGE = {
 }
 
 
+def _end(renderer: LimitedRenderer) -> None:
+    """End the process of a renderer."""
+    if renderer._worker is not None:
+        renderer._worker.kill()
+        renderer._worker.wait()
+
+
 @pytest.fixture
 def render() -> Iterator[LimitedRenderer]:
     renderer = LimitedRenderer()
     yield renderer
-    renderer.close()
+    _end(renderer)
 
 
 def test_prompts_and_errors_are_those_of_the_template(render: LimitedRenderer) -> None:
@@ -76,7 +83,7 @@ def test_threads_take_turns_and_a_dead_worker_is_replaced(render: LimitedRendere
     for thread in threads:
         thread.join()
     assert found == {number: str(number) for number in range(8)}
-    render.close()
+    _end(render)
     assert render(HONEST, MESSAGES, TOKENS).startswith("<s>")
 
 
@@ -122,7 +129,7 @@ def test_a_fork_has_a_worker_of_its_own(render: LimitedRenderer) -> None:
         other = render._worker
         assert other is not None
         theirs.send((text, other.pid))
-        render.close()
+        _end(render)
 
     with render._lock:  # held by a thread that the fork does not have
         process = multiprocessing.get_context("fork").Process(target=in_a_fork)
