@@ -74,10 +74,12 @@ class Inputs:
         return path if path.is_file() else None
 
     def end_token(self) -> int | None:
-        """The id of the token that ends an answer, by generation config or tokenizer; None if they name none."""
-        from gradmap_hub.runtime.prompting import TextCodec
+        """The id of the tokenizer's token that ends a text; None if it has none."""
+        from transformers import AutoTokenizer
 
-        return min(TextCodec.from_folder(self.checkpoint).ends, default=None)
+        return AutoTokenizer.from_pretrained(
+            self.checkpoint, local_files_only=True, trust_remote_code=False
+        ).eos_token_id
 
     def rows(self) -> Path:
         """The held-out tokens as an .npy file, (sequences, tokens) int64."""

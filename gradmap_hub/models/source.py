@@ -241,7 +241,8 @@ def _card_facts(card: Mapping[str, Any]) -> dict[str, Any]:
 
 def _languages(value: Any) -> list[str]:
     """The languages that the Hub accepts on a card; it refuses one with any other."""
-    entries = [value] if isinstance(value, str) else value if isinstance(value, list) else []
+    entries = value if isinstance(value, list) else [value]
+    entries = ["no" if entry is False else entry for entry in entries]  # Norwegian, as YAML 1.1 reads it
     named = [part for entry in entries if isinstance(entry, str) for part in re.split(r"[,\s]+", entry)]
     return [name for name in dict.fromkeys(named) if _LANGUAGE.fullmatch(name)]
 

@@ -27,7 +27,6 @@ from gradmap_hub.errors import BrokenCheckpointError
 from gradmap_hub.models.decoder import Decoder
 from gradmap_hub.pruning.scores import LayerScores
 
-
 # Beyond any trained model: its massive activations have some thousand, and a uniform guess costs 14 nats.
 _LARGEST_ACTIVATION, _LARGEST_LOSS = 1e12, 500.0
 _HINT = "Its weights cannot be right: fetch them again, or use another revision."

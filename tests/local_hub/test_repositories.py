@@ -132,6 +132,7 @@ def test_bad_cards_are_refused(hub: LocalHub, ada: HfApi) -> None:
 
 
 GOOD_CARDS = [
+    "---\nlanguage: [en, deu, code]\n---\n",
     "---\nlicense: other\nlicense_name: mine\nlanguage: no\ntags: [pruned]\n---\n",
     "---\nlicense: llama3.2\nbase_model: [gpt2, a/b]\nbase_model_relation: finetune\n"
     "model-index:\n- name: x\n"

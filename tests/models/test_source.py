@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from gradmap_hub.errors import BrokenCheckpointError, RemoteCodeRefused, SourceError, UnsupportedArchitecture
 from gradmap_hub.layout import folder_sizes, legal_texts, sha256_of
-from gradmap_hub.models import checkpoint
+from gradmap_hub.models import checkpoint, source
 from gradmap_hub.models.architectures import ARCHITECTURES, SUPPORTED
 from gradmap_hub.models.safetensors_files import check_weights, choose_files, read_config, read_safetensors_header
 from gradmap_hub.models.source import RemoteFiles, find_source
@@ -520,3 +520,21 @@ def test_links_into_the_cache_of_the_hub_are_followed(tiny_folder: Path, tmp_pat
         shutil.copyfile(path, blobs / str(number))
         (snapshot / path.name).symlink_to(Path("..") / ".." / "blobs" / str(number))
     assert find_source(str(snapshot), None, cast("Any", None)).layer_count > 1
+
+
+@pytest.mark.parametrize(
+    ("value", "kept"),
+    [
+        ("en", ["en"]), (["en", "deu", "code"], ["en", "deu", "code"]), ("English", []), ("en, fr", ["en", "fr"]),
+        (["zh-CN", None, 5, "en", "en"], ["en"]), (False, ["no"]), (None, []), ({"a": 1}, []),
+    ],
+)  # fmt: skip
+def test_languages_that_the_hub_accepts(value: Any, kept: list[str]) -> None:
+    assert source._languages(value) == kept
+
+
+def test_a_pipe_is_no_card(tmp_path: Path) -> None:
+    import os
+
+    os.mkfifo(tmp_path / "README.md")
+    assert source._card_header(tmp_path / "README.md") == {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -232,6 +233,20 @@ def test_a_folder_that_both_read_is_used_as_it_is(tiny_folder: Path, tmp_path: P
     (tiny_folder / "tokenizer_config.json").write_text(json.dumps(both_read_tokenizer_config(settings)))
     assert readable(tiny_folder, tmp_path / "stand-in") == tiny_folder
     assert not (tmp_path / "stand-in").exists()
+
+
+def test_each_folder_has_a_stand_in_of_its_own(tiny_folder: Path, tmp_path: Path) -> None:
+    """`evaluate --against` another model, and another revision, must not be read through links to the first."""
+    (tiny_folder / "tokenizer_config.json").write_text('{"extra_special_tokens": ["<x>"]}')
+    other = shutil.copytree(tiny_folder, tmp_path / "other")
+    (other / "model.safetensors").write_bytes(b"other")
+    first, second = readable(tiny_folder, tmp_path / "stand-in"), readable(other, tmp_path / "stand-in")
+    assert first != second and (second / "model.safetensors").read_bytes() == b"other"
+    assert (first / "model.safetensors").read_bytes() == (tiny_folder / "model.safetensors").read_bytes()
+    (first / "model.safetensors").unlink()
+    (first / "model.safetensors").symlink_to(tmp_path / "gone")  # a dangling link is not written through
+    assert readable(tiny_folder, tmp_path / "stand-in") == first
+    assert not (tmp_path / "gone").exists() and (first / "model.safetensors").is_file()
 
 
 def test_the_original_is_not_written_to(tiny_folder: Path, tmp_path: Path) -> None:

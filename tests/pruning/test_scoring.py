@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from gradmap_hub.errors import BrokenCheckpointError
 from gradmap_hub.models import decoder as decoder_module
 from gradmap_hub.models.decoder import parameters_replaced
 from gradmap_hub.pruning.scoring import iterative_removals, score_layers
@@ -284,3 +285,25 @@ def test_scores_are_deterministic_and_depend_on_the_rows(
     first = score_layers(decoder, random_rows(2, TOKENS))
     assert score_layers(decoder, random_rows(2, TOKENS)) == first
     assert score_layers(decoder, random_rows(2, TOKENS, seed=1)) != first
+
+
+@pytest.mark.parametrize(
+    ("scale", "where", "said"),
+    [
+        (1e30, "model.layers.2.mlp.down_proj", "output of layer 2 of the original"),
+        (float("nan"), "model.embed_tokens", "output of the embedding"),
+        (1e30, "lm_head", "loss of the original is"),
+    ],
+)
+def test_weights_beyond_use_are_named(
+    scale: float,
+    where: str,
+    said: str,
+    model_of: Callable[..., Any],
+    decoder_of: Callable[..., Any],
+    random_rows: Callable[..., Any],
+) -> None:
+    model = model_of("llama")
+    model.get_submodule(where).weight.data.mul_(scale)
+    with pytest.raises(BrokenCheckpointError, match=said):
+        score_layers(decoder_of(model, TOKENS), random_rows(2, TOKENS))

@@ -124,6 +124,7 @@ BASE = b'{"model": "a", "messages": [{"role": "user", "content": "Hi"}]'
         json.dumps({"model": "a", "messages": [{"role": "user", "content": [{"type": "x"}] * 15_000}]}).encode(),
         json.dumps({"model": "a", "messages": [{"role": "user", "content": [{"type": "x"}] * 12}] * 1000}).encode(),
         b'{"model": "a", "prompt": [' + b"-1," * 20_000 + b"1]}",
+        b"b," * 30_000 + b'"' + b'\\"' * 450_000,  # a text without end, of quotes at which a search could begin
     ],
 )
 def test_a_body_of_a_megabyte_is_refused_soon(body: bytes) -> None:

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from gradmap_hub.errors import UnsafeToPublish
-from gradmap_hub.pipeline.plan import check_space_code
+from gradmap_hub.pipeline.plan import check_space_code, check_space_entries
 from gradmap_hub.space.app import PROMPTING, content_folder
-from gradmap_hub.space.integrity import foreign_code
+from gradmap_hub.space.integrity import foreign_code, foreign_entry
 from gradmap_hub.space.local import _environment
 from gradmap_hub.space.zerogpu import ZERO_REQUIREMENTS
 
@@ -36,6 +36,27 @@ def test_the_installed_app_is_accepted(space: Path) -> None:
     requirements.write_text(requirements.read_text() + "# Hands out the GPU.\n" + "\n".join(ZERO_REQUIREMENTS))
     assert foreign_code(space) is None
     check_space_code(space)
+
+
+def test_what_stays_beside_a_new_app(space: Path) -> None:
+    assert foreign_entry(space) is None and foreign_entry(space / "missing") is None
+    (space / "app.py").write_text("")  # is written anew
+    (space / "notes.md").write_text("")
+    assert foreign_entry(space) is None
+    for name in ("numpy.py", "numpy.so"):
+        (space / name).write_bytes(b"")
+        assert foreign_entry(space) == name
+        with pytest.raises(UnsafeToPublish, match=f"{name} is not part of the comparison app"):
+            check_space_entries(space)
+        (space / name).unlink()
+    (space / "gradio").mkdir()
+    assert foreign_entry(space) == "gradio"
+
+
+def test_a_pipe_is_not_read(space: Path) -> None:
+    (space / "requirements.txt").unlink()
+    os.mkfifo(space / "requirements.txt")
+    assert foreign_code(space) == "requirements.txt"
 
 
 def changed(space: Path) -> str:
