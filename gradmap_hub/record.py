@@ -324,6 +324,8 @@ class RunRecord:
     # The result of `evaluate`; the note says why an earlier result was dropped.
     measured: Measured | None = None
     measured_note: str = ""
+    # Tensors of the original's checkpoint that its model does not have, such as of another head.
+    unused_tensors: list[str] = field(default_factory=list)
 
     @property
     def layers_before(self) -> int:

@@ -46,6 +46,8 @@ class OriginalModel:
         self._companions: Path | None = None
         self._builds = source.gguf is not None  # its config is ours
         self._checked: Path | None = None
+        # Tensors of the checkpoint that its model does not have; known once `checkpoint` was called.
+        self.unused: list[str] = []
 
     def companions(self) -> Path:
         """A local folder with config, tokenizer, generation config and legal texts.
@@ -84,12 +86,12 @@ class OriginalModel:
             from gradmap_hub.models.weight_check import check_tensors
 
             folder, base = self._with_weights(), self.source.base
-            unused = check_tensors(folder, self.source.architecture, base.name)
-            if unused:
-                several = "tensors" if len(unused) > 1 else "tensor"
+            self.unused = check_tensors(folder, self.source.architecture, base.name)
+            if self.unused:
+                several = "tensors" if len(self.unused) > 1 else "tensor"
                 self._note(
-                    f"Ignored {len(unused)} {several} of the checkpoint that a {base.model_type} with this "
-                    f"config.json does not have, such as {unused[0]}."
+                    f"Ignored {len(self.unused)} {several} of the checkpoint that a {base.model_type} with this "
+                    f"config.json does not have, such as {self.unused[0]}."
                 )
             self._checked = folder
         return self._checked

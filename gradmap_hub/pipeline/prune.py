@@ -167,6 +167,7 @@ def prune_stages(run: Run, config: PruneConfig, *, target: str | None = None, li
         hardware=hardware(),
         heal=healed,
         settings=settings_of(run, config, rows, extra),
+        unused_tensors=weights.unused,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,14 +21,18 @@ if TYPE_CHECKING:  # torch is only imported once there is something to compute
 
 # Files in the work folder with changed weights; the keys are "layer:parameter name within the layer".
 COMPENSATION_FILE, HEALED_FILE = "correction.safetensors", "healed.safetensors"
+# Names that a record lists; a checkpoint may have any number of them.
+MOST_UNUSED = 1000
 
 
 @dataclass(frozen=True)
 class OriginalWeights:
-    """Bytes of the original's weights; `sha256` only for local weights, which have no commit."""
+    """Bytes of the original's weights; `sha256` only for local weights, which have no commit. `unused`: at most
+    MOST_UNUSED names of tensors that its model does not have."""
 
     bytes: int
     sha256: str | None = None
+    unused: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,11 @@ def fetch_weights(run: Run) -> OriginalWeights:
         folder = run.original.checkpoint()
         weights = list(folder.glob("*.safetensors"))
         local = [run.source.gguf] if run.source.gguf else weights if run.source.folder else []
-        return OriginalWeights(sum(path.stat().st_size for path in weights), weights_sha256(local) if local else None)
+        return OriginalWeights(
+            sum(path.stat().st_size for path in weights),
+            weights_sha256(local) if local else None,
+            run.original.unused[:MOST_UNUSED],
+        )
 
     fetched = run.stages.run(
         "pull", f"Fetching {run.source.base.name}", OriginalWeights, compute, describe=lambda found: size(found.bytes)

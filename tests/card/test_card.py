@@ -470,6 +470,13 @@ def test_wording_follows_the_facts() -> None:
         assert "onnx" not in pages[name].lower(), name
 
 
+def test_tensors_left_out_of_the_original_are_said() -> None:
+    assert "Left out of the original" not in card_text(make_record())
+    page = card_text(replace(make_record(), unused_tensors=["score.weight", "score.bias"]))
+    assert "| Left out of the original | 2 tensors that a llama with its config.json does not have, such as " in page
+    assert "`score.weight`" in page
+
+
 def test_hostile_strings_stay_text() -> None:
     record = make_record()
     evaluation = record.evaluation
@@ -496,7 +503,7 @@ def test_hostile_strings_stay_text() -> None:
             evaluation, data=NASTY, texts=[replace(text, name=NASTY, kind=NASTY) for text in evaluation.texts]
         ),
         artifacts=[replace(artifact, path=f"onnx/{NASTY}.onnx") for artifact in record.artifacts],
-        target=NASTY, space=NASTY, dtype=NASTY, versions={NASTY: NASTY}, hardware=NASTY,
+        unused_tensors=[NASTY], target=NASTY, space=NASTY, dtype=NASTY, versions={NASTY: NASTY}, hardware=NASTY,
         settings={"calibration": [NASTY], "eval_text": [NASTY]},
         measured=replace(make_measured(NASTY), samples=[Sample(NASTY, NASTY, NASTY)], harness=NASTY, hardware=NASTY),
         measured_note=NASTY,
