@@ -143,7 +143,9 @@ def test_a_text_may_have_any_number_of_commas(text: str) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("prompt", ["words " * 170_000, "words " * 5000])  # beyond the context, and just below
+@pytest.mark.parametrize(
+    "prompt", ["words " * 170_000, pytest.param("words " * 5000, marks=pytest.mark.slow)]
+)  # beyond the context, and just below
 def test_health_answers_while_long_prompts_arrive(tiny_onnx: Path, kit: Any, prompt: str) -> None:
     """The goal is 50 ms at the 99th percentile, on a machine that does nothing else; the limit allows for more."""
     body = json.dumps({"model": kit.name, "prompt": prompt, "max_tokens": 1}).encode()
@@ -238,6 +240,7 @@ def test_a_stuck_tokeniser_is_not_ready(model: Any, kit: Any, monkeypatch: pytes
         assert httpx.post(running.url + PLAIN, json={**body, "prompt": "Hi"}, timeout=30).is_success
 
 
+@pytest.mark.slow
 def test_a_stuck_tokeniser_does_not_keep_the_server(model: Any, kit: Any) -> None:
     hanging = Hanging(model)
     with kit.serving(hanging) as running, ThreadPoolExecutor(2) as pool:
@@ -257,7 +260,7 @@ def test_a_stuck_tokeniser_does_not_keep_the_server(model: Any, kit: Any) -> Non
 LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_sigterm_ends_a_server_whose_template_loops(tiny_onnx: Path, kit: Any, tmp_path: Path) -> None:
     folder = tmp_path / "looping"
     folder.mkdir()
@@ -300,6 +303,7 @@ def test_half_open_connections_do_not_keep_others_out(
             connection.close()
 
 
+@pytest.mark.slow
 def test_a_running_generation_is_not_closed_for_a_new_connection(
     model: Any, kit: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
