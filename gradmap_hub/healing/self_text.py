@@ -29,8 +29,8 @@ _MARK = "\u2063gradmap\u2063"
 class SelfTextRecipe:
     """How text is sampled and filtered.
 
-    `temperature` is that of conversations: below 1 the questions make more sense, and the model that is healed on them
-    repeats itself less. `text_temperature` is that of a base model, which would often repeat itself below 1.
+    `temperature` is that of conversations: below 1 the questions make more sense. `text_temperature` is that of a base
+    model, which continues from its first token and needs the variety.
     `repeated`: the largest share of 4-grams of words that occurred before in a sample. `similar`: the largest Jaccard
     similarity of the word 5-grams of two samples, estimated by MinHash."""
 

@@ -309,7 +309,7 @@ def _cached(repo_id: str, revision: str) -> RemoteModel | None:
     folder = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repo_id, repo_type="model"))
     try:
         commit = folder.joinpath("refs", *revision.split("/")).read_text(encoding="utf-8").strip()
-    except OSError:
+    except (OSError, ValueError):  # none of this name; a name that no file may have
         commit = revision
     if not _COMMIT.fullmatch(commit):
         # Fetched by its commit, as we do, a model has no name in the cache.

@@ -43,8 +43,7 @@ _TEACHER = "teacher"
 _CHOSE = "calibration sequences that chose the layers"
 # Held-out sequences of a text that is not a calibration text.
 HELD_OUT = 8
-# Share of the tokens that a chat model writes itself if no text for healing is given. With 49k tokens a half is as good
-# as a quarter on other text, and better on chat; four fifths are worse on other text.
+# Share of the tokens that a chat model writes itself if no text for healing is given: chat and other text alike.
 SELF_SHARE = 0.5
 _PARTS = {"all": "all layers", "gaps": "the layers around the gaps", "lora": "low-rank adapters"}
 # Training steps that are timed to turn a time into tokens.
