@@ -3,9 +3,10 @@
 The demo's model is pruned once; each budget heals a copy of the folder with `gradmap_hub.heal`, as a user does, on the
 demo's sample texts and on text that the original writes. Measured with plain transformers on text of other sources: the
 perplexity over the original's on WikiText-2, C4 and LAMBADA (geometric mean), and on chat that the original wrote with
-another seed: the mean divergence per token from the original, the share of repeated 4-grams in greedy answers to eight
-fixed prompts, and the answers themselves. Results are kept in OUTPUT/results.json; a second call computes only what is
-missing, and always writes the section "Healing" of docs/benchmarks.md.
+another seed, by the recipe of `self` text and at temperature 1.0: the mean divergence per token from the original, the
+share of repeated 4-grams in greedy answers to eight fixed prompts, and the answers themselves. Results are kept in
+OUTPUT/results.json; a second call computes only what is missing, goes on with a healing that was interrupted, and
+always writes the section "Healing" of docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,7 +27,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.inputs import DATA, model_and_samples
-from gradmap_hub import heal, prune
+from gradmap_hub import prune
 from gradmap_hub.cli.output import stderr
 from gradmap_hub.cli.terminal import TerminalReporter
 from gradmap_hub.data.rows import evaluation_rows, tokenize
@@ -35,9 +39,12 @@ from gradmap_hub.machine import hardware
 from gradmap_hub.measurements import repeated_share
 from gradmap_hub.models.original import end_tokens
 from gradmap_hub.pipeline import demo
+from gradmap_hub.record import RunRecord
 
 ROWS, TOKENS = 32, 512
 CHAT_TOKENS, CHAT_SEED = 8_000, 1_000
+# Held-out chat: column of the table, key in the results, temperature at which the original writes it.
+CHATS = (("chat", "own", SelfTextRecipe().temperature), ("chat, temperature 1.0", "chat", 1.0))
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- healing -->", "<!-- /healing -->"
 
@@ -57,7 +64,7 @@ def main() -> None:
     store = output / "results.json"
     found: dict[str, Any] = json.loads(store.read_text(encoding="utf-8")) if store.is_file() else {}
     for name in ("original", "pruned", *arguments.budgets.split(",")):
-        if name in found:
+        if name in found and all(key in found[name] for _, key, _ in CHATS):
             continue
         with TerminalReporter(stderr) as reporter:
             folder, facts = original, {}
@@ -67,9 +74,11 @@ def main() -> None:
                     prune(
                         original, folder, ratio=arguments.ratio, calibration=calibration, resume=True, reporter=reporter
                     )
-            if name not in ("original", "pruned"):
-                folder, facts = _healed(output, name, original, calibration, reporter)
-        found[name] = _measure(folder, original, texts, output / "chat.json") | facts
+            if name in found:  # measured by an earlier version
+                folder, facts = output / f"healed-{name}" if "heal" in found[name] else folder, found[name]
+            elif name not in ("original", "pruned"):
+                folder, facts = _healed(output, name, original, calibration)
+        found[name] = facts | _measure(folder, original, texts, output)
         store.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     page = PAGE.read_text(encoding="utf-8")
     section = f"{BEGIN}\n{_section(found, original.name)}{END}"
@@ -78,20 +87,28 @@ def main() -> None:
     PAGE.write_text(f"{before}{section}{after}" if rest else f"{page.rstrip()}\n\n{section}\n", encoding="utf-8")
 
 
-def _healed(
-    output: Path, budget: str, original: Path, calibration: Sequence[str], reporter: Any
-) -> tuple[Path, dict[str, Any]]:
-    """A copy of the pruned folder, healed; and what it took. An interrupted one goes on."""
+def _healed(output: Path, budget: str, original: Path, calibration: Sequence[str]) -> tuple[Path, dict[str, Any]]:
+    """A copy of the pruned folder, healed by the command; seconds of the training and of the command, tokens, and the
+    largest resident memory of the process in bytes. An interrupted one goes on."""
     folder = output / f"healed-{budget}"
     if not folder.is_dir():
         shutil.copytree(output / "pruned", folder)
     for text in calibration:
         shutil.copyfile(text, folder.parent / Path(text).name)
-    tokens = int(budget.removesuffix("k")) * 1000 if budget.endswith("k") else int(budget.removesuffix("M")) * 10**6
     started = time.monotonic()
-    record = heal(folder, tokens=tokens, against=str(original), reporter=reporter).heal
+    command = [sys.executable, "-m", "gradmap_hub", "heal", str(folder), "--tokens", budget, "--against", str(original)]
+    process = subprocess.Popen(command)
+    _, status, usage = os.wait4(process.pid, 0)
+    if os.waitstatus_to_exitcode(status):
+        raise SystemExit(f"`{' '.join(command[2:])}` failed.")
+    record = RunRecord.read(folder).heal
     assert record is not None
-    return folder, {"heal": record.seconds, "whole": time.monotonic() - started, "tokens": record.tokens}
+    return folder, {
+        "heal": record.seconds,
+        "whole": time.monotonic() - started,
+        "tokens": record.tokens,
+        "memory": usage.ru_maxrss * 1024,
+    }
 
 
 def _texts(samples: Mapping[str, Path]) -> dict[str, Text]:
@@ -104,23 +121,27 @@ def _texts(samples: Mapping[str, Path]) -> dict[str, Text]:
     return found
 
 
-def _measure(folder: Path, original: Path, texts: Mapping[str, Text], chat: Path) -> dict[str, Any]:
+def _measure(folder: Path, original: Path, texts: Mapping[str, Text], output: Path) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(original)
     teacher = AutoModelForCausalLM.from_pretrained(original, dtype=torch.float32).eval()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    if not chat.is_file():  # held out: healing draws with the seed of its run
-        writer = AutoModelForCausalLM.from_pretrained(original, dtype=torch.bfloat16).eval()
-        written = write_self_text(writer, tokenizer, CHAT_TOKENS, SelfTextRecipe(seed=CHAT_SEED, temperature=1.0))
-        chat.write_text(json.dumps(written.samples), encoding="utf-8")
-    talk = Text("chat", "\n\n".join(json.loads(chat.read_text(encoding="utf-8"))), "")
+    talks: dict[str, Text] = {}
+    for _, key, temperature in CHATS:
+        file = output / f"{key}.json"
+        if not file.is_file():  # held out: healing draws with the seed of its run
+            writer = AutoModelForCausalLM.from_pretrained(original, dtype=torch.bfloat16).eval()
+            recipe = SelfTextRecipe(seed=CHAT_SEED, temperature=temperature)
+            written = write_self_text(writer, tokenizer, CHAT_TOKENS, recipe)
+            file.write_text(json.dumps(written.samples), encoding="utf-8")
+        talks[key] = Text(key, "\n\n".join(json.loads(file.read_text(encoding="utf-8"))), "")
     rows = {name: evaluation_rows(text, tokenizer, seq_len=TOKENS, rows=ROWS).ids for name, text in texts.items()}
     ends = end_tokens(model, tokenizer)
     answers = [greedy_answer(Eager(model), tokenizer, prompt, ends) for prompt in PROMPTS]
     return {
         "loss": {name: _loss(model, ids) for name, ids in rows.items()},
-        "chat": _divergence(teacher, model, tokenize(talk, tokenizer, TOKENS).ids),
+        **{key: _divergence(teacher, model, tokenize(talk, tokenizer, TOKENS).ids) for key, talk in talks.items()},
         "repeated": sum(map(repeated_share, answers)) / len(answers),
         "answers": answers,
     }
@@ -151,10 +172,16 @@ def _section(found: Mapping[str, Any], name: str) -> str:
         f"Written by `make bench-heal` (`python -m benchmarks.healing`) on {hardware()}. Perplexity over the "
         f"original's on {ROWS} sequences of {TOKENS} tokens of text that nothing was fitted to, with the 95% bootstrap "
         "interval of the geometric mean; chat: mean KL from the original, in nats per token, on conversations that it "
-        "wrote with a seed of their own; repeated: share of repeated 4-grams in greedy answers to eight fixed prompts.",
+        "wrote with a seed of their own, as it writes text for healing and at temperature 1.0; repeated: share of "
+        "repeated 4-grams in greedy answers to eight fixed prompts; memory: largest resident size of the process that "
+        "heals.",
         "",
-        f"| {name} | " + " | ".join(texts) + " | geometric mean | chat | repeated | training |",
-        "|---|" + "---:|" * (len(texts) + 4),
+        f"| {name} | "
+        + " | ".join(texts)
+        + " | geometric mean | "
+        + " | ".join(title for title, _, _ in CHATS)
+        + " | repeated | training | memory |",
+        "|---|" + "---:|" * (len(texts) + len(CHATS) + 4),
     ]
     for key, values in found.items():
         if key == "original":
@@ -163,12 +190,14 @@ def _section(found: Mapping[str, Any], name: str) -> str:
         low, high = _interval(values["loss"], base["loss"])
         middle = math.exp(_mean([math.log(ratio) for ratio in ratios]))
         took = f"{values['heal'] / 60:.0f} min" if "heal" in values else ""
+        memory = f"{values['memory'] / 1e9:.1f} GB" if "memory" in values else ""
         label = f"{values['tokens']:,} tokens" if "tokens" in values else key
         lines.append(
             f"| {label} | "
             + " | ".join(f"{ratio:.2f}" for ratio in ratios)
-            + f" | {middle:.2f} ({low:.2f} to {high:.2f}) | {_mean(values['chat']):.3f} | "
-            f"{100 * values['repeated']:.0f}% | {took} |"
+            + f" | {middle:.2f} ({low:.2f} to {high:.2f}) | "
+            + " | ".join(f"{_mean(values[key]):.3f}" for _, key, _ in CHATS)
+            + f" | {100 * values['repeated']:.0f}% | {took} | {memory} |"
         )
     lines += ["", f"The original repeats {100 * base['repeated']:.0f}% of its 4-grams. Answers:", ""]
     for place, prompt in enumerate(PROMPTS):

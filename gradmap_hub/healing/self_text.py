@@ -7,10 +7,14 @@ are too short, or are near duplicates of earlier ones are dropped.
 
 from __future__ import annotations
 
+import hashlib
+import itertools
+import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -20,6 +24,9 @@ from gradmap_hub.healing.sampling import sample
 from gradmap_hub.healing.training import memory_kept
 from gradmap_hub.measurements import repeated_share
 from gradmap_hub.units import reason_of
+
+# What is compared with other texts, and the whole sample.
+Draft: TypeAlias = tuple[str, str]
 
 # Stands for the content of a message when a template is taken apart.
 _MARK = "\u2063gradmap\u2063"
@@ -39,7 +46,7 @@ class SelfTextRecipe:
     text_temperature: float = 1.0
     top_p: float = 0.95
     top_k: int = 100
-    batch: int = 64
+    batch: int = 96
     question_tokens: int = 96
     answer_tokens: int = 256
     least_tokens: int = 24
@@ -68,9 +75,14 @@ def write_self_text(
     tokens: int,
     recipe: SelfTextRecipe,
     advance: Callable[[int], None] = lambda _tokens: None,
+    drafts: Drafts | None = None,
 ) -> SelfText:
     """Let `model` write about `tokens` tokens of conversations, or of plain text if it has no chat template. The same
     seed gives the same text on the same machine.
+
+    Args:
+        advance: Is told the tokens of each sample kept.
+        drafts: Where batches are kept, so that an interrupted call goes on behind the last one.
 
     Raises:
         CalibrationError: almost nothing of what the model writes passes the filters.
@@ -79,15 +91,20 @@ def write_self_text(
     kept: list[str] = []
     seen = _Seen(recipe.similar)
     total = drawn = repetitive = short = duplicates = 0
-
-    def rows() -> int:
-        return _rows(tokens - total, recipe)
-
-    with torch.random.fork_rng(), memory_kept():
-        torch.manual_seed(recipe.seed)
-        for content, sample in draw(model, tokenizer, recipe, rows):
+    stored = drafts.read() if drafts is not None else []
+    for number in itertools.count():
+        if number < len(stored):
+            batch = stored[number]
+        else:
+            rows = _rows(tokens - total, recipe)
+            with torch.random.fork_rng(), memory_kept():
+                torch.manual_seed(_seed(recipe.seed, number))
+                batch = draw(model, tokenizer, recipe, rows)
+            if drafts is not None:
+                drafts.add(batch)
+        for content, text in batch:
             drawn += 1
-            length = len(tokenizer(sample, add_special_tokens=False)["input_ids"])
+            length = len(tokenizer(text, add_special_tokens=False)["input_ids"])
             if length < recipe.least_tokens:
                 short += 1
             elif repeated_share(content) > recipe.repeated:
@@ -95,18 +112,53 @@ def write_self_text(
             elif not seen.is_new(content):
                 duplicates += 1
             else:
-                kept.append(sample)
+                kept.append(text)
                 total += length
                 advance(length)
             if total >= tokens:
-                break
+                return SelfText(kept, total, drawn, repetitive, short, duplicates)
             if drawn >= 200 and len(kept) < drawn / 20:
                 raise CalibrationError(
                     f"Of {drawn} texts that the model wrote, {len(kept)} pass the filters ({repetitive} repeat "
                     f"themselves, {short} are too short, {duplicates} are near duplicates).",
                     hint="Give a text instead of `self`.",
                 )
-    return SelfText(kept, total, drawn, repetitive, short, duplicates)
+    raise AssertionError  # the batches do not end
+
+
+def _seed(seed: int, batch: int) -> int:
+    """The seed of a batch, which does not depend on those before it. torch's generator on CPUs takes 32 bits."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {batch}".encode()).digest()[:4], "big")
+
+
+class Drafts:
+    """The batches written so far, one JSON line each, in a file of its own. `key`: what they depend on; a file with
+    another one is begun anew."""
+
+    def __init__(self, file: Path, key: str) -> None:
+        self._file, self._key = file, key
+
+    def read(self) -> list[list[Draft]]:
+        """The complete batches; what follows them in the file, of an interrupted write, is cut off."""
+        lines = self._file.read_bytes().splitlines(keepends=True) if self._file.is_file() else []
+        batches: list[list[Draft]] = []
+        good = [json.dumps(self._key).encode() + b"\n"]
+        if lines[:1] == good:
+            for line in lines[1:]:
+                try:
+                    batches.append([(content, sample) for content, sample in json.loads(line)])
+                except ValueError:
+                    break
+                good.append(line)
+        self._file.write_bytes(b"".join(good))
+        return batches
+
+    def add(self, batch: Sequence[Draft]) -> None:
+        with self._file.open("ab") as stream:
+            stream.write(json.dumps(batch).encode() + b"\n")
+
+    def forget(self) -> None:
+        self._file.unlink(missing_ok=True)
 
 
 def _rows(tokens: int, recipe: SelfTextRecipe) -> int:
@@ -138,40 +190,28 @@ class _Seen:
         return True
 
 
-def _conversations(
-    model: Any, tokenizer: Any, recipe: SelfTextRecipe, rows: Callable[[], int]
-) -> Iterator[tuple[str, str]]:
-    """Endless (question and answer, the conversation in the model's template), `rows()` written together."""
+def _conversations(model: Any, tokenizer: Any, recipe: SelfTextRecipe, rows: int) -> list[Draft]:
+    """(Question and answer, the conversation in the model's template), of `rows` written together."""
     opening = render(tokenizer, [{"role": "user", "content": _MARK}]).split(_MARK)[0]
     ids = tokenizer(opening, add_special_tokens=False)["input_ids"] or [_first_token(tokenizer)]
-    start = torch.tensor(ids)
-    while True:
-        questions = [
-            text.strip()
-            for text in _write(model, tokenizer, [start] * rows(), recipe.question_tokens, recipe)
-            if text.strip()
-        ]
-        if not questions:
-            yield "", ""
-            continue
-        prompts = [render(tokenizer, [{"role": "user", "content": question}], answer=True) for question in questions]
-        ids = [torch.tensor(tokenizer(prompt, add_special_tokens=False)["input_ids"]) for prompt in prompts]
-        for question, answer in zip(
-            questions, _write(model, tokenizer, ids, recipe.answer_tokens, recipe), strict=True
-        ):
-            turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer.strip()}]
-            yield f"{question}\n{answer}", render(tokenizer, turns)
+    starts = [torch.tensor(ids)] * rows
+    written = [text.strip() for text in _write(model, tokenizer, starts, recipe.question_tokens, recipe)]
+    questions = [text for text in written if text]
+    if not questions:
+        return [("", "")]
+    prompts = [render(tokenizer, [{"role": "user", "content": question}], answer=True) for question in questions]
+    ids = [torch.tensor(tokenizer(prompt, add_special_tokens=False)["input_ids"]) for prompt in prompts]
+    found: list[Draft] = []
+    for question, answer in zip(questions, _write(model, tokenizer, ids, recipe.answer_tokens, recipe), strict=True):
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer.strip()}]
+        found.append((f"{question}\n{answer}", render(tokenizer, turns)))
+    return found
 
 
-def _continuations(
-    model: Any, tokenizer: Any, recipe: SelfTextRecipe, rows: Callable[[], int]
-) -> Iterator[tuple[str, str]]:
-    """Endless (text, text), each from the token that begins a document, `rows()` written together."""
-    start = torch.tensor([_first_token(tokenizer)])
-    while True:
-        length = recipe.question_tokens + recipe.answer_tokens
-        for text in _write(model, tokenizer, [start] * rows(), length, recipe, recipe.text_temperature):
-            yield text, text
+def _continuations(model: Any, tokenizer: Any, recipe: SelfTextRecipe, rows: int) -> list[Draft]:
+    """(Text, text), each from the token that begins a document, of `rows` written together."""
+    starts, length = [torch.tensor([_first_token(tokenizer)])] * rows, recipe.question_tokens + recipe.answer_tokens
+    return [(text, text) for text in _write(model, tokenizer, starts, length, recipe, recipe.text_temperature)]
 
 
 def _first_token(tokenizer: Any) -> int:

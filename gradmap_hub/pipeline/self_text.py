@@ -11,6 +11,7 @@ from gradmap_hub.data.texts import Text, read_text
 from gradmap_hub.errors import CalibrationError
 from gradmap_hub.files import write_text
 from gradmap_hub.models.original import open_decoder
+from gradmap_hub.models.source import identity
 
 if TYPE_CHECKING:  # torch is only imported once there is something to compute
     from gradmap_hub.models.decoder import Decoder
@@ -51,12 +52,15 @@ def self_text(run: Run, tokens: int, use: Use) -> tuple[Text, SelfTextFile]:
     recipe = SelfTextRecipe(seed=run.method.seed + offset)
 
     def compute() -> SelfTextFile:
-        from gradmap_hub.healing.self_text import write_self_text
+        from gradmap_hub.healing.self_text import Drafts, write_self_text
 
         decoder = open_reader(run)
+        about = {"of": identity(run.source), "dtype": str(decoder.weight_dtype), "tokens": tokens}
+        drafts = Drafts(file.with_name(f"{name}.drafts"), json.dumps(about | recipe.settings()))
         run.reporter.total(tokens, unit="tokens")
-        found = write_self_text(decoder.model, run.original.tokenizer(), tokens, recipe, run.reporter.advance)
+        found = write_self_text(decoder.model, run.original.tokenizer(), tokens, recipe, run.reporter.advance, drafts)
         write_text(file, "".join(json.dumps({"text": sample}, ensure_ascii=False) + "\n" for sample in found.samples))
+        drafts.forget()
         return SelfTextFile(
             read_text(file).sha256, found.tokens, found.drawn, found.repetitive, found.short, found.duplicates,
             recipe.settings(),

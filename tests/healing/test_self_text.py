@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from gradmap_hub.errors import CalibrationError
 from gradmap_hub.healing import self_text
-from gradmap_hub.healing.self_text import SelfTextRecipe, write_self_text
+from gradmap_hub.healing.self_text import Drafts, SelfTextRecipe, write_self_text
 from gradmap_hub.measurements import BeforeAfter, Measured, Sample, repeated_share
 
 TEMPLATE = (
@@ -55,6 +56,32 @@ def test_two_draws_of_a_seed_are_the_same(chat: Any, model_of: Callable[..., Any
     assert not set(other.samples) & set(first.samples)
 
 
+def test_what_was_written_before_an_interruption_is_kept(
+    chat: Any, model_of: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, file = model_of("llama"), tmp_path / "drafts"
+    whole = write_self_text(model, chat, 1200, RECIPE)
+    write, batches = self_text._conversations, []
+
+    def interrupted(*arguments: Any) -> Any:
+        if len(batches) == 2:
+            raise KeyboardInterrupt
+        batches.append(write(*arguments))
+        return batches[-1]
+
+    monkeypatch.setattr(self_text, "_conversations", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_self_text(model, chat, 1200, RECIPE, drafts=Drafts(file, "key"))
+    with file.open("ab") as stream:
+        stream.write(b'[["a text that was not wri')
+    assert Drafts(file, "key").read() == batches and file.read_bytes().endswith(b"\n")
+    monkeypatch.setattr(self_text, "_conversations", write)
+    counted: list[int] = []
+    assert write_self_text(model, chat, 1200, RECIPE, counted.append, Drafts(file, "key")) == whole
+    assert sum(counted) == whole.tokens  # the progress starts where the first call ended
+    assert Drafts(file, "another model").read() == []
+
+
 @pytest.mark.parametrize("missing", ["nothing", "bos_token", "all"])
 def test_a_base_model_goes_on_from_its_first_token(missing: str, tokenizer: Any, model_of: Callable[..., Any]) -> None:
     base = copy.deepcopy(tokenizer)
@@ -70,9 +97,10 @@ def test_repetitions_and_near_duplicates_are_dropped(
     words = [f"word{number}" for number in range(60)]
     loop, text, near = " ".join(["round and round it goes"] * 12), " ".join(words), " ".join(["another", *words[1:]])
     other = " ".join(f"term{number}" for number in range(60))
-    drawn = iter([loop, text, near, "no", other])
-    monkeypatch.setattr(self_text, "_conversations", lambda *_: ((sample, sample) for sample in drawn))
-    found = write_self_text(model_of("llama"), chat, 10_000, RECIPE)
+    drawn = [(sample, sample) for sample in (loop, text, near, "no", other)]
+    monkeypatch.setattr(self_text, "_conversations", lambda *_: drawn)
+    enough = sum(len(chat(sample, add_special_tokens=False)["input_ids"]) for sample in (text, other))
+    found = write_self_text(model_of("llama"), chat, enough, RECIPE)
     assert found.samples == [text, other]
     assert (found.drawn, found.repetitive, found.duplicates, found.short) == (5, 1, 1, 1)
 
