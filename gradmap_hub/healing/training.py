@@ -253,14 +253,14 @@ class Trainer:
         if value < self.progress.best:
             self.progress.best, self.progress.best_step = value, self.progress.step
             if self.progress.step < self.steps:  # the last state is on disk anyway
-                self._write(BEST, self._weights())
+                self._write(BEST, self._values())
 
     def best(self) -> dict[str, Tensor]:
         """The trained values with the lowest held-out divergence, by parameter name; empty if none was checked."""
         if self.progress.best_step == 0:
             return {}
         if self.progress.best_step == self.progress.step == self.steps:
-            return self._weights()
+            return {name: value.clone() for name, value in self._values().items()}
         from safetensors.torch import load_file
 
         self.accelerator.wait_for_everyone()
@@ -268,14 +268,12 @@ class Trainer:
 
     # -- the state on disk --------------------------------------------------------------------------------------------
 
-    def _weights(self) -> dict[str, Tensor]:
-        return {
-            name: whole(parameter.detach()).to("cpu", copy=True)
-            for name, parameter in zip(self.names, self.trained, strict=True)
-        }
+    def _values(self) -> dict[str, Tensor]:
+        """The trained values on the CPU, not copied if they are there."""
+        return {name: whole(parameter.detach()).cpu() for name, parameter in zip(self.names, self.trained, strict=True)}
 
     def _save(self) -> None:
-        values = {f"weight/{name}": value for name, value in self._weights().items()}
+        values = {f"weight/{name}": value for name, value in self._values().items()}
         for place, moments in self.optimizer.state_dict()["state"].items():
             values |= {f"{key}/{place}": whole(torch.as_tensor(value)).cpu() for key, value in moments.items()}
         self._write(STATE, values, {"key": self.key, "progress": json.dumps(asdict(self.progress))})
