@@ -29,9 +29,12 @@ from gradmap_hub.exporters.inputs import Inputs, Rows, base_of, run_worker
 from gradmap_hub.exporters.recipes import GPTQ, LADDERS, LEAST_BLOCK, Recipe
 from gradmap_hub.exporters.writers import WRITERS
 from gradmap_hub.files import usual_mode
-from gradmap_hub.formats import FORMATS, ONNX, Format, preferred
+from gradmap_hub.formats import FORMATS, ONNX, Format, graph_names, preferred
 from gradmap_hub.models.architectures import dimension
 from gradmap_hub.progress import Reporter, SilentReporter
+
+# The files of a tokenizer that GenAI reads.
+GENAI_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,7 @@ def export(
     fit: Rows | None = None,
     optimum: Path | None = None,
     keep_failing: bool = False,
+    for_genai: bool = True,
     reporter: Reporter | None = None,
 ) -> Exported:
     """Write format `name` into the folder `destination` and check it against the checkpoint.
@@ -113,6 +117,7 @@ def export(
         fit: separate tokens (sequences, tokens) to fit the rounding on.
         optimum: Optimum's export of the same checkpoint, if it exists.
         keep_failing: keep the best file even if it does not pass.
+        for_genai: write what ONNX Runtime GenAI needs beside its graphs.
 
     A file that does not pass is deleted, as is an earlier file of the same name; the result contains the reason.
 
@@ -122,7 +127,7 @@ def export(
     """
     require(name, json.loads((checkpoint / "config.json").read_text(encoding="utf-8")))
     row = FORMATS[name]
-    for file in files_of(destination / row.file):
+    for file in [file for name in graph_names(row) for file in files_of(destination / name)]:
         file.unlink()
     inputs = Inputs(checkpoint, work, rows, fit, optimum)
     with _partial(destination) as partial:
@@ -130,7 +135,8 @@ def export(
             exported = _export_by_recipes(row, inputs, partial, destination, keep_failing, reporter or SilentReporter())
         else:
             exported = _export_by_writer(row, inputs, partial, destination, keep_failing)
-    _write_genai_config(destination, inputs)
+    if for_genai:
+        _write_genai_files(destination, inputs)
     return exported
 
 
@@ -175,7 +181,10 @@ def _export_by_recipes(
         if tried.check.passed:
             break
     winner = tries[-1] if tries[-1].check.passed else min(tries, key=_ratio)
-    kept = _install(best, destination) if best is not None and (winner.check.passed or keep_failing) else []
+    kept: list[str] = []
+    if best is not None and (winner.check.passed or keep_failing):
+        also = run_worker("alias", {"graph": str(best), "name": row.alias}) if row.alias else []
+        kept = _install(best, destination) + also
     note = "" if winner.check.passed else _failure(row, winner.check, bool(kept))
     size, base = winner.bytes if kept else 0, inputs.base_of(row)
     return Exported(row.name, kept, size, base, winner.settings, winner.check, tries, note)
@@ -241,11 +250,13 @@ def _install(path: Path, destination: Path) -> list[str]:
     return [file.name for file in files]
 
 
-def _write_genai_config(destination: Path, inputs: Inputs) -> None:
-    """Write genai_config.json, which names the graph to load: the preferred one on a CPU. Remove it if no graph comes
-    from GenAI's builder. GenAI loads the other graphs with a configuration overlay."""
+def _write_genai_files(destination: Path, inputs: Inputs) -> None:
+    """Write genai_config.json, which names the graph to load: the preferred one on a CPU, and the tokenizer's files
+    beside it, where GenAI looks for them. Remove them if no graph comes from GenAI's builder. GenAI loads the other
+    graphs with a configuration overlay."""
     path = destination / genai.CONFIG
-    path.unlink(missing_ok=True)
+    for file in (path, *(destination / name for name in GENAI_TOKENIZER)):
+        file.unlink(missing_ok=True)
     source = inputs.genai_config()
     candidates = [row.file for row in preferred() if row.base in ("genai", "either") and row.on_cpu is not None]
     present = [file for file in candidates if (destination / file).is_file()]
@@ -257,3 +268,6 @@ def _write_genai_config(destination: Path, inputs: Inputs) -> None:
         config["model"]["eos_token_id"] = inputs.end_token()
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     path.chmod(usual_mode())
+    for name in GENAI_TOKENIZER:
+        if (inputs.checkpoint / name).is_file():
+            shutil.copyfile(inputs.checkpoint / name, destination / name)

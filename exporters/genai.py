@@ -8,6 +8,7 @@ although it reports success (0.15.2), so `quantized` quantises its float32 graph
 from __future__ import annotations
 
 import importlib.util
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 from gradmap_hub.errors import MissingExtra, VerificationError
 from gradmap_hub.exporters.processes import WorkerFailed, call
-from gradmap_hub.models.architectures import ARCHITECTURES
+from gradmap_hub.models.architectures import ARCHITECTURES, head_size
 from gradmap_hub.models.transformers_compat import has_5
 
 # What the builder writes.
@@ -95,7 +96,9 @@ def build(checkpoint: Path, destination: Path) -> Path:
     partial = destination.with_name(destination.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        call("genai_worker", {"source": str(checkpoint), "destination": str(partial)})
+        config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+        arguments = {"source": str(checkpoint), "destination": str(partial), "head_size": head_size(config)}
+        call("genai_worker", arguments)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, WorkerFailed):
@@ -108,11 +111,19 @@ def build(checkpoint: Path, destination: Path) -> Path:
     return destination / MODEL
 
 
-def mark(graph: Path) -> None:
-    """Record in the graph's metadata that past and present may share one buffer; derived graphs inherit the entry."""
+def finish(graph: Path, head_size: int) -> None:
+    """Complete what the builder wrote, in place: record that past and present may share one buffer, and write the width
+    of keys and values as a number. Derived graphs inherit both.
+
+    The builder leaves that width symbolic, and clients that allocate an empty cache from the declared shape
+    (transformers.js, plain onnxruntime) take an unknown symbol for 0.
+    """
     import onnx
 
     model = onnx.load(graph, load_external_data=False)
     properties = {entry.key: entry.value for entry in model.metadata_props} | {SHARED_BUFFER: "true"}
     onnx.helper.set_model_props(model, properties)
+    for value in [*model.graph.input, *model.graph.output]:
+        if value.name.startswith(("past_key_values.", "present.")):
+            value.type.tensor_type.shape.dim[3].dim_value = head_size
     graph.write_bytes(model.SerializeToString())

@@ -5,13 +5,14 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from gradmap_hub.exporters.genai import CONFIG, MODEL, mark
+from gradmap_hub.exporters.genai import CONFIG, MODEL, finish
 
 _KEPT = (MODEL, MODEL + ".data", CONFIG)
 
 
-def main(source: str, destination: str) -> list[str]:
-    """Build the float32 graph of `source` for the CPU into `destination`; returns the names of its files."""
+def main(source: str, destination: str, head_size: int) -> list[str]:
+    """Build the float32 graph of `source` for the CPU into `destination`; returns the names of its files. `head_size`:
+    width of keys and values."""
     from onnxruntime_genai.models import builder
 
     cache = str(Path(destination) / "cache")
@@ -23,5 +24,5 @@ def main(source: str, destination: str) -> list[str]:
             shutil.rmtree(path)
         elif path.name not in _KEPT:
             path.unlink()  # tokenizer files re-saved by the builder; the originals are at the top of the model folder
-    mark(Path(destination) / MODEL)
+    finish(Path(destination) / MODEL, head_size)
     return sorted(path.name for path in Path(destination).iterdir())

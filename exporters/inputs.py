@@ -19,7 +19,7 @@ from gradmap_hub.exporters import gate, genai, onnx
 from gradmap_hub.exporters.gate import GateResult
 from gradmap_hub.exporters.processes import WorkerFailed, call
 from gradmap_hub.formats import Format
-from gradmap_hub.models.architectures import dimension
+from gradmap_hub.models.architectures import dimension, head_size
 
 Rows = npt.NDArray[np.int64]
 
@@ -39,9 +39,8 @@ class Inputs:
         """`rows`, `fit`, `optimum`: see `gradmap_hub.exporters.export.export`; `work`: the folder of the cache."""
         self.checkpoint = checkpoint
         self.config: dict[str, Any] = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
-        sizes = [dimension(self.config, name) for name in ("num_hidden_layers", "hidden_size", "num_attention_heads")]
-        self.layers, width, heads = (value or 0 for value in sizes)
-        self.head_size = int(self.config.get("head_dim") or width // heads)
+        self.layers = dimension(self.config, "num_hidden_layers") or 0
+        self.head_size = head_size(self.config)
         self._optimum = optimum
         self._rows, self._fit = rows, fit
         self.folder = work / _fingerprint(checkpoint, rows, fit)

@@ -1,5 +1,5 @@
-"""Weight-only int8 and int4 for text-generation graphs: MatMul becomes MatMulNBits, the token embedding becomes
-GatherBlockQuantized, activations stay float32.
+"""Weight-only int8 and int4 for text-generation graphs: MatMul becomes MatMulNBits, the token embedding looks up codes,
+activations stay float32.
 
 Tied embedding and head share one tensor of codes. The graph may be GenAI's or Optimum's: the code looks for products
 with a constant matrix, stored directly or transposed.
@@ -31,6 +31,8 @@ _SENSITIVE_ROLES = ("qkv", "v", "down")
 _GATE_ROLES = ("gate", "up", "gate_up")
 # If a larger share of the weights needs 8 bits, they do not come from 4-bit quantisation.
 _LARGEST_REST = 0.5
+# The code of 0 in 8 bits, where no zeros are stored.
+_MIDDLE_CODE = 128
 # Matrices with fewer weights are not quantised.
 _LEAST_WEIGHTS = 1024
 
@@ -303,40 +305,45 @@ def _product(node: NodeProto, entry: Linear, stored: Stored) -> NodeProto:
 
 
 def _gathered(graph: Graph, node: NodeProto, lookup: Lookup, stored: Stored) -> Iterator[NodeProto]:
-    """Nodes of the embedding: codes (vocabulary, blocks, bytes) -> (batch, tokens, blocks, block) -> (batch, tokens,
-    width). The codes keep the shape that MatMulNBits needs, so that a tied head uses the same tensor."""
-    from onnx import helper
+    """Nodes of the embedding: rows of the codes (vocabulary, blocks, block), gathered and multiplied by their scales.
+    The codes keep the shape that MatMulNBits needs, so that a tied head uses the same tensor.
 
-    weight = lookup.weight
+    GatherBlockQuantized would be one node; the builds of onnxruntime-web that browsers load by default lack it. The
+    result has the same bits."""
+    from onnx import TensorProto, helper
+
+    if stored.bits != 8:
+        raise ValueError("the codes of an embedding are bytes")
+    weight, ids, name = lookup.weight, node.input[1], node.output[0]
     count = lookup.width // stored.block
     vocabulary = graph.weights[weight + ".codes"].shape[0]
     graph.weights["gradmap.scales_shape"] = np.array([vocabulary, count, 1], np.int64)
     graph.weights["gradmap.embedding_shape"] = np.array([0, 0, lookup.width], np.int64)
-    yield helper.make_node(
-        "Reshape", [weight + ".scales", "gradmap.scales_shape"], [weight + ".scales3"], name=node.name + "_scales"
-    )
-    inputs = [weight + ".codes", "input_ids", weight + ".scales3"]
+
+    def rows(part: str) -> Iterator[NodeProto]:
+        """The values of `part` for the tokens: (batch, tokens, blocks, block or 1), float32."""
+        table = f"{weight}.{part}"
+        if part != "codes":
+            yield helper.make_node("Reshape", [table, "gradmap.scales_shape"], [table + "3"], name=f"{name}_{part}3")
+            table += "3"
+        gathered = f"{name}_{part}"
+        if part == "scales":
+            yield helper.make_node("Gather", [table, ids], [gathered], name=gathered, axis=0)
+            return
+        yield helper.make_node("Gather", [table, ids], [gathered + "_bytes"], name=gathered + "_bytes", axis=0)
+        yield helper.make_node("Cast", [gathered + "_bytes"], [gathered], name=gathered, to=TensorProto.FLOAT)
+
+    zero = "gradmap.zero_code"
     if stored.has_zeros:
-        if stored.bits == 4:
-            raise ValueError("a 4-bit embedding with zeros packs two blocks per byte and cannot be gathered")
-        yield helper.make_node(
-            "Reshape", [weight + ".zeros", "gradmap.scales_shape"], [weight + ".zeros3"], name=node.name + "_zeros"
-        )
-        inputs.append(weight + ".zeros3")
-    yield helper.make_node(
-        "GatherBlockQuantized",
-        inputs,
-        [node.output[0] + "_blocks"],
-        name=f"{node.name}_NBits",
-        domain="com.microsoft",
-        bits=stored.bits,
-        block_size=stored.block,
-        gather_axis=0,
-        quantize_axis=2,
-    )
-    yield helper.make_node(
-        "Reshape", [node.output[0] + "_blocks", "gradmap.embedding_shape"], [node.output[0]], name=node.name + "_rows"
-    )
+        yield from rows("zeros")
+        zero = f"{name}_zeros"
+    else:
+        graph.weights[zero] = np.array(_MIDDLE_CODE, np.float32)
+    yield from rows("codes")
+    yield from rows("scales")
+    yield helper.make_node("Sub", [f"{name}_codes", zero], [name + "_centred"], name=name + "_centred")
+    yield helper.make_node("Mul", [name + "_centred", f"{name}_scales"], [name + "_blocks"], name=name + "_blocks")
+    yield helper.make_node("Reshape", [name + "_blocks", "gradmap.embedding_shape"], [name], name=name + "_rows")
 
 
 class _Moments:

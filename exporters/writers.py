@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from gradmap_hub import formats
 from gradmap_hub.exporters import onnx
+from gradmap_hub.exporters.alias import link
 from gradmap_hub.exporters.inputs import Inputs, run_worker
 from gradmap_hub.formats import FORMATS, ONNX, Format
 
@@ -19,7 +18,7 @@ Writer = Callable[[Inputs, Path], None]
 def write_optimum(inputs: Inputs, path: Path) -> None:
     """Optimum's float32 graph and the configuration files beside it."""
     for file in onnx.file_names(inputs.optimum().parent):
-        _link(file, path.with_name(file.name))
+        link(file, path.with_name(file.name))
 
 
 def write_genai(inputs: Inputs, path: Path) -> None:
@@ -48,11 +47,3 @@ def register(row: Format, write: Writer) -> None:
 def unregister(name: str) -> None:
     """Remove a registered format."""
     del FORMATS[name], WRITERS[name]
-
-
-def _link(source: Path, target: Path) -> None:
-    """Hard-link a file, or copy it if the file system has no links."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)

@@ -39,7 +39,10 @@ class Format:
 
     Attributes:
         name: Name in records, `--to` and `--quantize`.
-        file: File name in the folder onnx/. Weights too large for one file are in `<file>_data`.
+        file: File name in the folder onnx/, as transformers.js expects it. Weights too large for one file are in
+            `<file>_data`.
+        alias: A further name of the same file: transformers.js has two names for 8-bit weights, "q8" and "int8".
+        former: The name that earlier versions gave the file. It is still read.
         title: Title of the export stage in the progress output.
         precision: Precision of the weights; the name in compare.json if `in_space`. Default: `name`.
         artifact: Name in `--artifact`, `generate` and `serve`. Default: `name`.
@@ -56,6 +59,8 @@ class Format:
     name: str
     file: str
     title: str
+    alias: str = ""
+    former: str = ""
     precision: str = ""
     artifact: str = ""
     base: Literal["optimum", "genai", "either", "checkpoint"] = "either"
@@ -87,11 +92,13 @@ FORMATS: dict[str, Format] = {
         ),
         Format(
             "int8", "model_int8.onnx", "Exporting to ONNX with 8-bit weights, comparing with PyTorch",
+            alias="model_quantized.onnx",
             limits=Limits(perplexity=1.02), least_share=9 / 32, most_share=0.4, in_space=True, on_cpu=0, on_cuda=2,
             may_fail=True,
         ),
         Format(
-            "int4", "model_int4.onnx", "Exporting to ONNX with 4-bit weights, comparing with PyTorch",
+            "int4", "model_q4.onnx", "Exporting to ONNX with 4-bit weights, comparing with PyTorch",
+            former="model_int4.onnx",
             limits=Limits(perplexity=1.10), least_share=5 / 32, most_share=0.4, in_space=True, on_cpu=3, on_cuda=3,
             may_fail=True, advice="int8 is the better artifact for this model.",
         ),
@@ -148,3 +155,8 @@ def of_precision(precision: str) -> Format:
 def graph_path(row: Format) -> str:
     """The path of the file within a model folder, with forward slashes."""
     return f"{ONNX_FOLDER}/{row.file}"
+
+
+def graph_names(row: Format) -> list[str]:
+    """All names that the graph of a format may have in a folder, the present one first."""
+    return [name for name in (row.file, row.alias, row.former) if name]

@@ -107,6 +107,9 @@ CONFIG = "config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
+CHAT_TEMPLATE = "chat_template.jinja"
+
+
 WEIGHTS = "model.safetensors"
 
 
@@ -124,7 +127,7 @@ TOKENIZER_FILES = (
     "merges.txt",
     "tokenizer.model",
     "spiece.model",
-    "chat_template.jinja",
+    CHAT_TEMPLATE,
     "chat_template.json",
     "tekken.json",
 )

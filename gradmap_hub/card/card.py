@@ -31,6 +31,7 @@ from gradmap_hub.card.results import (
 from gradmap_hub.config import SELF
 from gradmap_hub.figures import save_plot
 from gradmap_hub.files import write_text
+from gradmap_hub.formats import FORMATS, ONNX, graph_path
 from gradmap_hub.layout import CARD
 from gradmap_hub.models.architectures import ARCHITECTURES
 from gradmap_hub.record import (
@@ -116,6 +117,8 @@ def _tags(record: RunRecord) -> list[str]:
     tags = ["gradmap", "pruned", "layer-pruning"]
     if _onnx_graphs(record):
         tags.append("onnx")
+    if _transformers_js(record):
+        tags.append("transformers.js")
     if record.base.model_type:
         tags.append(one_line(record.base.model_type))
     return tags
@@ -166,6 +169,8 @@ def _context(record: RunRecord) -> dict[str, Any]:
         "main_graph": _main_graph(graphs),
         "cache_from_graph": _cache_from_graph(record.base.model_type),
         "onnx_files": _onnx_files(record),
+        "same_file": _same_files(record),
+        "transformers_js": _transformers_js(record),
         "quality_known": any(entry.quality for entry in record.artifacts),
         "calibration_kind": CALIBRATION_KIND,
         "target": record.target or f"path/to/{record.name}",
@@ -204,6 +209,26 @@ def _texts(record: RunRecord) -> list[TextPerplexity]:
 def _onnx_files(record: RunRecord) -> list[Artifact]:
     """The graphs and their external weight files (model.onnx_data)."""
     return [artifact for artifact in record.artifacts if ".onnx" in PurePosixPath(artifact.path).suffix]
+
+
+def _transformers_js(record: RunRecord) -> str | None:
+    """The dtype by which transformers.js loads the smallest graph of this model that loses little; None if it knows no
+    graph of it, or if its model type has not been tried (tests/exporters/test_transformers_js.py)."""
+    row = ARCHITECTURES.get(record.base.model_type or "")
+    paths = {graph.path for graph in _onnx_graphs(record)}
+    if row is None or not row.genai:
+        return None
+    return next((dtype for name, dtype in (("int8", "q8"), (ONNX, "fp32")) if graph_path(FORMATS[name]) in paths), None)
+
+
+def _same_files(record: RunRecord) -> dict[str, str]:
+    """The paths of graphs whose content another one before them has, and the path of that one."""
+    first: dict[str, str] = {}
+    same: dict[str, str] = {}
+    for graph in _onnx_graphs(record):
+        if first.setdefault(graph.sha256, graph.path) != graph.path:
+            same[graph.path] = first[graph.sha256]
+    return same
 
 
 def _onnx_graphs(record: RunRecord) -> list[Artifact]:

@@ -360,6 +360,15 @@ def dimension(config: Mapping[str, Any], name: str) -> int | None:
     return None
 
 
+def head_size(config: Mapping[str, Any]) -> int:
+    """Width of one attention head by config.json, derived as transformers does; 0 if it is unknown."""
+    stated = config.get("head_dim")
+    if isinstance(stated, int):
+        return stated
+    width, heads = dimension(config, "hidden_size"), dimension(config, "num_attention_heads")
+    return width // heads if width and heads else 0
+
+
 def compensation_skipped(architecture: Architecture, config: Any) -> str | None:
     """Why stage 2 cannot compensate a model of this type, or None. `config`: a config.json or a transformers config."""
     return next((condition.reason for condition in architecture.uncompensated if condition.holds(config)), None)

@@ -10,7 +10,7 @@ from typing import Any
 
 from gradmap_hub.errors import SourceError
 from gradmap_hub.files import InvalidJson, read_json
-from gradmap_hub.layout import TOKENIZER_CONFIG
+from gradmap_hub.layout import CHAT_TEMPLATE, TOKENIZER_CONFIG
 from gradmap_hub.models.tokenizer_trial import TOKENIZER, is_failure, try_tokenizer
 from gradmap_hub.units import reason_of
 
@@ -65,6 +65,18 @@ def write_tokenizer(tokenizer: Any, folder: Path, name: str) -> None:
     """
     if not (folder / TOKENIZER).is_file():
         _fast(tokenizer, name).save(str(folder / TOKENIZER))
+
+
+def repeat_template(folder: Path) -> None:
+    """Write the template of chat_template.jinja into tokenizer_config.json too, unless it has one: transformers.js
+    reads no other file. transformers reads either and prefers the first."""
+    template, config = folder / CHAT_TEMPLATE, folder / TOKENIZER_CONFIG
+    if not template.is_file() or not config.is_file():
+        return
+    values = json.loads(config.read_text(encoding="utf-8"))
+    if not values.get("chat_template"):
+        values["chat_template"] = template.read_bytes().decode("utf-8")
+        config.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _fast(tokenizer: Any, name: str) -> Any:

@@ -13,7 +13,7 @@ from gradmap_hub import __version__
 from gradmap_hub.config import DEFAULT_CALIBRATION
 from gradmap_hub.data.texts import text_of
 from gradmap_hub.errors import OutputExists, VerificationError
-from gradmap_hub.formats import FORMATS, ONNX, ONNX_FOLDER
+from gradmap_hub.formats import FORMATS, ONNX, ONNX_FOLDER, graph_names
 from gradmap_hub.layout import artifact, work_folder
 from gradmap_hub.models.safetensors_files import read_config
 from gradmap_hub.models.tokenizer import load_tokenizer
@@ -124,7 +124,7 @@ def export_original(
     Raises:
         VerificationError: an exporter failed.
     """
-    from gradmap_hub.exporters import environment, export, genai
+    from gradmap_hub.exporters import environment, export
 
     environment.prepare(stages.reporter)
     found: dict[str, Quality] = {}
@@ -137,7 +137,6 @@ def export_original(
                 found[name] = _quality(exported, rows.name, rows.ids.numel())
     finally:
         export.clear(work)
-        (destination / genai.CONFIG).unlink(missing_ok=True)  # the Space does not use GenAI
     return found
 
 
@@ -173,6 +172,7 @@ def _stage(
             fit=None if fit is None else fit.numpy(),
             optimum=optimum if optimum.is_file() else None,
             keep_failing=keep_failing,
+            for_genai=not of,  # the original's graphs are for the Space
             reporter=stages.reporter,
         ),
         inputs={
@@ -188,13 +188,13 @@ def _stage(
 
 
 def _files(destination: Path, name: str) -> list[Path]:
-    graph = destination / FORMATS[name].file
-    return [graph, graph.with_name(graph.name + "_data")]
+    graphs = [destination / file for file in graph_names(FORMATS[name])]
+    return [file for graph in graphs for file in (graph, graph.with_name(graph.name + "_data"))]
 
 
 def remove_exports(folder: Path, names: Sequence[str]) -> None:
     """Remove the files of formats that this run does not export; an earlier run may have exported other layers."""
-    from gradmap_hub.exporters import genai
+    from gradmap_hub.exporters import export, genai
 
     for name in names:
         for path in _files(folder / ONNX_FOLDER, name):
@@ -203,7 +203,8 @@ def remove_exports(folder: Path, names: Sequence[str]) -> None:
     if config.is_file():
         named = json.loads(config.read_text(encoding="utf-8"))["model"]["decoder"]["filename"]
         if not (config.parent / named).is_file():
-            config.unlink()
+            for path in (config, *(config.parent / file for file in export.GENAI_TOKENIZER)):
+                path.unlink(missing_ok=True)
 
 
 def _describe(exported: Exported) -> str:
@@ -220,7 +221,7 @@ def _artifacts(exported: Exported, folder: Path, rows: Rows) -> list[Artifact]:
     row = FORMATS[exported.format]
     for name in exported.files:
         entry = artifact(folder / ONNX_FOLDER / name, folder, row.name, None)
-        if name == row.file and row.limits is not None:
+        if name in (row.file, row.alias) and row.limits is not None:
             entry = dataclasses.replace(
                 entry, parity=exported.check.parity(), quality=_quality(exported, rows.name, rows.ids.numel())
             )

@@ -42,7 +42,7 @@ def write(
 
     def compute() -> WrittenModel:
         from gradmap_hub.models import checkpoint
-        from gradmap_hub.models.tokenizer import write_tokenizer
+        from gradmap_hub.models.tokenizer import repeat_template, write_tokenizer
         from gradmap_hub.pruning.removal import storage_dtype
 
         source = run.original.checkpoint()
@@ -53,6 +53,7 @@ def write(
         names = legal_texts(path.name for path in source.iterdir())
         checkpoint.copy_companions(source, run.output, [*COMPANION_FILES, *extra_templates(source), *names])
         write_tokenizer(run.original.tokenizer(), run.output, run.source.base.name)
+        repeat_template(run.output)
         return WrittenModel(
             verification,
             parameters,

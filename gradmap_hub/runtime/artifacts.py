@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from gradmap_hub.errors import SourceError, UsageError
-from gradmap_hub.formats import FORMATS, graph_path, preferred
+from gradmap_hub.formats import FORMATS, ONNX_FOLDER, graph_names, preferred
 
 # A session needs the bytes of the file, the same again while it repacks the weights, and the KV cache.
 _MEMORY_FACTOR = 2.0
@@ -28,12 +28,19 @@ def available_artifacts(sizes: Mapping[str, int]) -> list[Artifact]:
     for row in preferred():
         if row.limits is None:  # not an ONNX graph
             continue
-        for path in (graph_path(row), row.file):
+        names = [name for name in (row.file, row.former) if name]
+        for path in [path for name in names for path in (f"{ONNX_FOLDER}/{name}", name)]:
             if path in sizes:
                 data = sum(sizes.get(path + ending, 0) for ending in ("_data", ".data"))
                 found.append(Artifact(row.artifact, path, sizes[path] + data))
                 break
     return found
+
+
+def _names(artifact: Artifact) -> list[str]:
+    """The file names of a graph: that of its path, and the others that its format may have."""
+    rows = [row for row in FORMATS.values() if row.artifact == artifact.name]
+    return [PurePosixPath(artifact.path).name, *(name for row in rows for name in graph_names(row))]
 
 
 def choose_artifact(
@@ -54,7 +61,7 @@ def choose_artifact(
     names = ", ".join(artifact.name for artifact in found)
     if wanted != "auto":
         for artifact in found:
-            if wanted in (artifact.name, artifact.path, PurePosixPath(artifact.path).name):
+            if wanted in (artifact.name, artifact.path) or PurePosixPath(wanted).name in _names(artifact):
                 return artifact
         raise UsageError(f"This folder has no artifact {wanted!r}. Choose one of: {names}.")
     ranks = {row.artifact: row.on_cuda if cuda else row.on_cpu for row in FORMATS.values()}

@@ -5,11 +5,10 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from gradmap_hub.errors import MissingExtra, SourceError, UsageError
 from gradmap_hub.machine import cpu_count
-from gradmap_hub.models.architectures import dimension
+from gradmap_hub.models.architectures import dimension, head_size
 from gradmap_hub.runtime.artifacts import Artifact, available_artifacts, choose_artifact
 from gradmap_hub.runtime.generation import TextModel
 from gradmap_hub.runtime.prompting import TEXT_FILES
@@ -66,18 +65,9 @@ def load(
     if not isinstance(vocabulary, int):
         vocabulary = codec.tokenizer.get_vocab_size()
     count = threads or cpu_count()
-    session = Session(graph, chosen, count, _head_size(config))
+    session = Session(graph, chosen, count, head_size(config))
     name = Path(model).resolve().name if folder == Path(model) else str(model)
     return TextModel(name, found, session, codec, min(longest, context or DEFAULT_CONTEXT), vocabulary, count)
-
-
-def _head_size(config: Mapping[str, Any]) -> int:
-    """Return the attention head size, derived from config.json as transformers does; 0 if unknown."""
-    stated = config.get("head_dim")
-    if isinstance(stated, int):
-        return stated
-    width, heads = dimension(config, "hidden_size"), dimension(config, "num_attention_heads")
-    return width // heads if width and heads else 0
 
 
 def _local(folder: Path, wanted: str, cuda: bool) -> tuple[Path, Artifact] | None:

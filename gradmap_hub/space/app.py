@@ -12,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from gradmap_hub.comparison import COMPARE, raw_comparison
 from gradmap_hub.files import write_text
-from gradmap_hub.formats import in_space, of_precision
+from gradmap_hub.formats import graph_names, in_space, of_precision
 from gradmap_hub.models.safetensors_files import clean_config
 from gradmap_hub.record import Quality, RunRecord
 from gradmap_hub.space.plan import ORIGINAL_FOLDER, SpacePlan, graph_of
@@ -61,7 +61,7 @@ def remove_unwanted(destination: Path, plan: SpacePlan) -> None:
         shutil.rmtree(original, ignore_errors=True)
     for row in in_space():
         if row.precision not in plan.stored:
-            for file in original.glob(f"{row.file}*"):
+            for file in [file for name in graph_names(row) for file in original.glob(f"{name}*")]:
                 file.unlink()
 
 

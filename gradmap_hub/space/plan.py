@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from gradmap_hub.formats import in_space, of_precision
+from gradmap_hub.formats import graph_path, in_space, of_precision
 from gradmap_hub.measurements import BeforeAfter
 from gradmap_hub.record import Artifact, Base, RunRecord
 
@@ -183,14 +183,15 @@ def _too_large(pair: BeforeAfter, runtime: Literal["onnx", "transformers"], hard
 
 def precisions_of(record: RunRecord) -> list[str]:
     """The precisions of a finished run's ONNX files that a Space can run."""
-    formats = {entry.format for entry in record.artifacts}
-    return [row.precision for row in in_space() if row.name in formats]
+    paths = {entry.path for entry in record.artifacts}
+    return [row.precision for row in in_space() if graph_path(row) in paths]
 
 
 def graph_of(record: RunRecord, precision: str) -> tuple[int, Artifact | None]:
     """Bytes of the pruned model's files in a precision, graph and external data, and the graph's artifact."""
-    entries = [entry for entry in record.artifacts if entry.format == of_precision(precision).name]
-    graph = next((entry for entry in entries if entry.path.endswith(".onnx")), None)
+    path = graph_path(of_precision(precision))
+    entries = [entry for entry in record.artifacts if entry.path in (path, f"{path}_data")]
+    graph = next((entry for entry in entries if entry.path == path), None)
     return sum(entry.bytes for entry in entries), graph
 
 

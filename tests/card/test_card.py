@@ -358,7 +358,7 @@ def test_metadata_as_the_hub_client_reads_it() -> None:
     assert data.get("base_model_relation") == "finetune"
     assert data.license == "apache-2.0" and data.get("license_name") is None
     assert data.library_name == "transformers" and data.pipeline_tag == "text-generation"
-    assert data.tags == ["gradmap", "pruned", "layer-pruning", "onnx", "llama"]
+    assert data.tags == ["gradmap", "pruned", "layer-pruning", "onnx", "transformers.js", "llama"]
     assert data.language == ["en"]
     assert data.model_name == "smollm2-135m-gradmap-27"
     assert data.eval_results == [
@@ -395,6 +395,16 @@ def test_every_variant_reads_whole(name: str) -> None:
     assert text.count("<details>") == text.count("</details>")
     ModelCard(text)
     assert_tables_whole(text)
+
+
+def test_a_file_under_two_names_is_one_file() -> None:
+    record = make_record()
+    graph = next(entry for entry in record.artifacts if entry.path.endswith(".onnx"))
+    names = ("onnx/model_int8.onnx", "onnx/model_quantized.onnx")
+    files = [replace(graph, path=name, sha256="a" * 64, format="int8") for name in names]
+    text = card_text(replace(record, artifacts=[*record.artifacts, *files]))
+    assert "| `onnx/model_quantized.onnx`, the same file as `onnx/model_int8.onnx` |" in text
+    assert '{ dtype: "q8" }' in text
 
 
 def without_code(text: str) -> str:

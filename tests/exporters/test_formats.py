@@ -28,13 +28,18 @@ from gradmap_hub.exporters.graph import Graph
 from gradmap_hub.exporters.inputs import Inputs
 from gradmap_hub.exporters.recipes import LADDERS
 from gradmap_hub.exporters.session import Session
-from gradmap_hub.formats import FORMATS, Limits
+from gradmap_hub.formats import FORMATS, Limits, graph_names
 
 Shop = Callable[..., SimpleNamespace]
 
 
 def exported(shop: SimpleNamespace, name: str, destination: Path, **options: Any) -> Exported:
     return export.export(name, shop.checkpoint, destination, rows=shop.rows, fit=shop.fit, work=shop.work, **options)
+
+
+def for_genai(shop: SimpleNamespace) -> list[str]:
+    """What stands beside the graphs for GenAI."""
+    return ["genai_config.json", *(name for name in export.GENAI_TOKENIZER if (shop.checkpoint / name).is_file())]
 
 
 def node_types(path: Path) -> list[str]:
@@ -48,7 +53,7 @@ def test_each_format_passes_and_is_a_whole_file(shop: Shop, tmp_path: Path, tied
     results = {name: exported(made, name, onnx) for name in ("genai", "fp16", "int8", "int4")}
     for name, result in results.items():
         assert result.check.passed and not result.note, result.check
-        assert result.files == [FORMATS[name].file] and result.base == "genai"
+        assert result.files == graph_names(FORMATS[name])[: 1 + bool(FORMATS[name].alias)] and result.base == "genai"
         path = onnx / FORMATS[name].file
         assert path.stat().st_size == result.bytes and stat.S_IMODE(path.stat().st_mode) == 0o644
         assert result.check.provider == "CPUExecutionProvider" and result.check.greedy_tokens == 256
@@ -56,7 +61,7 @@ def test_each_format_passes_and_is_a_whole_file(shop: Shop, tmp_path: Path, tied
     assert results["genai"].check.max_logit_difference_with_past <= 1e-3
     assert abs(results["int8"].check.ratio - 1) < 0.02
     assert sorted(path.name for path in onnx.iterdir()) == sorted(
-        [*(row.file for name, row in FORMATS.items() if name != "onnx"), "genai_config.json"]
+        [*(row.file for name, row in FORMATS.items() if name != "onnx"), "model_quantized.onnx", *for_genai(made)]
     )
     assert json.loads((onnx / "genai_config.json").read_text())["model"]["decoder"]["filename"] == "model_int8.onnx"
     assert not (tmp_path / "model" / "onnx.partial").exists()
@@ -89,20 +94,23 @@ def test_plain_onnxruntime_gives_the_same_with_and_without_past(shop: Shop, tmp_
     assert all(value.shape == (1, 2, 40, 16) for value in past.values())
 
 
-def test_genai_loads_the_folder_and_writes_what_pytorch_writes(shop: Shop, tmp_path: Path) -> None:
+def test_genai_loads_the_folder_and_writes_what_pytorch_writes(shop: Shop, tokenizer: Any, tmp_path: Path) -> None:
     import onnxruntime_genai as og
     import torch
     from transformers import AutoModelForCausalLM
 
     made = shop(tied=True)
-    onnx = tmp_path / "onnx"
+    onnx, checkpoint, text = tmp_path / "onnx", tmp_path / "checkpoint", "hello world"
+    shutil.copytree(made.checkpoint, checkpoint)
+    tokenizer.save_pretrained(checkpoint)
     for name in ("genai", "int8"):
-        exported(made, name, onnx)
+        export.export(name, checkpoint, onnx, rows=made.rows, work=tmp_path / "work")
     prompt = made.rows[0, :12]
     model = AutoModelForCausalLM.from_pretrained(made.checkpoint, dtype=torch.float32)
     expected = model.generate(
         torch.from_numpy(prompt[None]), max_new_tokens=20, do_sample=False, temperature=None, pad_token_id=0
     )[0].numpy()
+    assert og.Tokenizer(og.Model(str(onnx))).encode(text).tolist() == tokenizer(text)["input_ids"]
     for file in (None, "model_genai.onnx"):
         config = og.Config(str(onnx))
         if file is not None:
@@ -139,10 +147,12 @@ def test_a_spoiled_block_fails_and_the_file_is_gone(
     result = exported(made, "int8", onnx)
     assert not result.check.passed and "perplexity" in result.check.reason and "deleted" in result.note
     assert result.files == [] and len(result.tries) == len(LADDERS["int8"])
-    assert not list(tmp_path.rglob("model_int8*")) and not (onnx / "genai_config.json").exists()
+    assert not list(tmp_path.rglob("model_*")) and not (onnx / "genai_config.json").exists()
     kept = exported(made, "int8", onnx, keep_failing=True)
-    assert not kept.check.passed and kept.files == ["model_int8.onnx"] and "as requested" in kept.note
+    assert not kept.check.passed and kept.files == ["model_int8.onnx", "model_quantized.onnx"]
+    assert "as requested" in kept.note
     assert (onnx / "model_int8.onnx").stat().st_size == kept.bytes
+    assert (onnx / "model_int8.onnx").samefile(onnx / "model_quantized.onnx")
 
 
 def spoil(path: Path) -> None:
@@ -206,7 +216,7 @@ def test_weights_that_come_from_four_bits_lose_nothing_more(shop: Shop, tmp_path
     shared = Inputs(checkpoint, tmp_path / "work", made.rows, None, None)
     lost = {}
     for tried in (LADDERS["int4"][0], recipe, LADDERS["int8"][0]):
-        result = export._try(FORMATS["int4"], tried, shared, tmp_path / "model_int4.onnx")
+        result = export._try(FORMATS["int4"], tried, shared, tmp_path / "model_q4.onnx")
         assert result is not None
         lost[tried.rounding, tried.bits] = result.check.max_logit_difference
         if tried is recipe:
@@ -225,7 +235,7 @@ def test_a_model_the_builder_does_not_know_is_quantised_from_optimums_graph(
         export.require("genai", config)
     result = exported(made, "int8", tmp_path / "onnx")
     assert result.base == "optimum" and result.check.passed, result.check
-    assert [path.name for path in (tmp_path / "onnx").iterdir()] == ["model_int8.onnx"]
+    assert {path.name for path in (tmp_path / "onnx").iterdir()} == {"model_int8.onnx", "model_quantized.onnx"}
     graph = Graph.load(tmp_path / "onnx" / "model_int8.onnx")
     assert sum(weight.shape[0] == 300 and weight.ndim == 3 for weight in graph.weights.values()) == 1
 
@@ -233,10 +243,10 @@ def test_a_model_the_builder_does_not_know_is_quantised_from_optimums_graph(
 def test_optimums_graph_passes_the_same_check_and_leaves_the_others_alone(shop: Shop, tmp_path: Path) -> None:
     made = shop(tied=True)
     onnx = tmp_path / "onnx"
-    exported(made, "int8", onnx)
+    int8 = exported(made, "int8", onnx)
     result = exported(made, "onnx", onnx)
     assert result.check.passed and result.base == "optimum" and result.files == ["model.onnx"], result.check
-    names = {"config.json", "generation_config.json", "genai_config.json", "model.onnx", "model_int8.onnx"}
+    names = {"config.json", "generation_config.json", "model.onnx", *int8.files, *for_genai(made)}
     assert {path.name for path in onnx.iterdir()} == names
 
 

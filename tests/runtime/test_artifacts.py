@@ -29,6 +29,14 @@ def test_graphs_are_found_with_their_data() -> None:
     assert available_artifacts({"model.onnx": 5}) == [Artifact("fp32", "model.onnx", 5)]
 
 
+def test_files_of_earlier_versions_are_found() -> None:
+    new = {"onnx/model_q4.onnx": 5, "onnx/model_quantized.onnx": 7, "onnx/model_int8.onnx": 7}
+    assert [found.path for found in available_artifacts(new)] == ["onnx/model_int8.onnx", "onnx/model_q4.onnx"]
+    assert choose_artifact(available_artifacts(new), "model_quantized.onnx").name == "int8"
+    both = new | {"onnx/model_int4.onnx": 6}  # the file of an earlier run beside that of this one
+    assert choose_artifact(available_artifacts(both), "int4").path == "onnx/model_q4.onnx"
+
+
 def test_the_machine_decides() -> None:
     found = available_artifacts(SIZES)
     assert choose_artifact(found, memory=10**9).name == "int8"
@@ -39,7 +47,7 @@ def test_the_machine_decides() -> None:
         choose_artifact(found, memory=100)
 
 
-@pytest.mark.parametrize("wanted", ["int4", "model_int4.onnx", "onnx/model_int4.onnx"])
+@pytest.mark.parametrize("wanted", ["int4", "model_int4.onnx", "onnx/model_int4.onnx", "model_q4.onnx"])
 def test_the_user_decides_first(wanted: str) -> None:
     assert choose_artifact(available_artifacts(SIZES), wanted, memory=0).name == "int4"
 

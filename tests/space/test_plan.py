@@ -173,7 +173,7 @@ def written(tmp_path: Path) -> Path:
     """A Space folder with both precisions of an open original."""
     original = tmp_path / "space" / "original"
     original.mkdir(parents=True)
-    for name in ("model.onnx", "model_int8.onnx", "model_int4.onnx", "model_int4.onnx_data"):
+    for name in ("model.onnx", "model_int8.onnx", "model_q4.onnx", "model_int4.onnx_data"):
         (original / name).write_bytes(b"graph")
     config = tmp_path / "config.json"
     config.write_text(json.dumps({"model_type": "llama", "_name_or_path": "/home/somebody/model"}))

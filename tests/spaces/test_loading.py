@@ -73,7 +73,7 @@ def test_a_precision_that_fails_leaves_the_others(
     monkeypatch.setenv("PRUNED_MODEL", str(pair.pruned_onnx))
     loader = make(precisions=[*kit.facts()["precisions"], kit.precision("int4", 1, 1)])
     status = settle(loader, "int4")
-    assert status.state == "error" and "original" in status.message and "model_int4.onnx is missing" in status.message
+    assert status.state == "error" and "original" in status.message and "model_q4.onnx is missing" in status.message
     with pytest.raises(prompting.ModelError, match="model_int4"):
         loader.models()
     assert settle(loader, "int8").state == "ready"
