@@ -157,9 +157,14 @@ def test_command_in_the_record_has_no_folders(either: Pushed) -> None:
 def test_original_is_carried_over(either: Pushed, sums: Sums) -> None:
     original, result = sums(either.world.base), sums(either.folder)
     # What transformers 5 saves: a config that is translated, so that 4.57 reads it too, and no map.
-    other = {"tokenizer_config.json", "special_tokens_map.json"} if has_5() else set[str]()
-    for name in {*TOKENIZER, "generation_config.json", "LICENSE"} - other:
+    other = {"special_tokens_map.json"} if has_5() else set[str]()
+    for name in {*TOKENIZER, "generation_config.json", "LICENSE"} - other - {"tokenizer_config.json"}:
         assert result[name] == original[name], name
+    base = either.world.base
+    before, after = (json.loads((folder / "tokenizer_config.json").read_text()) for folder in (base, either.folder))
+    template = (base / "chat_template.jinja").read_bytes().decode()
+    assert after["chat_template"] == template  # transformers.js reads it there alone
+    assert has_5() or after == before | {"chat_template": template}
     assert "license: apache-2.0" in (either.folder / "README.md").read_text()
     assert not [name for name in result if name.endswith((".bin", ".py", ".partial", ".log"))]
 
