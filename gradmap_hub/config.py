@@ -26,6 +26,8 @@ Compute = Literal["auto", "float32", "bfloat16"]
 # Values of --metric: auto, and the names in `pruning.candidates.RANKINGS`; `pruning.candidates.register` adds to both.
 METRICS: list[str] = [
     "auto",
+    "gradmap",
+    "gate",
     "gradient",
     "taylor",
     "block-influence",
@@ -33,6 +35,8 @@ METRICS: list[str] = [
     "taylor-window",
     "cosine-window",
 ]
+# Of these, those for which no gradient of a weight is computed, a third of the work of scoring.
+WITHOUT_WEIGHTS = frozenset({"gradmap", "gate", "block-influence", "cosine-window"})
 SCHEDULES: tuple[str, ...] = ("oneshot", "iterative")
 COMPENSATIONS: tuple[str, ...] = ("auto", "projection", "weight", "none")
 DTYPES: tuple[str, ...] = ("auto", "float32", "bfloat16", "float16")
@@ -73,8 +77,9 @@ class PruneMethod:
     metric: str = option(
         "auto",
         "How layers are chosen. auto: several rankings of one scoring pass propose sets, the best window is tried with "
-        "every further layer, and the held-out loss decides. gradient: GradMAP's gradient L1. Others: "
-        f"{', '.join(METRICS[2:])}.",
+        "every further layer, and the held-out loss decides. gradmap: the blocks whose displacement of the residual "
+        f"stream, weighted by its gradient, is least. gradient: L1 of weight gradients. Others: "
+        f"{', '.join(name for name in METRICS[2:] if name != 'gradient')}.",
     )
     schedule: Schedule = option(
         "oneshot", "oneshot: one backward pass, then all removals. iterative: one backward pass per removal."

@@ -20,7 +20,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from gradmap_hub.card.markdown import FILTERS, Safe, code, escape, ranges
-from gradmap_hub.card.plots import healing_plot, layers_plot, shift_plot
+from gradmap_hub.card.plots import healing_plot, layers_plot, scored_by_gates, shift_plot
 from gradmap_hub.card.results import (
     is_measured,
     measured_results,
@@ -170,6 +170,7 @@ def _context(record: RunRecord) -> dict[str, Any]:
         "cache_from_graph": _cache_from_graph(record.base.model_type),
         "onnx_files": _onnx_files(record),
         "same_file": _same_files(record),
+        "scored_by_gates": scored_by_gates(record),
         "transformers_js": _transformers_js(record),
         "quality_known": any(entry.quality for entry in record.artifacts),
         "calibration_kind": CALIBRATION_KIND,

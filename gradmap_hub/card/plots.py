@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from gradmap_hub.config import WITHOUT_WEIGHTS
 from gradmap_hub.figures import INK, KEPT, LOG_RANGE, REMOVED, REMOVED_AREA, layer_axis, legend, patch
 from gradmap_hub.record import RunRecord
 
@@ -15,6 +16,11 @@ if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+
+def scored_by_gates(record: RunRecord) -> bool:
+    """Whether the scores of the layers are gate gradients: where the gradients of the weights were not computed."""
+    return record.metric in WITHOUT_WEIGHTS
 
 
 def layers_plot(record: RunRecord, figure: Figure) -> None:
@@ -40,7 +46,7 @@ def layers_plot(record: RunRecord, figure: Figure) -> None:
     removed = len(record.removed)
     share = removed / len(record.layers)
     axes.set_title(f"{removed} of {len(record.layers)} decoder layers removed ({share:.1%})")
-    axes.set_ylabel(f"gradient score (L1 norm{scale})")
+    axes.set_ylabel(f"gate gradient (nats{scale})" if scored_by_gates(record) else f"gradient score (L1 norm{scale})")
     layer_axis(axes, len(record.layers))
     marks = _mark_corrected(axes, record, dict(zip(indices, scores, strict=True)))
     legend(axes, [patch("kept", KEPT), patch("removed", REMOVED, "///"), *marks])

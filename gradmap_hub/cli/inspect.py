@@ -69,14 +69,14 @@ def _view(model: str, found: Inspection, removed: Mapping[str, Sequence[int]]) -
 def inspect_table(model: str, scores: LayerScores, choices: Mapping[str, Sequence[int]]) -> Table:
     """One row per layer: its scores, and which of `choices` (label such as "10%" -> layers) remove it."""
     table = Table(title=escape(model), title_justify="left")
-    for name in ("layer", "gradient L1", "|W dL/dW|", "block influence"):
+    for name in ("layer", "gate", "gradient L1", "|W dL/dW|", "block influence"):
         table.add_column(name, justify="right")
     if choices:
         table.add_column("removed at")
-    for layer, gradient, taylor, influence in zip(
-        scores.layers, scores.gradient, scores.taylor, scores.influence, strict=True
+    for layer, gate, gradient, taylor, influence in zip(
+        scores.layers, scores.gate, scores.gradient, scores.taylor, scores.influence, strict=True
     ):
-        row = [str(layer), f"{gradient:.4g}", f"{taylor:.4g}", f"{influence:.4f}"]
+        row = [str(layer), f"{gate:.4g}", f"{gradient:.4g}", f"{taylor:.4g}", f"{influence:.4f}"]
         if choices:
             row.append(escape(", ".join(label for label, layers in choices.items() if layer in layers)))
         table.add_row(*row)

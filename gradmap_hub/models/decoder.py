@@ -158,20 +158,24 @@ class Decoder:
                 parameter.requires_grad_(True)
 
     def backward(
-        self, hidden: Tensor, index: int, gradient: Tensor, reduce: Callable[[str, nn.Parameter], None]
+        self, hidden: Tensor, index: int, gradient: Tensor, reduce: Callable[[str, nn.Parameter], None] | None = None
     ) -> Tensor:
         """One layer's backward pass, with its activations recomputed from its input.
 
         `hidden`: the layer's input; `gradient`: dL/d(output); both (batch, tokens, d). `reduce(name, matrix)` is called
         for each weight matrix once `matrix.grad` exists, which is freed right after, so that only one gradient is alive
-        at a time. Norm gains and biases are excluded: they are few and scaled differently. Returns dL/d(input).
+        at a time; without it, no gradient of a weight is computed, a third less work. Norm gains and biases are
+        excluded: they are few and scaled differently. Returns dL/d(input).
         """
         with self.layer(index) as module, torch.enable_grad():
             handles = []
             matrices = [
-                (name, parameter) for name, parameter in module.named_parameters() if is_matrix(name, parameter)
+                (name, parameter)
+                for name, parameter in module.named_parameters()
+                if reduce is not None and is_matrix(name, parameter)
             ]
             for name, parameter in matrices:
+                assert reduce is not None
                 parameter.requires_grad_(True)
                 handles.append(parameter.register_post_accumulate_grad_hook(partial(_reduce_and_free, reduce, name)))
             try:

@@ -63,7 +63,7 @@ def inspect(
     with tempfile.TemporaryDirectory(prefix="gradmap-inspect-") as scratch:
         run = Run(source, method, Path(scratch) / "model", hub, reporter)
         rows, _ = calibrate(run)
-        scores = score(run, rows)
+        scores = score(run, rows, every=True)
         reporter.start("Measuring the model without the chosen layers")
         reporter.total(2 * len(ratios) * len(rows.selection))
         choices: dict[float, Candidate] = {}

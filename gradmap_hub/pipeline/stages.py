@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gradmap_hub.config import WITHOUT_WEIGHTS
 from gradmap_hub.errors import SourceError
 from gradmap_hub.layout import weights_sha256
 from gradmap_hub.pipeline.run import Run
@@ -71,24 +72,31 @@ def fetch_weights(run: Run) -> OriginalWeights:
     return fetched
 
 
-def score(run: Run, rows: CalibrationRows) -> LayerScores:
-    """Score all layers on the first `scoring_rows` calibration sequences."""
+def score(run: Run, rows: CalibrationRows, *, every: bool = False) -> LayerScores:
+    """Score all layers on the first `scoring_rows` calibration sequences. `every`: by gradients of the weights even if
+    the metric of the run needs none."""
     from gradmap_hub.pruning.scores import LayerScores
     from gradmap_hub.pruning.scoring import score_layers
 
     scoring = rows.fit[: run.method.scoring_rows]
+    weights = every or run.method.metric not in WITHOUT_WEIGHTS
 
     def compute() -> LayerScores:
         decoder = run.decoder()
         run.reporter.total(len(scoring))
-        return score_layers(decoder, scoring, row_done=run.reporter.advance)
+        return score_layers(decoder, scoring, weights=weights, row_done=run.reporter.advance)
 
     return run.stages.run(
         "score",
         "Scoring layers",
         LayerScores,
         compute,
-        inputs={"rows": rows.sha256, "count": len(scoring), "precision": [str(value) for value in run.precision()]},
+        inputs={
+            "rows": rows.sha256,
+            "count": len(scoring),
+            "precision": [str(value) for value in run.precision()],
+            "weights": weights,
+        },
         describe=lambda scores: f"{len(scores.layers)} layers, one backward pass over {scoring.numel():,} tokens",
     )
 

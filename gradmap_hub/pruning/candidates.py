@@ -45,8 +45,42 @@ def windows(scores: LayerScores, count: int) -> dict[str, list[int]]:
     }
 
 
+def cheapest_blocks(cost: Sequence[Sequence[float]], count: int, most_blocks: int | None = None) -> list[int]:
+    """Positions of `count` layers, ascending, as blocks with a layer kept between them, whose summed cost is lowest of
+    all such sets: an exact dynamic programme, in O(layers * count^2 * blocks).
+
+    Args:
+        cost: (layers + 1) x (layers + 1); entry (i, j) is that of removing positions i to j - 1.
+        most_blocks: At most so many blocks; None: any number.
+    """
+    layers = len(cost) - 1
+    most = count if most_blocks is None else min(most_blocks, count)
+    # best[at][(removed, blocks)]: the lowest cost of deciding on the positions before `at`, of which the last is kept,
+    # and its blocks.
+    best: list[dict[tuple[int, int], tuple[float, tuple[tuple[int, int], ...]]]] = [{} for _ in range(layers + 2)]
+    best[0][0, 0] = (0.0, ())
+
+    def offer(at: int, removed: int, spent: float, chosen: tuple[tuple[int, int], ...]) -> None:
+        known = best[at].get((removed, len(chosen)))
+        if known is None or spent < known[0]:
+            best[at][removed, len(chosen)] = (spent, chosen)
+
+    for at in range(layers + 1):
+        for (removed, blocks), (spent, chosen) in list(best[at].items()):
+            offer(at + 1, removed, spent, chosen)
+            if blocks < most:
+                for end in range(at + 1, min(layers, at + count - removed) + 1):
+                    # The position `end` is kept, or there is none.
+                    offer(end + 1, removed + end - at, spent + cost[at][end], (*chosen, (at, end)))
+    found = [entry for (removed, _), entry in best[layers + 1].items() if removed == count]
+    _, blocks = min(found)
+    return [position for start, end in blocks for position in range(start, end)]
+
+
 # The values of --metric besides auto, which config.METRICS lists too.
 RANKINGS: dict[str, Ranking] = {
+    "gradmap": lambda scores, count: cheapest_blocks(scores.cost, count),
+    "gate": lambda scores, count: lowest(scores.gate, count),
     "gradient": lambda scores, count: lowest(scores.gradient, count),
     "taylor": lambda scores, count: lowest(scores.taylor, count),
     "block-influence": lambda scores, count: lowest(scores.influence, count),
@@ -110,11 +144,12 @@ def gaps(removed: Sequence[int]) -> int:
 
 
 def decide(scores: LayerScores, winner: Candidate | None, removed: Sequence[int], why: str) -> list[LayerDecision]:
-    """One decision per layer, with its gradient score and the reason."""
+    """One decision per layer, with its score and the reason. The score is the gradient L1 norm, or the gate gradient if
+    the gradients of the weights were not computed."""
     gone = set(removed)
     ranking = winner.name if winner else "your choice"
     decisions = []
-    for index, score in zip(scores.layers, scores.gradient, strict=True):
+    for index, score in zip(scores.layers, scores.gradient or scores.gate, strict=True):
         reason = f"removed: {why} ({ranking})" if index in gone else "kept"
         decisions.append(LayerDecision(index=index, score=score, kept=index not in gone, reason=reason))
     return decisions

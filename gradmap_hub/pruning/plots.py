@@ -18,19 +18,23 @@ if TYPE_CHECKING:
 
     from gradmap_hub.pruning.scores import LayerScores
 
-# Heights in inches: a panel of scores, a row of the strip below.
-_PANEL, _STRIP_ROW = 1.75, 0.34
+# Heights in inches: a panel of scores, the map of blocks, a row of the strip below.
+_PANEL, _MAP, _STRIP_ROW = 1.75, 3.0, 0.34
+# Layers of the largest block in the map.
+_LARGEST_BLOCK = 12
 
 
 def inspect_plot(
     scores: LayerScores, shift_by_layer: Sequence[float] | None, choices: Mapping[str, Sequence[int]], path: Path
 ) -> None:
-    """Draw all scores of all layers and, below, one strip per ratio with the layers that would be removed.
+    """Draw all scores of all layers, the cost of removing each block of them, and, below, one strip per ratio with the
+    layers that would be removed.
 
     `shift_by_layer`: relative, such as `scores.shift`; NaN where unknown. `choices`: label such as "10%" -> layers.
     Layers that would be removed at any ratio are shaded in all panels, darker if more ratios remove them.
     """
     measures = [
+        ("gradient of the layer's gate, as a share of the highest", _shares(scores.gate)),
         ("gradient L1 norm, as a share of the highest", _shares(scores.gradient)),
         ("|W dL/dW|, as a share of the highest", _shares(scores.taylor)),
         ("block influence, 1 - cosine of input and output", list(scores.influence)),
@@ -40,13 +44,14 @@ def inspect_plot(
     strip = _STRIP_ROW * len(choices)
 
     def draw(figure: Figure) -> None:
-        heights = [_PANEL] * len(measures) + ([strip] if choices else [])
+        heights = [_PANEL] * len(measures) + [_MAP] + ([strip] if choices else [])
         panels = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
         for axes, (title, values) in zip(panels, measures, strict=False):
             for layers in choices.values():
                 for layer in layers:
                     axes.axvspan(layer - 0.5, layer + 0.5, facecolor=REMOVED, alpha=0.09, linewidth=0)
             _score_bars(axes, title, scores.layers, values)
+        _block_map(panels[len(measures)], scores)
         if choices:
             _choice_strip(panels[-1], scores.layers, choices)
         for axes in panels[:-1]:
@@ -57,7 +62,7 @@ def inspect_plot(
             x=0.012, ha="left", fontsize=18, fontweight="bold",
         )  # fmt: skip
 
-    save_plot(draw, path, height=1.35 + _PANEL * len(measures) + strip)
+    save_plot(draw, path, height=1.35 + _PANEL * len(measures) + _MAP + strip)
 
 
 def _shares(values: Sequence[float]) -> list[float]:
@@ -86,6 +91,33 @@ def _score_bars(axes: Axes, title: str, layers: Sequence[int], values: Sequence[
         axes.yaxis.set_major_formatter("{x:g}")
     axes.set_title(title, fontsize=14, fontweight="normal", pad=6)
     layer_axis(axes, max(layers) + 1)
+
+
+def _block_map(axes: Axes, scores: LayerScores) -> None:
+    """A cell per block of layers, by its first layer and its number of layers: darker blocks cost less to remove."""
+    from matplotlib.colors import LogNorm
+
+    count = len(scores.layers)
+    sizes = range(1, min(_LARGEST_BLOCK, count) + 1)
+    costs = [
+        [scores.cost[first][first + size] if first + size <= count else math.nan for first in range(count)]
+        for size in sizes
+    ]
+    known = [cost for row in costs for cost in row if cost > 0 and math.isfinite(cost)]
+    if known:
+        edges = [scores.layers[0] - 0.5, *(layer + 0.5 for layer in scores.layers)]
+        axes.pcolormesh(
+            edges, [size - 0.5 for size in (*sizes, len(sizes) + 1)], costs, cmap="Blues_r",
+            norm=LogNorm(min(known), max(known)), edgecolor="white", linewidth=0.5,
+        )  # fmt: skip
+    axes.set_title(
+        "cost of removing a block, by its first layer and length (log scale, darker is cheaper)",
+        fontsize=14, fontweight="normal", pad=6,
+    )  # fmt: skip
+    axes.set_ylim(0.5, len(sizes) + 0.5)
+    axes.set_yticks([size for size in sizes if size == 1 or size % 4 == 0])
+    axes.grid(visible=False)
+    layer_axis(axes, max(scores.layers) + 1)
 
 
 def _choice_strip(axes: Axes, layers: Sequence[int], choices: Mapping[str, Sequence[int]]) -> None:

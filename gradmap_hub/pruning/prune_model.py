@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
-from gradmap_hub.config import PruneMethod
+from gradmap_hub.config import WITHOUT_WEIGHTS, PruneMethod
 from gradmap_hub.progress import Reporter, SilentReporter
 from gradmap_hub.pruning.scores import LayerScores
 from gradmap_hub.record import Candidate, CompensationRecord
@@ -79,7 +79,12 @@ def prune_model(
     from gradmap_hub.pruning.scoring import score_layers
 
     reporter = reporter or SilentReporter()
-    scores = score_layers(decoder, rows.fit[: method.scoring_rows], row_done=reporter.advance)
+    scores = score_layers(
+        decoder,
+        rows.fit[: method.scoring_rows],
+        weights=method.metric not in WITHOUT_WEIGHTS,
+        row_done=reporter.advance,
+    )
     selected = select_layers(decoder, rows, scores, method, removals, drop=drop, reporter=reporter)
     chosen, overrides = compensate_layers(decoder, rows, selected, method, reporter=reporter)
     return PrunedModel(scores, chosen, overrides)

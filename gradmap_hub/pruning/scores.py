@@ -9,7 +9,8 @@ from dataclasses import dataclass
 class LayerScores:
     """One value per layer, in the order of `layers` (indices); low = unimportant. See `scoring` for the formulas.
 
-    `distance` is square, one row and column more than the layers; `loss` in nats per token over `rows` sequences.
+    `distance` and `cost` are square, one row and column more than the layers; the entry (i, j) is of the layers from
+    position i to j - 1, and `cost` is zero below its diagonal. `loss` in nats per token over `rows` sequences.
     """
 
     layers: list[int]
@@ -17,6 +18,8 @@ class LayerScores:
     taylor: list[float]
     distance: list[list[float]]
     shift: list[float]
+    gate: list[float]
+    cost: list[list[float]]
     loss: float
     rows: int = 0
 

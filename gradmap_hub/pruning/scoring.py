@@ -13,6 +13,14 @@ and more calibration text makes that ranking worse. The same pass also yields:
     influence[l] = distance[l][l + 1]                    block influence, ShortGPT (arXiv 2403.03853)
     windows(k)[i] = distance[i][i + k]                   k consecutive layers as one block (arXiv 2403.17887)
     shift[l]     = ||mean(x_{l+1} - x_l)|| / ||mean(x_{l+1})||    first moment of what the layer adds
+
+and, from the gradients of the residual stream alone, with means over all tokens but the first of each sequence, whose
+activations are massive:
+
+    gate[l]      = mean |<dL_s / dx_{l+1}, x_{l+1} - x_l>|        |dL / d(gate of layer l)|, token by token
+    cost[i][j]   = mean ||dL_s / dx_j||^2 ||x_j - x_i||^2         a bound on the squared change of L without i .. j-1
+
+The last is to first order: by Cauchy-Schwarz, no displacement of x_j to x_i changes L by more than the root.
 """
 
 from __future__ import annotations
@@ -37,9 +45,12 @@ def score_layers(
     ids: Tensor,
     *,
     layers: Sequence[int] | None = None,
+    weights: bool = True,
     row_done: Callable[[], None] = lambda: None,
 ) -> LayerScores:
     """Score `layers` (default: all), run in this order, on sequences `ids` (n, tokens).
+
+    Without `weights`, the gradients of the weights are not computed, and `gradient` and `taylor` are empty.
 
     The forward pass keeps only the residual stream between layers; the backward pass recomputes each layer's
     activations (checkpointing), so that only the activations of one layer and the gradient of one weight exist at a
@@ -52,6 +63,8 @@ def score_layers(
     gradient = dict.fromkeys(chosen, 0.0)
     taylor = dict.fromkeys(chosen, 0.0)
     similarity = torch.zeros(len(chosen) + 1, len(chosen) + 1, dtype=torch.float64)
+    gate = dict.fromkeys(chosen, 0.0)
+    cost = torch.zeros(len(chosen) + 1, len(chosen) + 1, dtype=torch.float64)
     means: list[Tensor] = []
     loss_sum = 0.0
     with decoder.frozen():
@@ -68,15 +81,18 @@ def score_layers(
                 means.append(torch.stack([state.double().mean(dim=(0, 1)) for state in states]).cpu())
                 _check_usable(means[-1], chosen)
             gradients: list[Tensor] = []
+            displacements = [_displacements(states) for states in stream]
+            outputs: list[Tensor] = []  # per sequence: of the layer whose turn it is
             for row, states in zip(rows, stream, strict=True):
-                loss, last = decoder.loss_gradient(states.pop(), row)
+                outputs.append(states.pop())
+                loss, last = decoder.loss_gradient(outputs[-1], row)
                 loss_sum += float(loss)
                 if not loss_sum / len(ids) < _LARGEST_LOSS:  # also NaN
                     raise BrokenCheckpointError(
                         f"The loss of the original is {float(loss):g} nats per token.", hint=_HINT
                     )
                 gradients.append(last)
-            for layer in reversed(chosen):
+            for place, layer in reversed(list(enumerate(chosen))):
 
                 def reduce(_name: str, parameter: Tensor, layer: int = layer) -> None:
                     assert parameter.grad is not None
@@ -87,17 +103,23 @@ def score_layers(
 
                 with decoder.layer(layer):
                     for position, states in enumerate(stream):
-                        gradients[position] = decoder.backward(states.pop(), layer, gradients[position], reduce)
+                        entering, leaving = states.pop(), gradients[position]
+                        cost[:, place + 1] += _costs(displacements[position][..., place + 1], leaving)
+                        gate[layer] += _gate(outputs[position] - entering, leaving)
+                        gradients[position] = decoder.backward(entering, layer, leaving, reduce if weights else None)
+                        outputs[position] = entering
             for _ in rows:
                 row_done()
     mean = torch.stack(means).mean(dim=0)  # (layers + 1, d)
     moved = (mean[1:] - mean[:-1]).norm(dim=-1) / mean[1:].norm(dim=-1).clamp(min=1e-12)
     return LayerScores(
         layers=chosen,
-        gradient=[gradient[layer] for layer in chosen],
-        taylor=[taylor[layer] for layer in chosen],
+        gradient=[gradient[layer] for layer in chosen] if weights else [],
+        taylor=[taylor[layer] for layer in chosen] if weights else [],
         distance=(1 - similarity / len(ids)).tolist(),
         shift=moved.tolist(),
+        gate=[gate[layer] / len(ids) for layer in chosen],
+        cost=(cost / len(ids)).triu(1).tolist(),
         loss=loss_sum / len(ids),
         rows=len(ids),
     )
@@ -142,3 +164,24 @@ def _mean_cosines(states: Sequence[Tensor]) -> Tensor:
         directions = F.normalize(part, dim=-1).flatten(1)
         total += (directions @ directions.T).double().cpu()
     return total / tokens
+
+
+def _displacements(states: Sequence[Tensor]) -> Tensor:
+    """||x_j - x_i||^2 per token but the first of n streams (1, tokens, d) of a sequence: (tokens - 1, n, n) float32."""
+    found = []
+    for start in range(1, states[0].shape[1], _TOKENS_AT_ONCE):
+        part = torch.stack([state[0, start : start + _TOKENS_AT_ONCE].float() for state in states], dim=1)
+        # Differences, not products: those of large activations cancel.
+        found.append(torch.cdist(part, part, compute_mode="donot_use_mm_for_euclid_dist").square().cpu())
+    return torch.cat(found)
+
+
+def _costs(displacements: Tensor, gradient: Tensor) -> Tensor:
+    """Mean over tokens of ||gradient||^2 times each of n displacements (tokens - 1, n): (n,) float64."""
+    weight = gradient[0, 1:].double().square().sum(dim=-1).cpu()
+    return (weight[:, None] * displacements.double()).mean(dim=0)
+
+
+def _gate(added: Tensor, gradient: Tensor) -> float:
+    """Mean over tokens but the first of |<gradient, added>|, both (1, tokens, d)."""
+    return float((added[0, 1:].float() * gradient[0, 1:].float()).sum(dim=-1).abs().mean())

@@ -38,6 +38,8 @@ def make_scores(gradient: Sequence[float] = GRADIENT, influence: Sequence[float]
         taylor=[value / 50 for value in gradient],
         distance=distance,
         shift=[0.1] * count,
+        gate=[value / 9 for value in gradient],
+        cost=distance,
         loss=3.0,
     )
 
@@ -81,7 +83,8 @@ def test_the_table_says_when_a_layer_is_removed() -> None:
     assert "org/[red]model" in lines[0]
     rows = {int(line.split("│")[1]): [cell.strip() for cell in line.split("│")[1:-1]] for line in lines if "│" in line}
     assert len(rows) == COUNT
-    assert rows[14] == ["14", f"{GRADIENT[14]:.4g}", f"{GRADIENT[14] / 50:.4g}", "0.0200", "10%, 20%, 30%"]
+    scores = [f"{GRADIENT[14] / share:.4g}" for share in (9, 1, 50)]
+    assert rows[14] == ["14", *scores, "0.0200", "10%, 20%, 30%"]
     assert rows[0][-1] == "" and rows[10][-1] == "30%"
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
+import random
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -13,6 +16,7 @@ from gradmap_hub.errors import UsageError
 from gradmap_hub.pruning.candidates import (
     RANKINGS,
     candidates,
+    cheapest_blocks,
     decide,
     finalists,
     gaps,
@@ -44,9 +48,27 @@ SCORES = LayerScores(
     taylor=[9.0, 1.0, 8.0, 2.0, 3.0, 7.0],
     distance=distances(INFLUENCE, [0.9, 0.8, 0.7, 0.3, 0.5]),
     shift=[0.1] * 6,
+    gate=[5.0, 4.0, 6.0, 1.0, 2.0, 3.0],
+    cost=[[0.0 if end <= start else end - start + start / 10 for end in range(7)] for start in range(7)],
     loss=3.0,
     rows=4,
 )
+
+
+@pytest.mark.parametrize("most", [None, 1, 2])
+def test_cheapest_blocks_are_the_cheapest_of_all_sets(most: int | None) -> None:
+    draw = random.Random(0)
+    for layers in (1, 2, 5, 8):
+        for count in range(1, layers + 1):
+            cost = [[draw.random() * (end - start) ** 1.5 for end in range(layers + 1)] for start in range(layers + 1)]
+
+            def total(removed: Sequence[int], cost: list[list[float]] = cost) -> float:
+                starts = [layer for layer in removed if layer - 1 not in removed]
+                ends = [layer + 1 for layer in removed if layer + 1 not in removed]
+                return sum(cost[start][end] for start, end in zip(starts, ends, strict=True))
+
+            every = [each for each in itertools.combinations(range(layers), count) if gaps(each) <= (most or layers)]
+            assert cheapest_blocks(cost, count, most) == list(min(every, key=total))
 
 
 def test_lowest() -> None:
@@ -66,6 +88,8 @@ def test_lowest_window() -> None:
 @pytest.mark.parametrize(
     ("metric", "removed"),
     [
+        ("gradmap", [0, 1]),
+        ("gate", [3, 4]),
         ("gradient", [1, 3]),
         ("taylor", [1, 3]),
         ("block-influence", [2, 5]),
@@ -94,9 +118,10 @@ def test_a_name_is_registered_once() -> None:
 def test_auto_gives_every_distinct_set_once() -> None:
     found = candidates(SCORES, 2, "auto")
     assert found == {
+        "gradmap": [0, 1],
+        "gate": [3, 4],  # the gradient window too
         "gradient": [1, 3],
         "block-influence": [2, 5],
-        "gradient-window": [3, 4],
         "cosine-window, second best": [4, 5],
         "cosine-window, third best": [2, 3],
     }
@@ -104,11 +129,11 @@ def test_auto_gives_every_distinct_set_once() -> None:
         SCORES, taylor=[9.0, 8.0, 7.0, 1.0, 9.0, 1.5], distance=distances(INFLUENCE, [0.1, 0.8, 0.7, 0.3, 0.5])
     )
     assert candidates(other, 2, "auto") == {
+        "gradmap": [0, 1],  # the cosine window too
+        "gate": [3, 4],
         "gradient": [1, 3],
         "taylor": [3, 5],
         "block-influence": [2, 5],
-        "gradient-window": [3, 4],
-        "cosine-window": [0, 1],
         "taylor-window": [2, 3],
         "cosine-window, third best": [4, 5],  # the second best is the gradient window
     }

@@ -97,7 +97,7 @@ def test_a_registered_ranking_chooses_the_layers(
 
 
 def test_an_unknown_ranking_is_refused() -> None:
-    with pytest.raises(UsageError, match=r"--metric must be one of auto, gradient, .*; got 'toy'"):
+    with pytest.raises(UsageError, match=r"--metric must be one of auto, gradmap, gate, gradient, .*; got 'toy'"):
         PruneConfig(layers=2, metric="toy")
 
 

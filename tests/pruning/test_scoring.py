@@ -13,6 +13,7 @@ from torch import Tensor
 from gradmap_hub.errors import BrokenCheckpointError
 from gradmap_hub.models import decoder as decoder_module
 from gradmap_hub.models.decoder import parameters_replaced
+from gradmap_hub.pruning.candidates import decide
 from gradmap_hub.pruning.scoring import iterative_removals, score_layers
 
 TOKENS = 40
@@ -45,6 +46,15 @@ def layer_gradients(model: Any, loss: Tensor) -> list[dict[str, Tensor]]:
         grads = torch.autograd.grad(loss, list(named.values()), retain_graph=True)
         found.append(dict(zip(named, grads, strict=True)))
     return found
+
+
+def test_without_weights_the_other_scores_are_the_same(decoder_of: Any, model_of: Any, random_rows: Any) -> None:
+    decoder, ids = decoder_of(model_of("llama"), 24), random_rows(3, 24)
+    whole, part = score_layers(decoder, ids), score_layers(decoder, ids, weights=False)
+    assert part.gradient == part.taylor == []
+    assert (part.gate, part.cost, part.distance, part.loss) == (whole.gate, whole.cost, whole.distance, whole.loss)
+    assert all(parameter.grad is None for parameter in decoder.model.parameters())
+    assert [decision.score for decision in decide(part, None, [0], "as asked")] == part.gate
 
 
 def test_decoder_repeats_the_model(
@@ -146,6 +156,45 @@ def test_gradient_and_taylor_equal_plain_autograd_per_row(
     # Accumulated first, gradients of different rows cancel: another score, and a smaller one.
     accumulated = [sum(float(grad.double().abs().sum()) for grad in grads.values()) for grads in total]
     assert all(sum_first < 0.95 * score for sum_first, score in zip(accumulated, scores.gradient, strict=True))
+
+
+def test_gate_and_cost_equal_plain_autograd_per_token(
+    family: str, model_of: Callable[..., Any], decoder_of: Callable[..., Any], random_rows: Callable[..., Any]
+) -> None:
+    model = model_of(family)
+    ids = random_rows(3, TOKENS)
+    scores = score_layers(decoder_of(model, TOKENS), ids)
+    gate = torch.zeros(5, dtype=torch.float64)
+    cost = torch.zeros(6, 6, dtype=torch.float64)
+    for row in ids.split(1):
+        stream: list[Tensor] = []
+        handles = [
+            layer.register_forward_pre_hook(lambda _module, args, kwargs: seen(args, kwargs), with_kwargs=True)
+            for layer in model.model.layers
+        ]
+        last = model.model.norm.register_forward_pre_hook(lambda _module, args: seen(args, {}))
+
+        def seen(args: tuple[Any, ...], kwargs: dict[str, Any], stream: list[Tensor] = stream) -> None:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            hidden.retain_grad()
+            stream.append(hidden)
+
+        model.get_input_embeddings().weight.requires_grad_(True)
+        plain_loss(model, row).backward()
+        for handle in (*handles, last):
+            handle.remove()
+        # Without the first token of the sequence.
+        states = [hidden.detach()[0, 1:].double() for hidden in stream]
+        gradients = [hidden.grad[0, 1:].double() for hidden in stream if hidden.grad is not None]
+        for layer in range(5):
+            inner = (gradients[layer + 1] * (states[layer + 1] - states[layer])).sum(-1)
+            gate[layer] += inner.abs().mean() / 3
+        for start, end in itertools.combinations(range(6), 2):
+            moved = (states[end] - states[start]).square().sum(-1)
+            cost[start, end] += (gradients[end].square().sum(-1) * moved).mean() / 3
+    assert scores.gate == pytest.approx(gate.tolist(), rel=1e-4)
+    for found, wanted in zip(scores.cost, cost.tolist(), strict=True):
+        assert found == pytest.approx(wanted, rel=1e-4)
 
 
 def test_only_matrices_of_the_layers_count(
