@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,11 +14,13 @@ from gradmap_hub.errors import UsageError
 
 @dataclass(frozen=True)
 class Sampling:
-    """Sampling parameters, applied in the order below, as in transformers' `generate`.
+    """Sampling parameters, applied in the order below, as in transformers' `generate` and the OpenAI API.
 
     `repetition_penalty` (1 = off) divides the positive and multiplies the negative logits of tokens in the prompt and
-    the output so far; `temperature` 0 is greedy (top-1); `top_k` (0 = off), `top_p` (1 = off) and `min_p` (a share of
-    the top-1 probability, 0 = off) limit the candidates. `seed`: None draws a random one.
+    the output so far; of the logit of a token that the output has c times, c times `frequency_penalty` is subtracted,
+    and once `presence_penalty` if c > 0; `logit_bias` (by token id) is added; `temperature` 0 is greedy (top-1);
+    `top_k` (0 = off), `top_p` (1 = off) and `min_p` (a share of the top-1 probability, 0 = off) limit the candidates.
+    `seed`: None draws a random one.
 
     Raises:
         UsageError: a value outside its range.
@@ -30,12 +32,21 @@ class Sampling:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     seed: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _within("temperature", self.temperature, 0.0, 100.0)
         _within("top_p", self.top_p, 0.0, 1.0)
         _within("min_p", self.min_p, 0.0, 1.0)
         _within("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
+        _within("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _within("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        for token, bias in self.logit_bias.items():
+            if token < 0:
+                raise UsageError(f"logit_bias must have token ids of at least 0; got {token}.")
+            _within("logit_bias", bias, -100.0, 100.0)
         if self.top_k < 0:
             raise UsageError(f"top_k must be at least 0; got {self.top_k}.")
         if self.seed is not None and not 0 <= self.seed < 2**64:
@@ -53,29 +64,55 @@ def _within(name: str, value: float, low: float, high: float) -> None:
 
 @dataclass
 class Sampler:
-    """Samples the tokens of one generation; keeps the random state and the tokens seen, for the repetition penalty."""
+    """Samples the tokens of one generation; keeps the random state and the tokens so far, for the penalties."""
 
     sampling: Sampling
     prompt_ids: Sequence[int]
     _seen: set[int] = field(init=False)
+    _counts: dict[int, int] = field(init=False, default_factory=dict)  # of the output alone
 
     def __post_init__(self) -> None:
         self._seen = set(self.prompt_ids)
-        seed = self.sampling.seed
+        settings = self.sampling
+        self._penalises = settings.presence_penalty != 0 or settings.frequency_penalty != 0
+        self._adjusts = self._penalises or settings.repetition_penalty != 1.0 or bool(settings.logit_bias)
+        self._biased = np.fromiter(settings.logit_bias.keys(), dtype=np.int64)
+        self._biases = np.fromiter(settings.logit_bias.values(), dtype=np.float32)
+        seed = settings.seed
         self._random = np.random.default_rng(secrets.randbits(64) if seed is None else seed)
 
     def take(self, logits: np.ndarray) -> int:
-        """Return the next token id. `logits`: (vocabulary,) float32, not modified."""
+        """Return the next token id. `logits`: (vocabulary,) float32, not modified.
+
+        Raises:
+            UsageError: `logit_bias` has a token id that the vocabulary does not have.
+        """
+        if self._adjusts:
+            logits = self._adjusted(logits)
+        token = int(logits.argmax()) if self.sampling.temperature == 0 else self._draw(logits)
+        self._seen.add(token)
+        if self._penalises:
+            self._counts[token] = self._counts.get(token, 0) + 1
+        return token
+
+    def _adjusted(self, logits: np.ndarray) -> np.ndarray:
+        """Return a copy of the logits with penalties and biases."""
         settings = self.sampling
-        if settings.repetition_penalty != 1.0 and self._seen:
-            logits = logits.copy()
+        logits = logits.copy()
+        if settings.repetition_penalty != 1.0:
             seen = np.fromiter((token for token in self._seen if token < len(logits)), dtype=np.int64)
             known = logits[seen]
             penalty = settings.repetition_penalty
             logits[seen] = np.where(known > 0, known / penalty, known * penalty)
-        token = int(logits.argmax()) if settings.temperature == 0 else self._draw(logits)
-        self._seen.add(token)
-        return token
+        if self._counts:
+            ids = np.fromiter(self._counts.keys(), dtype=np.int64)
+            counts = np.fromiter(self._counts.values(), dtype=np.float32)
+            logits[ids] -= counts * settings.frequency_penalty + settings.presence_penalty
+        if len(self._biased):
+            if self._biased.max() >= len(logits):
+                raise UsageError(f"logit_bias has a token id beyond the vocabulary: {self._biased.max()}.")
+            logits[self._biased] += self._biases
+        return logits
 
     def _draw(self, logits: np.ndarray) -> int:
         settings = self.sampling

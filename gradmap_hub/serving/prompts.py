@@ -48,7 +48,7 @@ def work_for(engine: Engine, asked: ChatRequest | CompletionRequest) -> Work:
     """Tokenise and check the prompt. Slow for long prompts: do not call it on the event loop.
 
     Raises:
-        ApiError: 400, the prompt is empty, too long, or rejected by the chat template.
+        ApiError: 400, the prompt is empty, too long, or rejected by the chat template; logit_bias has an unknown token.
     """
     if isinstance(asked, ChatRequest):
         param, ids = "messages", _chat_ids(engine, asked)
@@ -64,7 +64,7 @@ def work_for(engine: Engine, asked: ChatRequest | CompletionRequest) -> Work:
     return Work(
         prompt=ids,
         max_tokens=room if wanted is None else min(wanted, room),
-        sampling=_sampling(asked),
+        sampling=_sampling(asked, engine.vocabulary),
         stop=_stops(asked.stop),
     )
 
@@ -101,7 +101,16 @@ def _prompt_ids(engine: Engine, asked: CompletionRequest) -> list[int]:
         raise ApiError(400, error.message, param="prompt", code="invalid_value") from error
 
 
-def _sampling(asked: ChatRequest | CompletionRequest) -> Sampling:
+def _sampling(asked: ChatRequest | CompletionRequest, vocabulary: int) -> Sampling:
+    biases = {int(token): bias for token, bias in (asked.logit_bias or {}).items()}
+    strange = max(biases, default=0)
+    if strange >= vocabulary:
+        raise ApiError(
+            400,
+            f"logit_bias: {strange} is not a token id of this model; valid ids are 0 to {vocabulary - 1}.",
+            param="logit_bias",
+            code="invalid_value",
+        )
     temperature = 1.0 if asked.temperature is None else asked.temperature
     top_p = 1.0 if asked.top_p is None else asked.top_p
     if top_p == 0:  # greedy
@@ -113,6 +122,9 @@ def _sampling(asked: ChatRequest | CompletionRequest) -> Sampling:
         min_p=asked.min_p or 0.0,
         repetition_penalty=1.0 if asked.repetition_penalty is None else asked.repetition_penalty,
         seed=None if asked.seed is None else asked.seed % 2**63,  # NumPy's generator takes no negative seeds
+        presence_penalty=asked.presence_penalty or 0.0,
+        frequency_penalty=asked.frequency_penalty or 0.0,
+        logit_bias=biases,
     )
 
 

@@ -13,7 +13,7 @@ import pydantic_core
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
 from gradmap_hub.serving.problems import ApiError
-from gradmap_hub.serving.settings import MAX_MESSAGES, MAX_STOP_CHARACTERS, MAX_STOPS
+from gradmap_hub.serving.settings import MAX_BIASES, MAX_MESSAGES, MAX_STOP_CHARACTERS, MAX_STOPS
 
 _TAG = "~"  # prefix of union branch names in pydantic's error locations; not part of the parameter name
 _MAX_TOKENS = 2**31 - 1
@@ -67,6 +67,10 @@ Prompt = Annotated[
 Nothing = Annotated[list[Any], Field(max_length=0)] | None
 One = Annotated[int, Field(ge=1, le=1)] | None
 Zero = Annotated[float, Field(ge=0, le=0)] | None
+Penalty = Annotated[float, Field(ge=-2, le=2)] | None
+# JSON has no other keys than texts.
+BiasedToken = Annotated[str, Field(pattern="^(0|[1-9][0-9]{0,9})$")]
+Biases = Annotated[dict[BiasedToken, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MAX_BIASES)] | None
 MaxTokens = Annotated[int, Field(ge=1, le=_MAX_TOKENS)] | None
 
 
@@ -110,11 +114,11 @@ class _Generation(_Request):
     stop: Stop | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    presence_penalty: Penalty = Field(None, description="Subtracted from the logits of tokens in the output.")
+    frequency_penalty: Penalty = Field(None, description="The same, times how often the output has the token.")
+    logit_bias: Biases = Field(None, description="Token id to what is added to its logit.")
     # Only the neutral value is supported; see `_REFUSED`.
     n: One = None
-    presence_penalty: Zero = None
-    frequency_penalty: Zero = None
-    logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
 
 
 class ChatRequest(_Generation):
@@ -153,9 +157,6 @@ _REFUSED = {
     "suffix": "suffix is not supported: the model only continues a text.",
     "logprobs": "logprobs are not supported.",
     "top_logprobs": "logprobs are not supported.",
-    "logit_bias": "logit_bias is not supported.",
-    "presence_penalty": "presence_penalty is not supported; use repetition_penalty.",
-    "frequency_penalty": "frequency_penalty is not supported; use repetition_penalty.",
     "tools": "Tools are not supported.",
     "tool_choice": "Tools are not supported.",
     "tool_calls": "Tools are not supported.",
@@ -199,6 +200,9 @@ def _problem(error: ValidationError) -> ApiError:
     """Convert the first validation error to a message of one line."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     places = [place for place in first["loc"] if not (isinstance(place, str) and place.startswith(_TAG))]
+    if places[:1] == ["logit_bias"]:  # its keys are the client's own text
+        said = f"logit_bias must be an object of at most {MAX_BIASES} token ids with numbers from -100 to 100."
+        return ApiError(400, said, param="logit_bias", code="invalid_value")
     param = ""
     for place in places:
         param += f"[{place}]" if isinstance(place, int) else f".{place}" if param else place

@@ -57,6 +57,46 @@ def test_the_penalty_is_that_of_transformers() -> None:
     )
 
 
+def reference(logits: np.ndarray, output: list[int], presence: float, frequency: float, bias: dict[int, float]) -> Any:
+    """The formula of the OpenAI API: mu[j] - c[j] * frequency - float(c[j] > 0) * presence, and the bias added."""
+    adjusted = logits.astype(np.float64)
+    for token in range(len(logits)):
+        count = output.count(token)
+        adjusted[token] += -count * frequency - float(count > 0) * presence + bias.get(token, 0.0)
+    return adjusted
+
+
+@pytest.mark.parametrize("presence", [-2.0, 0.0, 0.7])
+@pytest.mark.parametrize("frequency", [0.0, 0.3, 2.0])
+@pytest.mark.parametrize("bias", [{}, {2: 1.5, 0: -100.0}])
+def test_penalties_and_biases_are_those_of_openai(presence: float, frequency: float, bias: dict[int, float]) -> None:
+    settings = Sampling(presence_penalty=presence, frequency_penalty=frequency, logit_bias=bias)
+    sampler, output = Sampler(settings, [1, 1, 1]), list[int]()  # the prompt does not count
+    kept = LOGITS.copy()
+    for _ in range(30):
+        wanted = reference(LOGITS, output, presence, frequency, bias)
+        token = sampler.take(LOGITS)
+        assert wanted[token] == pytest.approx(wanted.max(), abs=1e-5)
+        output.append(token)
+    assert (kept == LOGITS).all()
+
+
+def test_penalties_and_biases_shape_the_draws() -> None:
+    found = drawn(Sampling(1.0, logit_bias={0: 2.0, 1: -100.0}))
+    wanted = np.array([0.05 * np.exp(2), 0, 0.1, 0.25, 0.2])
+    assert found == pytest.approx(wanted / wanted.sum(), abs=0.03)
+    first = [Sampler(Sampling(1.0, seed=seed, presence_penalty=2.0), []) for seed in range(4000)]
+    pairs = [(sampler.take(LOGITS), sampler.take(LOGITS)) for sampler in first]
+    repeated = sum(a == b for a, b in pairs) / len(pairs)
+    shares, low = np.exp(LOGITS), np.exp(-2.0)
+    assert repeated == pytest.approx(sum(p * p * low / (1 - p + p * low) for p in shares), abs=0.03)
+
+
+def test_a_bias_beyond_the_vocabulary_is_refused() -> None:
+    with pytest.raises(UsageError, match="logit_bias"):
+        Sampler(Sampling(logit_bias={len(LOGITS): 1.0}), []).take(LOGITS)
+
+
 def test_a_seed_gives_the_same_tokens_and_none_gives_others() -> None:
     def tokens(seed: int | None) -> list[int]:
         sampler = Sampler(Sampling(1.0, seed=seed), [])
@@ -76,6 +116,10 @@ def test_a_seed_gives_the_same_tokens_and_none_gives_others() -> None:
         {"top_k": -1},
         {"repetition_penalty": 0.0},
         {"seed": -1},
+        {"presence_penalty": 2.1},
+        {"frequency_penalty": float("nan")},
+        {"logit_bias": {1: 101.0}},
+        {"logit_bias": {-1: 1.0}},
     ],
 )
 def test_what_cannot_be_meant_is_refused(wrong: dict[str, Any]) -> None:

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from gradmap_hub.runtime import Sampling
+
 openai = pytest.importorskip("openai")
 
 TURNS = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Explain gravity."}]
@@ -126,6 +128,34 @@ def test_seed(client: Any, kit: Any) -> None:
     assert len({ask(seed) for seed in range(4)}) > 1
 
 
+@pytest.mark.parametrize("chat", [True, False])
+def test_penalties_and_biases_reach_the_sampler(client: Any, model: Any, kit: Any, chat: bool) -> None:
+    """Greedy answers are those of the engine with the same sampling, and others than without."""
+    options = {"presence_penalty": 1.5, "frequency_penalty": 0.5, "logit_bias": {"7": 3.5, "5": -100}}
+    ids = model.encode_chat(TURNS) if chat else model.encode(PROMPT)
+    common = {"model": kit.name, "max_tokens": 40, "temperature": 0, **options}
+    if chat:
+        said = client.chat.completions.create(messages=TURNS, **common).choices[0].message.content
+    else:
+        said = client.completions.create(prompt=PROMPT, **common).choices[0].text
+    sampling = Sampling(presence_penalty=1.5, frequency_penalty=0.5, logit_bias={7: 3.5, 5: -100.0})
+    assert said == "".join(model.start(ids, max_tokens=40, sampling=sampling)) != kit.alone(model, ids, 40)
+
+
+def test_a_bias_of_100_decides_and_of_minus_100_forbids(client: Any, model: Any, kit: Any) -> None:
+    def ask(bias: dict[str, float]) -> str:
+        answer = client.completions.create(model=kit.name, prompt=PROMPT, max_tokens=6, temperature=0, logit_bias=bias)
+        return answer.choices[0].text
+
+    generation = model.start(model.encode(PROMPT), max_tokens=6)
+    list(generation)
+    first = generation.token_ids[0]
+    again = model.start(model.encode(PROMPT), max_tokens=6, sampling=Sampling(logit_bias={first: 100.0}))
+    list(again)
+    assert again.token_ids == [first] * 6 and ask({str(first): 100}) == again.text
+    assert ask({str(first): -100}) != generation.text
+
+
 def test_top_p_zero_is_greedy(client: Any, model: Any, kit: Any) -> None:
     answer = client.completions.create(model=kit.name, prompt=PROMPT, max_tokens=8, top_p=0)
     assert answer.choices[0].text == kit.alone(model, model.encode(PROMPT), 8)
@@ -149,8 +179,10 @@ def test_the_context_bounds_the_answer(client: Any, model: Any, kit: Any) -> Non
         ({"tool_choice": "required"}, "tool_choice"),
         ({"functions": [{"name": "f"}]}, "functions"),
         ({"response_format": {"type": "json_object"}}, "response_format.type"),
-        ({"presence_penalty": 1}, "presence_penalty"),
-        ({"logit_bias": {"5": 1}}, "logit_bias"),
+        ({"presence_penalty": 2.5}, "presence_penalty"),
+        ({"frequency_penalty": -3}, "frequency_penalty"),
+        ({"logit_bias": {"5": 101}}, "logit_bias"),
+        ({"logit_bias": {"400000": 1}}, "logit_bias"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"temperature": 3}, "temperature"),
         ({"stop": ["a", "b", "c", "d", "e"]}, "stop"),

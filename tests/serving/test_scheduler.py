@@ -17,6 +17,7 @@ class Counting:
     """Says the numbers from 1 on; a prompt of [n] makes step n fail. Steps wait for `pass_on` if there is a gate."""
 
     name, artifact, provider, context_length, has_chat_template = "counting", "none", "none", 100, False
+    vocabulary = 100
 
     def __init__(self, gate: threading.Semaphore | None = None) -> None:
         self.gate = gate
