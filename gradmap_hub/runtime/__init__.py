@@ -12,13 +12,16 @@ from gradmap_hub.runtime.artifacts import Artifact, available_artifacts, choose_
 from gradmap_hub.runtime.generation import Generation, PromptError, TextModel
 from gradmap_hub.runtime.loading import load
 from gradmap_hub.runtime.sampling import Sampling
+from gradmap_hub.runtime.scores import Scoring, TokenScore
 
 __all__ = [
     "Artifact",
     "Generation",
     "PromptError",
     "Sampling",
+    "Scoring",
     "TextModel",
+    "TokenScore",
     "available_artifacts",
     "choose_artifact",
     "load",

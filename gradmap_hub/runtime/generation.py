@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -13,7 +14,9 @@ from gradmap_hub.runtime.artifacts import Artifact
 from gradmap_hub.runtime.pool import Row, RowPool
 from gradmap_hub.runtime.prompting import ModelError, TextCodec
 from gradmap_hub.runtime.sampling import Sampler, Sampling
+from gradmap_hub.runtime.scores import Scoring, TokenScore, score, scores
 from gradmap_hub.runtime.stopping import StopText
+from gradmap_hub.runtime.token_text import TokenBytes
 
 if TYPE_CHECKING:  # importing it needs ONNX Runtime; `load` reports when it is missing
     from gradmap_hub.runtime.session import Session, Steps
@@ -80,6 +83,22 @@ class TextModel:
         """
         return self._encoded(lambda: self._codec.encode_chat(messages))
 
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Return the text of token ids, special tokens included."""
+        return self._codec.tokenizer.decode(list(token_ids), skip_special_tokens=False)
+
+    def token_bytes(self, token: int) -> bytes:
+        """Return the bytes of one token, which need not be valid UTF-8."""
+        return self._token_bytes(token)
+
+    def is_special(self, token: int) -> bool:
+        """Whether the text of an answer leaves this token out."""
+        return token in self._token_bytes.special
+
+    @cached_property
+    def _token_bytes(self) -> TokenBytes:
+        return TokenBytes(self._codec.tokenizer)
+
     def _encoded(self, encode: Any) -> list[int]:
         try:
             return encode()
@@ -96,34 +115,39 @@ class TextModel:
         sampling: Sampling | None = None,
         stop: Sequence[str] = (),
         ignore_end: bool = False,
+        scoring: Scoring | None = None,
+        echo: str = "",
         room: Callable[[int], Steps] | None = None,
     ) -> Generation:
         """Create a generation of at most `max_tokens` tokens, fewer if the context ends first. Computes nothing yet.
 
-        `ignore_end`: do not stop at end tokens, for benchmarks; `room`: returns an empty KV cache for a number of
-        tokens, default: a cache of its own.
+        `max_tokens` 0 only reads the prompt, to score it; `ignore_end`: do not stop at end tokens, for benchmarks;
+        `scoring`: what `take_scores` returns; `echo`: text that the answer begins with; `room`: returns an empty KV
+        cache for a number of tokens, default: a cache of its own.
 
         Raises:
-            PromptError: the prompt is empty, fills the context, or contains an invalid token id; or `max_tokens` < 1.
+            PromptError: the prompt is empty, leaves no room in the context, or contains an invalid token id; or
+                `max_tokens` < 0.
         """
         count = len(prompt_ids)
-        if not count or max_tokens < 1:
-            raise PromptError("There is nothing to generate: give a prompt and at least one token of output.")
+        if not count or max_tokens < 0:
+            raise PromptError("There is nothing to generate: give a prompt and a number of tokens.")
         strange = next((token for token in prompt_ids if not 0 <= token < self.vocabulary), None)
         if strange is not None:
             raise PromptError(f"{strange} is not a token id of this model; valid ids are 0 to {self.vocabulary - 1}.")
-        if count >= self.context_length:
+        longest = self.context_length - min(1, max_tokens)
+        if count > longest:
             raise PromptError(
-                f"The prompt is {count} tokens long; shorten it to {self.context_length - 1} tokens or fewer.",
+                f"The prompt is {count} tokens long; shorten it to {longest} tokens or fewer.",
                 tokens=count,
-                limit=self.context_length - 1,
+                limit=longest,
             )
         limit = min(max_tokens, self.context_length - count)
         sampler = Sampler(sampling or Sampling(), list(prompt_ids))
         ends = frozenset() if ignore_end else self.end_ids
         # The last token generated needs no place in the cache, but a cache for all tokens is simpler to reason about.
         steps = (room or self._session.start)(count + limit)
-        return Generation(steps, self._codec, list(prompt_ids), limit, sampler, stop, ends)
+        return Generation(steps, self._codec, list(prompt_ids), limit, sampler, stop, ends, scoring, echo)
 
     def batch(self, rows: int) -> Batch:
         """Return a batch that decodes up to `rows` generations together."""
@@ -176,6 +200,8 @@ class Generation:
         sampler: Sampler,
         stop: Sequence[str],
         ends: frozenset[int],
+        scoring: Scoring | None = None,
+        echo: str = "",
     ) -> None:
         self.token_ids: list[int] = []
         self.text = ""
@@ -189,6 +215,11 @@ class Generation:
         self._limit = limit
         self._sampler = sampler
         self._stop = StopText(stop)
+        self._scoring = scoring
+        self._echo = echo
+        self._scored: list[TokenScore] = []
+        # Of tokens whose text is not final yet.
+        self._unreleased: list[TokenScore] = []
         # Seconds spent in steps of this generation; steps of other generations do not count.
         self._prompt_seconds = self._token_seconds = 0.0
 
@@ -224,13 +255,34 @@ class Generation:
         if self.reading:
             part = self._prompt[self._read : self._read + PREFILL_TOKENS]
             logits = self._steps.run(part)
+            if self._scoring is not None and self._scoring.prompt:
+                self._score_prompt(logits, self._scoring.top)
             self._read += len(part)
             if self.reading:
                 self._prompt_seconds += time.perf_counter() - began
                 return ""
+            self._release()
+            self.text = self._echo
+            if not self._limit:
+                return self._echo + self._finish("length")
+            return self._echo + self.take(logits[-1], began)
         else:
             logits = self._steps.run(self.token_ids[-1:])
         return self.take(logits[-1], began)
+
+    def _score_prompt(self, logits: np.ndarray, top: int) -> None:
+        """Score the tokens of the prompt that follow the ones of a step, given its logits (tokens, vocabulary)."""
+        if not self._read:
+            self._unreleased.append(TokenScore(self._prompt[0], None))
+        following = self._prompt[self._read + 1 : self._read + 1 + len(logits)]
+        self._unreleased += scores(logits[: len(following)], following, top)
+
+    def take_scores(self) -> list[TokenScore]:
+        """Return the scores of the tokens whose text became final since the last call: those of the prompt all at once,
+        an end token's too, none of a stop string's, as its text is not part of the answer.
+        """
+        taken, self._scored = self._scored, []
+        return taken
 
     def take(self, logits: np.ndarray, began: float) -> str:
         """Sample a token from logits (vocabulary,) and return the text that became final.
@@ -238,6 +290,8 @@ class Generation:
         `began`: when the step that computed the logits began (perf_counter seconds).
         """
         token = self._sampler.take(logits.astype(np.float32))
+        if self._scoring is not None:
+            self._unreleased.append(score(logits, token, self._scoring.top))
         seconds = time.perf_counter() - began
         if self.first_token_seconds is None:
             self.first_token_seconds = self._prompt_seconds + seconds
@@ -251,7 +305,10 @@ class Generation:
         self.token_ids.append(token)
         final = self._stop.add(self._next_piece(token))
         self.text += final
+        if final:
+            self._release()
         if self._stop.met:
+            self._unreleased.clear()
             return final + self._finish("stop")
         if len(self.token_ids) >= self._limit:
             return final + self._finish("length")
@@ -261,8 +318,13 @@ class Generation:
         self.finish_reason = reason
         final = self._stop.rest()
         self.text += final
+        self._release()
         self.close()
         return final
+
+    def _release(self) -> None:
+        self._scored += self._unreleased
+        self._unreleased.clear()
 
     def cancel(self) -> None:
         """Stop the generation; the text so far stays."""

@@ -5,6 +5,7 @@
     schemas.py    requests and responses, as pydantic models               leaf
     scheduler.py  one decode thread, slots and a bounded queue; no asyncio, no HTTP
     delivery.py   connects a request to its generation: ordered text, time limit, disconnect
+    answers.py    the shapes of responses
     prompts.py    converts a validated request to token ids and sampling parameters
     preparing.py  the thread that does so
     metrics.py    the metrics of /metrics

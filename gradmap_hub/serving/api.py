@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 import time
-from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 from starlette.applications import Starlette
@@ -20,6 +18,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from gradmap_hub.serving import gate, schemas
+from gradmap_hub.serving.answers import Chat, Completion, Shape, usage
 from gradmap_hub.serving.delivery import Delivery, Disconnected
 from gradmap_hub.serving.gate import Door, Gate
 from gradmap_hub.serving.metrics import CONTENT_TYPE, Metrics
@@ -27,9 +26,12 @@ from gradmap_hub.serving.openapi import document
 from gradmap_hub.serving.preparing import Preparer
 from gradmap_hub.serving.problems import ApiError, unknown_model
 from gradmap_hub.serving.prompts import check_length, work_for
-from gradmap_hub.serving.scheduler import Engine, Finished, Scheduler
+from gradmap_hub.serving.scheduler import Engine, Scheduler
 from gradmap_hub.serving.schemas import ChatRequest, CompletionRequest
 from gradmap_hub.serving.settings import BODY_SECONDS, MAX_VALUES, Settings
+
+if TYPE_CHECKING:
+    from gradmap_hub.runtime import TokenScore
 
 # Proxies must neither cache nor buffer the events.
 _EVENT_HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache",
@@ -175,15 +177,23 @@ class _Generate:
             characters = check_length(asked, routes.engine.context_length)
             async with Delivery(routes.scheduler, routes.counters, receive, settings.timeout) as delivery:
                 await delivery.prepare(routes.preparer.submit(characters, partial(work_for, routes.engine, asked)))
-                shape = _Chat(name) if isinstance(asked, ChatRequest) else _Plain(name)
+                shape = self._shape(delivery)
                 if asked.stream:
-                    usage = asked.stream_options is not None and bool(asked.stream_options.include_usage)
-                    await _stream(delivery, shape, send, with_usage=usage)
+                    with_usage = asked.stream_options is not None and bool(asked.stream_options.include_usage)
+                    await _stream(delivery, shape, send, with_usage=with_usage)
                 else:
-                    text = "".join([piece async for piece in delivery.pieces()])
-                    await _answer(shape.whole(text, delivery.finished()))(scope, receive, send)
+                    await (await _whole(delivery, shape))(scope, receive, send)
         except (Disconnected, ClientDisconnect):
             pass  # the client has disconnected
+
+    def _shape(self, delivery: Delivery) -> Shape:
+        name, engine, work = self._routes.name, self._routes.engine, delivery.job.work
+        assert work is not None
+        scoring = work.scoring
+        if self._kind is ChatRequest:
+            return Chat(name, engine, scored=scoring is not None)
+        echoed = len(work.prompt) if scoring is not None and scoring.prompt else 0
+        return Completion(name, engine, scored=scoring is not None, echo=work.echo, echoed=echoed)
 
 
 async def _read(request: Request, limit: int) -> bytes:
@@ -218,106 +228,21 @@ def _answer(model: BaseModel, status: int = 200) -> Response:
     return Response(model.model_dump_json(exclude_unset=True), status, media_type="application/json")
 
 
-# -- response shapes -----------------------------------------------------------------------------------------------
+async def _whole(delivery: Delivery, shape: Shape) -> Response:
+    texts: list[str] = []
+    scores: list[TokenScore] = []
+    async for text, scored in delivery.pieces():
+        texts.append(text)
+        scores += scored
+
+    def written() -> Response:
+        return _answer(shape.whole("".join(texts), scores, delivery.finished()))
+
+    # The log-probabilities of a long prompt take a second to write, in which the event loop answers others.
+    return await asyncio.to_thread(written) if scores else written()
 
 
-def _usage(finished: Finished) -> schemas.Usage:
-    prompt, completion = finished.prompt_tokens, finished.completion_tokens
-    return schemas.Usage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
-
-
-class _Shape:
-    """Builds the response to one request, whole or as events. All events of a request have the same id."""
-
-    prefix: str
-    object: str
-    event: type[BaseModel]
-
-    def __init__(self, model: str) -> None:
-        self._model = model
-        self._id = f"{self.prefix}-{secrets.token_hex(12)}"
-        self._created = int(time.time())
-
-    def head(self) -> list[Any] | None:
-        """Return the choices of the event before any text; None if there is no such event."""
-        raise NotImplementedError
-
-    def piece(self, text: str) -> list[Any]:
-        raise NotImplementedError
-
-    def tail(self, finished: Finished) -> list[Any]:
-        raise NotImplementedError
-
-    def whole(self, text: str, finished: Finished) -> BaseModel:
-        raise NotImplementedError
-
-    def fields(self) -> dict[str, Any]:
-        return {"id": self._id, "object": self.object, "created": self._created, "model": self._model}
-
-    def chunk(self, choices: list[Any], extra: Mapping[str, Any]) -> BaseModel:
-        return self.event(**self.fields(), choices=choices, **extra)
-
-
-class _Chat(_Shape):
-    prefix = "chatcmpl"
-    object = "chat.completion.chunk"
-    event = schemas.ChatChunk
-
-    def head(self) -> list[schemas.ChunkChoice]:
-        return [self._choice(schemas.Delta(role="assistant", content=""))]
-
-    def piece(self, text: str) -> list[schemas.ChunkChoice]:
-        return [self._choice(schemas.Delta(content=text))]
-
-    def tail(self, finished: Finished) -> list[schemas.ChunkChoice]:
-        return [self._choice(schemas.Delta(), finished.reason)]
-
-    def whole(self, text: str, finished: Finished) -> schemas.ChatCompletion:
-        choice = schemas.ChatChoice(
-            index=0,
-            message=schemas.ChatMessage(role="assistant", content=text, refusal=None),
-            logprobs=None,
-            finish_reason=finished.reason,
-        )
-        return schemas.ChatCompletion(
-            id=self._id,
-            object="chat.completion",
-            created=self._created,
-            model=self._model,
-            choices=[choice],
-            usage=_usage(finished),
-        )
-
-    @staticmethod
-    def _choice(delta: schemas.Delta, reason: schemas.Reason | None = None) -> schemas.ChunkChoice:
-        return schemas.ChunkChoice(index=0, delta=delta, logprobs=None, finish_reason=reason)
-
-
-class _Plain(_Shape):
-    prefix = "cmpl"
-    object = "text_completion"
-    event = schemas.TextCompletion
-
-    def head(self) -> None:
-        return None
-
-    def piece(self, text: str) -> list[schemas.TextChoice]:
-        return [self._choice(text)]
-
-    def tail(self, finished: Finished) -> list[schemas.TextChoice]:
-        return [self._choice("", finished.reason)]
-
-    def whole(self, text: str, finished: Finished) -> schemas.TextCompletion:
-        return schemas.TextCompletion(
-            **self.fields(), choices=[self._choice(text, finished.reason)], usage=_usage(finished)
-        )
-
-    @staticmethod
-    def _choice(text: str, reason: schemas.Reason | None = None) -> schemas.TextChoice:
-        return schemas.TextChoice(index=0, text=text, logprobs=None, finish_reason=reason)
-
-
-async def _stream(delivery: Delivery, shape: _Shape, send: Send, *, with_usage: bool) -> None:
+async def _stream(delivery: Delivery, shape: Shape, send: Send, *, with_usage: bool) -> None:
     """Send a response as server-sent events. An error ends the stream as its last event."""
     # If usage is requested, every event has the field, as in the OpenAI API.
     extra: dict[str, Any] = {"usage": None} if with_usage else {}
@@ -334,13 +259,13 @@ async def _stream(delivery: Delivery, shape: _Shape, send: Send, *, with_usage: 
         head = shape.head()
         if head is not None:
             await chunk(head)
-        async for piece in delivery.pieces():
-            await chunk(shape.piece(piece))
+        async for text, scores in delivery.pieces():
+            await chunk(shape.piece(text, scores))
         finished = delivery.finished()
     except ApiError as error:
         await event(schemas.ProblemAnswer.model_validate(error.body()).model_dump_json(), more=False)
         return
     await chunk(shape.tail(finished))
     if with_usage:
-        await chunk([], usage=_usage(finished))
+        await chunk([], usage=usage(finished))
     await event("[DONE]", more=False)

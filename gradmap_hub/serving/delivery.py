@@ -9,7 +9,7 @@ import time
 from collections.abc import AsyncIterator
 from concurrent.futures import Future
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from starlette.types import Receive
 
@@ -17,6 +17,9 @@ from gradmap_hub.errors import GradmapError
 from gradmap_hub.serving.metrics import Metrics, Outcome
 from gradmap_hub.serving.problems import ApiError, internal, overloaded, stopping, too_slow
 from gradmap_hub.serving.scheduler import Busy, Finished, Job, Scheduler, Stopped, Work
+
+if TYPE_CHECKING:
+    from gradmap_hub.runtime import TokenScore
 
 log = logging.getLogger("gradmap_hub.serving")
 
@@ -112,8 +115,8 @@ class Delivery:
             await self._wait()
         self._check()
 
-    async def pieces(self) -> AsyncIterator[str]:
-        """Yield the text as it becomes final, until the generation ends.
+    async def pieces(self) -> AsyncIterator[tuple[str, list[TokenScore]]]:
+        """Yield the text as it becomes final, with the scores of its tokens if asked for, until the generation ends.
 
         Raises:
             ApiError: the generation failed, or the time limit passed.
@@ -121,9 +124,9 @@ class Delivery:
         """
         while True:
             ended = self.job.ended
-            text = self.job.take()
-            if text:
-                yield text
+            text, scores = self.job.take()
+            if text or scores:
+                yield text, scores
             if ended:
                 self._check()
                 return

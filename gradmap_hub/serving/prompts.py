@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from gradmap_hub.errors import GradmapError
-from gradmap_hub.runtime import Sampling
+from gradmap_hub.runtime import Sampling, Scoring
 from gradmap_hub.serving.problems import ApiError
 from gradmap_hub.serving.scheduler import Engine, Work
 from gradmap_hub.serving.schemas import ChatRequest, CompletionRequest
-from gradmap_hub.serving.settings import CHARACTERS_PER_TOKEN
+from gradmap_hub.serving.settings import CHARACTERS_PER_TOKEN, MAX_SCORES
 
 _COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions; a chat is limited by the context only
 
@@ -28,11 +28,16 @@ def check_length(asked: ChatRequest | CompletionRequest, context_length: int) ->
         param, prompt = "prompt", _given_prompt(asked)
         count = len(prompt)
     if isinstance(prompt, list):
-        if count >= context_length:
+        if count + _least_output(asked) > context_length:
             raise _too_long(f"{count} tokens", context_length, param)
     elif count > context_length * CHARACTERS_PER_TOKEN:
         raise _too_long(f"{count} characters", context_length, param)
     return count
+
+
+def _least_output(asked: ChatRequest | CompletionRequest) -> int:
+    """Return for how many tokens of output there must be room: none if only the prompt is asked for."""
+    return 0 if asked.max_tokens == 0 else 1
 
 
 def _too_long(size: str, context_length: int, param: str) -> ApiError:
@@ -55,18 +60,43 @@ def work_for(engine: Engine, asked: ChatRequest | CompletionRequest) -> Work:
         wanted = asked.max_completion_tokens or asked.max_tokens
     else:
         param, ids = "prompt", _prompt_ids(engine, asked)
-        wanted = asked.max_tokens or _COMPLETION_TOKENS
+        wanted = _COMPLETION_TOKENS if asked.max_tokens is None else asked.max_tokens
     if not ids:
         raise ApiError(400, "The prompt has no tokens. Send a non-empty one.", param=param, code="invalid_value")
     room = engine.context_length - len(ids)
-    if room < 1:
+    if room < _least_output(asked):
         raise _too_long(f"{len(ids)} tokens", engine.context_length, param)
+    scoring = _scoring(asked)
+    if scoring is not None and scoring.prompt and len(ids) * (1 + scoring.top) > MAX_SCORES:
+        raise ApiError(
+            400,
+            f"The prompt has {len(ids)} tokens, and {1 + scoring.top} log-probabilities of each are asked for; the "
+            f"limit is {MAX_SCORES} in all. Ask for fewer.",
+            param="logprobs",
+            code="invalid_value",
+        )
     return Work(
         prompt=ids,
         max_tokens=room if wanted is None else min(wanted, room),
         sampling=_sampling(asked, engine.vocabulary),
         stop=_stops(asked.stop),
+        scoring=scoring,
+        echo=_echo(engine, asked),
     )
+
+
+def _scoring(asked: ChatRequest | CompletionRequest) -> Scoring | None:
+    if isinstance(asked, ChatRequest):
+        return Scoring(asked.top_logprobs or 0) if asked.logprobs else None
+    return None if asked.logprobs is None else Scoring(asked.logprobs, prompt=bool(asked.echo))
+
+
+def _echo(engine: Engine, asked: ChatRequest | CompletionRequest) -> str:
+    """Return the text that the answer begins with."""
+    if isinstance(asked, ChatRequest) or not asked.echo:
+        return ""
+    prompt = _given_prompt(asked)
+    return prompt if isinstance(prompt, str) else engine.decode(prompt)
 
 
 def _chat_ids(engine: Engine, asked: ChatRequest) -> list[int]:

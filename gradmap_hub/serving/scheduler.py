@@ -18,7 +18,7 @@ from enum import Enum, auto
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
-    from gradmap_hub.runtime import Sampling
+    from gradmap_hub.runtime import Sampling, Scoring, TokenScore
 
 log = logging.getLogger("gradmap_hub.serving")
 
@@ -38,6 +38,7 @@ class Answer(Protocol):
     def finish_reason(self) -> Literal["stop", "length", "cancelled"] | None: ...
     @property
     def tokens_per_second(self) -> float | None: ...
+    def take_scores(self) -> Sequence[TokenScore]: ...
     def cancel(self) -> None: ...
     def close(self) -> None: ...
 
@@ -46,7 +47,14 @@ class Batch(Protocol):
     """Interface of a `gradmap_hub.runtime.generation.Batch`."""
 
     def start(
-        self, prompt_ids: Sequence[int], *, max_tokens: int, sampling: Sampling = ..., stop: Sequence[str] = ()
+        self,
+        prompt_ids: Sequence[int],
+        *,
+        max_tokens: int,
+        sampling: Sampling = ...,
+        stop: Sequence[str] = (),
+        scoring: Scoring | None = None,
+        echo: str = "",
     ) -> Any: ...
     def step(self, answers: Sequence[Any]) -> list[str | Exception]:
         """Run one step of each `Answer`; return the text that became final, or the exception, for each."""
@@ -70,6 +78,9 @@ class Engine(Protocol):
     def vocabulary(self) -> int: ...
     def encode(self, text: str) -> list[int]: ...
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]: ...
+    def decode(self, token_ids: Sequence[int]) -> str: ...
+    def token_bytes(self, token: int) -> bytes: ...
+    def is_special(self, token: int) -> bool: ...
     def batch(self, rows: int) -> Batch: ...
 
 
@@ -87,12 +98,15 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class Work:
-    """The input of one generation. `prompt`: token ids; `max_tokens`: limit of the output; `stop`: stop strings."""
+    """The input of one generation. `prompt`: token ids; `max_tokens`: limit of the output; `stop`: stop strings;
+    `scoring`: which log-probabilities to deliver; `echo`: text that the answer begins with."""
 
     prompt: Sequence[int]
     max_tokens: int
     sampling: Sampling
     stop: tuple[str, ...] = ()
+    scoring: Scoring | None = None
+    echo: str = ""
 
 
 @dataclass(frozen=True)
@@ -127,7 +141,7 @@ class Job:
         self.work: Work | None = None
         self.answer: Answer | None = None
         self.activated_at: float | None = None
-        self.pieces: deque[str] = deque()
+        self.pieces: deque[tuple[str, Sequence[TokenScore]]] = deque()
         self.cancelled = False
         self.started = False
         self.first_token_seconds: float | None = None  # from admission, queueing included
@@ -140,12 +154,15 @@ class Job:
     def ended(self) -> bool:
         return self.finished is not None or self.error is not None
 
-    def take(self) -> str:
-        """Return the text that became final since the last call."""
-        taken: list[str] = []
+    def take(self) -> tuple[str, list[TokenScore]]:
+        """Return the text that became final since the last call, and the scores of its tokens if they are asked for."""
+        texts: list[str] = []
+        scores: list[TokenScore] = []
         while self.pieces:
-            taken.append(self.pieces.popleft())
-        return "".join(taken)
+            text, scored = self.pieces.popleft()
+            texts.append(text)
+            scores += scored
+        return "".join(texts), scores
 
     def begin(self, work: Work) -> None:
         """Queue the job for a slot; does not block. Called once.
@@ -292,7 +309,12 @@ class Scheduler:
         assert work is not None
         try:
             job.answer = self._batch.start(
-                work.prompt, max_tokens=work.max_tokens, sampling=work.sampling, stop=work.stop
+                work.prompt,
+                max_tokens=work.max_tokens,
+                sampling=work.sampling,
+                stop=work.stop,
+                scoring=work.scoring,
+                echo=work.echo,
             )
         except Exception as error:
             self._end(job, error=error)
@@ -310,8 +332,8 @@ class Scheduler:
 
     def _deliver(self, job: Job, piece: str | Exception) -> None:
         """Store the result of a step. An error ends this job only."""
-        answer = job.answer
-        assert answer is not None
+        answer, work = job.answer, job.work
+        assert answer is not None and work is not None
         if isinstance(piece, Exception):
             self._end(job, error=piece)
             return
@@ -319,8 +341,9 @@ class Scheduler:
             job.prompt_tokens, job.completion_tokens = answer.prompt_tokens, answer.completion_tokens
             if job.first_token_seconds is None and job.completion_tokens:
                 job.first_token_seconds = time.monotonic() - job.admitted_at
-            if piece:
-                job.pieces.append(piece)
+            scores: Sequence[TokenScore] = () if work.scoring is None else answer.take_scores()
+            if piece or scores:
+                job.pieces.append((piece, scores))
             reason = answer.finish_reason
             if reason is not None:
                 self._end(job, reason=reason)

@@ -13,7 +13,13 @@ import pydantic_core
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
 from gradmap_hub.serving.problems import ApiError
-from gradmap_hub.serving.settings import MAX_BIASES, MAX_MESSAGES, MAX_STOP_CHARACTERS, MAX_STOPS
+from gradmap_hub.serving.settings import (
+    MAX_BIASES,
+    MAX_MESSAGES,
+    MAX_STOP_CHARACTERS,
+    MAX_STOPS,
+    MAX_TOP_LOGPROBS,
+)
 
 _TAG = "~"  # prefix of union branch names in pydantic's error locations; not part of the parameter name
 _MAX_TOKENS = 2**31 - 1
@@ -66,7 +72,7 @@ Prompt = Annotated[
 ]
 Nothing = Annotated[list[Any], Field(max_length=0)] | None
 One = Annotated[int, Field(ge=1, le=1)] | None
-Zero = Annotated[float, Field(ge=0, le=0)] | None
+Top = Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None
 Penalty = Annotated[float, Field(ge=-2, le=2)] | None
 # JSON has no other keys than texts.
 BiasedToken = Annotated[str, Field(pattern="^(0|[1-9][0-9]{0,9})$")]
@@ -127,8 +133,8 @@ class ChatRequest(_Generation):
     # Only the first error is reported; collecting those of 60,000 parts takes a second.
     messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: MaxTokens = Field(None, description="Overrides max_tokens.")
-    logprobs: Literal[False] | None = None
-    top_logprobs: Zero = None
+    logprobs: bool | None = Field(None, description="Return the log-probability of each token.")
+    top_logprobs: Top = Field(None, description="How many of the most probable tokens to list; needs logprobs.")
     tools: Nothing = None
     tool_choice: Literal["none", "auto"] | None = None
     functions: Nothing = None
@@ -144,8 +150,11 @@ class CompletionRequest(_Generation):
     """POST /v1/completions"""
 
     prompt: Prompt
-    echo: Literal[False] | None = None
-    logprobs: None = None
+    max_tokens: Annotated[int, Field(ge=0, le=_MAX_TOKENS)] | None = Field(
+        None, description="Maximum tokens to generate; also limited by the context. 0 needs echo."
+    )
+    echo: bool | None = Field(None, description="Begin the text with the prompt.")
+    logprobs: Top = Field(None, description="Return the log-probability of each token, and of so many likely ones.")
     suffix: Literal[""] | None = None
     best_of: One = None
 
@@ -153,10 +162,7 @@ class CompletionRequest(_Generation):
 _REFUSED = {
     "n": "n must be 1: this server returns one choice per request.",
     "best_of": "best_of must be 1: this server returns one choice per request.",
-    "echo": "echo is not supported.",
     "suffix": "suffix is not supported: the model only continues a text.",
-    "logprobs": "logprobs are not supported.",
-    "top_logprobs": "logprobs are not supported.",
     "tools": "Tools are not supported.",
     "tool_choice": "Tools are not supported.",
     "tool_calls": "Tools are not supported.",
@@ -193,6 +199,10 @@ def parse(kind: type[Asked], body: bytes, *, most: int) -> Asked:
         raise _problem(error) from None
     if asked.stream_options is not None and not asked.stream:
         raise ApiError(400, "stream_options needs stream: true.", param="stream_options", code="invalid_value")
+    if isinstance(asked, ChatRequest) and asked.top_logprobs and not asked.logprobs:
+        raise ApiError(400, "top_logprobs needs logprobs: true.", param="top_logprobs", code="invalid_value")
+    if isinstance(asked, CompletionRequest) and asked.max_tokens == 0 and not asked.echo:
+        raise ApiError(400, "max_tokens must be at least 1, or 0 with echo.", param="max_tokens", code="invalid_value")
     return asked
 
 
@@ -240,10 +250,27 @@ class ChatMessage(BaseModel):
     refusal: None
 
 
+class TopLogprob(BaseModel):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChatLogprob(TopLogprob):
+    """A token with its natural log-probability; `bytes` are its UTF-8 bytes, which may be a part of a character."""
+
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    content: list[ChatLogprob]
+    refusal: None
+
+
 class ChatChoice(BaseModel):
     index: int
     message: ChatMessage
-    logprobs: None
+    logprobs: ChatLogprobs | None
     finish_reason: Reason
 
 
@@ -266,7 +293,7 @@ class Delta(BaseModel):
 class ChunkChoice(BaseModel):
     index: int
     delta: Delta
-    logprobs: None
+    logprobs: ChatLogprobs | None
     finish_reason: Reason | None
 
 
@@ -281,10 +308,19 @@ class ChatChunk(BaseModel):
     usage: Usage | None = None
 
 
+class TextLogprobs(BaseModel):
+    """Of each token: its text, its natural log-probability, those of the most probable tokens, where it begins."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
 class TextChoice(BaseModel):
     index: int
     text: str
-    logprobs: None
+    logprobs: TextLogprobs | None
     finish_reason: Reason | None
 
 

@@ -10,6 +10,8 @@ from gradmap_hub.errors import UsageError
 MAX_MESSAGES = 1024  # per chat request
 MAX_STOPS = 4  # as in the OpenAI API
 MAX_STOP_CHARACTERS = 512
+MAX_TOP_LOGPROBS = 20  # as in the OpenAI API for chats; it has 5 for completions
+MAX_SCORES = 2**18  # log-probabilities of the prompts of one request, each about 100 bytes
 MAX_BIASES = 1024  # tokens in logit_bias; each costs time in every step
 # JSON values of a request body, beyond those of a prompt in token ids. The event loop parses, at most 0.05 s for these;
 # a thousand messages of some parts have fewer than 10,000.

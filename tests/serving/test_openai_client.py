@@ -174,7 +174,6 @@ def test_the_context_bounds_the_answer(client: Any, model: Any, kit: Any) -> Non
     ("options", "param"),
     [
         ({"n": 2}, "n"),
-        ({"logprobs": True}, "logprobs"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"functions": [{"name": "f"}]}, "functions"),
