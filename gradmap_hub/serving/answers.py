@@ -11,16 +11,11 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel
 
 from gradmap_hub.serving import schemas
-from gradmap_hub.serving.scheduler import Engine, Finished
+from gradmap_hub.serving.delivery import Piece
+from gradmap_hub.serving.scheduler import Engine, Finished, Work
 
 if TYPE_CHECKING:
     from gradmap_hub.runtime import TokenScore
-
-
-def usage(finished: Finished) -> schemas.Usage:
-    """Return the number of tokens of a generation."""
-    prompt, completion = finished.prompt_tokens, finished.completion_tokens
-    return schemas.Usage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
 
 
 class Shape:
@@ -29,35 +24,80 @@ class Shape:
     Args:
         model: the name in the response.
         engine: for the texts of tokens.
-        scored: whether log-probabilities are part of the response.
+        works: the input of each choice.
+        per_prompt: how many choices there are of every prompt.
     """
 
     prefix: str
     object: str
     event: type[BaseModel]
 
-    def __init__(self, model: str, engine: Engine, *, scored: bool) -> None:
+    def __init__(self, model: str, engine: Engine, works: Sequence[Work], *, per_prompt: int) -> None:
         self._model = model
         self._engine = engine
-        self._scored = scored
+        self._works = works
+        self._per_prompt = per_prompt
+        self._pieces: list[list[Piece]] = [[] for _ in works]
+        self._finished: dict[int, Finished] = {}
         self._id = f"{self.prefix}-{secrets.token_hex(12)}"
         self._created = int(time.time())
 
-    def head(self) -> list[Any] | None:
-        """Return the choices of the event before any text; None if there is no such event."""
-        raise NotImplementedError
+    @property
+    def scored(self) -> bool:
+        """Whether log-probabilities are part of the response."""
+        return self._works[0].scoring is not None
 
-    def piece(self, text: str, scores: Sequence[TokenScore]) -> list[Any]:
-        raise NotImplementedError
+    def heads(self) -> list[list[Any]]:
+        """Return the choices of the events before any text, one of each event."""
+        return []
 
-    def tail(self, finished: Finished) -> list[Any]:
-        raise NotImplementedError
+    def event_of(self, piece: Piece) -> list[Any]:
+        """Return the choices of the event for a piece."""
+        if piece.finished is not None:
+            self._finished[piece.index] = piece.finished
+        return [self._delta(piece)]
 
-    def whole(self, text: str, scores: Sequence[TokenScore], finished: Finished) -> BaseModel:
-        raise NotImplementedError
+    def add(self, piece: Piece) -> None:
+        """Keep a piece for `whole`."""
+        self._pieces[piece.index].append(piece)
+        if piece.finished is not None:
+            self._finished[piece.index] = piece.finished
+
+    def whole(self) -> BaseModel:
+        """Return the whole response, of the pieces that were added."""
+        choices = [
+            self._choice(
+                Piece(
+                    index,
+                    "".join(piece.text for piece in pieces),
+                    [each for piece in pieces for each in piece.scores],
+                    self._finished[index],
+                )
+            )
+            for index, pieces in enumerate(self._pieces)
+        ]
+        return self._response(choices)
+
+    def usage(self) -> schemas.Usage:
+        """Return the number of tokens; a prompt counts once, however many choices it has."""
+        finished = [self._finished[index] for index in range(len(self._works))]
+        prompt = sum(each.prompt_tokens for each in finished[:: self._per_prompt])
+        completion = sum(each.completion_tokens for each in finished)
+        return schemas.Usage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
 
     def chunk(self, choices: list[Any], extra: Mapping[str, Any]) -> BaseModel:
         return self.event(**self._fields(self.object), choices=choices, **extra)
+
+    def _delta(self, piece: Piece) -> Any:
+        """Return a choice of an event."""
+        raise NotImplementedError
+
+    def _choice(self, piece: Piece) -> Any:
+        """Return a choice of the whole response."""
+        raise NotImplementedError
+
+    def _response(self, choices: list[Any]) -> BaseModel:
+        raise NotImplementedError
 
     def _fields(self, kind: str) -> dict[str, Any]:
         return {"id": self._id, "object": kind, "created": self._created, "model": self._model}
@@ -78,31 +118,33 @@ class Chat(Shape):
     object = "chat.completion.chunk"
     event = schemas.ChatChunk
 
-    def head(self) -> list[schemas.ChunkChoice]:
-        return [self._choice(schemas.Delta(role="assistant", content=""))]
+    def heads(self) -> list[list[schemas.ChunkChoice]]:
+        first = schemas.Delta(role="assistant", content="")
+        return [
+            [schemas.ChunkChoice(index=index, delta=first, logprobs=None, finish_reason=None)]
+            for index in range(len(self._works))
+        ]
 
-    def piece(self, text: str, scores: Sequence[TokenScore]) -> list[schemas.ChunkChoice]:
-        return [self._choice(schemas.Delta(content=text), logprobs=self._logprobs(scores))]
+    def _delta(self, piece: Piece) -> schemas.ChunkChoice:
+        reason = piece.finished.reason if piece.finished else None
+        delta = schemas.Delta() if reason else schemas.Delta(content=piece.text)
+        logprobs = None if reason else self._logprobs(piece.scores)
+        return schemas.ChunkChoice(index=piece.index, delta=delta, logprobs=logprobs, finish_reason=reason)
 
-    def tail(self, finished: Finished) -> list[schemas.ChunkChoice]:
-        return [self._choice(schemas.Delta(), finished.reason)]
-
-    def whole(self, text: str, scores: Sequence[TokenScore], finished: Finished) -> schemas.ChatCompletion:
-        choice = schemas.ChatChoice(
-            index=0,
-            message=schemas.ChatMessage(role="assistant", content=text, refusal=None),
-            logprobs=self._logprobs(scores),
-            finish_reason=finished.reason,
+    def _choice(self, piece: Piece) -> schemas.ChatChoice:
+        assert piece.finished is not None
+        return schemas.ChatChoice(
+            index=piece.index,
+            message=schemas.ChatMessage(role="assistant", content=piece.text, refusal=None),
+            logprobs=self._logprobs(piece.scores),
+            finish_reason=piece.finished.reason,
         )
-        return schemas.ChatCompletion(**self._fields("chat.completion"), choices=[choice], usage=usage(finished))
 
-    def _choice(
-        self, delta: schemas.Delta, reason: schemas.Reason | None = None, logprobs: schemas.ChatLogprobs | None = None
-    ) -> schemas.ChunkChoice:
-        return schemas.ChunkChoice(index=0, delta=delta, logprobs=logprobs, finish_reason=reason)
+    def _response(self, choices: list[schemas.ChatChoice]) -> schemas.ChatCompletion:
+        return schemas.ChatCompletion(**self._fields("chat.completion"), choices=choices, usage=self.usage())
 
     def _logprobs(self, scores: Sequence[TokenScore]) -> schemas.ChatLogprobs | None:
-        if not self._scored:
+        if not self.scored:
             return None
         content = [
             schemas.ChatLogprob(
@@ -118,43 +160,37 @@ class Chat(Shape):
 
 
 class Completion(Shape):
-    """The response to a completion request.
-
-    Args:
-        echo: text of the prompt, if the response begins with it.
-        echoed: number of its tokens, if they are scored.
-    """
+    """The response to a completion request."""
 
     prefix = "cmpl"
     object = "text_completion"
     event = schemas.TextCompletion
 
-    def __init__(self, model: str, engine: Engine, *, scored: bool, echo: str = "", echoed: int = 0) -> None:
-        super().__init__(model, engine, scored=scored)
-        self._echo = echo
-        self._echoed = echoed
-        self._offset = _Offset()
+    def __init__(self, model: str, engine: Engine, works: Sequence[Work], *, per_prompt: int) -> None:
+        super().__init__(model, engine, works, per_prompt=per_prompt)
+        self._offsets = [_Offset() for _ in works]
+        # How many tokens of the prompt are still to come in the scores of each choice.
+        self._echoed = [len(work.prompt) if work.scoring and work.scoring.prompt else 0 for work in works]
 
-    def head(self) -> None:
-        return None
+    def _delta(self, piece: Piece) -> schemas.TextChoice:
+        reason = piece.finished.reason if piece.finished else None
+        logprobs = None if reason else self._logprobs(piece.index, piece.scores)
+        return schemas.TextChoice(index=piece.index, text=piece.text, logprobs=logprobs, finish_reason=reason)
 
-    def piece(self, text: str, scores: Sequence[TokenScore]) -> list[schemas.TextChoice]:
-        return [self._choice(text, logprobs=self._logprobs(scores))]
+    def _choice(self, piece: Piece) -> schemas.TextChoice:
+        assert piece.finished is not None
+        return schemas.TextChoice(
+            index=piece.index,
+            text=piece.text,
+            logprobs=self._logprobs(piece.index, piece.scores),
+            finish_reason=piece.finished.reason,
+        )
 
-    def tail(self, finished: Finished) -> list[schemas.TextChoice]:
-        return [self._choice("", finished.reason)]
+    def _response(self, choices: list[schemas.TextChoice]) -> schemas.TextCompletion:
+        return schemas.TextCompletion(**self._fields(self.object), choices=choices, usage=self.usage())
 
-    def whole(self, text: str, scores: Sequence[TokenScore], finished: Finished) -> schemas.TextCompletion:
-        choice = self._choice(text, finished.reason, self._logprobs(scores))
-        return schemas.TextCompletion(**self._fields(self.object), choices=[choice], usage=usage(finished))
-
-    def _choice(
-        self, text: str, reason: schemas.Reason | None = None, logprobs: schemas.TextLogprobs | None = None
-    ) -> schemas.TextChoice:
-        return schemas.TextChoice(index=0, text=text, logprobs=logprobs, finish_reason=reason)
-
-    def _logprobs(self, scores: Sequence[TokenScore]) -> schemas.TextLogprobs | None:
-        if not self._scored:
+    def _logprobs(self, index: int, scores: Sequence[TokenScore]) -> schemas.TextLogprobs | None:
+        if not self.scored:
             return None
         tops: list[dict[str, float] | None] = []
         for each in scores:
@@ -166,9 +202,9 @@ class Completion(Shape):
             for token, value in (*each.top, (each.token, each.logprob)):
                 top.setdefault(self._text(token), value)
             tops.append(top)
-        offsets = self._prompt_offsets([each.token for each in scores[: self._echoed]])
-        self._echoed -= len(offsets)
-        offsets += [self._offset.before(self._shown(each.token)) for each in scores[len(offsets) :]]
+        offsets = self._prompt_offsets(index, [each.token for each in scores[: self._echoed[index]]])
+        output = self._offsets[index]
+        offsets += [output.before(self._shown(each.token)) for each in scores[len(offsets) :]]
         return schemas.TextLogprobs(
             tokens=[self._text(each.token) for each in scores],
             token_logprobs=[each.logprob for each in scores],
@@ -179,17 +215,19 @@ class Completion(Shape):
     def _shown(self, token: int) -> bytes:
         return b"" if self._engine.is_special(token) else self._engine.token_bytes(token)
 
-    def _prompt_offsets(self, tokens: Sequence[int]) -> list[int]:
-        """Return where each token of the prompt begins in `echo`; those of the output continue after it.
+    def _prompt_offsets(self, index: int, tokens: Sequence[int]) -> list[int]:
+        """Return where each token of the prompt begins in the text that is echoed; those of the output follow it.
 
         A tokenizer may add a start token or a space, which the text of the prompt does not have.
         """
         if not tokens:
             return []
+        self._echoed[index] = 0
+        length = len(self._works[index].echo)
         prompt = _Offset()
         offsets = [prompt.before(self._engine.token_bytes(token)) for token in tokens]
-        added = max(0, prompt.length - len(self._echo))
-        self._offset = _Offset(len(self._echo))
+        added = max(0, prompt.length - length)
+        self._offsets[index] = _Offset(length)
         return [max(0, offset - added) for offset in offsets]
 
 

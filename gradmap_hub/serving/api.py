@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import BaseModel
 from starlette.applications import Starlette
@@ -18,20 +18,17 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from gradmap_hub.serving import gate, schemas
-from gradmap_hub.serving.answers import Chat, Completion, Shape, usage
+from gradmap_hub.serving.answers import Chat, Completion, Shape
 from gradmap_hub.serving.delivery import Delivery, Disconnected
 from gradmap_hub.serving.gate import Door, Gate
 from gradmap_hub.serving.metrics import CONTENT_TYPE, Metrics
 from gradmap_hub.serving.openapi import document
 from gradmap_hub.serving.preparing import Preparer
 from gradmap_hub.serving.problems import ApiError, unknown_model
-from gradmap_hub.serving.prompts import check_length, work_for
+from gradmap_hub.serving.prompts import check_choices, check_length, works_for
 from gradmap_hub.serving.scheduler import Engine, Scheduler
 from gradmap_hub.serving.schemas import ChatRequest, CompletionRequest
-from gradmap_hub.serving.settings import BODY_SECONDS, MAX_VALUES, Settings
-
-if TYPE_CHECKING:
-    from gradmap_hub.runtime import TokenScore
+from gradmap_hub.serving.settings import BODY_SECONDS, MAX_PROMPT_IDS, MAX_VALUES, Settings
 
 # Proxies must neither cache nor buffer the events.
 _EVENT_HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache",
@@ -165,19 +162,24 @@ class _Generate:
     def __init__(self, routes: _Routes, kind: type[ChatRequest] | type[CompletionRequest]) -> None:
         self._routes = routes
         self._kind = kind
+        # Token ids take less time than other values.
+        self._most = MAX_VALUES + (0 if kind is ChatRequest else MAX_PROMPT_IDS)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         routes = self._routes
         settings, name = routes.settings, routes.name
         try:
             body = await _read(Request(scope, receive), settings.max_body)
-            asked = schemas.parse(self._kind, body, most=MAX_VALUES + routes.engine.context_length)
+            asked = schemas.parse(self._kind, body, most=self._most)
             if asked.model != name:
                 raise unknown_model(asked.model, name)
             characters = check_length(asked, routes.engine.context_length)
-            async with Delivery(routes.scheduler, routes.counters, receive, settings.timeout) as delivery:
-                await delivery.prepare(routes.preparer.submit(characters, partial(work_for, routes.engine, asked)))
-                shape = self._shape(delivery)
+            count = check_choices(asked, routes.scheduler.capacity)
+            async with Delivery(routes.scheduler, routes.counters, receive, settings.timeout, count) as delivery:
+                making = routes.preparer.submit(characters, partial(works_for, routes.engine, asked))
+                works = await delivery.prepare(making)
+                kind = Chat if isinstance(asked, ChatRequest) else Completion
+                shape = kind(name, routes.engine, works, per_prompt=asked.n or 1)
                 if asked.stream:
                     with_usage = asked.stream_options is not None and bool(asked.stream_options.include_usage)
                     await _stream(delivery, shape, send, with_usage=with_usage)
@@ -185,15 +187,6 @@ class _Generate:
                     await (await _whole(delivery, shape))(scope, receive, send)
         except (Disconnected, ClientDisconnect):
             pass  # the client has disconnected
-
-    def _shape(self, delivery: Delivery) -> Shape:
-        name, engine, work = self._routes.name, self._routes.engine, delivery.job.work
-        assert work is not None
-        scoring = work.scoring
-        if self._kind is ChatRequest:
-            return Chat(name, engine, scored=scoring is not None)
-        echoed = len(work.prompt) if scoring is not None and scoring.prompt else 0
-        return Completion(name, engine, scored=scoring is not None, echo=work.echo, echoed=echoed)
 
 
 async def _read(request: Request, limit: int) -> bytes:
@@ -229,17 +222,11 @@ def _answer(model: BaseModel, status: int = 200) -> Response:
 
 
 async def _whole(delivery: Delivery, shape: Shape) -> Response:
-    texts: list[str] = []
-    scores: list[TokenScore] = []
-    async for text, scored in delivery.pieces():
-        texts.append(text)
-        scores += scored
-
-    def written() -> Response:
-        return _answer(shape.whole("".join(texts), scores, delivery.finished()))
+    async for piece in delivery.pieces():
+        shape.add(piece)
 
     # The log-probabilities of a long prompt take a second to write, in which the event loop answers others.
-    return await asyncio.to_thread(written) if scores else written()
+    return await asyncio.to_thread(lambda: _answer(shape.whole())) if shape.scored else _answer(shape.whole())
 
 
 async def _stream(delivery: Delivery, shape: Shape, send: Send, *, with_usage: bool) -> None:
@@ -256,16 +243,13 @@ async def _stream(delivery: Delivery, shape: Shape, send: Send, *, with_usage: b
     headers = [(name.lower().encode(), value.encode()) for name, value in _EVENT_HEADERS.items()]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     try:
-        head = shape.head()
-        if head is not None:
+        for head in shape.heads():
             await chunk(head)
-        async for text, scores in delivery.pieces():
-            await chunk(shape.piece(text, scores))
-        finished = delivery.finished()
+        async for piece in delivery.pieces():
+            await chunk(shape.event_of(piece))
     except ApiError as error:
         await event(schemas.ProblemAnswer.model_validate(error.body()).model_dump_json(), more=False)
         return
-    await chunk(shape.tail(finished))
     if with_usage:
-        await chunk([], usage=usage(finished))
+        await chunk([], usage=shape.usage())
     await event("[DONE]", more=False)

@@ -1,4 +1,4 @@
-"""Connects an HTTP request to its generation: ordered text, a time limit, cancellation on disconnect."""
+"""Connects an HTTP request to its generations: ordered text, a time limit, cancellation on disconnect."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -28,20 +29,34 @@ class Disconnected(Exception):
     """The client has disconnected."""
 
 
+@dataclass(frozen=True)
+class Piece:
+    """A part of one choice that became final. `index`: of the choice; `scores`: of the tokens of `text`, if asked for;
+    `finished`: how the choice ended, in its last piece, whose text may be empty."""
+
+    index: int
+    text: str
+    scores: Sequence[TokenScore] = ()
+    finished: Finished | None = None
+
+
 class Delivery:
-    """Holds a job of the scheduler for the duration of an `async with` block.
+    """Holds the jobs of a request, one per choice, for the duration of an `async with` block.
 
     Args:
-        scheduler: admits the job.
-        metrics: records the outcome.
+        scheduler: admits the jobs.
+        metrics: records the outcomes.
         receive: of the request; the body is already read, so only the disconnect is left to receive.
         seconds: time limit of the whole request, from now.
+        count: number of jobs.
 
     Raises:
         ApiError: on entry; 429 if slots and queue are full, 503 if the server has stopped.
     """
 
-    def __init__(self, scheduler: Scheduler, metrics: Metrics, receive: Receive, seconds: float) -> None:
+    def __init__(
+        self, scheduler: Scheduler, metrics: Metrics, receive: Receive, seconds: float, count: int = 1
+    ) -> None:
         self._scheduler = scheduler
         self._metrics = metrics
         self._receive = receive
@@ -49,8 +64,9 @@ class Delivery:
         self._deadline = time.monotonic() + seconds
         self._changed = asyncio.Event()
         self._gone = False
-        self._outcome: Outcome = "cancelled"
-        self.job: Job
+        self._outcome: Outcome = "cancelled"  # of jobs that have neither finished nor failed by themselves
+        self._count = count
+        self._jobs: list[Job] = []
 
     async def __aenter__(self) -> Self:
         loop, changed = asyncio.get_running_loop(), self._changed
@@ -59,7 +75,7 @@ class Delivery:
             loop.call_soon_threadsafe(changed.set)
 
         try:
-            self.job = self._scheduler.admit(wake)
+            self._jobs = self._scheduler.admit_all(wake, self._count)
         except Busy as busy:
             self._metrics.refused("queue_full")
             raise overloaded(busy.retry_seconds) from None
@@ -71,25 +87,27 @@ class Delivery:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        job = self.job
-        job.cancel()
+        for job in self._jobs:
+            job.cancel()
         self._watcher.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._watcher
-        finished = job.finished
-        self._metrics.generated(
-            self._outcome,
-            prompt_tokens=job.prompt_tokens,
-            completion_tokens=job.completion_tokens,
-            first_token_seconds=job.first_token_seconds,
-            tokens_per_second=finished.tokens_per_second if finished else None,
-        )
+        for job in self._jobs:
+            finished = job.finished
+            failed = job.error is not None and not isinstance(job.error, Stopped)
+            self._metrics.generated(
+                finished.reason if finished else "error" if failed else self._outcome,
+                prompt_tokens=job.prompt_tokens,
+                completion_tokens=job.completion_tokens,
+                first_token_seconds=job.first_token_seconds,
+                tokens_per_second=finished.tokens_per_second if finished else None,
+            )
 
-    async def prepare(self, prepared: Future[Work]) -> None:
-        """Wait for the input, then until the generation has a slot and starts.
+    async def prepare(self, prepared: Future[list[Work]]) -> list[Work]:
+        """Wait for the input of every job, then until the first generation has a slot and starts; return the input.
 
         Raises:
-            ApiError: it is the error of `prepared`, the time limit passed, or the generation could not start.
+            ApiError: it is the error of `prepared`, the time limit passed, or a generation could not start.
             Disconnected: the client disconnected.
         """
         making = asyncio.wrap_future(prepared)
@@ -101,53 +119,52 @@ class Delivery:
             making.cancel()  # has an effect only before it starts
             raise
         try:
-            work = making.result()
+            works = making.result()
         except asyncio.CancelledError:  # by the preparer, which stops
             raise stopping() from None
         except Exception:
             self._outcome = "error"
             raise
         try:
-            self.job.begin(work)
+            for job, work in zip(self._jobs, works, strict=True):
+                job.begin(work)
         except Stopped:
             raise stopping() from None
-        while not self.job.started and not self.job.ended:
+        while not any(job.started or job.ended for job in self._jobs):
             await self._wait()
-        self._check()
+        for job in self._jobs:
+            self._check(job)
+        return works
 
-    async def pieces(self) -> AsyncIterator[tuple[str, list[TokenScore]]]:
-        """Yield the text as it becomes final, with the scores of its tokens if asked for, until the generation ends.
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """Yield the text of all choices as it becomes final, until every generation has ended.
 
         Raises:
-            ApiError: the generation failed, or the time limit passed.
+            ApiError: a generation failed, or the time limit passed.
             Disconnected: the client disconnected.
         """
-        while True:
-            ended = self.job.ended
-            text, scores = self.job.take()
-            if text or scores:
-                yield text, scores
-            if ended:
-                self._check()
-                return
-            await self._wait()
+        running = dict(enumerate(self._jobs))
+        while running:
+            for index, job in list(running.items()):
+                ended = job.ended
+                text, scores = job.take()
+                if text or scores:
+                    yield Piece(index, text, scores)
+                if ended:
+                    self._check(job)
+                    del running[index]
+                    yield Piece(index, "", finished=job.finished)
+            if running:
+                await self._wait()
 
-    def finished(self) -> Finished:
-        """Return how the generation ended; call it after `pieces` is exhausted."""
-        finished = self.job.finished
-        assert finished is not None
-        return finished
-
-    def _check(self) -> None:
-        job = self.job
-        if job.finished is not None:
-            self._outcome = job.finished.reason
+    @staticmethod
+    def _check(job: Job) -> None:
+        """Raise the error of a job as an `ApiError`, if it has one."""
         error = job.error
         if error is None:
             return
         if isinstance(error, Stopped):
             raise stopping()
-        self._outcome = "error"
         if isinstance(error, GradmapError):  # the engine rejects the prompt
             raise ApiError(400, error.message, param="prompt", code="invalid_value")
         log.error("A generation failed", exc_info=error)
@@ -177,5 +194,6 @@ class Delivery:
         while (await self._receive())["type"] != "http.disconnect":
             pass
         self._gone = True
-        self.job.cancel()  # immediately: the request may be blocked in sending
+        for job in self._jobs:
+            job.cancel()  # immediately: the request may be blocked in sending
         self._changed.set()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 from gradmap_hub.errors import GradmapError
 from gradmap_hub.runtime import Sampling, Scoring
 from gradmap_hub.serving.problems import ApiError
@@ -16,22 +19,44 @@ def check_length(asked: ChatRequest | CompletionRequest, context_length: int) ->
     """Refuse a prompt that cannot fit into the context, without tokenising it. Takes microseconds.
 
     Returns:
-        The number of characters (or token ids) of the prompt.
+        The number of characters (or token ids) of all prompts.
 
     Raises:
-        ApiError: 400, the prompt is too long.
+        ApiError: 400, a prompt is too long.
     """
     if isinstance(asked, ChatRequest):
-        param, prompt = "messages", None
         count = sum(len(turn.text) for turn in asked.messages)
-    else:
-        param, prompt = "prompt", _given_prompt(asked)
-        count = len(prompt)
-    if isinstance(prompt, list):
-        if count + _least_output(asked) > context_length:
-            raise _too_long(f"{count} tokens", context_length, param)
-    elif count > context_length * CHARACTERS_PER_TOKEN:
+        _check_characters(count, context_length, "messages")
+        return count
+    prompts = _given_prompts(asked)
+    for prompt in prompts:
+        if isinstance(prompt, str):
+            _check_characters(len(prompt), context_length, "prompt")
+        elif len(prompt) + _least_output(asked) > context_length:
+            raise _too_long(f"{len(prompt)} tokens", context_length, "prompt")
+    return sum(map(len, prompts))
+
+
+def _check_characters(count: int, context_length: int, param: str) -> None:
+    if count > context_length * CHARACTERS_PER_TOKEN:
         raise _too_long(f"{count} characters", context_length, param)
+
+
+def check_choices(asked: ChatRequest | CompletionRequest, most: int) -> int:
+    """Return how many generations a request needs.
+
+    Raises:
+        ApiError: 400, more than slots and queue hold.
+    """
+    each = asked.n or 1
+    count = each if isinstance(asked, ChatRequest) else each * len(_given_prompts(asked))
+    if count > most:
+        raise ApiError(
+            400,
+            f"The request asks for {count} choices; this server takes at most {most} at a time. Send fewer.",
+            param="n" if each > 1 else "prompt",
+            code="invalid_value",
+        )
     return count
 
 
@@ -49,54 +74,74 @@ def _too_long(size: str, context_length: int, param: str) -> ApiError:
     )
 
 
-def work_for(engine: Engine, asked: ChatRequest | CompletionRequest) -> Work:
-    """Tokenise and check the prompt. Slow for long prompts: do not call it on the event loop.
+def works_for(engine: Engine, asked: ChatRequest | CompletionRequest) -> list[Work]:
+    """Tokenise and check the prompts; return the input of every choice, those of the first prompt first.
+
+    Slow for long prompts: do not call it on the event loop.
 
     Raises:
-        ApiError: 400, the prompt is empty, too long, or rejected by the chat template; logit_bias has an unknown token.
+        ApiError: 400, a prompt is empty, too long, or rejected by the chat template; a token id is unknown.
     """
+    prompts: list[tuple[list[int], str]]
     if isinstance(asked, ChatRequest):
-        param, ids = "messages", _chat_ids(engine, asked)
+        param, prompts = "messages", [(_chat_ids(engine, asked), "")]
         wanted = asked.max_completion_tokens or asked.max_tokens
     else:
-        param, ids = "prompt", _prompt_ids(engine, asked)
+        param, prompts = "prompt", [_completion_prompt(engine, asked, prompt) for prompt in _given_prompts(asked)]
         wanted = _COMPLETION_TOKENS if asked.max_tokens is None else asked.max_tokens
+    scoring = _scoring(asked)
+    _check_scores(sum(len(ids) for ids, _ in prompts) * (asked.n or 1), scoring)
+    sampling, stop = _sampling(asked, engine.vocabulary), _stops(asked.stop)
+    works = []
+    for ids, echo in prompts:
+        _check_ids(ids, engine.vocabulary, param)
+        room = engine.context_length - len(ids)
+        if room < _least_output(asked):
+            raise _too_long(f"{len(ids)} tokens", engine.context_length, param)
+        limit = room if wanted is None else min(wanted, room)
+        for choice in range(asked.n or 1):
+            own = sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + choice)
+            works.append(Work(ids, limit, own, stop, scoring, echo))
+    return works
+
+
+def _check_ids(ids: Sequence[int], vocabulary: int, param: str) -> None:
+    """Check the tokens of a prompt here, and not one generation after another in the engine.
+
+    Raises:
+        ApiError: 400, there are none, or one is unknown.
+    """
     if not ids:
         raise ApiError(400, "The prompt has no tokens. Send a non-empty one.", param=param, code="invalid_value")
-    room = engine.context_length - len(ids)
-    if room < _least_output(asked):
-        raise _too_long(f"{len(ids)} tokens", engine.context_length, param)
-    scoring = _scoring(asked)
-    if scoring is not None and scoring.prompt and len(ids) * (1 + scoring.top) > MAX_SCORES:
+    if max(ids) >= vocabulary:
+        raise _unknown_token(max(ids), vocabulary, param)
+
+
+def _unknown_token(token: int, vocabulary: int, param: str) -> ApiError:
+    said = f"{param}: {token} is not a token id of this model; valid ids are 0 to {vocabulary - 1}."
+    return ApiError(400, said, param=param, code="invalid_value")
+
+
+def _check_scores(tokens: int, scoring: Scoring | None) -> None:
+    """Bound the memory of a response.
+
+    Raises:
+        ApiError: 400, too many log-probabilities of the tokens of prompts are asked for.
+    """
+    if scoring is not None and scoring.prompt and tokens * (1 + scoring.top) > MAX_SCORES:
         raise ApiError(
             400,
-            f"The prompt has {len(ids)} tokens, and {1 + scoring.top} log-probabilities of each are asked for; the "
+            f"The prompts have {tokens} tokens, and {1 + scoring.top} log-probabilities of each are asked for; the "
             f"limit is {MAX_SCORES} in all. Ask for fewer.",
             param="logprobs",
             code="invalid_value",
         )
-    return Work(
-        prompt=ids,
-        max_tokens=room if wanted is None else min(wanted, room),
-        sampling=_sampling(asked, engine.vocabulary),
-        stop=_stops(asked.stop),
-        scoring=scoring,
-        echo=_echo(engine, asked),
-    )
 
 
 def _scoring(asked: ChatRequest | CompletionRequest) -> Scoring | None:
     if isinstance(asked, ChatRequest):
         return Scoring(asked.top_logprobs or 0) if asked.logprobs else None
     return None if asked.logprobs is None else Scoring(asked.logprobs, prompt=bool(asked.echo))
-
-
-def _echo(engine: Engine, asked: ChatRequest | CompletionRequest) -> str:
-    """Return the text that the answer begins with."""
-    if isinstance(asked, ChatRequest) or not asked.echo:
-        return ""
-    prompt = _given_prompt(asked)
-    return prompt if isinstance(prompt, str) else engine.decode(prompt)
 
 
 def _chat_ids(engine: Engine, asked: ChatRequest) -> list[int]:
@@ -110,23 +155,21 @@ def _chat_ids(engine: Engine, asked: ChatRequest) -> list[int]:
         raise ApiError(400, error.message, param="messages", code="invalid_value") from error
 
 
-def _given_prompt(asked: CompletionRequest) -> str | list[int]:
-    """The prompt as text or token ids."""
+def _given_prompts(asked: CompletionRequest) -> list[str | list[int]]:
+    """Return the prompts, each as text or token ids."""
     prompt = asked.prompt
     if isinstance(prompt, str):
-        return prompt
-    first = prompt[0]
-    if isinstance(first, int):
-        return [token for token in prompt if isinstance(token, int)]
-    return first
+        return [prompt]
+    ids = [token for token in prompt if isinstance(token, int)]
+    return [ids] if ids else [each for each in prompt if not isinstance(each, int)]
 
 
-def _prompt_ids(engine: Engine, asked: CompletionRequest) -> list[int]:
-    prompt = _given_prompt(asked)
+def _completion_prompt(engine: Engine, asked: CompletionRequest, prompt: str | list[int]) -> tuple[list[int], str]:
+    """Return the token ids of a prompt, and the text that its answers begin with."""
     if isinstance(prompt, list):
-        return prompt
+        return prompt, engine.decode(prompt) if asked.echo else ""
     try:
-        return engine.encode(prompt)
+        return engine.encode(prompt), prompt if asked.echo else ""
     except GradmapError as error:
         raise ApiError(400, error.message, param="prompt", code="invalid_value") from error
 
@@ -135,12 +178,7 @@ def _sampling(asked: ChatRequest | CompletionRequest, vocabulary: int) -> Sampli
     biases = {int(token): bias for token, bias in (asked.logit_bias or {}).items()}
     strange = max(biases, default=0)
     if strange >= vocabulary:
-        raise ApiError(
-            400,
-            f"logit_bias: {strange} is not a token id of this model; valid ids are 0 to {vocabulary - 1}.",
-            param="logit_bias",
-            code="invalid_value",
-        )
+        raise _unknown_token(strange, vocabulary, "logit_bias")
     temperature = 1.0 if asked.temperature is None else asked.temperature
     top_p = 1.0 if asked.top_p is None else asked.top_p
     if top_p == 0:  # greedy

@@ -222,6 +222,11 @@ class Scheduler:
     def full(self) -> bool:
         return self._admitted >= self._capacity
 
+    @property
+    def capacity(self) -> int:
+        """How many jobs may be admitted at the same time."""
+        return self._capacity
+
     def retry_seconds(self) -> int:
         """Return the estimated time until the queue is empty, from recent durations: 1 to 60 s."""
         seconds = self._mean_seconds * max(1, self.waiting) / self._slots
@@ -234,13 +239,22 @@ class Scheduler:
             Busy: slots and queue are full.
             Stopped: the scheduler has stopped.
         """
+        return self.admit_all(wake, 1)[0]
+
+    def admit_all(self, wake: Callable[[], None], count: int) -> list[Job]:
+        """Admit so many jobs that belong together, or none of them; otherwise as `admit`.
+
+        Raises:
+            Busy: slots and queue do not have so many free places.
+            Stopped: the scheduler has stopped.
+        """
         with self._changed:
             if self._stopping:
                 raise Stopped
-            if self.full:
+            if self._admitted + count > self._capacity:
                 raise Busy(self.retry_seconds())
-            self._admitted += 1
-        return Job(self, wake)
+            self._admitted += count
+        return [Job(self, wake) for _ in range(count)]
 
     def enqueue(self, job: Job, work: Work) -> None:
         """See `Job.begin`."""

@@ -15,7 +15,10 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 from gradmap_hub.serving.problems import ApiError
 from gradmap_hub.serving.settings import (
     MAX_BIASES,
+    MAX_CHOICES,
     MAX_MESSAGES,
+    MAX_PROMPT_IDS,
+    MAX_PROMPTS,
     MAX_STOP_CHARACTERS,
     MAX_STOPS,
     MAX_TOP_LOGPROBS,
@@ -23,7 +26,6 @@ from gradmap_hub.serving.settings import (
 
 _TAG = "~"  # prefix of union branch names in pydantic's error locations; not part of the parameter name
 _MAX_TOKENS = 2**31 - 1
-_MAX_PROMPT_IDS = 1_000_000
 # The closing quote may be missing: a search that fails would begin again at every later quote.
 _TEXTS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)
 
@@ -62,16 +64,16 @@ Stop = Annotated[
     Discriminator(_is_list),
 ]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
-TokenIds = Annotated[list[TokenId], Field(fail_fast=True, min_length=1, max_length=_MAX_PROMPT_IDS)]
+TokenIds = Annotated[list[TokenId], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPT_IDS)]
 Prompt = Annotated[
     Annotated[str, Tag("~text")]
-    | Annotated[list[str], Field(min_length=1, max_length=1), Tag("~texts")]
+    | Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS), Tag("~texts")]
     | Annotated[TokenIds, Tag("~ids")]
-    | Annotated[list[TokenIds], Field(min_length=1, max_length=1), Tag("~id lists")],
+    | Annotated[list[TokenIds], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS), Tag("~id lists")],
     Discriminator(_kind_of_prompt),
 ]
 Nothing = Annotated[list[Any], Field(max_length=0)] | None
-One = Annotated[int, Field(ge=1, le=1)] | None
+Choices = Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None
 Top = Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None
 Penalty = Annotated[float, Field(ge=-2, le=2)] | None
 # JSON has no other keys than texts.
@@ -123,8 +125,7 @@ class _Generation(_Request):
     presence_penalty: Penalty = Field(None, description="Subtracted from the logits of tokens in the output.")
     frequency_penalty: Penalty = Field(None, description="The same, times how often the output has the token.")
     logit_bias: Biases = Field(None, description="Token id to what is added to its logit.")
-    # Only the neutral value is supported; see `_REFUSED`.
-    n: One = None
+    n: Choices = Field(None, description="Choices per prompt, default 1; with a seed, the next one for each.")
 
 
 class ChatRequest(_Generation):
@@ -156,12 +157,10 @@ class CompletionRequest(_Generation):
     echo: bool | None = Field(None, description="Begin the text with the prompt.")
     logprobs: Top = Field(None, description="Return the log-probability of each token, and of so many likely ones.")
     suffix: Literal[""] | None = None
-    best_of: One = None
+    best_of: Choices = Field(None, description="Must equal n: every choice is returned.")
 
 
 _REFUSED = {
-    "n": "n must be 1: this server returns one choice per request.",
-    "best_of": "best_of must be 1: this server returns one choice per request.",
     "suffix": "suffix is not supported: the model only continues a text.",
     "tools": "Tools are not supported.",
     "tool_choice": "Tools are not supported.",
@@ -203,6 +202,9 @@ def parse(kind: type[Asked], body: bytes, *, most: int) -> Asked:
         raise ApiError(400, "top_logprobs needs logprobs: true.", param="top_logprobs", code="invalid_value")
     if isinstance(asked, CompletionRequest) and asked.max_tokens == 0 and not asked.echo:
         raise ApiError(400, "max_tokens must be at least 1, or 0 with echo.", param="max_tokens", code="invalid_value")
+    if isinstance(asked, CompletionRequest) and asked.best_of not in (None, asked.n or 1):
+        said = "best_of must equal n: this server returns every choice that it generates."
+        raise ApiError(400, said, param="best_of", code="unsupported_value")
     return asked
 
 

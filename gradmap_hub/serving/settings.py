@@ -13,9 +13,12 @@ MAX_STOP_CHARACTERS = 512
 MAX_TOP_LOGPROBS = 20  # as in the OpenAI API for chats; it has 5 for completions
 MAX_SCORES = 2**18  # log-probabilities of the prompts of one request, each about 100 bytes
 MAX_BIASES = 1024  # tokens in logit_bias; each costs time in every step
-# JSON values of a request body, beyond those of a prompt in token ids. The event loop parses, at most 0.05 s for these;
-# a thousand messages of some parts have fewer than 10,000.
+MAX_CHOICES = 128  # per prompt, as in the OpenAI API; all choices of a request must fit into slots and queue
+MAX_PROMPTS = 1024  # per request
+# JSON values of a request body, beyond those of prompts in token ids. The event loop parses, at most 0.05 s for both; a
+# thousand messages of some parts have fewer than 10,000.
 MAX_VALUES = 20_000
+MAX_PROMPT_IDS = 2**18  # of all prompts of a request
 MAX_CONNECTIONS = 512  # or four per place in slots and queue; at most half of what the system lets a process open
 # A longer prompt is refused before it is tokenised, which takes a second for a megabyte. English has 4 to 5 characters
 # per token, deeply indented code about 10.

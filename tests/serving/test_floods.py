@@ -23,7 +23,7 @@ from gradmap_hub.serving import protocol, schemas, server
 from gradmap_hub.serving.preparing import Preparer
 from gradmap_hub.serving.problems import ApiError
 from gradmap_hub.serving.prompts import check_length
-from gradmap_hub.serving.settings import CHARACTERS_PER_TOKEN, Settings
+from gradmap_hub.serving.settings import CHARACTERS_PER_TOKEN, MAX_PROMPT_IDS, MAX_VALUES, Settings
 
 resource: Any = pytest.importorskip("resource", reason="limits of POSIX")
 
@@ -133,6 +133,14 @@ def test_a_body_of_a_megabyte_is_refused_soon(body: bytes) -> None:
     with pytest.raises(ApiError):
         schemas.parse(kind, body, most=21_000)
     assert time.process_time() - began < 0.15  # on the event loop
+
+
+def test_as_many_values_as_prompts_may_have_are_parsed_soon() -> None:
+    body = b'{"model": "a", "prompt": 1, "x": [' + b"{}," * 280_000 + b"1]}"
+    began = time.process_time()
+    with pytest.raises(ApiError, match="prompt"):
+        schemas.parse(schemas.CompletionRequest, body, most=MAX_VALUES + MAX_PROMPT_IDS)
+    assert time.process_time() - began < 0.15
 
 
 @pytest.mark.parametrize("text", [",,," * 100_000, '\\",' * 100_000, "é,[1,{" * 50_000])

@@ -271,16 +271,20 @@ def test_lm_eval_chooses_what_the_engine_chooses(web: httpx.Client, model: Any, 
     ]
     client = SimpleNamespace(model=kit.name)
     for context, continuations in documents:
-        direct_sums, served_sums = [], []
-        for continuation in continuations:
-            before, after = model.encode(context), model.encode(continuation)
-            direct_sums.append(sum(direct(model, before + after)[len(before) - 1 :]))
-            payload = completions._create_payload(client, before + after)
-            answer = web.post(PLAIN, json=payload)
-            assert answer.status_code == 200, answer.text
-            ((total, greedy),) = completions.parse_logprobs(answer.json(), ctxlens=[len(before)])
-            served_sums.append(total)
-            assert greedy == (ran(model, before, len(after)).token_ids == after)
+        before, after = model.encode(context), [model.encode(text) for text in continuations]
+        direct_sums = [sum(direct(model, before + each)[len(before) - 1 :]) for each in after]
+        served_sums: list[float] = []
+        for batch in range(1, len(after) + 1):  # batch_size; it posts lists of lists, of one prompt too
+            served_sums = []
+            for start in range(0, len(after), batch):
+                prompts = [before + each for each in after[start : start + batch]]
+                answer = web.post(PLAIN, json=completions._create_payload(client, prompts))
+                assert answer.status_code == 200, answer.text
+                found = completions.parse_logprobs(answer.json(), ctxlens=[len(before)] * len(prompts))
+                served_sums += [total for total, _ in found]
+                for each, (_, greedy) in zip(after[start:], found, strict=False):
+                    assert greedy == (ran(model, before, len(each)).token_ids == each)
+            assert served_sums == pytest.approx(direct_sums, abs=1e-3)
         assert served_sums == pytest.approx(direct_sums, abs=1e-3)
         assert int(np.argmax(served_sums)) == int(np.argmax(direct_sums))
     # And a continuation that the model would choose is greedy.
