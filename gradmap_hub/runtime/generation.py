@@ -11,6 +11,7 @@ import numpy as np
 
 from gradmap_hub.errors import GradmapError
 from gradmap_hub.runtime.artifacts import Artifact
+from gradmap_hub.runtime.continuing import cut_after
 from gradmap_hub.runtime.pool import Row, RowPool
 from gradmap_hub.runtime.prompting import ModelError, TextCodec
 from gradmap_hub.runtime.sampling import Sampler, Sampling
@@ -75,13 +76,30 @@ class TextModel:
         """
         return self._encoded(lambda: self._codec.encode_text(text))
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+    ) -> list[int]:
         """Return the token ids of messages ({"role", "content"}), rendered by the model's chat template in a sandbox.
+
+        `add_generation_prompt`: end with the start of an answer; `continue_final_message`: end within the last message
+        instead, so that the answer continues it.
 
         Raises:
             PromptError: the model has no chat template, or the template rejects these messages.
         """
-        return self._encoded(lambda: self._codec.encode_chat(messages))
+
+        def encode() -> list[int]:
+            begin = add_generation_prompt and not continue_final_message
+            text = self._codec.rendered(messages, add_generation_prompt=begin)
+            if continue_final_message:
+                text = cut_after(text, messages[-1]["content"])
+            return self._codec.encode_rendered(text)
+
+        return self._encoded(encode)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of token ids, special tokens included."""
@@ -115,6 +133,7 @@ class TextModel:
         sampling: Sampling | None = None,
         stop: Sequence[str] = (),
         ignore_end: bool = False,
+        min_tokens: int = 0,
         scoring: Scoring | None = None,
         echo: str = "",
         room: Callable[[int], Steps] | None = None,
@@ -122,8 +141,9 @@ class TextModel:
         """Create a generation of at most `max_tokens` tokens, fewer if the context ends first. Computes nothing yet.
 
         `max_tokens` 0 only reads the prompt, to score it; `ignore_end`: do not stop at end tokens, for benchmarks;
-        `scoring`: what `take_scores` returns; `echo`: text that the answer begins with; `room`: returns an empty KV
-        cache for a number of tokens, default: a cache of its own.
+        `min_tokens`: before that many, neither an end token nor a stop string ends the answer; `scoring`: what
+        `take_scores` returns; `echo`: text that the answer begins with; `room`: returns an empty KV cache for a number
+        of tokens, default: a cache of its own.
 
         Raises:
             PromptError: the prompt is empty, leaves no room in the context, or contains an invalid token id; or
@@ -147,7 +167,10 @@ class TextModel:
         ends = frozenset() if ignore_end else self.end_ids
         # The last token generated needs no place in the cache, but a cache for all tokens is simpler to reason about.
         steps = (room or self._session.start)(count + limit)
-        return Generation(steps, self._codec, list(prompt_ids), limit, sampler, stop, ends, scoring, echo)
+        return Generation(
+            steps, self._codec, list(prompt_ids), limit, sampler, stop, ends, scoring=scoring, echo=echo,
+            min_tokens=min_tokens,
+        )  # fmt: skip
 
     def batch(self, rows: int) -> Batch:
         """Return a batch that decodes up to `rows` generations together."""
@@ -200,8 +223,10 @@ class Generation:
         sampler: Sampler,
         stop: Sequence[str],
         ends: frozenset[int],
+        *,
         scoring: Scoring | None = None,
         echo: str = "",
+        min_tokens: int = 0,
     ) -> None:
         self.token_ids: list[int] = []
         self.text = ""
@@ -217,6 +242,7 @@ class Generation:
         self._stop = StopText(stop)
         self._scoring = scoring
         self._echo = echo
+        self._min_tokens = min_tokens
         self._scored: list[TokenScore] = []
         # Of tokens whose text is not final yet.
         self._unreleased: list[TokenScore] = []
@@ -289,7 +315,10 @@ class Generation:
 
         `began`: when the step that computed the logits began (perf_counter seconds).
         """
-        token = self._sampler.take(logits.astype(np.float32))
+        values = logits.astype(np.float32)  # a copy
+        if len(self.token_ids) < self._min_tokens:
+            values[[token for token in self._ends if token < len(values)]] = -np.inf
+        token = self._sampler.take(values)
         if self._scoring is not None:
             self._unreleased.append(score(logits, token, self._scoring.top))
         seconds = time.perf_counter() - began
@@ -303,7 +332,8 @@ class Generation:
         if token in self._ends:
             return self._finish("stop")
         self.token_ids.append(token)
-        final = self._stop.add(self._next_piece(token))
+        piece = self._next_piece(token)
+        final = piece if len(self.token_ids) <= self._min_tokens else self._stop.add(piece)
         self.text += final
         if final:
             self._release()

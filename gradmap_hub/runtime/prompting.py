@@ -173,7 +173,12 @@ class GenerationTag(Extension):
         return nodes.Scope(body, lineno=line)
 
 
-def render_chat(template: str, messages: Sequence[Mapping[str, Any]], tokens: Mapping[str, str]) -> str:
+def render_chat(
+    template: str,
+    messages: Sequence[Mapping[str, Any]],
+    tokens: Mapping[str, str],
+    variables: Mapping[str, Any] | None = None,
+) -> str:
     """Render messages ({"role", "content"}) with a chat template, up to the start of the answer.
 
     The template is untrusted, so it runs in jinja2's sandbox: no access to Python attributes, no changes to its
@@ -181,6 +186,7 @@ def render_chat(template: str, messages: Sequence[Mapping[str, Any]], tokens: Ma
 
     Args:
         tokens: Special tokens by name, such as bos_token.
+        variables: Further variables of the template, such as add_generation_prompt.
 
     Raises:
         ModelError: the template fails.
@@ -208,10 +214,7 @@ def render_chat(template: str, messages: Sequence[Mapping[str, Any]], tokens: Ma
     try:
         return environment.from_string(template).render(
             messages=[dict(message) for message in messages],
-            add_generation_prompt=True,
-            tools=None,
-            documents=None,
-            **tokens,
+            **{"add_generation_prompt": True, "tools": None, "documents": None, **(variables or {}), **tokens},
         )
     # A template is a program and may raise anything, such as a security or type error.
     except Exception as error:
@@ -232,13 +235,20 @@ class LimitedRenderer:
         self._worker: subprocess.Popen[bytes] | None = None
         self._finalizer: weakref.finalize | None = None
 
-    def __call__(self, template: str, messages: Sequence[Mapping[str, Any]], tokens: Mapping[str, str]) -> str:
+    def __call__(
+        self,
+        template: str,
+        messages: Sequence[Mapping[str, Any]],
+        tokens: Mapping[str, str],
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
         """The prompt of messages ({"role", "content"}), up to the start of the answer.
 
         Raises:
             ModelError: the template fails, or takes more time or memory than a prompt needs.
         """
-        task = json.dumps({"template": template, "messages": [dict(turn) for turn in messages], "tokens": dict(tokens)})
+        turns = [dict(turn) for turn in messages]
+        task = json.dumps([template, turns, dict(tokens), dict(variables or {})])
         if os.getpid() != self._process:  # a fork, such as one of ZeroGPU: its parent goes on with lock and worker
             if self._finalizer is not None:
                 self._finalizer.detach()
@@ -328,7 +338,7 @@ def _render_tasks() -> None:
         task = json.loads(line)
         _limit_time(RENDER_SECONDS)
         try:
-            text = render_chat(task["template"], task["messages"], task["tokens"])
+            text = render_chat(*task)
             if len(text) > _MOST_RENDERED:
                 raise ModelError(
                     f"The model's chat template failed: it writes more than {_MOST_RENDERED:,} characters for these "
@@ -388,10 +398,15 @@ class TextCodec:
         return self._ids(text, add_special_tokens=True)
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        return self.encode_rendered(self.rendered(messages))
+
+    def rendered(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
         if self.chat_template is None:
             raise ModelError("This model has no chat template.")
+        return self.render(self.chat_template, messages, self.tokens, variables)
+
+    def encode_rendered(self, text: str) -> list[int]:
         # The template has already written the special tokens.
-        text = self.render(self.chat_template, messages, self.tokens)
         return self._ids(text, add_special_tokens=False)
 
     def _ids(self, text: str, *, add_special_tokens: bool) -> list[int]:

@@ -62,7 +62,7 @@ def check_choices(asked: ChatRequest | CompletionRequest, most: int) -> int:
 
 def _least_output(asked: ChatRequest | CompletionRequest) -> int:
     """Return for how many tokens of output there must be room: none if only the prompt is asked for."""
-    return 0 if asked.max_tokens == 0 else 1
+    return 0 if asked.limit == 0 else 1
 
 
 def _too_long(size: str, context_length: int, param: str) -> ApiError:
@@ -85,10 +85,10 @@ def works_for(engine: Engine, asked: ChatRequest | CompletionRequest) -> list[Wo
     prompts: list[tuple[list[int], str]]
     if isinstance(asked, ChatRequest):
         param, prompts = "messages", [(_chat_ids(engine, asked), "")]
-        wanted = asked.max_completion_tokens or asked.max_tokens
+        wanted = asked.limit
     else:
         param, prompts = "prompt", [_completion_prompt(engine, asked, prompt) for prompt in _given_prompts(asked)]
-        wanted = _COMPLETION_TOKENS if asked.max_tokens is None else asked.max_tokens
+        wanted = _COMPLETION_TOKENS if asked.limit is None else asked.limit
     scoring = _scoring(asked)
     _check_scores(sum(len(ids) for ids, _ in prompts) * (asked.n or 1), scoring)
     sampling, stop = _sampling(asked, engine.vocabulary), _stops(asked.stop)
@@ -101,7 +101,9 @@ def works_for(engine: Engine, asked: ChatRequest | CompletionRequest) -> list[Wo
         limit = room if wanted is None else min(wanted, room)
         for choice in range(asked.n or 1):
             own = sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + choice)
-            works.append(Work(ids, limit, own, stop, scoring, echo))
+            works.append(
+                Work(ids, limit, own, stop, scoring, echo, bool(asked.ignore_eos), min(asked.min_tokens or 0, limit))
+            )
     return works
 
 
@@ -150,7 +152,11 @@ def _chat_ids(engine: Engine, asked: ChatRequest) -> list[int]:
         {"role": "system" if turn.role == "developer" else turn.role, "content": turn.text} for turn in asked.messages
     ]
     try:
-        return engine.encode_chat(turns)
+        return engine.encode_chat(
+            turns,
+            add_generation_prompt=asked.add_generation_prompt is not False,
+            continue_final_message=bool(asked.continue_final_message),
+        )
     except GradmapError as error:
         raise ApiError(400, error.message, param="messages", code="invalid_value") from error
 

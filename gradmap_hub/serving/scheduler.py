@@ -55,6 +55,8 @@ class Batch(Protocol):
         stop: Sequence[str] = (),
         scoring: Scoring | None = None,
         echo: str = "",
+        ignore_end: bool = False,
+        min_tokens: int = 0,
     ) -> Any: ...
     def step(self, answers: Sequence[Any]) -> list[str | Exception]:
         """Run one step of each `Answer`; return the text that became final, or the exception, for each."""
@@ -77,7 +79,13 @@ class Engine(Protocol):
     @property
     def vocabulary(self) -> int: ...
     def encode(self, text: str) -> list[int]: ...
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]: ...
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+    ) -> list[int]: ...
     def decode(self, token_ids: Sequence[int]) -> str: ...
     def token_bytes(self, token: int) -> bytes: ...
     def is_special(self, token: int) -> bool: ...
@@ -99,7 +107,8 @@ class Stopped(Exception):
 @dataclass(frozen=True)
 class Work:
     """The input of one generation. `prompt`: token ids; `max_tokens`: limit of the output; `stop`: stop strings;
-    `scoring`: which log-probabilities to deliver; `echo`: text that the answer begins with."""
+    `scoring`: which log-probabilities to deliver; `echo`: text that the answer begins with; `ignore_end`: end tokens do
+    not end the output; `min_tokens`: nothing but `max_tokens` ends it before."""
 
     prompt: Sequence[int]
     max_tokens: int
@@ -107,6 +116,8 @@ class Work:
     stop: tuple[str, ...] = ()
     scoring: Scoring | None = None
     echo: str = ""
+    ignore_end: bool = False
+    min_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -329,6 +340,8 @@ class Scheduler:
                 stop=work.stop,
                 scoring=work.scoring,
                 echo=work.echo,
+                ignore_end=work.ignore_end,
+                min_tokens=work.min_tokens,
             )
         except Exception as error:
             self._end(job, error=error)

@@ -111,6 +111,11 @@ class _Generation(_Request):
 
     model: str
     max_tokens: MaxTokens = Field(None, description="Maximum tokens to generate; also limited by the context.")
+    max_completion_tokens: MaxTokens = Field(None, description="Overrides max_tokens.")
+    min_tokens: Annotated[int, Field(ge=0, le=_MAX_TOKENS)] | None = Field(
+        None, description="Extension. Neither the end of the text nor a stop string ends the output before."
+    )
+    ignore_eos: bool | None = Field(None, description="Extension. The end of the text does not end the output.")
     temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(None, description="Default 1; 0 is greedy.")
     top_p: Annotated[float, Field(ge=0, le=1)] | None = Field(None, description="Default 1 (off).")
     top_k: Annotated[int, Field(ge=0, le=_MAX_TOKENS)] | None = Field(None, description="Extension. Default 0 (off).")
@@ -127,13 +132,19 @@ class _Generation(_Request):
     logit_bias: Biases = Field(None, description="Token id to what is added to its logit.")
     n: Choices = Field(None, description="Choices per prompt, default 1; with a seed, the next one for each.")
 
+    @property
+    def limit(self) -> int | None:
+        """How many tokens the output may have at most, if that is asked for."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
 
 class ChatRequest(_Generation):
     """POST /v1/chat/completions"""
 
     # Only the first error is reported; collecting those of 60,000 parts takes a second.
     messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
-    max_completion_tokens: MaxTokens = Field(None, description="Overrides max_tokens.")
+    add_generation_prompt: bool | None = Field(None, description="Extension. Default true: begin a new answer.")
+    continue_final_message: bool | None = Field(None, description="Extension. Continue the last message.")
     logprobs: bool | None = Field(None, description="Return the log-probability of each token.")
     top_logprobs: Top = Field(None, description="How many of the most probable tokens to list; needs logprobs.")
     tools: Nothing = None
@@ -155,6 +166,8 @@ class CompletionRequest(_Generation):
         None, description="Maximum tokens to generate; also limited by the context. 0 needs echo."
     )
     echo: bool | None = Field(None, description="Begin the text with the prompt.")
+    add_generation_prompt: None = None
+    continue_final_message: None = None
     logprobs: Top = Field(None, description="Return the log-probability of each token, and of so many likely ones.")
     suffix: Literal[""] | None = None
     best_of: Choices = Field(None, description="Must equal n: every choice is returned.")
@@ -200,7 +213,12 @@ def parse(kind: type[Asked], body: bytes, *, most: int) -> Asked:
         raise ApiError(400, "stream_options needs stream: true.", param="stream_options", code="invalid_value")
     if isinstance(asked, ChatRequest) and asked.top_logprobs and not asked.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs: true.", param="top_logprobs", code="invalid_value")
-    if isinstance(asked, CompletionRequest) and asked.max_tokens == 0 and not asked.echo:
+    if asked.limit is not None and (asked.min_tokens or 0) > asked.limit:
+        raise ApiError(400, "min_tokens must not exceed max_tokens.", param="min_tokens", code="invalid_value")
+    if isinstance(asked, ChatRequest) and asked.continue_final_message and asked.add_generation_prompt:
+        said = "continue_final_message and add_generation_prompt exclude each other."
+        raise ApiError(400, said, param="continue_final_message", code="invalid_value")
+    if isinstance(asked, CompletionRequest) and asked.limit == 0 and not asked.echo:
         raise ApiError(400, "max_tokens must be at least 1, or 0 with echo.", param="max_tokens", code="invalid_value")
     if isinstance(asked, CompletionRequest) and asked.best_of not in (None, asked.n or 1):
         said = "best_of must equal n: this server returns every choice that it generates."
@@ -221,6 +239,9 @@ def _problem(error: ValidationError) -> ApiError:
     for place in places:
         if place in _REFUSED:
             return ApiError(400, _REFUSED[str(place)], param=param, code="unsupported_parameter")
+    if first["type"] == "none_required":  # of CompletionRequest
+        said = f"{param} is for chats: a completion has no chat template."
+        return ApiError(400, said, param=param, code="unsupported_parameter")
     if not places:
         return ApiError(400, "The body must be a JSON object.", code="invalid_type")
     if first["type"] == "missing":

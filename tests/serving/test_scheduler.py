@@ -27,7 +27,7 @@ class Counting:
     def encode(self, text: str) -> list[int]:
         return [len(text)]
 
-    def encode_chat(self, messages: Sequence[Any]) -> list[int]:
+    def encode_chat(self, messages: Sequence[Any], **_: Any) -> list[int]:
         return [len(messages)]
 
     def decode(self, token_ids: Sequence[int]) -> str:
