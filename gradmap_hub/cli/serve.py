@@ -63,7 +63,8 @@ def serve(
         str | None, typer.Option("--revision", help="Branch, tag or commit of a model on the Hub.")
     ] = None,
     name: Annotated[
-        str | None, typer.Option("--name", metavar="MODEL_ID", help="Model id that clients send; default: the model's.")
+        str | None,
+        typer.Option("--name", metavar="MODEL_ID", help="Model id in answers; default: the model's."),
     ] = None,
     max_body: Annotated[int, typer.Option("--max-body", metavar="BYTES", help="Largest request body.", min=1024)] = 1024
     * 1024,
@@ -84,6 +85,9 @@ def serve(
         list[str] | None,
         typer.Option("--allow-host", metavar="NAME", help="Further Host name, for a proxy on loopback; repeatable."),
     ] = None,
+    strict_model: Annotated[
+        bool, typer.Option("--strict-model", help="Refuse requests that name another model with 404.")
+    ] = False,
     log_requests: Annotated[
         bool, typer.Option("--log-requests", help="Log one line per request on stderr, without texts and keys.")
     ] = False,
@@ -108,6 +112,7 @@ def serve(
         allow_origins=tuple(allow_origin or ()),
         allow_hosts=tuple(allow_host or ()),
         log_requests=log_requests,
+        strict_model=strict_model,
     )
     _log_to_stderr(log_requests, quiet)
     if not settings.loopback and settings.api_key is None:

@@ -60,6 +60,10 @@ class TextModel:
         self._codec = codec
 
     @property
+    def chat_template(self) -> str | None:
+        return self._codec.chat_template
+
+    @property
     def has_chat_template(self) -> bool:
         return self._codec.chat_template is not None
 

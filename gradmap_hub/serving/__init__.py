@@ -6,6 +6,7 @@
     scheduler.py  one decode thread, slots and a bounded queue; no asyncio, no HTTP
     delivery.py   connects a request to its generation: ordered text, time limit, disconnect
     answers.py    the shapes of responses
+    turns.py      the messages of a chat, as chat templates take them
     prompts.py    converts a validated request to token ids and sampling parameters
     preparing.py  the thread that does so
     metrics.py    the metrics of /metrics

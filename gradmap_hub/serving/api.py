@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from functools import partial
 from typing import Any
@@ -28,7 +29,9 @@ from gradmap_hub.serving.problems import ApiError, unknown_model
 from gradmap_hub.serving.prompts import check_choices, check_length, works_for
 from gradmap_hub.serving.scheduler import Engine, Scheduler
 from gradmap_hub.serving.schemas import ChatRequest, CompletionRequest
-from gradmap_hub.serving.settings import BODY_SECONDS, MAX_PROMPT_IDS, MAX_VALUES, Settings
+from gradmap_hub.serving.settings import BODY_SECONDS, MAX_OTHER_NAMES, MAX_PROMPT_IDS, MAX_VALUES, Settings
+
+log = logging.getLogger("gradmap_hub.serving")
 
 # Proxies must neither cache nor buffer the events.
 _EVENT_HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache",
@@ -125,7 +128,21 @@ class _Routes:
             artifact=engine.artifact,
             provider=engine.provider,
         )
-        self._openapi = document(name)
+        self._openapi = document(name, strict=settings.strict_model)
+        self._other_names: set[str] = set()
+
+    def called(self, other: str) -> None:
+        """Note that a request is for another model: clients have names such as gpt-4o built in.
+
+        Raises:
+            ApiError: 404, if such requests are to be refused.
+        """
+        if self.settings.strict_model:
+            raise unknown_model(other, self.name)
+        shown = other[:100]
+        if shown not in self._other_names and len(self._other_names) < MAX_OTHER_NAMES:
+            self._other_names.add(shown)
+            log.warning("A request is for the model %a; %s answers it. See --strict-model.", shown, self.name)
 
     async def models(self, request: Request) -> Response:
         return _answer(schemas.ModelList(object="list", data=[self._info]))
@@ -172,7 +189,7 @@ class _Generate:
             body = await _read(Request(scope, receive), settings.max_body)
             asked = schemas.parse(self._kind, body, most=self._most)
             if asked.model != name:
-                raise unknown_model(asked.model, name)
+                routes.called(asked.model)
             characters = check_length(asked, routes.engine.context_length)
             count = check_choices(asked, routes.scheduler.capacity)
             async with Delivery(routes.scheduler, routes.counters, receive, settings.timeout, count) as delivery:

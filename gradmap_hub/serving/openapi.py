@@ -28,8 +28,8 @@ _REFUSALS = {
 _GENERATION = (400, 401, 404, 408, 413, 415, 429, 500, 503, 504)
 
 
-def document(model: str) -> dict[str, Any]:
-    """Return the OpenAPI document of a server for this model."""
+def document(model: str, *, strict: bool) -> dict[str, Any]:
+    """Return the OpenAPI document of a server for this model. `strict`: requests for another one get 404."""
     requests: tuple[type[BaseModel], ...] = (schemas.ChatRequest, schemas.CompletionRequest)
     answers: tuple[type[BaseModel], ...] = (
         schemas.ChatCompletion,
@@ -46,7 +46,7 @@ def document(model: str) -> dict[str, Any]:
         ref_template=_REFERENCE,
     )
     components = described["$defs"]
-    for kind in requests:  # any other value gets 404
+    for kind in requests if strict else ():
         components[kind.__name__]["properties"]["model"] = {"type": "string", "enum": [model]}
     return {
         "openapi": "3.1.0",

@@ -11,6 +11,7 @@ from gradmap_hub.serving.problems import ApiError
 from gradmap_hub.serving.scheduler import Engine, Work
 from gradmap_hub.serving.schemas import ChatRequest, CompletionRequest
 from gradmap_hub.serving.settings import CHARACTERS_PER_TOKEN, MAX_SCORES
+from gradmap_hub.serving.turns import turns_for
 
 _COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions; a chat is limited by the context only
 
@@ -25,7 +26,7 @@ def check_length(asked: ChatRequest | CompletionRequest, context_length: int) ->
         ApiError: 400, a prompt is too long.
     """
     if isinstance(asked, ChatRequest):
-        count = sum(len(turn.text) for turn in asked.messages)
+        count = sum(turn.size for turn in asked.messages)
         _check_characters(count, context_length, "messages")
         return count
     prompts = _given_prompts(asked)
@@ -147,13 +148,9 @@ def _scoring(asked: ChatRequest | CompletionRequest) -> Scoring | None:
 
 
 def _chat_ids(engine: Engine, asked: ChatRequest) -> list[int]:
-    # OpenAI's developer role is the system role in the chat templates of open models.
-    turns = [
-        {"role": "system" if turn.role == "developer" else turn.role, "content": turn.text} for turn in asked.messages
-    ]
     try:
         return engine.encode_chat(
-            turns,
+            turns_for(engine.chat_template or "", asked.messages),
             add_generation_prompt=asked.add_generation_prompt is not False,
             continue_final_message=bool(asked.continue_final_message),
         )

@@ -7,6 +7,7 @@ that the error names the field; undeclared fields (`user`, `metadata`, `store`, 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic_core
@@ -21,6 +22,7 @@ from gradmap_hub.serving.settings import (
     MAX_PROMPTS,
     MAX_STOP_CHARACTERS,
     MAX_STOPS,
+    MAX_TOOL_CALLS,
     MAX_TOP_LOGPROBS,
 )
 
@@ -82,20 +84,41 @@ Biases = Annotated[dict[BiasedToken, Annotated[float, Field(ge=-100, le=100)]], 
 MaxTokens = Annotated[int, Field(ge=1, le=_MAX_TOKENS)] | None
 
 
-class Message(_Request):
-    """One turn of a conversation."""
+class CalledFunction(_Request):
+    name: str
+    arguments: str
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Content
-    tool_calls: Nothing = None
+
+class ToolCall(_Request):
+    """A call that the assistant has made. `arguments` is JSON in a text, as the OpenAI API has it."""
+
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class Message(_Request):
+    """One turn of a conversation. Only an assistant's may have no content; tool_call_id and name are of a tool's."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Content | None = None
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True, max_length=MAX_TOOL_CALLS)] | None = None
+    tool_call_id: str | None = None
+    name: str | None = None
     function_call: None = None
     audio: None = None
 
     @property
     def text(self) -> str:
-        if isinstance(self.content, str):
-            return self.content
-        return "".join(part.text for part in self.content)
+        if isinstance(self.content, list):
+            return "".join(part.text for part in self.content)
+        return self.content or ""
+
+    @property
+    def size(self) -> int:
+        """How many characters it has."""
+        calls = self.tool_calls or ()
+        return len(self.text) + sum(len(call.function.name) + len(call.function.arguments) for call in calls)
 
 
 class StreamOptions(_Request):
@@ -177,7 +200,6 @@ _REFUSED = {
     "suffix": "suffix is not supported: the model only continues a text.",
     "tools": "Tools are not supported.",
     "tool_choice": "Tools are not supported.",
-    "tool_calls": "Tools are not supported.",
     "functions": "Function calling is not supported.",
     "function_call": "Function calling is not supported.",
     "response_format": "response_format must be text.",
@@ -220,10 +242,30 @@ def parse(kind: type[Asked], body: bytes, *, most: int) -> Asked:
         raise ApiError(400, said, param="continue_final_message", code="invalid_value")
     if isinstance(asked, CompletionRequest) and asked.limit == 0 and not asked.echo:
         raise ApiError(400, "max_tokens must be at least 1, or 0 with echo.", param="max_tokens", code="invalid_value")
+    if isinstance(asked, ChatRequest):
+        _check_turns(asked.messages)
     if isinstance(asked, CompletionRequest) and asked.best_of not in (None, asked.n or 1):
         said = "best_of must equal n: this server returns every choice that it generates."
         raise ApiError(400, said, param="best_of", code="unsupported_value")
     return asked
+
+
+def _check_turns(turns: Sequence[Message]) -> None:
+    """Check what depends on the role.
+
+    Raises:
+        ApiError: 400, a turn without content that is no assistant's, or tool calls that are not.
+    """
+    for place, turn in enumerate(turns):
+        if turn.role == "assistant":
+            continue
+        if turn.content is None:
+            param = f"messages[{place}].content"
+            said = f"Missing required parameter: {param}. Only an assistant's may be null."
+            raise ApiError(400, said, param=param, code="missing_required_parameter")
+        if turn.tool_calls:
+            param = f"messages[{place}].tool_calls"
+            raise ApiError(400, f"{param}: only an assistant calls tools.", param=param, code="invalid_value")
 
 
 def _problem(error: ValidationError) -> ApiError:

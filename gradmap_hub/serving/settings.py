@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from gradmap_hub.errors import UsageError
 
 MAX_MESSAGES = 1024  # per chat request
+MAX_TOOL_CALLS = 128  # per message
+MAX_OTHER_NAMES = 10  # of models that are not here, each with a warning in the log
 MAX_STOPS = 4  # as in the OpenAI API
 MAX_STOP_CHARACTERS = 512
 MAX_TOP_LOGPROBS = 20  # as in the OpenAI API for chats; it has 5 for completions
@@ -41,7 +43,8 @@ class Settings:
         timeout: seconds per request, queueing included.
         drain: seconds to finish running and waiting requests at shutdown.
         max_body: maximum size of a request body, in bytes.
-        name: the model id that clients must send; None: the name of the engine.
+        name: the model id; None: the name of the engine.
+        strict_model: refuse requests for another model id instead of answering them.
         api_key: the bearer token that clients must send; None: no authentication.
         allow_origins: origins of web pages that may call the server (CORS); empty: none.
         allow_hosts: further names accepted in the Host header, for a server on loopback behind a proxy.
@@ -63,6 +66,7 @@ class Settings:
     allow_origins: tuple[str, ...] = ()
     allow_hosts: tuple[str, ...] = ()
     log_requests: bool = False
+    strict_model: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("slots", 1), ("queue", 0), ("drain", 0), ("max_body", 1024)):

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
+
+from gradmap_hub.serving import schemas
+from gradmap_hub.serving.problems import ApiError
+from gradmap_hub.serving.turns import turns_for
 
 CHAT = "/v1/chat/completions"
 PLAIN = "/v1/completions"
@@ -88,3 +93,94 @@ def test_no_generation_prompt(web: httpx.Client, model: Any, kit: Any) -> None:
 def test_a_completion_has_no_template(web: httpx.Client, kit: Any, name: str) -> None:
     error = refusal(web, kit, PLAIN, prompt=PROMPT, **{name: True})
     assert error["param"] == name and error["code"] == "unsupported_parameter"
+
+
+# -- messages ------------------------------------------------------------------------------------------------------
+
+CALL = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Köln"}'}}
+PLAIN_TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+TOOL_TEMPLATE = (
+    "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls %}{{ c.function }}{% endfor %}{% endfor %}"
+)
+
+
+def parsed(*messages: dict[str, Any]) -> Any:
+    body = json.dumps({"model": "a", "messages": list(messages)}).encode()
+    return schemas.parse(schemas.ChatRequest, body, most=1000).messages
+
+
+def test_a_turn_of_tools_is_answered(web: httpx.Client, model: Any, kit: Any) -> None:
+    """As agents send it: the call without content, and its result. The tiny model's template has no tool calls."""
+    turns = [
+        *TURNS,
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "tool", "tool_call_id": "call_1", "content": [{"type": "text", "text": "21 degrees"}]},
+    ]
+    answer = asked(web, kit, CHAT, messages=turns, max_tokens=8)
+    rendered = [
+        *TURNS,
+        {"role": "assistant", "content": '{"name": "weather", "arguments": {"city": "Köln"}}'},
+        {"role": "tool", "content": "21 degrees"},
+    ]
+    assert answer["choices"][0]["message"]["content"] == kit.alone(model, model.encode_chat(rendered), 8)
+
+
+def test_no_content_is_no_text(web: httpx.Client, model: Any, kit: Any) -> None:
+    wanted = kit.alone(model, model.encode_chat([*TURNS, {"role": "assistant", "content": ""}, *TURNS]), 8)
+    for turn in ({"role": "assistant", "content": None}, {"role": "assistant"}, {"role": "assistant", "content": ""}):
+        answer = asked(web, kit, CHAT, messages=[*TURNS, turn, *TURNS], max_tokens=8)
+        assert answer["choices"][0]["message"]["content"] == wanted
+
+
+def test_templates_with_tool_calls_get_them() -> None:
+    asked_calls = parsed({"role": "assistant", "content": "Let me see.", "tool_calls": [CALL]})
+    (turn,) = turns_for(TOOL_TEMPLATE, asked_calls)
+    function = {"name": "weather", "arguments": {"city": "Köln"}}
+    assert turn["content"] == "Let me see." and turn["tool_calls"] == [CALL | {"function": function}]
+    (turn,) = turns_for(PLAIN_TEMPLATE, asked_calls)
+    assert turn == {
+        "role": "assistant",
+        "content": 'Let me see.\n{"name": "weather", "arguments": {"city": "Köln"}}',
+    }
+
+
+@pytest.mark.parametrize("arguments", ["", "not JSON", "[1]", "[" * 5000])
+def test_arguments_that_are_no_object_stay_text(arguments: str) -> None:
+    call = CALL | {"function": {"name": "f", "arguments": arguments}}
+    (turn,) = turns_for(TOOL_TEMPLATE, parsed({"role": "assistant", "tool_calls": [call]}))
+    assert turn["tool_calls"][0]["function"]["arguments"] == arguments
+
+
+def test_a_result_that_the_template_would_leave_out_is_refused() -> None:
+    result = parsed({"role": "tool", "content": "21", "tool_call_id": "call_1", "name": "weather"})
+    assert turns_for(PLAIN_TEMPLATE, result)[0]["tool_call_id"] == "call_1"
+    with pytest.raises(ApiError, match=r"messages\[0\].role"):
+        turns_for("{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}", result)
+
+
+# -- the name of the model -----------------------------------------------------------------------------------------
+
+
+def test_another_name_is_answered_with_one_warning(model: Any, kit: Any, caplog: pytest.LogCaptureFixture) -> None:
+    with kit.serving(model) as server, httpx.Client(base_url=server.url, timeout=60) as web:
+        wanted = kit.alone(model, model.encode(PROMPT), 5)
+        for name in ["gpt-4o", "gpt-4o", "line\nbreak\x1b[31m" * 1000, *(f"model {number}" for number in range(30))]:
+            body = {"model": name, "prompt": PROMPT, "max_tokens": 5, "temperature": 0}
+            answer = web.post(PLAIN, json=body).json()
+            assert answer["choices"][0]["text"] == wanted and answer["model"] == kit.name
+        warnings = [record.getMessage() for record in caplog.records if "--strict-model" in record.getMessage()]
+        assert sum("'gpt-4o'" in warning for warning in warnings) == 1 and len(warnings) == 10
+        assert all(warning.isprintable() and len(warning) < 600 for warning in warnings)
+        assert (
+            "enum" not in web.get("/openapi.json").json()["components"]["schemas"]["ChatRequest"]["properties"]["model"]
+        )
+        assert web.get("/v1/models/gpt-4o").status_code == 404
+
+
+def test_another_name_is_refused_if_names_are_strict(model: Any, kit: Any) -> None:
+    with kit.serving(model, strict_model=True) as server, httpx.Client(base_url=server.url, timeout=60) as web:
+        for name in ("gpt-4o", "x" * 10_000):
+            answer = web.post(PLAIN, json={"model": name, "prompt": PROMPT, "max_tokens": 1})
+            assert answer.status_code == 404 and kit.is_refusal(answer.content) and len(answer.content) < 1500
+        described = web.get("/openapi.json").json()["components"]["schemas"]["CompletionRequest"]
+        assert described["properties"]["model"]["enum"] == [kit.name]

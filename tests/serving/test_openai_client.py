@@ -205,10 +205,13 @@ def test_images_are_refused_by_name(client: Any, kit: Any) -> None:
     assert refused.value.param == "messages[0].content[1].type" and "text" in refused.value.message
 
 
-def test_another_model_is_not_here(client: Any) -> None:
-    with pytest.raises(openai.NotFoundError) as refused:
-        client.chat.completions.create(model="gpt-4o", messages=TURNS)
-    assert refused.value.code == "model_not_found" and refused.value.param == "model"
+def test_another_model_is_not_here_if_names_are_strict(model: Any, kit: Any) -> None:
+    with kit.serving(model, strict_model=True) as server:
+        client = openai.OpenAI(base_url=server.url + "/v1", api_key="any", max_retries=0, timeout=60)
+        with pytest.raises(openai.NotFoundError) as refused:
+            client.chat.completions.create(model="gpt-4o", messages=TURNS)
+        assert refused.value.code == "model_not_found" and refused.value.param == "model"
+        assert client.chat.completions.create(model=kit.name, messages=TURNS, max_tokens=1).choices
 
 
 def test_key(model: Any, kit: Any) -> None:

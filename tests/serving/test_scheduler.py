@@ -16,7 +16,7 @@ from gradmap_hub.serving.scheduler import Busy, Job, Scheduler, Stopped, Work
 class Counting:
     """Says the numbers from 1 on; a prompt of [n] makes step n fail. Steps wait for `pass_on` if there is a gate."""
 
-    name, artifact, provider, context_length, has_chat_template = "counting", "none", "none", 100, False
+    name, artifact, provider, context_length, chat_template = "counting", "none", "none", 100, None
     vocabulary = 100
 
     def __init__(self, gate: threading.Semaphore | None = None) -> None:
