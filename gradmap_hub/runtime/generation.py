@@ -72,13 +72,13 @@ class TextModel:
         """The token ids that end an answer."""
         return self._codec.ends
 
-    def encode(self, text: str) -> list[int]:
-        """Return the token ids of plain text, including the special tokens that the tokenizer adds.
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Return the token ids of plain text; `special`: including the special tokens that the tokenizer adds.
 
         Raises:
             PromptError: the text has no tokens or cannot be encoded.
         """
-        return self._encoded(lambda: self._codec.encode_text(text))
+        return self._encoded(lambda: self._codec.encode_text(text, special=special))
 
     def encode_chat(
         self,

@@ -394,8 +394,8 @@ class TextCodec:
             return self.encode_text(prompt)
         return self.encode_chat([{"role": "user", "content": prompt}])
 
-    def encode_text(self, text: str) -> list[int]:
-        return self._ids(text, add_special_tokens=True)
+    def encode_text(self, text: str, *, special: bool = True) -> list[int]:
+        return self._ids(text, add_special_tokens=special)
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         return self.encode_rendered(self.rendered(messages))

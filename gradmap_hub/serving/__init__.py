@@ -2,7 +2,8 @@
 
     settings.py   configuration and limits                                 leaf
     problems.py   errors, in the format of the OpenAI API                  leaf
-    schemas.py    requests and responses, as pydantic models               leaf
+    schemas.py    requests, as pydantic models                             leaf
+    responses.py  responses, as pydantic models                            leaf
     scheduler.py  one decode thread, slots and a bounded queue; no asyncio, no HTTP
     delivery.py   connects a request to its generation: ordered text, time limit, disconnect
     answers.py    the shapes of responses

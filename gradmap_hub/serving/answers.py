@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
-from gradmap_hub.serving import schemas
+from gradmap_hub.serving import responses
 from gradmap_hub.serving.delivery import Piece
 from gradmap_hub.serving.scheduler import Engine, Finished, Work
 
@@ -78,12 +78,12 @@ class Shape:
         ]
         return self._response(choices)
 
-    def usage(self) -> schemas.Usage:
+    def usage(self) -> responses.Usage:
         """Return the number of tokens; a prompt counts once, however many choices it has."""
         finished = [self._finished[index] for index in range(len(self._works))]
         prompt = sum(each.prompt_tokens for each in finished[:: self._per_prompt])
         completion = sum(each.completion_tokens for each in finished)
-        return schemas.Usage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
+        return responses.Usage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
 
     def chunk(self, choices: list[Any], extra: Mapping[str, Any]) -> BaseModel:
         return self.event(**self._fields(self.object), choices=choices, **extra)
@@ -116,44 +116,44 @@ class Chat(Shape):
 
     prefix = "chatcmpl"
     object = "chat.completion.chunk"
-    event = schemas.ChatChunk
+    event = responses.ChatChunk
 
-    def heads(self) -> list[list[schemas.ChunkChoice]]:
-        first = schemas.Delta(role="assistant", content="")
+    def heads(self) -> list[list[responses.ChunkChoice]]:
+        first = responses.Delta(role="assistant", content="")
         return [
-            [schemas.ChunkChoice(index=index, delta=first, logprobs=None, finish_reason=None)]
+            [responses.ChunkChoice(index=index, delta=first, logprobs=None, finish_reason=None)]
             for index in range(len(self._works))
         ]
 
-    def _delta(self, piece: Piece) -> schemas.ChunkChoice:
+    def _delta(self, piece: Piece) -> responses.ChunkChoice:
         reason = piece.finished.reason if piece.finished else None
-        delta = schemas.Delta() if reason else schemas.Delta(content=piece.text)
+        delta = responses.Delta() if reason else responses.Delta(content=piece.text)
         logprobs = None if reason else self._logprobs(piece.scores)
-        return schemas.ChunkChoice(index=piece.index, delta=delta, logprobs=logprobs, finish_reason=reason)
+        return responses.ChunkChoice(index=piece.index, delta=delta, logprobs=logprobs, finish_reason=reason)
 
-    def _choice(self, piece: Piece) -> schemas.ChatChoice:
+    def _choice(self, piece: Piece) -> responses.ChatChoice:
         assert piece.finished is not None
-        return schemas.ChatChoice(
+        return responses.ChatChoice(
             index=piece.index,
-            message=schemas.ChatMessage(role="assistant", content=piece.text, refusal=None),
+            message=responses.ChatMessage(role="assistant", content=piece.text, refusal=None),
             logprobs=self._logprobs(piece.scores),
             finish_reason=piece.finished.reason,
         )
 
-    def _response(self, choices: list[schemas.ChatChoice]) -> schemas.ChatCompletion:
-        return schemas.ChatCompletion(**self._fields("chat.completion"), choices=choices, usage=self.usage())
+    def _response(self, choices: list[responses.ChatChoice]) -> responses.ChatCompletion:
+        return responses.ChatCompletion(**self._fields("chat.completion"), choices=choices, usage=self.usage())
 
-    def _logprobs(self, scores: Sequence[TokenScore]) -> schemas.ChatLogprobs | None:
+    def _logprobs(self, scores: Sequence[TokenScore]) -> responses.ChatLogprobs | None:
         if not self.scored:
             return None
         content = [
-            schemas.ChatLogprob(
+            responses.ChatLogprob(
                 **self._logprob(each.token, each.logprob or 0.0),
-                top_logprobs=[schemas.TopLogprob(**self._logprob(token, value)) for token, value in each.top],
+                top_logprobs=[responses.TopLogprob(**self._logprob(token, value)) for token, value in each.top],
             )
             for each in scores
         ]
-        return schemas.ChatLogprobs(content=content, refusal=None)
+        return responses.ChatLogprobs(content=content, refusal=None)
 
     def _logprob(self, token: int, value: float) -> dict[str, Any]:
         return {"token": self._text(token), "logprob": value, "bytes": list(self._engine.token_bytes(token))}
@@ -164,7 +164,7 @@ class Completion(Shape):
 
     prefix = "cmpl"
     object = "text_completion"
-    event = schemas.TextCompletion
+    event = responses.TextCompletion
 
     def __init__(self, model: str, engine: Engine, works: Sequence[Work], *, per_prompt: int) -> None:
         super().__init__(model, engine, works, per_prompt=per_prompt)
@@ -172,24 +172,24 @@ class Completion(Shape):
         # How many tokens of the prompt are still to come in the scores of each choice.
         self._echoed = [len(work.prompt) if work.scoring and work.scoring.prompt else 0 for work in works]
 
-    def _delta(self, piece: Piece) -> schemas.TextChoice:
+    def _delta(self, piece: Piece) -> responses.TextChoice:
         reason = piece.finished.reason if piece.finished else None
         logprobs = None if reason else self._logprobs(piece.index, piece.scores)
-        return schemas.TextChoice(index=piece.index, text=piece.text, logprobs=logprobs, finish_reason=reason)
+        return responses.TextChoice(index=piece.index, text=piece.text, logprobs=logprobs, finish_reason=reason)
 
-    def _choice(self, piece: Piece) -> schemas.TextChoice:
+    def _choice(self, piece: Piece) -> responses.TextChoice:
         assert piece.finished is not None
-        return schemas.TextChoice(
+        return responses.TextChoice(
             index=piece.index,
             text=piece.text,
             logprobs=self._logprobs(piece.index, piece.scores),
             finish_reason=piece.finished.reason,
         )
 
-    def _response(self, choices: list[schemas.TextChoice]) -> schemas.TextCompletion:
-        return schemas.TextCompletion(**self._fields(self.object), choices=choices, usage=self.usage())
+    def _response(self, choices: list[responses.TextChoice]) -> responses.TextCompletion:
+        return responses.TextCompletion(**self._fields(self.object), choices=choices, usage=self.usage())
 
-    def _logprobs(self, index: int, scores: Sequence[TokenScore]) -> schemas.TextLogprobs | None:
+    def _logprobs(self, index: int, scores: Sequence[TokenScore]) -> responses.TextLogprobs | None:
         if not self.scored:
             return None
         tops: list[dict[str, float] | None] = []
@@ -205,7 +205,7 @@ class Completion(Shape):
         offsets = self._prompt_offsets(index, [each.token for each in scores[: self._echoed[index]]])
         output = self._offsets[index]
         offsets += [output.before(self._shown(each.token)) for each in scores[len(offsets) :]]
-        return schemas.TextLogprobs(
+        return responses.TextLogprobs(
             tokens=[self._text(each.token) for each in scores],
             token_logprobs=[each.logprob for each in scores],
             top_logprobs=tops,

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from pydantic import BaseModel
 from starlette.applications import Starlette
@@ -18,18 +19,24 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from gradmap_hub.serving import gate, schemas
+from gradmap_hub.serving import gate, responses, schemas
 from gradmap_hub.serving.answers import Chat, Completion, Shape
 from gradmap_hub.serving.delivery import Delivery, Disconnected
 from gradmap_hub.serving.gate import Door, Gate
 from gradmap_hub.serving.metrics import CONTENT_TYPE, Metrics
 from gradmap_hub.serving.openapi import document
 from gradmap_hub.serving.preparing import Preparer
-from gradmap_hub.serving.problems import ApiError, unknown_model
-from gradmap_hub.serving.prompts import check_choices, check_length, works_for
-from gradmap_hub.serving.scheduler import Engine, Scheduler
-from gradmap_hub.serving.schemas import ChatRequest, CompletionRequest
+from gradmap_hub.serving.problems import ApiError, overloaded, stopping, too_slow, unknown_model
+from gradmap_hub.serving.prompts import check_choices, check_length, detokenized, tokenized, works_for
+from gradmap_hub.serving.scheduler import Busy, Engine, Scheduler, Stopped
+from gradmap_hub.serving.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from gradmap_hub.serving.settings import BODY_SECONDS, MAX_OTHER_NAMES, MAX_PROMPT_IDS, MAX_VALUES, Settings
+
+# Paths of the OpenAI API that clients try.
+_ELSEWHERE = {
+    "/v1/embeddings": "This server has no embeddings: it serves a model that generates text.",
+    "/v1/responses": "This server does not have the Responses API. Use /v1/chat/completions.",
+}
 
 log = logging.getLogger("gradmap_hub.serving")
 
@@ -67,6 +74,12 @@ def build_app(engine: Engine, settings: Settings, scheduler: Scheduler, preparer
         routes=[
             Route(gate.CHAT, _Generate(routes, ChatRequest), methods=["POST"]),
             Route(gate.COMPLETIONS, _Generate(routes, CompletionRequest), methods=["POST"]),
+            Route(gate.TOKENIZE, _Convert(routes, TokenizeRequest, tokenized, MAX_VALUES), methods=["POST"]),
+            Route(
+                gate.DETOKENIZE,
+                _Convert(routes, DetokenizeRequest, detokenized, MAX_VALUES + MAX_PROMPT_IDS),
+                methods=["POST"],
+            ),
             Route(gate.MODELS, routes.models, methods=["GET"]),
             Route(gate.MODELS + "/{id:path}", routes.model, methods=["GET"]),
             Route(gate.HEALTH, routes.health, methods=["GET"]),
@@ -90,7 +103,8 @@ async def _http_error(request: Request, error: Exception) -> Response:
     """Convert Starlette's own errors (unknown paths and methods) to the OpenAI format."""
     assert isinstance(error, HTTPException)
     if error.status_code == 404:
-        message, code = "This path does not exist. See /openapi.json for the available paths.", "unknown_url"
+        unknown = "This path does not exist. See /openapi.json for the available paths."
+        message, code = _ELSEWHERE.get(request.url.path, unknown), "unknown_url"
     elif error.status_code == 405:
         message, code = "This path does not support this method. See the Allow header.", "method_not_allowed"
     else:
@@ -119,7 +133,7 @@ class _Routes:
         self.preparer = preparer
         self._door = door
         owner, slash, _ = name.partition("/")
-        self._info = schemas.ModelInfo(
+        self._info = responses.ModelInfo(
             id=name,
             object="model",
             created=int(time.time()),
@@ -132,11 +146,13 @@ class _Routes:
         self._other_names: set[str] = set()
 
     def called(self, other: str) -> None:
-        """Note that a request is for another model: clients have names such as gpt-4o built in.
+        """Note if a request is for another model: clients have names such as gpt-4o built in.
 
         Raises:
             ApiError: 404, if such requests are to be refused.
         """
+        if other == self.name:
+            return
         if self.settings.strict_model:
             raise unknown_model(other, self.name)
         shown = other[:100]
@@ -145,7 +161,7 @@ class _Routes:
             log.warning("A request is for the model %a; %s answers it. See --strict-model.", shown, self.name)
 
     async def models(self, request: Request) -> Response:
-        return _answer(schemas.ModelList(object="list", data=[self._info]))
+        return _answer(responses.ModelList(object="list", data=[self._info]))
 
     async def model(self, request: Request) -> Response:
         asked = request.path_params["id"]
@@ -155,13 +171,13 @@ class _Routes:
 
     async def health(self, request: Request) -> Response:
         if self.scheduler.alive:
-            return _answer(schemas.Health(status="ok"))
-        return _answer(schemas.Health(status="failed"), 503)
+            return _answer(responses.Health(status="ok"))
+        return _answer(responses.Health(status="failed"), 503)
 
     async def ready(self, request: Request) -> Response:
         works = self.scheduler.alive and not self.preparer.stuck
         status = "stopping" if self._door.closing else "ready" if works else "failed"
-        answer = schemas.Ready(
+        answer = responses.Ready(
             status=status, model=self.name, active=self.scheduler.active, waiting=self.scheduler.waiting
         )
         return _answer(answer, 200 if status == "ready" else 503)
@@ -188,8 +204,7 @@ class _Generate:
         try:
             body = await _read(Request(scope, receive), settings.max_body)
             asked = schemas.parse(self._kind, body, most=self._most)
-            if asked.model != name:
-                routes.called(asked.model)
+            routes.called(asked.model)
             characters = check_length(asked, routes.engine.context_length)
             count = check_choices(asked, routes.scheduler.capacity)
             async with Delivery(routes.scheduler, routes.counters, receive, settings.timeout, count) as delivery:
@@ -204,6 +219,59 @@ class _Generate:
                     await (await _whole(delivery, shape))(scope, receive, send)
         except (Disconnected, ClientDisconnect):
             pass  # the client has disconnected
+
+
+_Asked = TypeVar("_Asked", TokenizeRequest, DetokenizeRequest)
+
+
+class _Convert(Generic[_Asked]):
+    """POST route that only needs the tokenizer. It takes a place in the scheduler, which bounds how many wait."""
+
+    def __init__(
+        self, routes: _Routes, kind: type[_Asked], convert: Callable[[Engine, _Asked], BaseModel], most: int
+    ) -> None:
+        self._routes = routes
+        self._kind = kind
+        self._convert = convert
+        self._most = most
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        routes = self._routes
+        try:
+            body = await _read(Request(scope, receive), routes.settings.max_body)
+            asked = schemas.parse(self._kind, body, most=self._most)
+            if asked.model is not None:
+                routes.called(asked.model)
+            answer = await self._made(len(body), partial(self._convert, routes.engine, asked))
+            await _answer(answer)(scope, receive, send)
+        except ClientDisconnect:
+            pass
+
+    async def _made(self, size: int, make: Callable[[], BaseModel]) -> BaseModel:
+        """Run `make` on the preparer's thread.
+
+        Raises:
+            ApiError: its own, or 429 if all places are taken, 503 if the server stops, 504 if it takes too long.
+        """
+        routes = self._routes
+        try:
+            job = routes.scheduler.admit(lambda: None)
+        except Busy as busy:
+            routes.counters.refused("queue_full")
+            raise overloaded(busy.retry_seconds) from None
+        except Stopped:
+            raise stopping() from None
+        try:
+            making = asyncio.wrap_future(routes.preparer.submit(size, make))
+            done, _ = await asyncio.wait({making}, timeout=routes.settings.timeout)
+            if not done:
+                making.cancel()  # has an effect only before it starts
+                raise too_slow(routes.settings.timeout)
+            if making.cancelled():
+                raise stopping()
+            return making.result()
+        finally:
+            job.cancel()
 
 
 async def _read(request: Request, limit: int) -> bytes:
@@ -265,7 +333,7 @@ async def _stream(delivery: Delivery, shape: Shape, send: Send, *, with_usage: b
         async for piece in delivery.pieces():
             await chunk(shape.event_of(piece))
     except ApiError as error:
-        await event(schemas.ProblemAnswer.model_validate(error.body()).model_dump_json(), more=False)
+        await event(responses.ProblemAnswer.model_validate(error.body()).model_dump_json(), more=False)
         return
     if with_usage:
         await chunk([], usage=shape.usage())

@@ -23,15 +23,17 @@ access_log = logging.getLogger("gradmap_hub.serving.access")
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
+TOKENIZE = "/tokenize"
+DETOKENIZE = "/detokenize"
 MODELS = "/v1/models"
 HEALTH = "/health"
 READY = "/ready"
 METRICS = "/metrics"
 OPENAPI = "/openapi.json"
 _NO_ANSWER = 499  # nginx's code: the client disconnected before the response
-_GENERATING = {CHAT, COMPLETIONS}
+_ADMITTED = {CHAT, COMPLETIONS, TOKENIZE, DETOKENIZE}  # they need a place in the scheduler
 _OPEN = {HEALTH, READY}
-_ROUTES = _GENERATING | _OPEN | {MODELS, METRICS, OPENAPI}
+_ROUTES = _ADMITTED | _OPEN | {MODELS, METRICS, OPENAPI}
 _LOCAL_NAMES = {"localhost", "127.0.0.1", "::1"}
 
 
@@ -105,7 +107,7 @@ class Gate:
         self._check_host(headers)
         if self._key is not None and route not in _OPEN:
             self._check_key(headers, self._key)
-        if route in _GENERATING and scope["method"] == "POST":
+        if route in _ADMITTED and scope["method"] == "POST":
             if self._door.closing:
                 self._metrics.refused("shutting_down")
                 raise stopping()

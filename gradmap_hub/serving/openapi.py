@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from gradmap_hub import __version__
-from gradmap_hub.serving import gate, schemas
+from gradmap_hub.serving import gate, responses, schemas
 
 _REFERENCE = "#/components/schemas/{model}"
 _REFUSALS = {
@@ -30,16 +30,23 @@ _GENERATION = (400, 401, 404, 408, 413, 415, 429, 500, 503, 504)
 
 def document(model: str, *, strict: bool) -> dict[str, Any]:
     """Return the OpenAPI document of a server for this model. `strict`: requests for another one get 404."""
-    requests: tuple[type[BaseModel], ...] = (schemas.ChatRequest, schemas.CompletionRequest)
+    requests: tuple[type[BaseModel], ...] = (
+        schemas.ChatRequest,
+        schemas.CompletionRequest,
+        schemas.TokenizeRequest,
+        schemas.DetokenizeRequest,
+    )
     answers: tuple[type[BaseModel], ...] = (
-        schemas.ChatCompletion,
-        schemas.ChatChunk,
-        schemas.TextCompletion,
-        schemas.ModelList,
-        schemas.ModelInfo,
-        schemas.Health,
-        schemas.Ready,
-        schemas.ProblemAnswer,
+        responses.ChatCompletion,
+        responses.ChatChunk,
+        responses.TextCompletion,
+        responses.Tokenized,
+        responses.Detokenized,
+        responses.ModelList,
+        responses.ModelInfo,
+        responses.Health,
+        responses.Ready,
+        responses.ProblemAnswer,
     )
     _, described = models_json_schema(
         [*((kind, "validation") for kind in requests), *((kind, "validation") for kind in answers)],
@@ -56,23 +63,27 @@ def document(model: str, *, strict: bool) -> dict[str, Any]:
             "description": "The OpenAI API for one model on ONNX Runtime.",
         },
         "paths": {
-            gate.CHAT: {"post": _generation("chat", schemas.ChatRequest, schemas.ChatCompletion, schemas.ChatChunk)},
+            gate.CHAT: {
+                "post": _generation("chat", schemas.ChatRequest, responses.ChatCompletion, responses.ChatChunk)
+            },
             gate.COMPLETIONS: {
                 "post": _generation(
-                    "completion", schemas.CompletionRequest, schemas.TextCompletion, schemas.TextCompletion
+                    "completion", schemas.CompletionRequest, responses.TextCompletion, responses.TextCompletion
                 )
             },
-            gate.MODELS: {"get": _reading("models", "The served model.", schemas.ModelList, (400, 401))},
+            gate.TOKENIZE: {"post": _posting("tokenize", schemas.TokenizeRequest, responses.Tokenized)},
+            gate.DETOKENIZE: {"post": _posting("detokenize", schemas.DetokenizeRequest, responses.Detokenized)},
+            gate.MODELS: {"get": _reading("models", "The served model.", responses.ModelList, (400, 401))},
             gate.MODELS + "/{id}": {
                 "get": {
-                    **_reading("model", "The served model.", schemas.ModelInfo, (400, 401, 404)),
+                    **_reading("model", "The served model.", responses.ModelInfo, (400, 401, 404)),
                     "parameters": [
                         {"name": "id", "in": "path", "required": True, "schema": {"type": "string", "enum": [model]}}
                     ],
                 }
             },
-            gate.HEALTH: {"get": _state("health", "Whether the decode thread is alive.", schemas.Health)},
-            gate.READY: {"get": _state("ready", "Whether the server accepts requests.", schemas.Ready)},
+            gate.HEALTH: {"get": _state("health", "Whether the decode thread is alive.", responses.Health)},
+            gate.READY: {"get": _state("ready", "Whether the server accepts requests.", responses.Ready)},
             gate.METRICS: {
                 "get": {
                     "operationId": "metrics",
@@ -97,24 +108,30 @@ def _json(kind: type[BaseModel]) -> dict[str, Any]:
 
 
 def _refusals(statuses: Sequence[int]) -> dict[str, Any]:
-    content = {"application/json": _json(schemas.ProblemAnswer)}
+    content = {"application/json": _json(responses.ProblemAnswer)}
     return {str(status): {"description": _REFUSALS[status], "content": content} for status in statuses}
 
 
-def _generation(name: str, asked: type[BaseModel], answer: type[BaseModel], event: type[BaseModel]) -> dict[str, Any]:
+def _posting(name: str, asked: type[BaseModel], answer: type[BaseModel]) -> dict[str, Any]:
     return {
         "operationId": name,
         "summary": (asked.__doc__ or "").strip(),
         "requestBody": {"required": True, "content": {"application/json": _json(asked)}},
         "responses": {
-            "200": {
-                "description": "The response; with stream: true, server-sent events, "
-                f"each with a {event.__name__}, then [DONE].",
-                "content": {"application/json": _json(answer), "text/event-stream": {}},
-            },
+            "200": {"description": "The response.", "content": {"application/json": _json(answer)}},
             **_refusals(_GENERATION),
         },
     }
+
+
+def _generation(name: str, asked: type[BaseModel], answer: type[BaseModel], event: type[BaseModel]) -> dict[str, Any]:
+    described = _posting(name, asked, answer)
+    found = described["responses"]["200"]
+    found["description"] = (
+        f"The response; with stream: true, server-sent events, each with a {event.__name__}, then [DONE]."
+    )
+    found["content"]["text/event-stream"] = {}
+    return described
 
 
 def _reading(name: str, summary: str, answer: type[BaseModel], refusals: Sequence[int]) -> dict[str, Any]:

@@ -8,8 +8,15 @@ from dataclasses import replace
 from gradmap_hub.errors import GradmapError
 from gradmap_hub.runtime import Sampling, Scoring
 from gradmap_hub.serving.problems import ApiError
+from gradmap_hub.serving.responses import Detokenized, Tokenized
 from gradmap_hub.serving.scheduler import Engine, Work
-from gradmap_hub.serving.schemas import ChatRequest, CompletionRequest
+from gradmap_hub.serving.schemas import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    Message,
+    TokenizeRequest,
+)
 from gradmap_hub.serving.settings import CHARACTERS_PER_TOKEN, MAX_SCORES
 from gradmap_hub.serving.turns import turns_for
 
@@ -85,7 +92,7 @@ def works_for(engine: Engine, asked: ChatRequest | CompletionRequest) -> list[Wo
     """
     prompts: list[tuple[list[int], str]]
     if isinstance(asked, ChatRequest):
-        param, prompts = "messages", [(_chat_ids(engine, asked), "")]
+        param, prompts = "messages", [(_chat_ids(engine, asked, asked.messages), "")]
         wanted = asked.limit
     else:
         param, prompts = "prompt", [_completion_prompt(engine, asked, prompt) for prompt in _given_prompts(asked)]
@@ -147,10 +154,36 @@ def _scoring(asked: ChatRequest | CompletionRequest) -> Scoring | None:
     return None if asked.logprobs is None else Scoring(asked.logprobs, prompt=bool(asked.echo))
 
 
-def _chat_ids(engine: Engine, asked: ChatRequest) -> list[int]:
+def tokenized(engine: Engine, asked: TokenizeRequest) -> Tokenized:
+    """Answer a request for tokens; a prompt may be longer than the context.
+
+    Raises:
+        ApiError: 400, the tokenizer or the chat template rejects it.
+    """
+    if asked.messages is not None:
+        ids = _chat_ids(engine, asked, asked.messages)
+    elif asked.prompt:
+        ids = _text_ids(engine, asked.prompt, special=asked.add_special_tokens is not False)
+    else:
+        ids = []
+    return Tokenized(tokens=ids, count=len(ids), max_model_len=engine.context_length, token_strs=None)
+
+
+def detokenized(engine: Engine, asked: DetokenizeRequest) -> Detokenized:
+    """Answer a request for the text of tokens.
+
+    Raises:
+        ApiError: 400, a token id is unknown.
+    """
+    if asked.tokens:
+        _check_ids(asked.tokens, engine.vocabulary, "tokens")
+    return Detokenized(prompt=engine.decode(asked.tokens))
+
+
+def _chat_ids(engine: Engine, asked: ChatRequest | TokenizeRequest, messages: Sequence[Message]) -> list[int]:
     try:
         return engine.encode_chat(
-            turns_for(engine.chat_template or "", asked.messages),
+            turns_for(engine.chat_template or "", messages),
             add_generation_prompt=asked.add_generation_prompt is not False,
             continue_final_message=bool(asked.continue_final_message),
         )
@@ -171,8 +204,12 @@ def _completion_prompt(engine: Engine, asked: CompletionRequest, prompt: str | l
     """Return the token ids of a prompt, and the text that its answers begin with."""
     if isinstance(prompt, list):
         return prompt, engine.decode(prompt) if asked.echo else ""
+    return _text_ids(engine, prompt), prompt if asked.echo else ""
+
+
+def _text_ids(engine: Engine, text: str, *, special: bool = True) -> list[int]:
     try:
-        return engine.encode(prompt), prompt if asked.echo else ""
+        return engine.encode(text, special=special)
     except GradmapError as error:
         raise ApiError(400, error.message, param="prompt", code="invalid_value") from error
 

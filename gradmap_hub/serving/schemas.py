@@ -1,6 +1,6 @@
-"""Requests and responses of the OpenAI API, as far as this server supports it.
+"""Requests of the OpenAI API, as far as this server supports it.
 
-Requests are strict: a number in quotes is an error. Unsupported features are declared with their neutral value only, so
+They are strict: a number in quotes is an error. Unsupported features are declared with their neutral value only, so
 that the error names the field; undeclared fields (`user`, `metadata`, `store`, ...) are ignored.
 """
 
@@ -30,8 +30,6 @@ _TAG = "~"  # prefix of union branch names in pydantic's error locations; not pa
 _MAX_TOKENS = 2**31 - 1
 # The closing quote may be missing: a search that fails would begin again at every later quote.
 _TEXTS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)
-
-# -- requests ------------------------------------------------------------------------------------------------------
 
 
 class _Request(BaseModel):
@@ -121,6 +119,10 @@ class Message(_Request):
         return len(self.text) + sum(len(call.function.name) + len(call.function.arguments) for call in calls)
 
 
+# Only the first error is reported; collecting those of 60,000 parts takes a second.
+Messages = Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
+
+
 class StreamOptions(_Request):
     include_usage: bool | None = None
 
@@ -164,8 +166,7 @@ class _Generation(_Request):
 class ChatRequest(_Generation):
     """POST /v1/chat/completions"""
 
-    # Only the first error is reported; collecting those of 60,000 parts takes a second.
-    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
+    messages: Messages
     add_generation_prompt: bool | None = Field(None, description="Extension. Default true: begin a new answer.")
     continue_final_message: bool | None = Field(None, description="Extension. Continue the last message.")
     logprobs: bool | None = Field(None, description="Return the log-probability of each token.")
@@ -196,7 +197,27 @@ class CompletionRequest(_Generation):
     best_of: Choices = Field(None, description="Must equal n: every choice is returned.")
 
 
+class TokenizeRequest(_Request):
+    """POST /tokenize: the tokens of a prompt or of the messages of a chat, as vLLM's."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Messages | None = None
+    add_special_tokens: bool | None = Field(None, description="Of a prompt. Default true: as in a completion.")
+    add_generation_prompt: bool | None = Field(None, description="Of messages. Default true: begin a new answer.")
+    continue_final_message: bool | None = Field(None, description="Of messages. Continue the last message.")
+    return_token_strs: Literal[False] | None = None
+
+
+class DetokenizeRequest(_Request):
+    """POST /detokenize: the text of tokens, as vLLM's."""
+
+    model: str | None = None
+    tokens: Annotated[list[TokenId], Field(fail_fast=True, max_length=MAX_PROMPT_IDS)]
+
+
 _REFUSED = {
+    "return_token_strs": "return_token_strs is not supported.",
     "suffix": "suffix is not supported: the model only continues a text.",
     "tools": "Tools are not supported.",
     "tool_choice": "Tools are not supported.",
@@ -209,7 +230,7 @@ _REFUSED = {
     "web_search_options": "Web search is not supported.",
 }
 
-Asked = TypeVar("Asked", bound=_Generation)
+Asked = TypeVar("Asked", bound=_Request)
 
 
 def parse(kind: type[Asked], body: bytes, *, most: int) -> Asked:
@@ -231,23 +252,61 @@ def parse(kind: type[Asked], body: bytes, *, most: int) -> Asked:
         asked = kind.model_validate_json(body)
     except ValidationError as error:
         raise _problem(error) from None
+    if isinstance(asked, _Generation):
+        _check_generation(asked)
+    elif isinstance(asked, TokenizeRequest):
+        _check_tokenize(asked)
+    return asked
+
+
+def _check_tokenize(asked: TokenizeRequest) -> None:
+    """Check what several fields decide together.
+
+    Raises:
+        ApiError: 400; names the invalid parameter.
+    """
+    if (asked.prompt is None) == (asked.messages is None):
+        code = "missing_required_parameter" if asked.prompt is None else "invalid_value"
+        raise ApiError(400, "Send either prompt or messages.", param="prompt", code=code)
+    of_messages = {"add_generation_prompt": asked.add_generation_prompt}
+    of_messages |= {"continue_final_message": asked.continue_final_message}
+    others, given = (of_messages, "a prompt") if asked.messages is None else (
+        {"add_special_tokens": asked.add_special_tokens or None}, "messages"
+    )  # fmt: skip
+    for name, value in others.items():
+        if value is not None:
+            raise ApiError(400, f"{name} does not go with {given}.", param=name, code="unsupported_parameter")
+    if asked.messages is not None:
+        _check_ends(asked)
+        _check_turns(asked.messages)
+
+
+def _check_ends(asked: ChatRequest | TokenizeRequest) -> None:
+    if asked.continue_final_message and asked.add_generation_prompt:
+        said = "continue_final_message and add_generation_prompt exclude each other."
+        raise ApiError(400, said, param="continue_final_message", code="invalid_value")
+
+
+def _check_generation(asked: _Generation) -> None:
+    """Check what several fields decide together.
+
+    Raises:
+        ApiError: 400; names the invalid parameter.
+    """
     if asked.stream_options is not None and not asked.stream:
         raise ApiError(400, "stream_options needs stream: true.", param="stream_options", code="invalid_value")
     if isinstance(asked, ChatRequest) and asked.top_logprobs and not asked.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs: true.", param="top_logprobs", code="invalid_value")
     if asked.limit is not None and (asked.min_tokens or 0) > asked.limit:
         raise ApiError(400, "min_tokens must not exceed max_tokens.", param="min_tokens", code="invalid_value")
-    if isinstance(asked, ChatRequest) and asked.continue_final_message and asked.add_generation_prompt:
-        said = "continue_final_message and add_generation_prompt exclude each other."
-        raise ApiError(400, said, param="continue_final_message", code="invalid_value")
     if isinstance(asked, CompletionRequest) and asked.limit == 0 and not asked.echo:
         raise ApiError(400, "max_tokens must be at least 1, or 0 with echo.", param="max_tokens", code="invalid_value")
     if isinstance(asked, ChatRequest):
+        _check_ends(asked)
         _check_turns(asked.messages)
     if isinstance(asked, CompletionRequest) and asked.best_of not in (None, asked.n or 1):
         said = "best_of must equal n: this server returns every choice that it generates."
         raise ApiError(400, said, param="best_of", code="unsupported_value")
-    return asked
 
 
 def _check_turns(turns: Sequence[Message]) -> None:
@@ -293,149 +352,3 @@ def _problem(error: ValidationError) -> ApiError:
     code = "invalid_type" if first["type"].endswith("_type") else "invalid_value"
     said = first["msg"].replace(" after validation", "")
     return ApiError(400, f"{param}: {said[:1].lower()}{said[1:]}.", param=param, code=code)
-
-
-# -- responses -----------------------------------------------------------------------------------------------------
-
-
-class Usage(BaseModel):
-    """Number of tokens of a request and its response."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-
-
-Reason = Literal["stop", "length"]
-
-
-class ChatMessage(BaseModel):
-    role: Literal["assistant"]
-    content: str
-    refusal: None
-
-
-class TopLogprob(BaseModel):
-    token: str
-    logprob: float
-    bytes: list[int]
-
-
-class ChatLogprob(TopLogprob):
-    """A token with its natural log-probability; `bytes` are its UTF-8 bytes, which may be a part of a character."""
-
-    top_logprobs: list[TopLogprob]
-
-
-class ChatLogprobs(BaseModel):
-    content: list[ChatLogprob]
-    refusal: None
-
-
-class ChatChoice(BaseModel):
-    index: int
-    message: ChatMessage
-    logprobs: ChatLogprobs | None
-    finish_reason: Reason
-
-
-class ChatCompletion(BaseModel):
-    """The response to a chat request."""
-
-    id: str
-    object: Literal["chat.completion"]
-    created: int
-    model: str
-    choices: list[ChatChoice]
-    usage: Usage
-
-
-class Delta(BaseModel):
-    role: Literal["assistant"] | None = None
-    content: str | None = None
-
-
-class ChunkChoice(BaseModel):
-    index: int
-    delta: Delta
-    logprobs: ChatLogprobs | None
-    finish_reason: Reason | None
-
-
-class ChatChunk(BaseModel):
-    """One event of a streamed chat response."""
-
-    id: str
-    object: Literal["chat.completion.chunk"]
-    created: int
-    model: str
-    choices: list[ChunkChoice]
-    usage: Usage | None = None
-
-
-class TextLogprobs(BaseModel):
-    """Of each token: its text, its natural log-probability, those of the most probable tokens, where it begins."""
-
-    tokens: list[str]
-    token_logprobs: list[float | None]
-    top_logprobs: list[dict[str, float] | None]
-    text_offset: list[int]
-
-
-class TextChoice(BaseModel):
-    index: int
-    text: str
-    logprobs: TextLogprobs | None
-    finish_reason: Reason | None
-
-
-class TextCompletion(BaseModel):
-    """The response to a completion request, and each event of a streamed one."""
-
-    id: str
-    object: Literal["text_completion"]
-    created: int
-    model: str
-    choices: list[TextChoice]
-    usage: Usage | None = None
-
-
-class ModelInfo(BaseModel):
-    """The served model; the last three fields are extensions."""
-
-    id: str
-    object: Literal["model"]
-    created: int
-    owned_by: str
-    context_length: int
-    artifact: str
-    provider: str
-
-
-class ModelList(BaseModel):
-    object: Literal["list"]
-    data: list[ModelInfo]
-
-
-class Health(BaseModel):
-    status: Literal["ok", "failed"]
-
-
-class Ready(BaseModel):
-    status: Literal["ready", "stopping", "failed"]
-    model: str
-    active: int
-    waiting: int
-
-
-class Problem(BaseModel):
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class ProblemAnswer(BaseModel):
-    """The body of every error response."""
-
-    error: Problem

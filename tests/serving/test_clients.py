@@ -184,3 +184,98 @@ def test_another_name_is_refused_if_names_are_strict(model: Any, kit: Any) -> No
             assert answer.status_code == 404 and kit.is_refusal(answer.content) and len(answer.content) < 1500
         described = web.get("/openapi.json").json()["components"]["schemas"]["CompletionRequest"]
         assert described["properties"]["model"]["enum"] == [kit.name]
+
+
+# -- tokens --------------------------------------------------------------------------------------------------------
+
+
+def test_tokens_of_a_prompt(web: httpx.Client, model: Any, kit: Any) -> None:
+    for body in ({"prompt": PROMPT}, {"prompt": PROMPT, "model": "other"}, {"prompt": PROMPT, "messages": None}):
+        answer = web.post("/tokenize", json=body).json()
+        ids = model.encode(PROMPT)
+        assert answer == {"tokens": ids, "count": len(ids), "max_model_len": kit.context, "token_strs": None}
+    assert web.post("/tokenize", json={"prompt": ""}).json()["tokens"] == []
+    long = web.post("/tokenize", json={"prompt": PROMPT * 5000, "add_special_tokens": False}).json()
+    assert long["count"] > kit.context
+
+
+def test_special_tokens_are_left_out_if_asked_for(web: httpx.Client, model: Any, kit: Any) -> None:
+    def begins(text: str, *, special: bool = True) -> list[int]:
+        return [1, *model.encode(text)] if special else model.encode(text)
+
+    with kit.serving(Encoding(model, begins)) as server:
+        for given, wanted in ((None, True), (True, True), (False, False)):
+            body = {"prompt": PROMPT, "add_special_tokens": given}
+            assert (httpx.post(server.url + "/tokenize", json=body).json()["tokens"][0] == 1) is wanted
+
+
+class Encoding:
+    """The real model with another `encode`."""
+
+    def __init__(self, model: Any, encode: Any) -> None:
+        self._model, self.encode = model, encode
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
+def test_tokens_of_messages(web: httpx.Client, model: Any) -> None:
+    turns = [*TURNS, {"role": "assistant", "content": "An apple"}]
+    for options in ({}, {"add_generation_prompt": False}, {"continue_final_message": True}):
+        answer = web.post("/tokenize", json={"messages": turns, "add_special_tokens": False, **options})
+        assert answer.json()["tokens"] == model.encode_chat(turns, **options)
+
+
+def test_text_of_tokens(web: httpx.Client, model: Any) -> None:
+    for text in (PROMPT, "schön 🦊", "<s>user: a</s>"):
+        assert web.post("/detokenize", json={"tokens": model.encode(text)}).json() == {"prompt": text}
+    assert web.post("/detokenize", json={"tokens": []}).json() == {"prompt": ""}
+
+
+@pytest.mark.parametrize(
+    ("route", "body", "param"),
+    [
+        ("/tokenize", {}, "prompt"),
+        ("/tokenize", {"prompt": "a", "messages": TURNS}, "prompt"),
+        ("/tokenize", {"prompt": ["a"]}, "prompt"),
+        ("/tokenize", {"prompt": "a", "add_generation_prompt": True}, "add_generation_prompt"),
+        ("/tokenize", {"messages": TURNS, "add_special_tokens": True}, "add_special_tokens"),
+        ("/tokenize", {"prompt": "a", "return_token_strs": True}, "return_token_strs"),
+        ("/tokenize", {"messages": []}, "messages"),
+        ("/tokenize", {"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
+        ("/detokenize", {}, "tokens"),
+        ("/detokenize", {"tokens": "a"}, "tokens"),
+        ("/detokenize", {"tokens": [-1]}, "tokens[0]"),
+        ("/detokenize", {"tokens": [1, 400_000]}, "tokens"),
+    ],
+)
+def test_what_has_no_tokens_is_refused(
+    web: httpx.Client, kit: Any, route: str, body: dict[str, Any], param: str
+) -> None:
+    answer = web.post(route, json=body)
+    assert answer.status_code == 400 and kit.is_refusal(answer.content), answer.text
+    assert answer.json()["error"]["param"] == param
+
+
+def test_tokens_need_a_place_and_give_it_back(model: Any, kit: Any) -> None:
+    with kit.serving(model, pace=0.05, slots=1, queue=0) as server, httpx.Client(base_url=server.url) as web:
+        for _ in range(3):
+            assert web.post("/tokenize", json={"prompt": "a"}).is_success
+            assert web.post("/detokenize", json={"tokens": [400_000]}).status_code == 400
+        body = {"model": kit.name, "prompt": PROMPT, "max_tokens": 300, "temperature": 0, "stream": True}
+        with web.stream("POST", PLAIN, json=body) as answer:
+            next(answer.iter_lines())
+            assert httpx.post(server.url + "/tokenize", json={"prompt": "a"}).status_code == 429
+        kit.wait_until(lambda: server.scheduler.active == 0)
+        metrics = web.get("/metrics").text
+        assert 'gradmap_requests_total{route="/tokenize",status="429"} 1.0' in metrics
+
+
+# -- paths that are not here ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("path", "word"), [("/v1/embeddings", "embeddings"), ("/v1/responses", "Responses")])
+def test_paths_that_clients_try_say_why(web: httpx.Client, kit: Any, path: str, word: str) -> None:
+    answer = web.post(path, json={"model": kit.name, "input": "a"})
+    assert answer.status_code == 404 and kit.is_refusal(answer.content)
+    assert word in answer.json()["error"]["message"]

@@ -225,11 +225,11 @@ class Hanging:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
         if "hang" in text:
             self.hangs.set()
             self.go.wait(60)
-        return self._model.encode(text)
+        return self._model.encode(text, special=special)
 
 
 def test_a_stuck_tokeniser_is_not_ready(model: Any, kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:

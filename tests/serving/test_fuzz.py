@@ -44,9 +44,10 @@ FIELDS = [
     "model", "messages", "prompt", "max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k", "min_p",
     "repetition_penalty", "seed", "stop", "stream", "stream_options", "n", "best_of", "echo", "suffix", "logprobs",
     "top_logprobs", "tools", "tool_choice", "functions", "function_call", "response_format", "logit_bias",
-    "presence_penalty", "frequency_penalty", "modalities", "audio", "user", "metadata",
+    "presence_penalty", "frequency_penalty", "modalities", "audio", "user", "metadata", "min_tokens",
+    "ignore_eos", "continue_final_message", "add_generation_prompt", "add_special_tokens", "tokens",
 ]  # fmt: skip
-ROUTES = ["/v1/chat/completions", "/v1/completions"]
+ROUTES = ["/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"]
 
 
 @st.composite

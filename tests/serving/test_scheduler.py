@@ -24,7 +24,7 @@ class Counting:
         self.steps: list[int] = []  # the first prompt token of whoever was stepped
         self.open = 0
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
         return [len(text)]
 
     def encode_chat(self, messages: Sequence[Any], **_: Any) -> list[int]:

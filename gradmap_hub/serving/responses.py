@@ -1,0 +1,161 @@
+"""Responses of the OpenAI API, as far as this server supports it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel
+
+
+class Usage(BaseModel):
+    """Number of tokens of a request and its response."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+Reason = Literal["stop", "length"]
+
+
+class ChatMessage(BaseModel):
+    role: Literal["assistant"]
+    content: str
+    refusal: None
+
+
+class TopLogprob(BaseModel):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChatLogprob(TopLogprob):
+    """A token with its natural log-probability; `bytes` are its UTF-8 bytes, which may be a part of a character."""
+
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    content: list[ChatLogprob]
+    refusal: None
+
+
+class ChatChoice(BaseModel):
+    index: int
+    message: ChatMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: Reason
+
+
+class ChatCompletion(BaseModel):
+    """The response to a chat request."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class Delta(BaseModel):
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+
+class ChunkChoice(BaseModel):
+    index: int
+    delta: Delta
+    logprobs: ChatLogprobs | None
+    finish_reason: Reason | None
+
+
+class ChatChunk(BaseModel):
+    """One event of a streamed chat response."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChunkChoice]
+    usage: Usage | None = None
+
+
+class TextLogprobs(BaseModel):
+    """Of each token: its text, its natural log-probability, those of the most probable tokens, where it begins."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class TextChoice(BaseModel):
+    index: int
+    text: str
+    logprobs: TextLogprobs | None
+    finish_reason: Reason | None
+
+
+class TextCompletion(BaseModel):
+    """The response to a completion request, and each event of a streamed one."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[TextChoice]
+    usage: Usage | None = None
+
+
+class Tokenized(BaseModel):
+    tokens: list[int]
+    count: int
+    max_model_len: int
+    token_strs: None
+
+
+class Detokenized(BaseModel):
+    prompt: str
+
+
+class ModelInfo(BaseModel):
+    """The served model; the last three fields are extensions."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    context_length: int
+    artifact: str
+    provider: str
+
+
+class ModelList(BaseModel):
+    object: Literal["list"]
+    data: list[ModelInfo]
+
+
+class Health(BaseModel):
+    status: Literal["ok", "failed"]
+
+
+class Ready(BaseModel):
+    status: Literal["ready", "stopping", "failed"]
+    model: str
+    active: int
+    waiting: int
+
+
+class Problem(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ProblemAnswer(BaseModel):
+    """The body of every error response."""
+
+    error: Problem
