@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from gradmap_hub.runtime.generation import negative_log_likelihoods
+from gradmap_hub.runtime.scores import negative_log_likelihoods
 
 # llama.cpp's names. K-quants need widths that are multiples of 256, so they are left out.
 TYPES = ("Q8_0", "Q5_1", "Q4_1", "Q4_0")

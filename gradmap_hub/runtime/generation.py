@@ -11,11 +11,12 @@ import numpy as np
 
 from gradmap_hub.errors import GradmapError
 from gradmap_hub.runtime.artifacts import Artifact
+from gradmap_hub.runtime.constraints import Constraint, JsonConstraints
 from gradmap_hub.runtime.continuing import cut_after
 from gradmap_hub.runtime.pool import Row, RowPool
 from gradmap_hub.runtime.prompting import ModelError, TextCodec
 from gradmap_hub.runtime.sampling import Sampler, Sampling
-from gradmap_hub.runtime.scores import Scoring, TokenScore, score, scores
+from gradmap_hub.runtime.scores import Scoring, TokenScore, negative_log_likelihoods, score, scores
 from gradmap_hub.runtime.stopping import StopText
 from gradmap_hub.runtime.token_text import TokenBytes
 
@@ -117,6 +118,19 @@ class TextModel:
         """Whether the text of an answer leaves this token out."""
         return token in self._token_bytes.special
 
+    def constrain(self, schema: Mapping[str, Any]) -> Constraint:
+        """Return a constraint of one answer to a JSON schema; the first call takes up to a second.
+
+        Raises:
+            MissingExtra: llguidance is not installed.
+            ConstraintError: the schema or the tokenizer cannot be used.
+        """
+        return self._json_constraints.of(schema)
+
+    @cached_property
+    def _json_constraints(self) -> JsonConstraints:
+        return JsonConstraints(self._codec.tokenizer, self.vocabulary, self.end_ids)
+
     @cached_property
     def _token_bytes(self) -> TokenBytes:
         return TokenBytes(self._codec.tokenizer)
@@ -140,14 +154,15 @@ class TextModel:
         min_tokens: int = 0,
         scoring: Scoring | None = None,
         echo: str = "",
+        constraint: Constraint | None = None,
         room: Callable[[int], Steps] | None = None,
     ) -> Generation:
         """Create a generation of at most `max_tokens` tokens, fewer if the context ends first. Computes nothing yet.
 
         `max_tokens` 0 only reads the prompt, to score it; `ignore_end`: do not stop at end tokens, for benchmarks;
         `min_tokens`: before that many, neither an end token nor a stop string ends the answer; `scoring`: what
-        `take_scores` returns; `echo`: text that the answer begins with; `room`: returns an empty KV cache for a number
-        of tokens, default: a cache of its own.
+        `take_scores` returns; `echo`: text that the answer begins with; `constraint`: which tokens the answer
+        may have; `room`: returns an empty KV cache for a number of tokens, default: a cache of its own.
 
         Raises:
             PromptError: the prompt is empty, leaves no room in the context, or contains an invalid token id; or
@@ -173,7 +188,7 @@ class TextModel:
         steps = (room or self._session.start)(count + limit)
         return Generation(
             steps, self._codec, list(prompt_ids), limit, sampler, stop, ends, scoring=scoring, echo=echo,
-            min_tokens=min_tokens,
+            min_tokens=min_tokens, constraint=constraint,
         )  # fmt: skip
 
     def batch(self, rows: int) -> Batch:
@@ -204,14 +219,6 @@ class TextModel:
         answer.close()
 
 
-def negative_log_likelihoods(logits: np.ndarray, token_ids: Sequence[int] | np.ndarray) -> np.ndarray:
-    """Return the loss in nats of each token given its logits (tokens, vocabulary): (tokens,) float64."""
-    logits = logits.astype(np.float64)
-    highest = logits.max(axis=1)
-    normaliser = highest + np.log(np.exp(logits - highest[:, None]).sum(axis=1))
-    return normaliser - logits[np.arange(len(logits)), np.asarray(token_ids)]
-
-
 class Generation:
     """A running generation. Iterate over it for its text, or call `advance` yourself.
 
@@ -231,6 +238,7 @@ class Generation:
         scoring: Scoring | None = None,
         echo: str = "",
         min_tokens: int = 0,
+        constraint: Constraint | None = None,
     ) -> None:
         self.token_ids: list[int] = []
         self.text = ""
@@ -247,6 +255,7 @@ class Generation:
         self._scoring = scoring
         self._echo = echo
         self._min_tokens = min_tokens
+        self._constraint = constraint
         self._scored: list[TokenScore] = []
         # Of tokens whose text is not final yet.
         self._unreleased: list[TokenScore] = []
@@ -322,7 +331,11 @@ class Generation:
         values = logits.astype(np.float32)  # a copy
         if len(self.token_ids) < self._min_tokens:
             values[[token for token in self._ends if token < len(values)]] = -np.inf
-        token = self._sampler.take(values)
+        if self._constraint is None:
+            token = self._sampler.take(values)
+        else:
+            token = self._sampler.take(values, self._constraint.allowed(len(values)))
+            self._constraint.accept(token)
         if self._scoring is not None:
             self._unreleased.append(score(logits, token, self._scoring.top))
         seconds = time.perf_counter() - began
@@ -343,6 +356,8 @@ class Generation:
             self._release()
         if self._stop.met:
             self._unreleased.clear()
+            return final + self._finish("stop")
+        if self._constraint is not None and self._constraint.finished:
             return final + self._finish("stop")
         if len(self.token_ids) >= self._limit:
             return final + self._finish("length")

@@ -81,14 +81,17 @@ class Sampler:
         seed = settings.seed
         self._random = np.random.default_rng(secrets.randbits(64) if seed is None else seed)
 
-    def take(self, logits: np.ndarray) -> int:
-        """Return the next token id. `logits`: (vocabulary,) float32, not modified.
+    def take(self, logits: np.ndarray, allowed: np.ndarray | None = None) -> int:
+        """Return the next token id. `logits`: (vocabulary,) float32, not modified; `allowed`: (vocabulary,) bool, the
+        tokens to choose from, whatever penalties and biases say; None: all.
 
         Raises:
             UsageError: `logit_bias` has a token id that the vocabulary does not have.
         """
         if self._adjusts:
             logits = self._adjusted(logits)
+        if allowed is not None:
+            logits = np.where(allowed, logits, -np.inf)
         token = int(logits.argmax()) if self.sampling.temperature == 0 else self._draw(logits)
         self._seen.add(token)
         if self._penalises:

@@ -54,5 +54,13 @@ def scores(logits: np.ndarray, tokens: Sequence[int], top: int) -> list[TokenSco
     return [score(row, token, top) for row, token in zip(logits, tokens, strict=True)]
 
 
+def negative_log_likelihoods(logits: np.ndarray, token_ids: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Return the loss in nats of each token given its logits (tokens, vocabulary): (tokens,) float64."""
+    logits = logits.astype(np.float64)
+    highest = logits.max(axis=1)
+    normaliser = highest + np.log(np.exp(logits - highest[:, None]).sum(axis=1))
+    return normaliser - logits[np.arange(len(logits)), np.asarray(token_ids)]
+
+
 def _finite(value: float) -> float:
     return float(max(LEAST, value))  # NaN, of a damaged model, becomes LEAST too: JSON has no NaN

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from gradmap_hub.errors import GradmapError
+from gradmap_hub.errors import GradmapError, MissingExtra
 from gradmap_hub.runtime import Sampling, Scoring
+from gradmap_hub.runtime.constraints import Constraint
 from gradmap_hub.serving.problems import ApiError
 from gradmap_hub.serving.responses import Detokenized, Tokenized
 from gradmap_hub.serving.scheduler import Engine, Work
@@ -100,6 +101,7 @@ def works_for(engine: Engine, asked: ChatRequest | CompletionRequest) -> list[Wo
     scoring = _scoring(asked)
     _check_scores(sum(len(ids) for ids, _ in prompts) * (asked.n or 1), scoring)
     sampling, stop = _sampling(asked, engine.vocabulary), _stops(asked.stop)
+    constraint = _constraint(engine, asked)
     works = []
     for ids, echo in prompts:
         _check_ids(ids, engine.vocabulary, param)
@@ -110,9 +112,32 @@ def works_for(engine: Engine, asked: ChatRequest | CompletionRequest) -> list[Wo
         for choice in range(asked.n or 1):
             own = sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + choice)
             works.append(
-                Work(ids, limit, own, stop, scoring, echo, bool(asked.ignore_eos), min(asked.min_tokens or 0, limit))
+                Work(
+                    ids,
+                    limit,
+                    own,
+                    stop,
+                    scoring,
+                    echo,
+                    ignore_end=bool(asked.ignore_eos),
+                    min_tokens=min(asked.min_tokens or 0, limit),
+                    constraint=None if constraint is None else constraint.copy(),
+                )
             )
     return works
+
+
+def _constraint(engine: Engine, asked: ChatRequest | CompletionRequest) -> Constraint | None:
+    schema = None if asked.response_format is None else asked.response_format.schema_of_answer
+    if schema is None:
+        return None
+    try:
+        return engine.constrain(schema)
+    except MissingExtra as error:
+        said = f"This server cannot write JSON to a format. On its machine: {error.hint}"
+        raise ApiError(400, said, param="response_format", code="unsupported_parameter") from error
+    except GradmapError as error:
+        raise ApiError(400, error.message, param="response_format", code="invalid_value") from error
 
 
 def _check_ids(ids: Sequence[int], vocabulary: int, param: str) -> None:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
     from gradmap_hub.runtime import Sampling, Scoring, TokenScore
+    from gradmap_hub.runtime.constraints import Constraint
 
 log = logging.getLogger("gradmap_hub.serving")
 
@@ -57,6 +58,7 @@ class Batch(Protocol):
         echo: str = "",
         ignore_end: bool = False,
         min_tokens: int = 0,
+        constraint: Constraint | None = None,
     ) -> Any: ...
     def step(self, answers: Sequence[Any]) -> list[str | Exception]:
         """Run one step of each `Answer`; return the text that became final, or the exception, for each."""
@@ -89,6 +91,7 @@ class Engine(Protocol):
     def decode(self, token_ids: Sequence[int]) -> str: ...
     def token_bytes(self, token: int) -> bytes: ...
     def is_special(self, token: int) -> bool: ...
+    def constrain(self, schema: Mapping[str, Any]) -> Constraint: ...
     def batch(self, rows: int) -> Batch: ...
 
 
@@ -108,7 +111,7 @@ class Stopped(Exception):
 class Work:
     """The input of one generation. `prompt`: token ids; `max_tokens`: limit of the output; `stop`: stop strings;
     `scoring`: which log-probabilities to deliver; `echo`: text that the answer begins with; `ignore_end`: end tokens do
-    not end the output; `min_tokens`: nothing but `max_tokens` ends it before."""
+    not end the output; `min_tokens`: only `max_tokens` ends it before; `constraint`: which tokens it may have."""
 
     prompt: Sequence[int]
     max_tokens: int
@@ -118,6 +121,7 @@ class Work:
     echo: str = ""
     ignore_end: bool = False
     min_tokens: int = 0
+    constraint: Constraint | None = None
 
 
 @dataclass(frozen=True)
@@ -342,6 +346,7 @@ class Scheduler:
                 echo=work.echo,
                 ignore_end=work.ignore_end,
                 min_tokens=work.min_tokens,
+                constraint=work.constraint,
             )
         except Exception as error:
             self._end(job, error=error)

@@ -127,8 +127,27 @@ class StreamOptions(_Request):
     include_usage: bool | None = None
 
 
-class TextFormat(_Request):
-    type: Literal["text"]
+class NamedSchema(_Request):
+    """A JSON schema. Answers keep to it whether `strict` is set or not."""
+
+    name: Annotated[str, Field(max_length=64)]
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(_Request):
+    """What the answer must be: any text, a JSON object, or JSON of a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: NamedSchema | None = None
+
+    @property
+    def schema_of_answer(self) -> dict[str, Any] | None:
+        """The JSON schema that the answer must have; None: it may be any text."""
+        if self.type == "text":
+            return None
+        return {"type": "object"} if self.json_schema is None else self.json_schema.schema_
 
 
 class _Generation(_Request):
@@ -152,6 +171,7 @@ class _Generation(_Request):
     stop: Stop | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
     presence_penalty: Penalty = Field(None, description="Subtracted from the logits of tokens in the output.")
     frequency_penalty: Penalty = Field(None, description="The same, times how often the output has the token.")
     logit_bias: Biases = Field(None, description="Token id to what is added to its logit.")
@@ -175,7 +195,6 @@ class ChatRequest(_Generation):
     tool_choice: Literal["none", "auto"] | None = None
     functions: Nothing = None
     function_call: Literal["none", "auto"] | None = None
-    response_format: TextFormat | None = None
     modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
     audio: None = None
     prediction: None = None
@@ -223,7 +242,6 @@ _REFUSED = {
     "tool_choice": "Tools are not supported.",
     "functions": "Function calling is not supported.",
     "function_call": "Function calling is not supported.",
-    "response_format": "response_format must be text.",
     "modalities": 'modalities must be ["text"].',
     "audio": "Audio is not supported.",
     "prediction": "prediction is not supported.",
@@ -287,6 +305,17 @@ def _check_ends(asked: ChatRequest | TokenizeRequest) -> None:
         raise ApiError(400, said, param="continue_final_message", code="invalid_value")
 
 
+def _check_format(asked: _Generation, wanted: ResponseFormat) -> None:
+    if (wanted.type == "json_schema") != (wanted.json_schema is not None):
+        said = "response_format must have a json_schema if its type is json_schema, and only then."
+        raise ApiError(400, said, param="response_format.json_schema", code="invalid_value")
+    if wanted.type != "text":
+        for name, value in (("min_tokens", asked.min_tokens), ("ignore_eos", asked.ignore_eos)):
+            if value:
+                said = f"{name} does not go with a response_format in JSON, which says where the answer ends."
+                raise ApiError(400, said, param=name, code="unsupported_parameter")
+
+
 def _check_generation(asked: _Generation) -> None:
     """Check what several fields decide together.
 
@@ -297,6 +326,8 @@ def _check_generation(asked: _Generation) -> None:
         raise ApiError(400, "stream_options needs stream: true.", param="stream_options", code="invalid_value")
     if isinstance(asked, ChatRequest) and asked.top_logprobs and not asked.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs: true.", param="top_logprobs", code="invalid_value")
+    if asked.response_format is not None:
+        _check_format(asked, asked.response_format)
     if asked.limit is not None and (asked.min_tokens or 0) > asked.limit:
         raise ApiError(400, "min_tokens must not exceed max_tokens.", param="min_tokens", code="invalid_value")
     if isinstance(asked, CompletionRequest) and asked.limit == 0 and not asked.echo:

@@ -97,6 +97,15 @@ def test_a_bias_beyond_the_vocabulary_is_refused() -> None:
         Sampler(Sampling(logit_bias={len(LOGITS): 1.0}), []).take(LOGITS)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_only_allowed_tokens_are_chosen(temperature: float) -> None:
+    allowed = np.array([True, False, True, False, False])
+    settings = [Sampling(temperature, seed=seed, logit_bias={1: 100.0}, top_k=3, top_p=0.9) for seed in range(200)]
+    taken = {Sampler(each, []).take(LOGITS, allowed) for each in settings}
+    assert taken == ({2} if temperature == 0 else {0, 2})
+    assert Sampler(Sampling(temperature, min_p=0.9), []).take(LOGITS, allowed) == 2
+
+
 def test_a_seed_gives_the_same_tokens_and_none_gives_others() -> None:
     def tokens(seed: int | None) -> list[int]:
         sampler = Sampler(Sampling(1.0, seed=seed), [])

@@ -39,6 +39,9 @@ class Counting:
     def is_special(self, token: int) -> bool:
         return False
 
+    def constrain(self, schema: Any) -> Any:
+        raise AssertionError("nobody asked for a format")
+
     def start(self, prompt_ids: Sequence[int], *, max_tokens: int, **_: Any) -> Any:
         self.open += 1
         return _Count(self, prompt_ids, max_tokens)
