@@ -191,7 +191,9 @@ class ChatRequest(_Generation):
     continue_final_message: bool | None = Field(None, description="Extension. Continue the last message.")
     logprobs: bool | None = Field(None, description="Return the log-probability of each token.")
     top_logprobs: Top = Field(None, description="How many of the most probable tokens to list; needs logprobs.")
-    tools: Nothing = None
+    tools: Annotated[list[dict[str, Any]], Field(max_length=MAX_TOOL_CALLS)] | None = Field(
+        None, description='Only with tool_choice "none", which keeps them from the model.'
+    )
     tool_choice: Literal["none", "auto"] | None = None
     functions: Nothing = None
     function_call: Literal["none", "auto"] | None = None
@@ -305,6 +307,12 @@ def _check_ends(asked: ChatRequest | TokenizeRequest) -> None:
         raise ApiError(400, said, param="continue_final_message", code="invalid_value")
 
 
+def _check_tools(asked: ChatRequest) -> None:
+    if asked.tools and asked.tool_choice != "none":
+        said = 'Tools are not supported, except with tool_choice "none".'
+        raise ApiError(400, said, param="tools", code="unsupported_parameter")
+
+
 def _check_format(asked: _Generation, wanted: ResponseFormat) -> None:
     if (wanted.type == "json_schema") != (wanted.json_schema is not None):
         said = "response_format must have a json_schema if its type is json_schema, and only then."
@@ -333,6 +341,7 @@ def _check_generation(asked: _Generation) -> None:
     if isinstance(asked, CompletionRequest) and asked.limit == 0 and not asked.echo:
         raise ApiError(400, "max_tokens must be at least 1, or 0 with echo.", param="max_tokens", code="invalid_value")
     if isinstance(asked, ChatRequest):
+        _check_tools(asked)
         _check_ends(asked)
         _check_turns(asked.messages)
     if isinstance(asked, CompletionRequest) and asked.best_of not in (None, asked.n or 1):

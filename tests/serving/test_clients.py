@@ -158,6 +158,17 @@ def test_a_result_that_the_template_would_leave_out_is_refused() -> None:
         turns_for("{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}", result)
 
 
+def test_tools_that_are_not_to_be_called(web: httpx.Client, model: Any, kit: Any) -> None:
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+    answer = asked(web, kit, CHAT, messages=TURNS, max_tokens=8, tools=tools, tool_choice="none")
+    assert answer["choices"][0]["message"]["content"] == kit.alone(model, model.encode_chat(TURNS), 8)
+    for choice in (None, "auto"):
+        error = refusal(web, kit, CHAT, messages=TURNS, tools=tools, tool_choice=choice)
+        assert error["param"] == "tools" and error["code"] == "unsupported_parameter"
+    assert refusal(web, kit, CHAT, messages=TURNS, tools=tools, tool_choice="required")["param"] == "tool_choice"
+    assert asked(web, kit, CHAT, messages=TURNS, max_tokens=1, tools=[], tool_choice="auto")["choices"]
+
+
 # -- the name of the model -----------------------------------------------------------------------------------------
 
 
