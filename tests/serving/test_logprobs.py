@@ -287,8 +287,24 @@ def test_lm_eval_chooses_what_the_engine_chooses(web: httpx.Client, model: Any, 
             assert served_sums == pytest.approx(direct_sums, abs=1e-3)
         assert served_sums == pytest.approx(direct_sums, abs=1e-3)
         assert int(np.argmax(served_sums)) == int(np.argmax(direct_sums))
-    # And a continuation that the model would choose is greedy.
+    # A continuation that the model would choose is greedy.
     before = model.encode(PROMPT)
     after = ran(model, before, 5).token_ids
     answer = web.post(PLAIN, json=completions._create_payload(client, before + after)).json()
     assert completions.parse_logprobs(answer, ctxlens=[len(before)])[0][1] is True
+
+
+def test_lm_eval_gets_the_text_before_its_stop_strings(web: httpx.Client, model: Any, kit: Any) -> None:
+    """Those of humaneval, the end token's text among them; one of them is in the answer."""
+    completions = pytest.importorskip("lm_eval.models.openai_completions").LocalCompletionsAPI
+    prompts = [model.encode(text) for text in ("The capital of France", "Gravity pulls")]
+    whole = [kit.alone(model, ids, 30) for ids in prompts]
+    until = [whole[0][10:13], "\nclass", "\ndef", "\n#", "\nif", "\nprint"]
+    client = SimpleNamespace(model=kit.name, _max_gen_toks=256)
+    options = {"until": until, "max_gen_toks": 30, "do_sample": False}
+    payload = completions._create_payload(client, prompts, generate=True, gen_kwargs=options, eos="</s>")
+    answer = web.post(PLAIN, json=payload)
+    assert answer.status_code == 200, answer.text
+    found = completions.parse_generations(answer.json())
+    assert found == [min((text.split(stop)[0] for stop in until), key=len) for text in whole]
+    assert found[0] != whole[0]

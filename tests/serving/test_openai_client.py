@@ -186,7 +186,7 @@ def test_the_context_bounds_the_answer(client: Any, model: Any, kit: Any) -> Non
         ({"logit_bias": {"400000": 1}}, "logit_bias"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"temperature": 3}, "temperature"),
-        ({"stop": ["a", "b", "c", "d", "e"]}, "stop"),
+        ({"stop": [f"{number}" for number in range(17)]}, "stop"),
         ({"stop": ""}, "stop"),
         ({"modalities": ["audio"]}, "modalities[0]"),
     ],
