@@ -99,7 +99,6 @@ def works_for(engine: Engine, asked: ChatRequest | CompletionRequest) -> list[Wo
         param, prompts = "prompt", [_completion_prompt(engine, asked, prompt) for prompt in _given_prompts(asked)]
         wanted = _COMPLETION_TOKENS if asked.limit is None else asked.limit
     scoring = _scoring(asked)
-    _check_scores(sum(len(ids) for ids, _ in prompts) * (asked.n or 1), scoring)
     sampling, stop = _sampling(asked, engine.vocabulary), _stops(asked.stop)
     constraint = _constraint(engine, asked)
     works = []
@@ -124,6 +123,8 @@ def works_for(engine: Engine, asked: ChatRequest | CompletionRequest) -> list[Wo
                     constraint=None if constraint is None else constraint.copy(),
                 )
             )
+    if scoring is not None:
+        _check_scores(works, scoring, "top_logprobs" if isinstance(asked, ChatRequest) else "logprobs")
     return works
 
 
@@ -157,20 +158,19 @@ def _unknown_token(token: int, vocabulary: int, param: str) -> ApiError:
     return ApiError(400, said, param=param, code="invalid_value")
 
 
-def _check_scores(tokens: int, scoring: Scoring | None) -> None:
+def _check_scores(works: Sequence[Work], scoring: Scoring, param: str) -> None:
     """Bound the memory of a response.
 
     Raises:
-        ApiError: 400, too many log-probabilities of the tokens of prompts are asked for.
+        ApiError: 400, too many log-probabilities may be in it.
     """
-    if scoring is not None and scoring.prompt and tokens * (1 + scoring.top) > MAX_SCORES:
-        raise ApiError(
-            400,
-            f"The prompts have {tokens} tokens, and {1 + scoring.top} log-probabilities of each are asked for; the "
-            f"limit is {MAX_SCORES} in all. Ask for fewer.",
-            param="logprobs",
-            code="invalid_value",
+    tokens = sum(work.max_tokens + (len(work.prompt) if scoring.prompt else 0) for work in works)
+    if tokens * (1 + scoring.top) > MAX_SCORES:
+        said = (
+            f"The response may have {tokens} tokens with {1 + scoring.top} log-probabilities each; the limit is "
+            f"{MAX_SCORES} in all. Ask for fewer, or set max_tokens."
         )
+        raise ApiError(400, said, param=param, code="invalid_value")
 
 
 def _scoring(asked: ChatRequest | CompletionRequest) -> Scoring | None:

@@ -145,7 +145,8 @@ def test_who_goes_frees_every_place(model: Any, kit: Any) -> None:
         body = {"model": kit.name, "prompt": PROMPTS * 2, "max_tokens": 500, "temperature": 0, "stream": True}
         with httpx.Client(base_url=server.url, timeout=60) as web:
             with web.stream("POST", PLAIN, json=body) as answer:
-                next(answer.iter_lines())
+                lines = answer.iter_lines()  # kept: its end closes the connection
+                next(lines)
                 assert server.scheduler.active == 2 and server.scheduler.full
                 assert web.post(PLAIN, json=body).status_code == 429
             kit.wait_until(lambda: server.scheduler.active == server.scheduler.waiting == 0)

@@ -275,7 +275,8 @@ def test_tokens_need_a_place_and_give_it_back(model: Any, kit: Any) -> None:
             assert web.post("/detokenize", json={"tokens": [400_000]}).status_code == 400
         body = {"model": kit.name, "prompt": PROMPT, "max_tokens": 300, "temperature": 0, "stream": True}
         with web.stream("POST", PLAIN, json=body) as answer:
-            next(answer.iter_lines())
+            lines = answer.iter_lines()  # kept: its end closes the connection
+            next(lines)
             assert httpx.post(server.url + "/tokenize", json={"prompt": "a"}).status_code == 429
         kit.wait_until(lambda: server.scheduler.active == 0)
         metrics = web.get("/metrics").text

@@ -253,9 +253,12 @@ def test_what_is_refused_is_named(web: httpx.Client, kit: Any, monkeypatch: pyte
     assert refusal(PLAIN, prompt=PROMPT, echo=1) == "echo"
     assert refusal(PLAIN, prompt=PROMPT, max_tokens=0) == "max_tokens"
     assert refusal(CHAT, messages=TURNS, max_tokens=0) == "max_tokens"
-    monkeypatch.setattr("gradmap_hub.serving.prompts.MAX_SCORES", 20)
-    assert refusal(PLAIN, prompt=[5] * 11, logprobs=1, echo=True) == "logprobs"
-    assert web.post(PLAIN, json={"model": kit.name, "prompt": [5] * 10, "logprobs": 1, "echo": True}).is_success
+    monkeypatch.setattr("gradmap_hub.serving.prompts.MAX_SCORES", 22)
+    body = {"prompt": [5] * 10, "logprobs": 1, "echo": True}
+    assert refusal(PLAIN, **body, max_tokens=2) == refusal(PLAIN, **body, n=2) == "logprobs"
+    assert refusal(CHAT, messages=TURNS, logprobs=True, max_tokens=23) == "top_logprobs"
+    asked(web, kit, PLAIN, **body, max_tokens=1)
+    asked(web, kit, CHAT, messages=TURNS, logprobs=True, max_tokens=22)
 
 
 # -- lm-evaluation-harness -----------------------------------------------------------------------------------------
