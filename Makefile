@@ -16,7 +16,7 @@ install: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt Makefile
 	$(PYTHON) -m venv .venv
 	$(PIP) install --quiet --constraint constraints.txt torch
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[cpu,onnx,lora,serve,space,dev,eval]'
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[cpu,onnx,lora,serve,json,space,dev,eval]'
 	@touch $(STAMP)
 
 # The other lane: transformers 5, for which Optimum has no release; exports run in an environment of their own there.
@@ -25,7 +25,7 @@ install-5: $(STAMP5)
 $(STAMP5): pyproject.toml constraints-5.txt Makefile
 	$(PYTHON) -m venv .venv5
 	$(PIP5) install --quiet --constraint constraints-5.txt torch
-	$(PIP5) install --quiet --constraint constraints-5.txt --editable '.[cpu,lora,serve,space,dev,eval]'
+	$(PIP5) install --quiet --constraint constraints-5.txt --editable '.[cpu,lora,serve,json,space,dev,eval]'
 	@touch $(STAMP5)
 
 demo: install
