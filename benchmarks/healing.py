@@ -164,6 +164,7 @@ def _divergence(teacher: Any, model: Any, ids: Tensor) -> list[float]:
 
 
 def _section(found: Mapping[str, Any], name: str) -> str:
+    found = dict(sorted(found.items(), key=lambda item: (item[0] != "original", item[1].get("tokens", 0))))
     base = found["original"]
     texts = list(base["loss"])
     lines = [

@@ -232,8 +232,8 @@ TRAPS = (
     ),
     Trap(
         "scores of what is not a layer", "gradmap_hub/models/decoder.py",
-        "for name, parameter in module.named_parameters() if is_matrix(name, parameter)",
-        "for name, parameter in self.model.named_parameters() if is_matrix(name, parameter)",
+        "for name, parameter in module.named_parameters()\n                if reduce",
+        "for name, parameter in self.model.named_parameters()\n                if reduce",
         (f"{_FAMILIES}::test_tied_embeddings_stay_tied_and_are_no_part_of_any_score",),
     ),
     # --- other tools

@@ -52,6 +52,7 @@ def size_of(path: Path) -> tuple[int, int]:
         return image.size
 
 
+@pytest.mark.slow
 def test_the_figure_grows_with_what_it_shows_and_is_the_same_each_time(tmp_path: Path) -> None:
     paths = [tmp_path / name for name in ("a.png", "b.png", "shift.png", "plain.png")]
     scores = make_scores()

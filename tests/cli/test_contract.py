@@ -176,6 +176,7 @@ def records(world: Any, task_documents: Path) -> Records:
     return found
 
 
+@pytest.mark.slow
 def test_json_has_the_same_keys(records: Records) -> None:
     compare("shapes", records.shapes())
 

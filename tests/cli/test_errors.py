@@ -221,6 +221,7 @@ def test_calibration_text_that_is_not_there(world: Any, fails: Any, tmp_path: Pa
     fails(1, "inspect", world.base, *missing[:2], words=("missing.txt",))
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_calibration_text_too_short(world: Any, fails: Any, tmp_path: Path) -> None:
     short = tmp_path / "short.txt"

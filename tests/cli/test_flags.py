@@ -79,6 +79,7 @@ def test_publish_dry_run(world: Any, small: Path, sums: Sums) -> None:
     refused(world.cli.run("publish", small, "--to", "bob/x", "--dry-run"), 1, "without write access to bob")
 
 
+@pytest.mark.slow
 def test_update(world: Any, small: Path, smaller: Path, tmp_path: Path, sums: Sums) -> None:
     first = world.cli.run("publish", small, "--to", "ada/updated", "--json")
     assert first.code == 0, first.err

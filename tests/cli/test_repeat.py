@@ -43,6 +43,7 @@ def record_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "gradmap.json").read_text())
 
 
+@pytest.mark.slow
 def test_push_again(world: Any, first: Path, tmp_path: Path, sums: Sums) -> None:
     """From the file alone: the text is named on the command line, everything else is in the record."""
     lonely = tmp_path / "sent-to-me.json"

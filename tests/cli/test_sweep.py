@@ -28,6 +28,7 @@ def test_ctrl_c_and_the_same_command_again(world: Any, tmp_path: Path) -> None:
     assert all(point["speed"]["decode"]["ratio"] > 0 for point in answer["points"])
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_bad_ratios_ask_the_hub_for_nothing(world: Any, tmp_path: Path) -> None:
     asked = len(world.hub.requests)

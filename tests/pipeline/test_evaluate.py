@@ -281,6 +281,7 @@ def in_top5(original: torch.Tensor, pruned: torch.Tensor, targets: torch.Tensor)
     return (pruned.topk(5).indices == original.argmax(-1, keepdim=True)).any(-1)
 
 
+@pytest.mark.slow
 def test_a_metric_from_outside(
     world: SimpleNamespace, copy: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: Any
 ) -> None:
@@ -327,6 +328,7 @@ def change_a_byte(path: Path) -> None:
     path.write_bytes(bytes(content))
 
 
+@pytest.mark.slow
 def test_other_weights_other_hash_and_nothing_stale_is_shown(world: SimpleNamespace, copy: Path) -> None:
     page = (copy / "README.md").read_text()
     assert "## Evaluation" in page and "arc_easy" in page
@@ -426,6 +428,7 @@ def test_results_for_the_hub_only_of_whole_tasks(world: SimpleNamespace, tmp_pat
     assert not (tmp_path / ".eval_results").exists()
 
 
+@pytest.mark.slow
 def test_calibration_rows_in_a_text_are_named(world: SimpleNamespace, copy: Path) -> None:
     """The calibration text itself, but for its sum: some of its rows were drawn."""
     text = copy.with_name("copied.txt")

@@ -65,6 +65,7 @@ def sums(folder: Path) -> dict[str, str]:
     }
 
 
+@pytest.mark.slow
 def test_what_depends_on_the_weights_is_renewed(root: Path) -> None:
     export_folder(root / "small", ["onnx"])
     before, old = RunRecord.read(root / "small"), sums(root / "small")

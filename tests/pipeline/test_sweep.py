@@ -85,6 +85,7 @@ def tensor_bytes(folder: Path) -> int:
     return sum(entry["data_offsets"][1] - entry["data_offsets"][0] for entry in header.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stored", "changes"),
     [

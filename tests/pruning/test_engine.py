@@ -55,6 +55,7 @@ def test_the_same_seed_gives_the_same_bytes(tiny_folder: Path, text_file: Path, 
     assert sums(tmp_path / "first") == sums(tmp_path / "second") != {}
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_bfloat16_weights_may_be_computed_in_bfloat16(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
@@ -85,6 +86,7 @@ def toy_ranking() -> Iterator[str]:
     METRICS.remove("toy")
 
 
+@pytest.mark.slow
 def test_a_registered_ranking_chooses_the_layers(
     toy_ranking: str, tiny_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:

@@ -273,6 +273,7 @@ def test_visitors_wait_their_turn_and_a_closed_page_frees_it(browser: Any, slow_
     assert first.problems == second.problems == []
 
 
+@pytest.mark.slow
 def test_who_waits_can_stop_and_come_again(browser: Any, slow_app: Any) -> None:
     first, second = (Visit(browser, slow_app.url, 1280, "light") for _ in range(2))
     first.set_length(256)

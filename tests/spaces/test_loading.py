@@ -74,7 +74,7 @@ def test_a_precision_that_fails_leaves_the_others(
     loader = make(precisions=[*kit.facts()["precisions"], kit.precision("int4", 1, 1)])
     status = settle(loader, "int4")
     assert status.state == "error" and "original" in status.message and "model_q4.onnx is missing" in status.message
-    with pytest.raises(prompting.ModelError, match="model_int4"):
+    with pytest.raises(prompting.ModelError, match="model_q4"):
         loader.models()
     assert settle(loader, "int8").state == "ready"
     assert loader.models().original.context_length == 1024
