@@ -17,6 +17,10 @@ from gradmap_hub.exporters import environment
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
+# The environment variable that tells the worker who its parent is.
+PARENT = "GRADMAP_EXPORT_PARENT"
+
+
 class WorkerFailed(Exception):
     """The process ended without a result; the message is its last line of output."""
 
@@ -38,7 +42,7 @@ def call(module: str, arguments: Mapping[str, Any]) -> Any:
             capture_output=True,
             text=True,
             errors="replace",
-            env={**os.environ, **_OFFLINE},
+            env={**os.environ, **_OFFLINE, PARENT: str(os.getpid())},
         )
         if done.returncode == 0 and result.is_file():
             return json.loads(result.read_text(encoding="utf-8"))

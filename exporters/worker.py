@@ -6,10 +6,13 @@ import contextlib
 import ctypes
 import importlib
 import json
+import os
 import signal
 import sys
 import warnings
 from pathlib import Path
+
+from gradmap_hub.exporters.processes import PARENT
 
 
 def main() -> None:
@@ -23,8 +26,10 @@ def main() -> None:
 
 def _end_with_parent() -> None:
     """Have Linux kill this process when its parent dies; otherwise its further output would never be removed."""
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != int(os.environ.get(PARENT, os.getppid())):
+            os._exit(1)  # it died before
 
 
 if __name__ == "__main__":
