@@ -35,7 +35,7 @@ METRICS: list[str] = [
     "taylor-window",
     "cosine-window",
 ]
-# Of these, those for which no gradient of a weight is computed, a third of the work of scoring.
+# Of these, those for which no gradient of a weight is computed, a quarter of the products of scoring.
 WITHOUT_WEIGHTS = frozenset({"gradmap", "gate", "block-influence", "cosine-window"})
 SCHEDULES: tuple[str, ...] = ("oneshot", "iterative")
 COMPENSATIONS: tuple[str, ...] = ("auto", "projection", "weight", "none")

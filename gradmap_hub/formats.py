@@ -118,11 +118,13 @@ def add_row(row: Format) -> None:
     """Add a row to the table. `gradmap_hub.exporters.writers.register` adds a row and its writer.
 
     Raises:
-        ValueError: another format has its name, file, artifact name or precision in a Space.
+        ValueError: another format has its name, one of its file names, its artifact name or precision in a Space.
     """
     for other in FORMATS.values():
         both_in_space = row.in_space and other.in_space
-        for column in ("name", "file", "artifact", *(["precision"] if both_in_space else [])):
+        if shared := set(graph_names(row)) & set(graph_names(other)):
+            raise ValueError(f"The format {other.name!r} already has the file {min(shared)!r}.")
+        for column in ("name", "artifact", *(["precision"] if both_in_space else [])):
             if getattr(row, column) == getattr(other, column):
                 raise ValueError(f"The format {other.name!r} already has the {column} {getattr(row, column)!r}.")
     FORMATS[row.name] = row

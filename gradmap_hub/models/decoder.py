@@ -164,7 +164,7 @@ class Decoder:
 
         `hidden`: the layer's input; `gradient`: dL/d(output); both (batch, tokens, d). `reduce(name, matrix)` is called
         for each weight matrix once `matrix.grad` exists, which is freed right after, so that only one gradient is alive
-        at a time; without it, no gradient of a weight is computed, a third less work. Norm gains and biases are
+        at a time; without it, no gradient of a weight is computed, a third fewer products. Norm gains and biases are
         excluded: they are few and scaled differently. Returns dL/d(input).
         """
         with self.layer(index) as module, torch.enable_grad():

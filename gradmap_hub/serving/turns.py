@@ -11,7 +11,7 @@ from gradmap_hub.serving.problems import ApiError
 from gradmap_hub.serving.schemas import Message, ToolCall
 
 # A template that writes the role of a message as it is writes those of tools too.
-_WRITES_ROLES = re.compile(r"\{\{[^}]*\brole\b")
+_WRITES_ROLES = re.compile(r"\{\{[^{}]*\brole\b")
 
 
 def turns_for(template: str, messages: Sequence[Message]) -> list[dict[str, Any]]:

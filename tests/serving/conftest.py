@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
 
 CONTEXT = 1024
@@ -127,6 +128,13 @@ def wait_until(done: Callable[[], bool], seconds: float = 20.0) -> None:
         time.sleep(0.01)
 
 
+def asked(web: httpx.Client, route: str, **body: Any) -> Any:
+    """The answer to a greedy request."""
+    answer = web.post(route, json={"model": NAME, "temperature": 0, **body})
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
 @contextmanager
 def command(folder: Path, *options: str) -> Iterator[Any]:
     """`gradmap-hub serve` as a process; yields it and its address."""
@@ -154,10 +162,16 @@ def served(model: Any) -> Iterator[Any]:
         yield server
 
 
+@pytest.fixture(scope="module")
+def web(served: Any) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=served.url, timeout=60) as client:
+        yield client
+
+
 @pytest.fixture(scope="session")
 def kit() -> SimpleNamespace:
     """The helpers above; a conftest.py cannot be imported from under --import-mode=importlib."""
     return SimpleNamespace(
         serving=serving, alone=alone, events=events, is_refusal=is_refusal, wait_until=wait_until, command=command,
-        name=NAME, context=CONTEXT,
+        asked=asked, name=NAME, context=CONTEXT,
     )  # fmt: skip

@@ -35,17 +35,11 @@ def web(engine: Any, kit: Any) -> Iterator[httpx.Client]:
         kit.wait_until(lambda: server.scheduler.active == server.scheduler.waiting == 0)
 
 
-def asked(web: httpx.Client, kit: Any, route: str, **body: Any) -> Any:
-    answer = web.post(route, json={"model": kit.name, "temperature": 0, **body})
-    assert answer.status_code == 200, answer.text
-    return answer.json()
-
-
 def texts(web: httpx.Client, kit: Any, route: str, stream: bool, **body: Any) -> tuple[list[str], Any]:
     """The text of each choice and the usage; every choice ends once, and begins with its role in a chat."""
     chat = route == CHAT
     if not stream:
-        answer = asked(web, kit, route, **body)
+        answer = kit.asked(web, route, **body)
         assert [choice["index"] for choice in answer["choices"]] == list(range(len(answer["choices"])))
         said = [choice["message"]["content"] if chat else choice["text"] for choice in answer["choices"]]
         return said, answer["usage"]
@@ -106,9 +100,9 @@ def test_a_list_of_prompts(web: httpx.Client, engine: Any, kit: Any, given: str,
 
 
 def test_every_choice_has_its_own_echo_and_logprobs(web: httpx.Client, engine: Any, kit: Any) -> None:
-    answer = asked(web, kit, PLAIN, prompt=PROMPTS, max_tokens=4, echo=True, logprobs=1)
+    answer = kit.asked(web, PLAIN, prompt=PROMPTS, max_tokens=4, echo=True, logprobs=1)
     for prompt, choice in zip(PROMPTS, answer["choices"], strict=True):
-        (alone,) = asked(web, kit, PLAIN, prompt=prompt, max_tokens=4, echo=True, logprobs=1)["choices"]
+        (alone,) = kit.asked(web, PLAIN, prompt=prompt, max_tokens=4, echo=True, logprobs=1)["choices"]
         assert choice["text"].startswith(prompt) and choice | {"index": 0, "logprobs": 0} == alone | {"logprobs": 0}
         for name in ("tokens", "text_offset"):
             assert choice["logprobs"][name] == alone["logprobs"][name]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -19,18 +18,6 @@ TURNS = [{"role": "user", "content": "Explain gravity."}]
 PROMPT = "The capital of France"
 
 
-@pytest.fixture(scope="module")
-def web(served: Any) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=served.url, timeout=60) as client:
-        yield client
-
-
-def asked(web: httpx.Client, kit: Any, route: str, **body: Any) -> Any:
-    answer = web.post(route, json={"model": kit.name, "temperature": 0, **body})
-    assert answer.status_code == 200, answer.text
-    return answer.json()
-
-
 def refusal(web: httpx.Client, kit: Any, route: str, **body: Any) -> Any:
     answer = web.post(route, json={"model": kit.name, "max_tokens": 4, **body})
     assert answer.status_code == 400 and kit.is_refusal(answer.content), answer.text
@@ -44,7 +31,7 @@ def refusal(web: httpx.Client, kit: Any, route: str, **body: Any) -> Any:
 def test_both_names_of_the_maximum(web: httpx.Client, kit: Any, route: str) -> None:
     given = {"messages": TURNS, "prompt": PROMPT}
     for options in ({"max_tokens": 3}, {"max_completion_tokens": 3}, {"max_tokens": 9, "max_completion_tokens": 3}):
-        assert asked(web, kit, route, **given, **options)["usage"]["completion_tokens"] == 3
+        assert kit.asked(web, route, **given, **options)["usage"]["completion_tokens"] == 3
 
 
 @pytest.mark.parametrize("route", [CHAT, PLAIN])
@@ -53,7 +40,7 @@ def test_ignore_eos_and_min_tokens(web: httpx.Client, model: Any, kit: Any, rout
     body = {"messages": TURNS, "prompt": PROMPT} | ending
 
     def outcome(**options: Any) -> tuple[int, str]:
-        answer = asked(web, kit, route, **body, **options)
+        answer = kit.asked(web, route, **body, **options)
         return answer["usage"]["completion_tokens"], answer["choices"][0]["finish_reason"]
 
     assert outcome() == outcome(ignore_eos=False, min_tokens=0) == (0, "stop")
@@ -71,8 +58,8 @@ def test_ignore_eos_and_min_tokens(web: httpx.Client, model: Any, kit: Any, rout
 def test_continuing_the_last_message(web: httpx.Client, model: Any, kit: Any) -> None:
     turns = [*TURNS, {"role": "assistant", "content": "An apple falls"}]
     for begin in (False, None):
-        answer = asked(
-            web, kit, CHAT, messages=turns, max_tokens=8, continue_final_message=True, add_generation_prompt=begin
+        answer = kit.asked(
+            web, CHAT, messages=turns, max_tokens=8, continue_final_message=True, add_generation_prompt=begin
         )
         ids = model.encode_chat(turns, continue_final_message=True)
         assert answer["choices"][0]["message"]["content"] == kit.alone(model, ids, 8)
@@ -84,7 +71,7 @@ def test_continuing_the_last_message(web: httpx.Client, model: Any, kit: Any) ->
 
 
 def test_no_generation_prompt(web: httpx.Client, model: Any, kit: Any) -> None:
-    answer = asked(web, kit, CHAT, messages=TURNS, max_tokens=8, add_generation_prompt=False)
+    answer = kit.asked(web, CHAT, messages=TURNS, max_tokens=8, add_generation_prompt=False)
     ids = model.encode_chat(TURNS, add_generation_prompt=False)
     assert answer["choices"][0]["message"]["content"] == kit.alone(model, ids, 8)
 
@@ -116,7 +103,7 @@ def test_a_turn_of_tools_is_answered(web: httpx.Client, model: Any, kit: Any) ->
         {"role": "assistant", "content": None, "tool_calls": [CALL]},
         {"role": "tool", "tool_call_id": "call_1", "content": [{"type": "text", "text": "21 degrees"}]},
     ]
-    answer = asked(web, kit, CHAT, messages=turns, max_tokens=8)
+    answer = kit.asked(web, CHAT, messages=turns, max_tokens=8)
     rendered = [
         *TURNS,
         {"role": "assistant", "content": '{"name": "weather", "arguments": {"city": "Köln"}}'},
@@ -128,7 +115,7 @@ def test_a_turn_of_tools_is_answered(web: httpx.Client, model: Any, kit: Any) ->
 def test_no_content_is_no_text(web: httpx.Client, model: Any, kit: Any) -> None:
     wanted = kit.alone(model, model.encode_chat([*TURNS, {"role": "assistant", "content": ""}, *TURNS]), 8)
     for turn in ({"role": "assistant", "content": None}, {"role": "assistant"}, {"role": "assistant", "content": ""}):
-        answer = asked(web, kit, CHAT, messages=[*TURNS, turn, *TURNS], max_tokens=8)
+        answer = kit.asked(web, CHAT, messages=[*TURNS, turn, *TURNS], max_tokens=8)
         assert answer["choices"][0]["message"]["content"] == wanted
 
 
@@ -160,13 +147,13 @@ def test_a_result_that_the_template_would_leave_out_is_refused() -> None:
 
 def test_tools_that_are_not_to_be_called(web: httpx.Client, model: Any, kit: Any) -> None:
     tools = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
-    answer = asked(web, kit, CHAT, messages=TURNS, max_tokens=8, tools=tools, tool_choice="none")
+    answer = kit.asked(web, CHAT, messages=TURNS, max_tokens=8, tools=tools, tool_choice="none")
     assert answer["choices"][0]["message"]["content"] == kit.alone(model, model.encode_chat(TURNS), 8)
     for choice in (None, "auto"):
         error = refusal(web, kit, CHAT, messages=TURNS, tools=tools, tool_choice=choice)
         assert error["param"] == "tools" and error["code"] == "unsupported_parameter"
     assert refusal(web, kit, CHAT, messages=TURNS, tools=tools, tool_choice="required")["param"] == "tool_choice"
-    assert asked(web, kit, CHAT, messages=TURNS, max_tokens=1, tools=[], tool_choice="auto")["choices"]
+    assert kit.asked(web, CHAT, messages=TURNS, max_tokens=1, tools=[], tool_choice="auto")["choices"]
 
 
 # -- the name of the model -----------------------------------------------------------------------------------------

@@ -21,18 +21,6 @@ TURNS = [{"role": "user", "content": "Explain gravity, schön 🦊."}]
 PROMPT = "The capital of France is schön 🦊"
 
 
-@pytest.fixture(scope="module")
-def web(served: Any) -> Any:
-    with httpx.Client(base_url=served.url, timeout=60) as client:
-        yield client
-
-
-def asked(web: httpx.Client, kit: Any, route: str, **body: Any) -> Any:
-    answer = web.post(route, json={"model": kit.name, "temperature": 0, **body})
-    assert answer.status_code == 200, answer.text
-    return answer.json()
-
-
 def streamed(web: httpx.Client, kit: Any, route: str, **body: Any) -> list[Any]:
     with web.stream("POST", route, json={"model": kit.name, "temperature": 0, "stream": True, **body}) as answer:
         assert answer.status_code == 200
@@ -101,7 +89,7 @@ def test_chat(web: httpx.Client, model: Any, kit: Any, stream: bool) -> None:
             entries = choice["logprobs"]["content"] if choice["logprobs"] else []
             assert "".join(entry["token"] for entry in entries) == (choice["delta"].get("content") or "")
     else:
-        (choice,) = asked(web, kit, CHAT, **body)["choices"]
+        (choice,) = kit.asked(web, CHAT, **body)["choices"]
         content, text = choice["logprobs"]["content"], choice["message"]["content"]
         assert choice["logprobs"]["refusal"] is None
     ids = model.encode_chat(TURNS)
@@ -113,14 +101,14 @@ def test_chat(web: httpx.Client, model: Any, kit: Any, stream: bool) -> None:
         top = [each["logprob"] for each in entry["top_logprobs"]]
         assert len(top) == 3 and top == sorted(top, reverse=True)
 
-    (choice,) = asked(web, kit, CHAT, messages=TURNS, max_tokens=9, logprobs=True, top_logprobs=1)["choices"]
+    (choice,) = kit.asked(web, CHAT, messages=TURNS, max_tokens=9, logprobs=True, top_logprobs=1)["choices"]
     for entry in choice["logprobs"]["content"]:  # greedy
         assert entry["top_logprobs"] == [{name: entry[name] for name in ("token", "logprob", "bytes")}]
 
 
 def test_they_are_the_models_before_temperature_penalties_and_biases(web: httpx.Client, model: Any, kit: Any) -> None:
     options = {"temperature": 1.7, "top_p": 0.8, "presence_penalty": 2, "logit_bias": {"9": 4}, "seed": 5}
-    (choice,) = asked(web, kit, CHAT, messages=TURNS, max_tokens=24, logprobs=True, **options)["choices"]
+    (choice,) = kit.asked(web, CHAT, messages=TURNS, max_tokens=24, logprobs=True, **options)["choices"]
     ids = model.encode_chat(TURNS)
     sampling = Sampling(1.7, top_p=0.8, seed=5, presence_penalty=2.0, logit_bias={9: 4.0})
     output = ran(model, ids, 24, sampling=sampling).token_ids
@@ -131,7 +119,7 @@ def test_they_are_the_models_before_temperature_penalties_and_biases(web: httpx.
 
 def test_without_logprobs_there_are_none(web: httpx.Client, kit: Any) -> None:
     for options in ({}, {"logprobs": False}, {"logprobs": None, "top_logprobs": 0}):
-        (choice,) = asked(web, kit, CHAT, messages=TURNS, max_tokens=2, **options)["choices"]
+        (choice,) = kit.asked(web, CHAT, messages=TURNS, max_tokens=2, **options)["choices"]
         assert choice["logprobs"] is None
 
 
@@ -153,7 +141,7 @@ def test_echo(
     body = {"prompt": PROMPT if given == "text" else ids, "max_tokens": count, "logit_bias": bias}
     body |= {"echo": True, "logprobs": 2}
     with kit.serving(model) as server, httpx.Client(base_url=server.url, timeout=60) as web:
-        choices = streamed(web, kit, PLAIN, **body) if stream else asked(web, kit, PLAIN, **body)["choices"]
+        choices = streamed(web, kit, PLAIN, **body) if stream else kit.asked(web, PLAIN, **body)["choices"]
     text = "".join(choice["text"] for choice in choices)
     found: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
     for choice in choices:
@@ -172,15 +160,15 @@ def test_echo(
 
 
 def test_echo_without_logprobs(web: httpx.Client, model: Any, kit: Any) -> None:
-    (choice,) = asked(web, kit, PLAIN, prompt=PROMPT, max_tokens=5, echo=True)["choices"]
+    (choice,) = kit.asked(web, PLAIN, prompt=PROMPT, max_tokens=5, echo=True)["choices"]
     assert choice["text"] == PROMPT + kit.alone(model, model.encode(PROMPT), 5) and choice["logprobs"] is None
-    nothing = asked(web, kit, PLAIN, prompt=PROMPT, max_tokens=0, echo=True)
+    nothing = kit.asked(web, PLAIN, prompt=PROMPT, max_tokens=0, echo=True)
     assert nothing["choices"][0]["text"] == PROMPT and nothing["usage"]["completion_tokens"] == 0
 
 
 def test_logprobs_0_are_those_of_the_chosen_tokens(web: httpx.Client, model: Any, kit: Any) -> None:
     body = {"prompt": PROMPT, "max_tokens": 5, "logprobs": 0, "logit_bias": plain(model)}
-    (choice,) = asked(web, kit, PLAIN, **body)["choices"]
+    (choice,) = kit.asked(web, PLAIN, **body)["choices"]
     found = choice["logprobs"]
     assert [list(top.values()) for top in found["top_logprobs"]] == [[value] for value in found["token_logprobs"]]
     assert found["text_offset"][0] == 0 and "".join(found["tokens"]) == choice["text"]
@@ -188,7 +176,7 @@ def test_logprobs_0_are_those_of_the_chosen_tokens(web: httpx.Client, model: Any
 
 def test_a_prompt_may_fill_the_context_if_nothing_follows(web: httpx.Client, kit: Any) -> None:
     body = {"prompt": [5] * kit.context, "echo": True, "logprobs": 1}
-    (choice,) = asked(web, kit, PLAIN, max_tokens=0, **body)["choices"]
+    (choice,) = kit.asked(web, PLAIN, max_tokens=0, **body)["choices"]
     assert len(choice["logprobs"]["tokens"]) == kit.context
     refused = web.post(PLAIN, json={"model": kit.name, "max_tokens": 1, **body})
     assert refused.status_code == 400 and refused.json()["error"]["code"] == "context_length_exceeded"
@@ -203,7 +191,7 @@ def test_a_stop_string_has_no_log_probabilities(web: httpx.Client, model: Any, k
     pieces = [model.token_bytes(token).decode() for token in whole.token_ids]
     stop = "".join(pieces[20:23])
     body = {"prompt": PROMPT, "max_tokens": 40, "logprobs": 1, "logit_bias": bias, "stop": stop}
-    choices = streamed(web, kit, PLAIN, **body) if stream else asked(web, kit, PLAIN, **body)["choices"]
+    choices = streamed(web, kit, PLAIN, **body) if stream else kit.asked(web, PLAIN, **body)["choices"]
     text = "".join(choice["text"] for choice in choices)
     tokens = [token for choice in choices if choice["logprobs"] for token in choice["logprobs"]["tokens"]]
     assert choices[-1]["finish_reason"] == "stop" and text == whole.text[: whole.text.index(stop)]
@@ -214,7 +202,7 @@ def test_an_end_token_has_one(web: httpx.Client, model: Any, kit: Any) -> None:
     """lm-evaluation-harness asks for one token and leaves the last log-probability out: there must always be one."""
     end = min(model.end_ids)
     body = {"prompt": PROMPT, "max_tokens": 1, "logprobs": 1, "echo": True, "logit_bias": {str(end): 100}}
-    (choice,) = asked(web, kit, PLAIN, **body)["choices"]
+    (choice,) = kit.asked(web, PLAIN, **body)["choices"]
     assert choice["finish_reason"] == "stop" and choice["text"] == PROMPT
     assert len(choice["logprobs"]["tokens"]) == len(model.encode(PROMPT)) + 1
 
@@ -232,7 +220,7 @@ def test_answers_are_the_same_beside_requests_that_are_scored(
         httpx.Client(base_url=server.url, timeout=60) as web,
         ThreadPoolExecutor(len(cases)) as pool,
     ):
-        answers = list(pool.map(lambda case: asked(web, kit, PLAIN, prompt=case[0], max_tokens=48, **case[1]), cases))
+        answers = list(pool.map(lambda case: kit.asked(web, PLAIN, prompt=case[0], max_tokens=48, **case[1]), cases))
     for (prompt, options), answer in zip(cases, answers, strict=True):
         echo = prompt if "echo" in options else ""
         assert answer["choices"][0]["text"] == echo + kit.alone(model, model.encode(prompt), 48)
@@ -257,8 +245,8 @@ def test_what_is_refused_is_named(web: httpx.Client, kit: Any, monkeypatch: pyte
     body = {"prompt": [5] * 10, "logprobs": 1, "echo": True}
     assert refusal(PLAIN, **body, max_tokens=2) == refusal(PLAIN, **body, n=2) == "logprobs"
     assert refusal(CHAT, messages=TURNS, logprobs=True, max_tokens=23) == "top_logprobs"
-    asked(web, kit, PLAIN, **body, max_tokens=1)
-    asked(web, kit, CHAT, messages=TURNS, logprobs=True, max_tokens=22)
+    kit.asked(web, PLAIN, **body, max_tokens=1)
+    kit.asked(web, CHAT, messages=TURNS, logprobs=True, max_tokens=22)
 
 
 # -- lm-evaluation-harness -----------------------------------------------------------------------------------------

@@ -144,12 +144,6 @@ NASTY_PROMPTS: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module")
-def web(served: Any) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=served.url, timeout=30) as client:
-        yield client
-
-
 @pytest.fixture(autouse=True)
 def _still_well(served: Any, kit: Any) -> Iterator[None]:
     yield
