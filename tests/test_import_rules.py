@@ -10,6 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
+
+from gradmap_hub.cli.app import app
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "gradmap_hub"
@@ -212,8 +215,8 @@ def test_the_command_line_starts_without_the_heavy_packages() -> None:
      "space", "sweep"],
 )  # fmt: skip
 def test_every_command_explains_itself(command: str) -> None:
-    done = run("-m", "gradmap_hub", command, "-h")
-    assert done.returncode == 0 and "Usage" in done.stdout and "Example" in done.stdout, done.stderr
+    done = CliRunner().invoke(app, [command, "-h"])
+    assert done.exit_code == 0 and "Usage" in done.output and "Example" in done.output
 
 
 def test_help_takes_less_than_a_second() -> None:

@@ -195,7 +195,7 @@ def _truncated(folder: Path) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("damage", [_garbage, _truncated])
+@pytest.mark.parametrize("damage", [pytest.param(_garbage, marks=pytest.mark.slow), _truncated])
 def test_damaged_weights(world: Any, fails: Any, variant: Any, tmp_path: Path, sums: Sums, damage: Any) -> None:
     folder = variant(change=damage)
     content = sums(folder)

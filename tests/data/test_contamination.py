@@ -78,6 +78,7 @@ def test_prune_names_the_rows_and_refuses_most_of_a_text(
     assert not (tmp_path / "refused").exists()
 
 
+@pytest.mark.slow
 def test_other_text_is_clean(tiny_folder: Path, tmp_path: Path, text_file: Path, text_of: Any) -> None:
     other = tmp_path / "other.txt"
     other.write_text(text_of(20_000, 9))

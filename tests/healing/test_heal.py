@@ -107,7 +107,7 @@ def test_killed_anywhere_it_ends_with_the_same_bytes(world: Any) -> None:
     assert not list((world.folder / "killed").glob("*.partial"))
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_state_of_another_run_is_not_used(world: Any) -> None:
     saving = dataclasses.replace(RECIPE, save_every=0.0)
     with pytest.raises(KeyboardInterrupt):

@@ -256,6 +256,14 @@ def name(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+# One of each kind of layer; `make architectures` and `make test-all` run the others as well.
+OFTEN = ("llama", "gpt2", "phi3", "gemma3_text", "olmo2", "cohere2", "mixtral", "gpt_oss", "deepseek_v3", "falcon")
+
+often = pytest.mark.parametrize(
+    "name", [case if case in OFTEN else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
+)
+
+
 @pytest.fixture
 def tell(record_property: Callable[[str, Any], None], name: str) -> Callable[[str, str], None]:
     """Puts a cell into the table of docs/architectures.md."""
@@ -477,6 +485,7 @@ def in_words(decoder: Decoder, case: Case) -> str:
     return "yes, experts by one projection" if "projection" in kinds else "yes"
 
 
+@often
 def test_a_corrected_checkpoint_has_the_loss_on_record(
     name: str, random_rows: Callable[..., Tensor], tmp_path: Path, tell: Callable[[str, str], None]
 ) -> None:
@@ -509,6 +518,7 @@ def test_a_corrected_checkpoint_has_the_loss_on_record(
     tell("corrected", cell)
 
 
+@often
 def test_weights_streamed_from_disk_give_the_same(
     name: str, random_rows: Callable[..., Tensor], tmp_path: Path, tell: Callable[[str, str], None]
 ) -> None:

@@ -97,13 +97,10 @@ def test_plain_transformers_and_onnx_runtime_agree(demo: dict[str, Any]) -> None
     with torch.no_grad():
         wanted = [reference(**inputs).logits for inputs in asked]
     greedy = [reference.generate(**inputs, max_new_tokens=12, do_sample=False) for inputs in asked]
-    for exported in (
-        ORTModelForCausalLM.from_pretrained(folder, subfolder="onnx", file_name="model.onnx"),
-        ORTModelForCausalLM.from_pretrained(folder / "onnx"),
-    ):
-        for inputs, logits, tokens in zip(asked, wanted, greedy, strict=True):
-            assert float((exported(**inputs).logits - logits).abs().max()) <= 1e-3
-            assert torch.equal(exported.generate(**inputs, max_new_tokens=12, do_sample=False), tokens)
+    exported = ORTModelForCausalLM.from_pretrained(folder, subfolder="onnx", file_name="model.onnx")
+    for inputs, logits, tokens in zip(asked, wanted, greedy, strict=True):
+        assert float((exported(**inputs).logits - logits).abs().max()) <= 1e-3
+        assert torch.equal(exported.generate(**inputs, max_new_tokens=12, do_sample=False), tokens)
 
 
 def test_tied_embedding_is_stored_once(demo: dict[str, Any]) -> None:
@@ -112,6 +109,7 @@ def test_tied_embedding_is_stored_once(demo: dict[str, Any]) -> None:
     assert graph.stat().st_size < 1.02 * weights.stat().st_size
 
 
+@pytest.mark.slow  # of tiny models, tests/cli/test_push.py does it
 def test_what_the_hub_holds_is_what_was_built(demo: dict[str, Any], tmp_path: Path) -> None:
     """Start the same Hub again on its folder, download both repositories with the plain client, compare."""
     for kind, folder in (("model", Path(demo["folder"])), ("space", Path(demo["space_folder"]))):

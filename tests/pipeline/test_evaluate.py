@@ -454,7 +454,7 @@ def test_calibration_rows_in_a_text_are_named(world: SimpleNamespace, copy: Path
     )
 
 
-def test_what_cannot_be_measured_is_refused(world: SimpleNamespace, tmp_path: Path, folder_of: Any) -> None:
+def test_what_cannot_be_measured_is_refused(world: SimpleNamespace, tmp_path: Path) -> None:
     config, other = world.config, str(world.root / "other.txt")
     plain = EvaluateConfig(against=str(world.original), text=(other,), speed=False)
     cases: list[tuple[type[Exception], str, Callable[[], EvaluateConfig]]] = [
@@ -477,13 +477,20 @@ def test_what_cannot_be_measured_is_refused(world: SimpleNamespace, tmp_path: Pa
             evaluate_folder(world.folder, make())
     with pytest.raises(SourceError, match="was not made by gradmap-hub"):
         evaluate_folder(world.original, plain)
-    another = folder_of(tmp_path / "another", seed=5)
+
+
+@pytest.mark.slow
+def test_another_model_than_the_original_of_the_record_is_told(
+    world: SimpleNamespace, copy: Path, folder_of: Any
+) -> None:
+    another = folder_of(copy.with_name("another"), seed=5)
     heard = Heard()
-    copied = Path(shutil.copytree(world.folder, tmp_path / "small"))
-    evaluate_folder(copied, dataclasses.replace(plain, against=str(another), rows=2), reporter=heard)
+    text = (str(world.root / "other.txt"),)
+    evaluate_folder(copy, EvaluateConfig(against=str(another), text=text, rows=2, speed=False), reporter=heard)
     assert any("another is not the original of the record" in note for note in heard.notes)
 
 
+@pytest.mark.slow
 def test_command_prints_one_object(world: SimpleNamespace, copy: Path) -> None:
     config = world.config
     done = subprocess.run(

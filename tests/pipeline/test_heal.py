@@ -123,6 +123,7 @@ def test_text_too_short_to_hold_out(tiny_folder: Path, text_file: Path, tmp_path
     assert isinstance(done.exception, CalibrationError) and "too short to heal on" in done.exception.message
 
 
+@pytest.mark.slow
 def test_own_text_is_written_once_and_kept(
     monkeypatch: pytest.MonkeyPatch, tiny_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:

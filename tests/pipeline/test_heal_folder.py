@@ -98,13 +98,10 @@ def test_a_second_healing_adds_to_the_first(root: Path) -> None:
     assert second.checks[: len(first.checks)] == first.checks and second.divergence_before == first.divergence_before
 
 
+@pytest.mark.slow  # tests/healing interrupts the training itself
 @pytest.mark.parametrize(
     "stage",
-    [
-        pytest.param("Reading the original's predictions", marks=pytest.mark.slow),
-        "Healing, all layers",
-        pytest.param("Measuring the result", marks=pytest.mark.slow),
-    ],
+    ["Reading the original's predictions", "Healing, all layers", "Measuring the result"],
 )
 def test_an_interruption_changes_nothing_and_it_goes_on(
     root: Path, stage: str, monkeypatch: pytest.MonkeyPatch

@@ -48,7 +48,7 @@ def test_low_memory_gives_the_same_checkpoint(tiny_folder: Path, text_file: Path
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.long
+@pytest.mark.slow  # also of push, in tests/cli/test_push.py
 def test_the_same_seed_gives_the_same_bytes(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
     pruned(tiny_folder, tmp_path / "first", text_file, seed=3)
     pruned(tiny_folder, tmp_path / "second", text_file, seed=3)
@@ -69,6 +69,7 @@ def test_bfloat16_weights_may_be_computed_in_bfloat16(tiny_folder: Path, text_fi
         assert half.score == pytest.approx(single.score, rel=0.05)
 
 
+@pytest.mark.slow
 def test_the_paper_preset_makes_one_correction_at_most(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
     config = paper_preset(PruneConfig(layers=2, calibration=(str(text_file),), **SMALL))
     record = prune(str(tiny_folder), tmp_path / "paper", config)

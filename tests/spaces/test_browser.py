@@ -196,7 +196,9 @@ def test_a_blind_vote_hides_and_then_reveals(visit: Visit) -> None:
     assert {visit.page.inner_text(f"#{side} h2") for side in ("left", "right")} == {"tiny", "tiny-pruned"}
 
 
-@pytest.mark.parametrize("visit", [(1280, "light"), (390, "light")], indirect=True)
+@pytest.mark.parametrize(
+    "visit", [(1280, "light"), pytest.param((390, "light"), marks=pytest.mark.slow)], indirect=True
+)
 def test_the_precision_is_a_setting_of_both(visit: Visit, running: Any) -> None:
     visit.open_settings()
     choices = visit.page.get_by_role("radio")
@@ -222,6 +224,7 @@ def test_the_precision_is_a_setting_of_both(visit: Visit, running: Any) -> None:
     assert "This run, int8" in visit.page.inner_text("#verdict")
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_be_loaded_is_said(
     browser: Any, kit: SimpleNamespace, pair: Any, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
@@ -302,7 +305,15 @@ def test_live_regions_and_names(visit: Visit) -> None:
     assert visit.page.get_by_role("heading", level=1).inner_text() == "Tiny, one layer lighter"
 
 
-@pytest.mark.parametrize("visit", [(1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")], indirect=True)
+@pytest.mark.parametrize(
+    "visit",
+    [
+        (1280, "light"),
+        *(pytest.param(look, marks=pytest.mark.slow) for look in ((1280, "dark"), (390, "light"))),
+        (390, "dark"),
+    ],
+    indirect=True,
+)
 def test_axe_finds_nothing_serious(visit: Visit) -> None:
     """Before, and with two answers and the settings open."""
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe is not installed").Axe()
