@@ -70,8 +70,12 @@ def folder() -> Path:
     """The environment's folder; its name depends on the requirements, the Python and the installed packages."""
     packages = sorted(f"{found.name} {found.version}" for found in importlib.metadata.distributions())
     what = "\n".join([*requirements(), sys.version, *_packages(), *packages])
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "gradmap-hub" / f"onnx-{hashlib.sha256(what.encode()).hexdigest()[:16]}"
+    return cache_folder() / f"onnx-{hashlib.sha256(what.encode()).hexdigest()[:16]}"
+
+
+def cache_folder() -> Path:
+    """The folder of these environments and of what `demo` downloads."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gradmap-hub"
 
 
 def requirements() -> list[str]:

@@ -155,5 +155,5 @@ def _give_memory_back() -> None:
     """Return freed memory to the operating system. glibc would keep it, and the next stage may be a child process (the
     ONNX export) that needs it."""
     gc.collect()
-    with contextlib.suppress(OSError, AttributeError):  # not glibc
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # not glibc; Windows has no CDLL(None)
         ctypes.CDLL(None).malloc_trim(0)

@@ -119,7 +119,7 @@ def _download(repo_id: str, revision: str | None, files: list[str]) -> Path:
 def _give_memory_back() -> None:
     """Free unreferenced memory and return it to the system; glibc would keep it."""
     gc.collect()
-    with contextlib.suppress(OSError, AttributeError):  # not glibc
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # not glibc
         ctypes.CDLL(None).malloc_trim(0)
 
 

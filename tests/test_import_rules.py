@@ -211,8 +211,8 @@ def test_the_command_line_starts_without_the_heavy_packages() -> None:
 
 @pytest.mark.parametrize(
     "command",
-    ["compare", "demo", "evaluate", "export", "generate", "heal", "hub", "inspect", "prune", "publish", "push", "serve",
-     "space", "sweep"],
+    ["clean", "compare", "demo", "doctor", "evaluate", "export", "generate", "heal", "hub", "inspect", "list", "prune",
+     "publish", "push", "serve", "space", "sweep"],
 )  # fmt: skip
 def test_every_command_explains_itself(command: str) -> None:
     done = CliRunner().invoke(app, [command, "-h"])

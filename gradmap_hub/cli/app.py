@@ -15,12 +15,14 @@ from rich.markup import escape
 from gradmap_hub import __version__
 from gradmap_hub.cli import (
     demo,
+    doctor,
     evaluate,
     export,
     generate,
     heal,
     hub,
     inspect,
+    listing,
     prune,
     publish,
     push,
@@ -36,7 +38,7 @@ app = typer.Typer(
     name="gradmap-hub",
     help="Prune a causal language model by depth, verify and measure the result, and publish it with its measurements.",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,  # plain tracebacks; older versions of Typer print local variables, tokens too
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -137,5 +139,22 @@ def _root(
     del version, debug  # --version acts when it is parsed, --debug before anything is (see `main`)
 
 
-for _command in (push, prune, heal, inspect, publish, export, space, evaluate, generate, serve, sweep, hub, demo):
+_COMMANDS = (
+    push,
+    prune,
+    heal,
+    inspect,
+    publish,
+    export,
+    space,
+    evaluate,
+    generate,
+    serve,
+    sweep,
+    hub,
+    demo,
+    listing,
+    doctor,
+)
+for _command in _COMMANDS:
     _command.register(app)

@@ -337,7 +337,7 @@ def memory_kept() -> Iterator[None]:
         system: Any = ctypes.CDLL(None)
         system.mallopt(_MMAP_THRESHOLD, 1 << 30)
         system.mallopt(_TRIM_THRESHOLD, 1 << 30)
-    except (OSError, AttributeError):  # not glibc
+    except (OSError, AttributeError, TypeError):  # not glibc
         yield
         return
     try:

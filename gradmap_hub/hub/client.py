@@ -122,6 +122,17 @@ class Hub:
 
         return persist(once, self._brief if brief else self.patience, worth_retrying, self._note)
 
+    def check_answers(self) -> None:
+        """Ask for the models of nobody, which needs no token.
+
+        Raises:
+            HubError: the Hub cannot be reached, or does not answer.
+        """
+        try:
+            self.attempt(lambda: list(self.api.list_models(author="gradmap-hub", limit=1, token=False)), brief=True)
+        except (OSError, HttpFailure) as error:
+            raise _unanswered(self.endpoint, error) from error
+
     def account(self) -> Account:
         """The account of the token.
 

@@ -28,10 +28,14 @@ Shape = dict[str, str]
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "contract.json"
 UPDATE = "GRADMAP_UPDATE_GOLDEN" in os.environ
-# Mappings whose keys depend on the machine: stages, packages, metrics above chance.
-OPEN = ("timings", "versions", "seconds", "retention")
-# Null on some machines: where the system does not tell, and where the original is at chance.
-EITHER = {"speed[].memory": "int|null", "metrics[].retention": "float|null"}
+# Mappings whose keys depend on the machine: stages, installed packages, metrics above chance.
+OPEN = ("timings", "versions", "seconds", "retention", "packages")
+# Null on some machines: where the system does not tell, where the original is at chance, and of a CPU.
+EITHER = {
+    "speed[].memory": "int|null",
+    "metrics[].retention": "float|null",
+    "devices[].memory": "int|null",
+}
 # What `demo` adds to the answer of push, from its source: it only takes a model of 135M parameters, which it downloads.
 # tests/test_demo.py runs it and compares its answer with the golden file.
 DEMO = ["answers", "command", "differences", "hub", "hub_root"]
@@ -144,11 +148,11 @@ class Records:
 
 
 @pytest.fixture(scope="module")
-def records(world: Any, task_documents: Path) -> Records:
-    """Every command that has `--json`, except `demo`, on a tiny model; most run on the folder of one push."""
-    found, root, quick = Records(world), world.root, world.cli.quick
+def pushed(world: Any) -> Records:
+    """One push of a tiny model, with everything."""
+    found, quick = Records(world), world.cli.quick
     run, look, pushed = found.run, found.look, found.pushed
-    facts = root / "pushed-space" / "compare.json"
+    facts = world.root / "pushed-space" / "compare.json"
 
     push = ["push", "acme/tiny", "--layers", "2", "--output", pushed, *quick]
     run("push --dry-run", *push, "--dry-run")
@@ -156,13 +160,23 @@ def records(world: Any, task_documents: Path) -> Records:
     look("push", pushed / "gradmap.json")
     look("push", facts)
     found.files = {"pushed folder": names_in(pushed), "Space folder": names_in(facts.parent)}
+    return found
+
+
+@pytest.fixture(scope="module")
+def records(pushed: Records, world: Any, task_documents: Path) -> Records:
+    """Every command that has `--json`, except `demo`, on a tiny model; most run on the folder of one push."""
+    found, root, quick = dataclasses.replace(pushed), world.root, world.cli.quick
+    run, look, pushed_folder = found.run, found.look, found.pushed
+    facts = root / "pushed-space" / "compare.json"
+
     found.evaluate("evaluate --no-speed", task_documents, "--no-speed")
     look("evaluate --no-speed", facts)
-    run("publish --dry-run", "publish", pushed, "--to", "ada/again", "--dry-run")
-    run("publish", "publish", pushed, "--to", "ada/again", "--wait-space", "0")
+    run("publish --dry-run", "publish", pushed_folder, "--to", "ada/again", "--dry-run")
+    run("publish", "publish", pushed_folder, "--to", "ada/again", "--wait-space", "0")
     world.hub.seed("acme/theirs", world.base)
-    run("publish --create-pr", "publish", pushed, "--to", "acme/theirs", "--create-pr")
-    run("generate", "generate", pushed, "The river", "--max-tokens", "4")
+    run("publish --create-pr", "publish", pushed_folder, "--to", "acme/theirs", "--create-pr")
+    run("generate", "generate", pushed_folder, "The river", "--max-tokens", "4")
 
     run("prune", "prune", "acme/tiny", root / "pruned", "--layers", "2", *quick)
     look("prune", root / "pruned" / "gradmap.json")
@@ -173,6 +187,9 @@ def records(world: Any, task_documents: Path) -> Records:
     run("inspect", "inspect", "acme/tiny", "--samples", "4", "--seq-len", "32", "--calibration", world.text)
     run("sweep", "sweep", "acme/tiny", root / "swept", "--ratios", "0.2,0.4", "--max-loss", "1e6", *quick)
     look("sweep", root / "swept" / "sweep.json")
+    run("list", "list", root)
+    run("clean --dry-run", "clean", root, "--dry-run")
+    run("doctor", "doctor")
     return found
 
 
@@ -182,8 +199,8 @@ def test_json_has_the_same_keys(records: Records) -> None:
 
 
 @pytest.mark.skipif(has_5(), reason="transformers 5 saves no special_tokens_map.json")
-def test_folders_have_the_same_files(records: Records) -> None:
-    compare("files", records.files)
+def test_folders_have_the_same_files(pushed: Records) -> None:
+    compare("files", pushed.files)
 
 
 @pytest.mark.slow  # `evaluate` measures memory in a process per backend, and `space` quantises the original
