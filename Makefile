@@ -8,7 +8,7 @@ BIN5 := .venv5/bin
 STAMP5 := .venv5/.installed
 PIP5 := $(BIN5)/pip --disable-pip-version-check
 
-.PHONY: install install-5 demo test test-fast test-5 test-all reliability architectures architectures-5 check bench bench-inference bench-heal check-gpu clean
+.PHONY: install install-5 demo test test-fast test-5 test-all reliability architectures architectures-5 check bench bench-inference bench-heal check-gpu docs clean
 
 install: $(STAMP)
 
@@ -84,6 +84,13 @@ bench-heal: install
 # Speed and memory of training in the shapes of a 135M and an 8B model; ten minutes on one large GPU. Elsewhere --tiny.
 check-gpu: install
 	$(BIN)/python -m benchmarks.training $(if $(shell command -v nvidia-smi),,--tiny)
+
+# The documentation site, into build/site/html; it is built by a package of its own, in an environment of its own.
+docs: install
+	$(BIN)/python docs/make_site.py build/site
+	test -x build/docs-env/bin/zensical || $(PYTHON) -m venv build/docs-env
+	build/docs-env/bin/pip install --quiet --disable-pip-version-check --constraint docs/constraints.txt zensical
+	cd build/site && ../docs-env/bin/zensical build --strict
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
