@@ -37,7 +37,7 @@ RULES: dict[str, set[str]] = {
     "models": set(),
     "data": {"models"},
     "pruning": {"models", "data"},
-    "healing": {"models", "data", "pruning"},
+    "healing": {"models", "data", "pruning", "runtime"},
     "evaluation": {"models", "data", "runtime"},
     "sweeping": {"evaluation"},
     "card": {"models"},
