@@ -21,7 +21,8 @@ from gradmap_hub.models import tokenizer_worker
 from gradmap_hub.models.checkpoint import copy_companions
 from gradmap_hub.models.safetensors_files import choose_files, readable
 from gradmap_hub.models.tokenizer import load_tokenizer, write_tokenizer
-from gradmap_hub.models.tokenizer_trial import PROBE, failures_named, try_tokenizer
+from gradmap_hub.models.tokenizer_trial import failures_named, try_tokenizer
+from gradmap_hub.models.tokenizer_worker import PROBE
 from gradmap_hub.models.transformers_compat import has_5
 
 Change = Callable[[dict[str, Any]], Any]

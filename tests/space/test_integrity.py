@@ -11,7 +11,7 @@ import pytest
 
 from gradmap_hub.errors import UnsafeToPublish
 from gradmap_hub.pipeline.plan import check_space_code, check_space_entries
-from gradmap_hub.space.app import PROMPTING, content_folder
+from gradmap_hub.space.app import STANDALONE, content_folder
 from gradmap_hub.space.integrity import foreign_code, foreign_entry
 from gradmap_hub.space.local import _environment
 from gradmap_hub.space.zerogpu import ZERO_REQUIREMENTS
@@ -22,7 +22,7 @@ def space(tmp_path: Path) -> Path:
     """A Space folder of the installed app."""
     folder = tmp_path / "small-space"
     (folder / "original").mkdir(parents=True)
-    for path in (*content_folder().glob("*.py"), *content_folder().glob("*.css"), PROMPTING):
+    for path in (*content_folder().glob("*.py"), *content_folder().glob("*.css"), *STANDALONE):
         shutil.copyfile(path, folder / path.name)
     shutil.copyfile(content_folder() / "requirements-onnx.txt", folder / "requirements.txt")
     for name in ("compare.json", "README.md", ".gitattributes"):
