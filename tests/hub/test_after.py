@@ -232,7 +232,8 @@ def test_what_is_checked(server: LocalHub, ada: Side, folder: Path) -> None:
     before = local_bytes(folder.parent)
     found = checks(plan(ada, folder, collection="Mine"))
     assert list(found) == [
-        "account", "target", "space", "collection", "weights", "licence", "card", "files", "disk", "upload",
+        "account", "target", "space", "collection", "weights", "licence", "card", "files", "opens", "disk",
+        "upload",
     ]  # fmt: skip
     assert found["target"] == f"{TARGET} does not exist yet; it is created private"
     assert found["space"] == f"{SPACE} does not exist yet; it is created private"

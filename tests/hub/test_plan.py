@@ -82,7 +82,7 @@ def test_targets_that_are_there(ada: Side, seeded: str, tmp_path: Path) -> None:
     assert "--update" in str(caught.value.hint)
     found = checks(ada, config(seeded, tmp_path, to="ada/small", update=True))
     assert found["target"] == "ada/small holds an earlier push of 8 files, private; one commit replaces it"
-    assert "earlier push of 6 files" in found["space"]
+    assert "earlier push of 7 files" in found["space"]
     ada.api.create_repo("ada/empty", private=True)
     assert checks(ada, config(seeded, tmp_path, to="ada/empty"))["target"] == "ada/empty exists, empty and private"
 
