@@ -48,6 +48,7 @@ from gradmap_hub.errors import (
 )
 from gradmap_hub.errors import UsageError as Usage
 from gradmap_hub.hub.accounts import Account, account_of
+from gradmap_hub.hub.headers import read_dtypes
 from gradmap_hub.hub.retry import BRIEF, Patience, Retry, asked_wait, persist
 from gradmap_hub.hub.transport import PASSING, HttpFailure, RequestFailed, Watch, guarded, is_http, may_pass
 from gradmap_hub.progress import Reporter, SilentReporter
@@ -180,6 +181,16 @@ class Hub:
             path = self.api.hf_hub_download(repo_id, name, repo_type=repo_type, revision=commit, cache_dir=cache)
             folder = Path(path).parents[name.count("/")]
         return folder
+
+    def tensor_dtypes(self, repo_id: str, commit: str, name: str) -> dict[str, str]:
+        """The dtypes in a safetensors file that is not in the cache, as far as they are known (see `read_dtypes`).
+
+        Raises:
+            As `fetch`.
+        """
+        with self.translated(repo_id, commit):
+            offline = constants.HF_HUB_OFFLINE
+            return {} if offline else self.attempt(lambda: read_dtypes(self.api, repo_id, commit, name), brief=True)
 
     def fetch_dataset_text(self, source: str) -> tuple[list[Path], str]:
         """Download the text files of `owner/name[:config[/split]][@commit]`; returns them and `source@commit`.
