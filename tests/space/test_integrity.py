@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from gradmap_hub.errors import UnsafeToPublish
 from gradmap_hub.pipeline.plan import check_space_code, check_space_entries
+from gradmap_hub.pipeline.space import finished_space
+from gradmap_hub.record import Base
 from gradmap_hub.space.app import STANDALONE, content_folder
 from gradmap_hub.space.integrity import foreign_code, foreign_entry
 from gradmap_hub.space.local import _environment
@@ -51,6 +56,21 @@ def test_what_stays_beside_a_new_app(space: Path) -> None:
         (space / name).unlink()
     (space / "gradio").mkdir()
     assert foreign_entry(space) == "gradio"
+
+
+def test_compare_takes_no_app_of_somebody_else(space: Path) -> None:
+    """`compare FOLDER` runs the Space folder beside a model as it is only if it is the installed app."""
+    base = Base("acme/base", "acme/base", commit="c" * 40)
+    record: Any = SimpleNamespace(base=base)  # all that is read of it
+    facts = {
+        "original": {"name": base.name, "repo_id": base.repo_id, "revision": base.commit}, "pruned": {},
+        "precisions": [{"name": "int8", "file": "model_int8.onnx", "original": {"stored": "hub"}}],
+    }  # fmt: skip
+    (space / "compare.json").write_text(json.dumps(facts))
+    model = space.with_name("small")
+    assert finished_space(model, record, ["int8"]) == space
+    (space / "app.py").write_text((space / "app.py").read_text() + "\nimport antigravity\n")
+    assert finished_space(model, record, ["int8"]) is None
 
 
 def test_a_pipe_is_not_read(space: Path) -> None:
