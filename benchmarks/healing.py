@@ -32,7 +32,7 @@ from gradmap_hub.cli.output import stderr
 from gradmap_hub.cli.terminal import TerminalReporter
 from gradmap_hub.data.rows import evaluation_rows, tokenize
 from gradmap_hub.data.texts import Text, read_text
-from gradmap_hub.evaluation.samples import PROMPTS, greedy_answer
+from gradmap_hub.evaluation.samples import PROMPTS, greedy_answer, prompt_ids
 from gradmap_hub.evaluation.speed import Eager
 from gradmap_hub.healing.self_text import SelfTextRecipe, write_self_text
 from gradmap_hub.machine import hardware
@@ -138,7 +138,7 @@ def _measure(folder: Path, original: Path, texts: Mapping[str, Text], output: Pa
         talks[key] = Text(key, "\n\n".join(json.loads(file.read_text(encoding="utf-8"))), "")
     rows = {name: evaluation_rows(text, tokenizer, seq_len=TOKENS, rows=ROWS).ids for name, text in texts.items()}
     ends = end_tokens(model, tokenizer)
-    answers = [greedy_answer(Eager(model), tokenizer, prompt, ends) for prompt in PROMPTS]
+    answers = [greedy_answer(Eager(model), tokenizer, prompt_ids(tokenizer, prompt), ends) for prompt in PROMPTS]
     return {
         "loss": {name: _loss(model, ids) for name, ids in rows.items()},
         **{key: _divergence(teacher, model, tokenize(talk, tokenizer, TOKENS).ids) for key, talk in talks.items()},

@@ -124,6 +124,11 @@ class LlamaCpp:
         self._cpp.llama_memory_clear(self._cpp.llama_get_memory(self._context), True)
         self._length = 0
 
+    def logits(self, ids: Sequence[int]) -> np.ndarray:
+        """The logits of each token: (tokens, vocabulary)."""
+        self._forget()
+        return self._run(ids, 1, "all").copy()
+
     def read(self, ids: Sequence[int]) -> None:
         self._forget()
         self._next = int(self._run(ids, self._rows, "last")[0].argmax())

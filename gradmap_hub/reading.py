@@ -18,9 +18,9 @@ from typing import Annotated, Any, Literal, TypeVar
 T = TypeVar("T")
 
 # Beyond any count of bytes or tokens; larger ones have thousands of digits.
-_INTEGER_LIMIT = 1 << 63
+INTEGER_LIMIT = 1 << 63
 # Beyond any score or perplexity; quotients and squares of two stay finite.
-_NUMBER_LIMIT = 1e100
+NUMBER_LIMIT = 1e100
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,12 @@ class Length:
         return len(value) in self.lengths
 
 
-Count = Annotated[int, Range(0, _INTEGER_LIMIT, "a whole number from 0")]
+Count = Annotated[int, Range(0, INTEGER_LIMIT, "a whole number from 0")]
 # What something is divided by.
-Some = Annotated[int, Range(1, _INTEGER_LIMIT, "a whole number from 1")]
+Some = Annotated[int, Range(1, INTEGER_LIMIT, "a whole number from 1")]
 # What something is divided by, or its logarithm is taken.
-Positive = Annotated[float, Range(1 / _NUMBER_LIMIT, _NUMBER_LIMIT, "a number above 0")]
-NotNegative = Annotated[float, Range(0, _NUMBER_LIMIT, "a number from 0")]
+Positive = Annotated[float, Range(1 / NUMBER_LIMIT, NUMBER_LIMIT, "a number above 0")]
+NotNegative = Annotated[float, Range(0, NUMBER_LIMIT, "a number from 0")]
 PathInside = Annotated[str, Inside()]
 Interval = Annotated[list[float], Length((2,), "a list of two numbers")]
 OptionalInterval = Annotated[list[float], Length((0, 2), "a list of two numbers, or an empty one")]
@@ -148,9 +148,9 @@ def _fits(kind: Any, value: Any) -> bool:
     if kind is bool:
         return isinstance(value, bool)
     if kind is int:
-        return type(value) is int and abs(value) <= _INTEGER_LIMIT
+        return type(value) is int and abs(value) <= INTEGER_LIMIT
     if kind is float:
-        return type(value) in (int, float) and abs(value) <= _NUMBER_LIMIT  # no NaN either
+        return type(value) in (int, float) and abs(value) <= NUMBER_LIMIT  # no NaN either
     if kind is str:
         return isinstance(value, str)
     if kind is dict:
@@ -166,7 +166,7 @@ def found(value: Any) -> str:
         return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value):,}"
     if isinstance(value, str):
         return ascii(value[:40]) if not value.isprintable() else repr(value[:40])
-    if isinstance(value, int) and abs(value) > _INTEGER_LIMIT:
+    if isinstance(value, int) and abs(value) > INTEGER_LIMIT:
         return f"a number of {math.log10(abs(value)):.0f} digits"
     return repr(value)
 

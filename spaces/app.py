@@ -22,12 +22,14 @@ if os.environ.get("SPACES_ZERO_GPU"):  # before anything imports torch
 import gradio as gr
 import render
 from compare import Comparison, Facts, FactsError, read_facts, run, start_comparison
+from door import LOOPBACK, Door
 from generation import Generation, Settings
 from gradio.events import api
 from gradio.themes import Base
 from jobs import Job, Jobs
 from loading import Loader, Status
 from prompting import ModelError
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
@@ -528,13 +530,15 @@ def main() -> None:
     # Spaces stop the app with SIGTERM. Handle it like Ctrl-C, so that the threads below can finish.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     loader.start()
+    listens_on = server_name()
+    door = Middleware(Door, hosts=LOOPBACK if listens_on in LOOPBACK | {"::1"} else None)
     try:
         demo.launch(
-            server_name=server_name(),
+            server_name=listens_on,
             theme=THEME,
             css_paths=[FOLDER / "style.css"],
             footer_links=["api", "settings"],
-            app_kwargs={"routes": [health_route(page.status, jobs)]},
+            app_kwargs={"routes": [health_route(page.status, jobs)], "middleware": [door]},
             # Spaces have the package; elsewhere it is optional, as its pins conflict with other packages.
             mcp_server=importlib.util.find_spec("mcp") is not None,
             ssr_mode=False,

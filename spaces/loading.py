@@ -24,7 +24,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from prompting import ModelError
+from prompting import ModelError, first_line
 
 State = Literal["loading", "ready", "error"]
 
@@ -178,8 +178,8 @@ class Loader:
                 self._models = self._load(self._facts)
         except ModelError as error:
             self._problem = str(error)
-        except Exception as error:  # the page must show an error in any case
-            self._problem = f"The models could not be loaded: {type(error).__name__}: {error}"
+        except BaseException as error:  # the page must show an error in any case; a panic of a library is no Exception
+            self._problem = f"The models could not be loaded: {type(error).__name__}: {first_line(error)}"
         finally:
             self._doing = ""
             self._finished.set()

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 from compare import Precision
-from prompting import TEXT_FILES, ModelError, TextCodec, read_json
+from prompting import TEXT_FILES, ModelError, TextCodec, first_line, read_json
+from tokenizer_worker import failure
 
 # Weights too large for one file lie beside the graph.
 _DATA = "_data"
@@ -57,6 +58,8 @@ class OnnxModel:
     def __init__(self, folder: Path, path: str, file: str) -> None:
         graph = find_graph(folder, path, file)
         text_folder = folder if (folder / "tokenizer.json").is_file() else graph.parent
+        if cause := failure(text_folder / "tokenizer.json"):
+            raise ModelError(f"its tokenizer cannot be used: {first_line(cause)}")
         self.text = TextCodec.from_folder(text_folder)
         config = read_json(text_folder / "config.json")
         context = config.get("max_position_embeddings")
@@ -70,7 +73,7 @@ class OnnxModel:
         try:
             self.session = ort.InferenceSession(str(graph), sess_options=options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's own exceptions have no common base class
-            raise ModelError(f"{graph.name} could not be loaded: {error}") from error
+            raise ModelError(f"{graph.name} could not be loaded: {first_line(error)}") from error
         self._check_inputs(graph.name, _head_size(config))
 
     def _check_inputs(self, graph: str, head_size: int) -> None:

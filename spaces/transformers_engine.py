@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 from compare import Precision
-from prompting import ModelError, TextCodec
+from prompting import ModelError, TextCodec, first_line, is_tokenizer_failure
+from tokenizer_worker import failure
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -43,6 +44,8 @@ class TransformersModel:
     def __init__(self, folder: Path, precision: str = "float32") -> None:
         if precision not in _DTYPES:
             raise ModelError(f"compare.json asks for the unknown precision {precision!r}.")
+        if cause := failure(folder / "tokenizer.json"):
+            raise ModelError(f"its tokenizer cannot be used: {first_line(cause)}")
         local = {"local_files_only": True, "trust_remote_code": False}
         try:
             # Not every repository has tokenizer.json; transformers also converts the older formats.
@@ -50,8 +53,11 @@ class TransformersModel:
             model: Any = AutoModelForCausalLM.from_pretrained(
                 str(folder), dtype=_DTYPES[precision], use_safetensors=True, **local
             )
-        except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-            raise ModelError(f"transformers could not load it: {error}") from error
+        # transformers does not check what it looks up in these files, and tokenizers panics.
+        except BaseException as error:
+            if not isinstance(error, Exception) and not is_tokenizer_failure(error):
+                raise
+            raise ModelError(f"transformers could not load it: {first_line(error)}") from error
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise ModelError("it has no fast tokenizer.")

@@ -5,17 +5,21 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import importlib.util
 import io
 import json
 import math
 import os
+import random
 from pathlib import Path
 from typing import Any
 
+import jsonschema_rs  # comes with schemathesis
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from gradmap_hub.comparison import COMPARE
 from gradmap_hub.errors import GradmapError, SourceError
 from gradmap_hub.measurements import (
     BeforeAfter,
@@ -30,6 +34,7 @@ from gradmap_hub.measurements import (
     Rate,
     Sample,
 )
+from gradmap_hub.reading import FieldError, from_json
 from gradmap_hub.record import (
     FILE_NAME,
     Artifact,
@@ -49,6 +54,8 @@ from gradmap_hub.record import (
     VerificationRecord,
     to_json,
 )
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
@@ -332,6 +339,60 @@ def mutate(data: Any, where: tuple[Any, ...], change: str, value: Any) -> Any:
     elif isinstance(holder, list):
         holder.insert(where[-1], holder[where[-1]])
     return data
+
+
+@pytest.fixture(scope="module")
+def schemas() -> Any:
+    """docs/make_schema.py as a module."""
+    path = ROOT / "docs" / "make_schema.py"
+    specification = importlib.util.spec_from_file_location("make_schema", path)
+    assert specification is not None and specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", [FILE_NAME, COMPARE])
+def test_the_schema_in_the_docs_is_current(name: str, schemas: Any) -> None:
+    assert schemas.destination(name).read_text(encoding="utf-8") == schemas.text(name), (
+        "run: python docs/make_schema.py"
+    )
+
+
+def test_the_schema_accepts_what_the_reader_does(full: RunRecord, schemas: Any) -> None:
+    """A whole record, and five hundred with an odd value somewhere; the reader also checks whether fields agree."""
+    validator = jsonschema_rs.Draft202012Validator(schemas.schema(FILE_NAME))
+    plain = json.loads(to_json(full))
+    assert validator.is_valid(plain)
+    draw = random.Random(0)
+    # Without what is no JSON that is read, and whole numbers with a point, which are integers to JSON Schema.
+    values = [value for value in ODD if value not in (10**400, "\ud800", 1e90, 1e300, [1.0, 2.0]) or value is True]
+    values = [value for value in values if not (isinstance(value, float) and value == 0)]
+    refused = 0
+    for where in draw.choices(places(plain), k=500):
+        value = draw.choice(values)
+        data = mutate(copy.deepcopy(plain), where, draw.choice(("replace", "delete")), value)
+        try:
+            from_json(RunRecord, data)
+            expected = True
+        except FieldError:
+            expected = False
+        except ValueError:
+            continue
+        refused += not expected
+        assert validator.is_valid(data) == expected, (where, value)
+    assert 100 < refused < 450
+
+
+def test_a_comparison_fits_its_schema(schemas: Any) -> None:
+    validator = jsonschema_rs.Draft202012Validator(schemas.schema(COMPARE))
+    facts = {
+        "title": "Small", "original": {"name": "a", "repo_id": "a/b", "revision": None}, "pruned": {"name": "c"},
+        "precisions": [{"name": "int8", "file": "model_int8.onnx", "original": {"stored": "space", "path": "x"}}],
+    }  # fmt: skip
+    assert validator.is_valid(facts)
+    for name, value in (("original", None), ("runtime", 3), ("precisions", [{"name": "int8"}])):
+        assert not validator.is_valid(facts | {name: value})
 
 
 def use(record: RunRecord, folder: Path) -> None:

@@ -30,7 +30,7 @@ from gradmap_hub.cli import (
     space,
     sweep,
 )
-from gradmap_hub.cli.output import escape_unknown_characters, stderr
+from gradmap_hub.cli.output import escape_logs, escape_unknown_characters, stderr
 from gradmap_hub.errors import GradmapError, UsageError
 from gradmap_hub.units import printable, reason_of
 
@@ -57,6 +57,7 @@ def main() -> NoReturn:
     # Importing torch and transformers makes a million objects, none of them garbage; collecting them takes a second.
     gc.set_threshold(100_000, 30, 30)
     escape_unknown_characters()
+    escape_logs()
     debug = "--debug" in sys.argv or bool(os.environ.get("GRADMAP_DEBUG"))
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:

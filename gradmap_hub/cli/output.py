@@ -5,7 +5,9 @@ from __future__ import annotations
 import codecs
 import io
 import json
+import logging
 import sys
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -47,6 +49,36 @@ def escape_unknown_characters() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="gradmap-escape")
+
+
+def escape_logs() -> None:
+    """Write log records and warnings of every library without control characters: transformers warns with names of a
+    model's files and fields, and `serve` logs what clients send."""
+    plain_record, plain_warning = logging.getLogRecordFactory(), warnings.formatwarning
+
+    def record(*args: Any, **options: Any) -> logging.LogRecord:
+        made = plain_record(*args, **options)
+        try:
+            made.msg, made.args = printable(made.getMessage(), keep="\n\t"), None
+        except Exception:  # the library's own mistake in its arguments; logging reports it
+            return made
+        return made
+
+    def warning(*args: Any, **options: Any) -> str:
+        return printable(plain_warning(*args, **options), keep="\n\t")
+
+    logging.setLogRecordFactory(record)
+    warnings.formatwarning = warning
+
+
+class LogLines(logging.Formatter):
+    """One line for each log record, whatever is in it, and the lines of an exception."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return printable(super().formatMessage(record))
+
+    def formatException(self, ei: Any) -> str:
+        return printable(super().formatException(ei), keep="\n")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from gradmap_hub.cli.output import stderr
+from gradmap_hub.cli.output import LogLines, stderr
 from gradmap_hub.errors import MissingExtra, UsageError
 
 KEY_VARIABLE = "GRADMAP_API_KEY"
@@ -166,7 +166,7 @@ def _api_key(file: Path | None) -> str | None:
 
 def _log_to_stderr(requests: bool, quiet: bool) -> None:
     handler = logging.StreamHandler()  # not rich's, which wraps lines to the width of a terminal
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    handler.setFormatter(LogLines("%(asctime)s %(message)s"))
     serving = logging.getLogger("gradmap_hub.serving")
     serving.addHandler(handler)
     serving.propagate = False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from gradmap_hub.evaluation.measurement import ORIGINAL, PRUNED, Context, Step
 from gradmap_hub.evaluation.speed import Backend, Eager
 from gradmap_hub.measurements import Sample
 from gradmap_hub.models.original import end_tokens
+from gradmap_hub.runtime.chat import chat_text
 
 # Instructions of the kinds that users of a small chat model give: facts, an explanation, lists, advice, prose.
 PROMPTS = (
@@ -31,17 +32,18 @@ class Answers:
 
 
 def steps(context: Context) -> list[Step[Answers]]:
-    return [_answers(context, which) for which in (ORIGINAL, PRUNED)]
+    prompts = [prompt_ids(context.tokenizer, prompt) for prompt in context.prompts]  # a template may fail: at once
+    return [_answers(context, which, prompts) for which in (ORIGINAL, PRUNED)]
 
 
-def _answers(context: Context, which: str) -> Step[Answers]:
+def _answers(context: Context, which: str, prompts: Sequence[list[int]]) -> Step[Answers]:
     def compute() -> Answers:
         model: Any = context.models.decoder(which).model
         backend, ends = Eager(model), end_tokens(model, context.tokenizer)
-        context.reporter.total(len(context.prompts))
+        context.reporter.total(len(prompts))
         texts: list[str] = []
-        for prompt in context.prompts:
-            texts.append(greedy_answer(backend, context.tokenizer, prompt, ends))
+        for ids in prompts:
+            texts.append(greedy_answer(backend, context.tokenizer, ids, ends))
             context.reporter.advance()
         return Answers(texts)
 
@@ -61,17 +63,24 @@ def result(context: Context, found: Mapping[str, Any]) -> list[Sample]:
     return [Sample(*texts) for texts in zip(context.prompts, *answers, strict=True)]
 
 
-def greedy_answer(backend: Backend, tokenizer: Any, prompt: str, ends: set[int]) -> str:
-    """At most `TOKENS` tokens after the prompt, which is in the chat template if the tokenizer has one.
+def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
+    """The token ids of a prompt, which is in the chat template if the tokenizer has one.
+
+    Raises:
+        PromptError: the template fails.
+    """
+    if not tokenizer.chat_template:
+        return tokenizer(prompt)["input_ids"]
+    text = chat_text(tokenizer, [{"role": "user", "content": prompt}])
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def greedy_answer(backend: Backend, tokenizer: Any, ids: Sequence[int], ends: set[int]) -> str:
+    """At most `TOKENS` tokens after those of a prompt.
 
     Args:
         ends: Token ids that end an answer.
     """
-    if tokenizer.chat_template:
-        messages = [{"role": "user", "content": prompt}]
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    else:
-        ids = tokenizer(prompt)["input_ids"]
     backend.read(ids)
     answer: list[int] = []
     while len(answer) < TOKENS and (token := backend.write()) not in ends:

@@ -14,8 +14,8 @@ _AGAIN = "measure again with gradmap-hub evaluate"
 
 
 def folder_sha256(folder: Path) -> str:
-    """One checksum over the safetensors files directly in a folder."""
-    return weights_sha256(folder.glob("*.safetensors"))
+    """One checksum over the safetensors files directly in a folder; a pipe, which would be read for ever, is none."""
+    return weights_sha256(path for path in folder.glob("*.safetensors") if path.is_file())
 
 
 def data_file(graph: Path) -> Path | None:

@@ -23,7 +23,8 @@ from gradmap_hub.errors import CalibrationError
 from gradmap_hub.healing.sampling import sample
 from gradmap_hub.healing.training import memory_kept
 from gradmap_hub.measurements import repeated_share
-from gradmap_hub.units import reason_of
+from gradmap_hub.runtime.chat import chat_text
+from gradmap_hub.runtime.generation import PromptError
 
 # What is compared with other texts, and the whole sample.
 Draft: TypeAlias = tuple[str, str]
@@ -221,18 +222,15 @@ def _first_token(tokenizer: Any) -> int:
 
 
 def render(tokenizer: Any, messages: Sequence[dict[str, str]], *, answer: bool = False) -> str:
-    """Messages in the chat template (transformers renders it in a sandbox); with `answer`, up to where the model's turn
-    begins.
+    """Messages in the chat template; with `answer`, up to where the model's turn begins.
 
     Raises:
         CalibrationError: the template fails.
     """
     try:
-        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=answer)
-    except Exception as error:  # templates raise their own
-        raise CalibrationError(
-            f"The chat template of the model fails: {reason_of(error)}", hint="Give a text instead of `self`."
-        ) from error
+        return chat_text(tokenizer, messages, answer=answer)
+    except PromptError as error:
+        raise CalibrationError(error.message, hint="Give a text instead of `self`.") from error
 
 
 def _write(

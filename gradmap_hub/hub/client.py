@@ -48,6 +48,7 @@ from gradmap_hub.errors import (
 )
 from gradmap_hub.errors import UsageError as Usage
 from gradmap_hub.hub.accounts import Account, account_of
+from gradmap_hub.hub.headers import read_dtypes
 from gradmap_hub.hub.retry import BRIEF, Patience, Retry, asked_wait, persist
 from gradmap_hub.hub.transport import PASSING, HttpFailure, RequestFailed, Watch, guarded, is_http, may_pass
 from gradmap_hub.progress import Reporter, SilentReporter
@@ -170,9 +171,7 @@ class Hub:
                 self.attempt(lambda: self.api.auth_check(repo_id), brief=True)
         card = info.card_data.to_dict() if info.card_data else {}
         files = {entry.rfilename: entry.size or 0 for entry in info.siblings or []}
-        if info.sha is None:
-            raise HubError(f"{self.endpoint} returned no commit for {repo_id}.")
-        return RemoteModel(repo_id, info.sha, files, card, bool(info.gated), bool(info.private))
+        return RemoteModel(repo_id, self._commit(repo_id, info.sha), files, card, bool(info.gated), bool(info.private))
 
     def fetch(self, repo_id: str, commit: str, names: Sequence[str]) -> Path:
         """Download the named files of a model at a commit into the cache; returns the snapshot folder.
@@ -181,10 +180,28 @@ class Hub:
             RepositoryNotFound, RevisionNotFound, GatedRepository, SourceError, RateLimited, HubError
         """
         with self.translated(repo_id, commit):
-            folder = self.attempt(
-                lambda: self.api.snapshot_download(repo_id, revision=commit, allow_patterns=list(names))
-            )
-        return Path(folder)
+            return self.attempt(lambda: self.download_once(repo_id, "model", commit, names))
+
+    def download_once(
+        self, repo_id: str, repo_type: str, commit: str, names: Sequence[str], cache: str | None = None
+    ) -> Path:
+        """As `fetch`, without retries and with the client's exceptions: for use within `attempt`. One file after the
+        other: the client's `snapshot_download` uses threads, and what `attempt` guards is this thread's session."""
+        folder = Path(constants.HF_HUB_CACHE if cache is None else cache)
+        for name in names:
+            path = self.api.hf_hub_download(repo_id, name, repo_type=repo_type, revision=commit, cache_dir=cache)
+            folder = Path(path).parents[name.count("/")]
+        return folder
+
+    def tensor_dtypes(self, repo_id: str, commit: str, name: str) -> dict[str, str]:
+        """The dtypes in a safetensors file that is not in the cache, as far as they are known (see `read_dtypes`).
+
+        Raises:
+            As `fetch`.
+        """
+        with self.translated(repo_id, commit):
+            offline = constants.HF_HUB_OFFLINE
+            return {} if offline else self.attempt(lambda: read_dtypes(self.api, repo_id, commit, name), brief=True)
 
     def fetch_dataset_text(self, source: str) -> tuple[list[Path], str]:
         """Download the text files of `owner/name[:config[/split]][@commit]`; returns them and `source@commit`.
@@ -195,14 +212,15 @@ class Hub:
         source, _, revision = source.partition("@")
         repo_id, _, inside = source.partition(":")
 
-        def download(name: str, commit: str | None) -> str:
+        def download(name: str, commit: str) -> str:
             return self.api.hf_hub_download(repo_id, name, repo_type="dataset", revision=commit)
 
         try:
             with self.translated(repo_id, revision or None):
                 info = self.attempt(lambda: self.api.dataset_info(repo_id, revision=revision or None))
                 wanted = _dataset_files([entry.rfilename for entry in info.siblings or []], inside)
-                paths = [Path(self.attempt(lambda name=name: download(name, info.sha))) for name in wanted]
+                commit = self._commit(repo_id, info.sha)
+                paths = [Path(self.attempt(lambda name=name: download(name, commit))) for name in wanted]
         except RepositoryNotFound:
             raise CalibrationError(
                 f"The text {source} is neither a local file nor a data set on the Hub.",
@@ -214,7 +232,7 @@ class Hub:
                 + (f" under {inside}." if inside else "."),
                 hint="Give configuration and split as owner/name:config/split, or a text file.",
             )
-        return paths, f"{source}@{info.sha}"
+        return paths, f"{source}@{commit}"
 
     def check_license(self, license_id: str) -> None:
         """Ask the Hub whether it accepts a licence id; it rejects a card with any other.
@@ -265,14 +283,23 @@ class Hub:
     def state_once(self, repo_id: str, repo_type: str, revision: str | None = None) -> RepoState:
         """As `state`, without retries and with the client's exceptions: for use within `attempt`."""
         info = self.api.repo_info(repo_id, revision=revision, repo_type=repo_type, files_metadata=True)
-        if info.sha is None:
-            raise HubError(f"{self.endpoint} returned no commit for {repo_id}.")
+        commit = self._commit(repo_id, info.sha)
         files = {
             entry.rfilename: entry.lfs.sha256 if entry.lfs else (entry.blob_id or "") for entry in info.siblings or []
         }
         runtime = getattr(info, "runtime", None)
         hardware = (runtime.requested_hardware or runtime.hardware) if runtime is not None else None
-        return RepoState(info.sha, bool(info.private), files, hardware)
+        return RepoState(commit, bool(info.private), files, hardware)
+
+    def _commit(self, repo_id: str, sha: str | None) -> str:
+        """The commit in an answer, which becomes a folder of the cache.
+
+        Raises:
+            HubError: it is none.
+        """
+        if sha is None or not _COMMIT.fullmatch(sha):
+            raise HubError(f"{self.endpoint} returned no commit for {repo_id}.")
+        return sha
 
     def url(self, repo_id: str, repo_type: str) -> str:
         return f"{self.endpoint}/{'spaces/' if repo_type == 'space' else ''}{repo_id}"

@@ -191,22 +191,20 @@ class Publisher:
             RateLimited, HubError
         """
         repo_id, commit, kind = published.repo_id, published.commit, screened.kind
-        names = list(screened.files) if published.pull_request else None  # not all files of somebody else's repository
         unverified = f"The files are committed ({commit[:12]}) but not verified; the visibility was not changed"
+        state = step(self.hub, "read back", repo_id, lambda: self.hub.state_once(repo_id, kind, commit), unverified)
+        missing = set(screened.files) - set(state.files)
+        if missing:
+            raise _not_verified(published, f"{min(missing)} is missing")
         with tempfile.TemporaryDirectory(prefix="gradmap-verify-") as cache:
             # One cache for all attempts: a finished download is not repeated.
-            snapshot = Path(
-                step(
-                    self.hub,
-                    "read back",
-                    repo_id,
-                    lambda: self.hub.api.snapshot_download(
-                        repo_id, repo_type=kind, revision=commit, cache_dir=cache, allow_patterns=names
-                    ),
-                    unverified,
-                )
+            snapshot = step(
+                self.hub,
+                "read back",
+                repo_id,
+                lambda: self.hub.download_once(repo_id, kind, commit, list(screened.files), cache),
+                unverified,
             )
-            state = step(self.hub, "read back", repo_id, lambda: self.hub.state_once(repo_id, kind, commit), unverified)
             for name, path in screened.files.items():
                 copied = snapshot / name
                 if not copied.is_file() or sha256_of(copied) != sha256_of(path):

@@ -11,15 +11,20 @@ same interface, and the base class of their exceptions is found through the clie
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from json import JSONDecodeError
 from typing import Any
+from urllib.parse import urlsplit
 
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import get_session, hf_raise_for_status  # pyright: ignore[reportPrivateImportUsage]
+
+from gradmap_hub.errors import HubError
+from gradmap_hub.units import reason_of
 
 # Base class of the exceptions of the client's HTTP library: requests.RequestException or httpx.HTTPError.
 HttpFailure: type[Exception] = [base for base in HfHubHTTPError.__mro__ if base.__module__ != "builtins"][-1]
@@ -30,6 +35,11 @@ TIMEOUTS = (30.0, 300.0)
 # Names of the httpx exceptions for invalid requests; those of requests are ValueErrors.
 _NEVER_MADE = ("InvalidURL", "UnsupportedProtocol", "LocalProtocolError")
 _BATCH = "/info/lfs/objects/batch"
+
+
+# What stands in the headers that the client (0.36, 2.4) makes paths in its cache of, as they are: a commit, and the git
+# or LFS hash of the file, or that of a CDN.
+_PLAIN_NAME = re.compile(r'(?:W/)?"?[0-9A-Za-z][0-9A-Za-z_.-]{0,199}"?')
 
 
 class RequestFailed(OSError):
@@ -111,6 +121,8 @@ def guarded(watch: Watch | None = None) -> Iterator[None]:
         if watch is not None and method.upper() == "PUT":
             return _put(plain, watch, method, url, args, options)
         response = _once(lambda: plain(method, url, *args, **options))
+        if method.upper() == "HEAD":
+            _check_names(response)
         if watch is not None and str(url).split("?")[0].endswith(_BATCH):
             watch.read_batch(response)
         return response
@@ -144,6 +156,18 @@ def _once(call: Callable[[], Any]) -> Any:
     if response.status_code in PASSING:
         hf_raise_for_status(response)
     return response
+
+
+def _check_names(response: Any) -> None:
+    """Raises HubError: a header about a file that becomes the name of one in the client's cache is none."""
+    headers = response.headers
+    named = {"X-Repo-Commit": headers.get("X-Repo-Commit")}
+    # The answers of errors, and of a repository's new name, which the client follows, have hashes of their own.
+    if response.status_code < 300 or (response.status_code < 400 and urlsplit(headers.get("Location", "")).netloc):
+        named["ETag"] = headers.get("X-Linked-Etag") or headers.get("ETag")
+    for name, value in named.items():
+        if value is not None and not _PLAIN_NAME.fullmatch(value):
+            raise HubError(f"The Hub sent a file with the {name} {reason_of(value, 80)!r}, which is not a hash.")
 
 
 def _upload_header(entry: dict[str, Any]) -> dict[str, Any]:

@@ -270,11 +270,8 @@ def check_weights(folder: Path, files: Files) -> None:
     wanted = read_weight_map(folder / WEIGHTS_INDEX) if WEIGHTS_INDEX in files.weights else None
     for shard in shards:
         header = read_safetensors_header(folder / shard)
-        for name, entry in header.items():
-            if entry["dtype"] not in FLOATS and _is_weight(name):
-                raise SourceError(
-                    f"The checkpoint is quantised: {shard} stores {name} as {entry['dtype']}.", hint=_FULL_PRECISION
-                )
+        check_dtypes(shard, {name: entry["dtype"] for name, entry in header.items()})
+        for name in header:
             # Which of two tensors is loaded depends on the reader.
             if wanted is not None and wanted.get(name, shard) != shard:
                 other = f"{WEIGHTS_INDEX} names {wanted[name]}"
@@ -283,6 +280,13 @@ def check_weights(folder: Path, files: Files) -> None:
     lost = sorted(set(wanted or ()) - set(present))
     if lost:
         raise BrokenCheckpointError(f"{WEIGHTS_INDEX} names the tensor {lost[0]}, which no shard contains.")
+
+
+def check_dtypes(shard: str, dtypes: Mapping[str, str]) -> None:
+    """Raises SourceError: a weight in a file ({tensor: dtype}) is quantised."""
+    for name, dtype in dtypes.items():
+        if dtype not in FLOATS and _is_weight(name):
+            raise SourceError(f"The checkpoint is quantised: {shard} stores {name} as {dtype}.", hint=_FULL_PRECISION)
 
 
 def _is_weight(name: str) -> bool:

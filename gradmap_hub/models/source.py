@@ -18,6 +18,7 @@ from gradmap_hub.models.architectures import Architecture, dimension
 from gradmap_hub.models.safetensors_files import (
     ADAPTER_CONFIG,
     Files,
+    check_dtypes,
     check_json_size,
     check_weights,
     choose_files,
@@ -53,13 +54,16 @@ class ModelHub(Protocol):
 
     def model(self, repo_id: str, revision: str | None) -> RemoteFiles: ...
     def fetch(self, repo_id: str, commit: str, names: Sequence[str]) -> Path: ...
+    def tensor_dtypes(self, repo_id: str, commit: str, name: str) -> Mapping[str, str]: ...
 
 
-# The YAML header of a README.md, between two lines of dashes.
 # A language on a card, as the Hub accepts it: ISO 639, or one of its special values.
 _LANGUAGE = re.compile(r"[a-z]{2,3}|code|multilingual")
 # Characters of the header of a model card; those of the largest have some thousand.
 _MOST_HEADER = 200_000
+# Files of weights whose headers are read before any is fetched, a request each; those of further ones are read later.
+_MOST_HEADERS = 8
+# The YAML header of a README.md, between two lines of dashes.
 _HEADER = re.compile(r"\A---[ \t]*\r?\n(.*?)\r?\n---[ \t]*\r?(?:\n|\Z)", re.DOTALL)
 
 
@@ -81,7 +85,7 @@ class Source:
 
 
 def find_source(model: str, revision: str | None, hub: ModelHub) -> Source:
-    """Resolve MODEL: an existing .gguf file, an existing folder, or a Hub id. Only config.json is read."""
+    """Resolve MODEL: an existing .gguf file, an existing folder, or a Hub id. Of the weights only headers are read."""
     path = Path(model).expanduser()
     if path.suffix == ".gguf":
         return _gguf_source(path)
@@ -111,6 +115,8 @@ def find_source(model: str, revision: str | None, hub: ModelHub) -> Source:
     only_5 = needs_5(config)
     config = in_both_forms(config)
     files = choose_files(remote.files, fetched)
+    for shard in [name for name in files.weights if name.endswith(".safetensors")][:_MOST_HEADERS]:
+        check_dtypes(shard, hub.tensor_dtypes(model, remote.commit, shard))
     exports = own_exports(remote.files)
     base = Base(
         name=model,

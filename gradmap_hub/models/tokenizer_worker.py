@@ -1,14 +1,19 @@
-"""The process in which somebody else's tokenizer.json is tried: `python tokenizer_worker.py FILE < texts.json`.
+"""Tries somebody else's tokenizer.json in a process with limits.
 
-It prints {"cause": why the tokenizer cannot be used, or null}, or dies at a limit. Started as a file, and imports
-nothing of this package, so that it starts in a tenth of a second.
+Standalone: `models.tokenizer_trial` uses it, and it is copied into every Space folder. Started as a program,
+`python tokenizer_worker.py FILE < texts.json`, it is that process: it prints {"cause": why the tokenizer cannot be
+used, or null}, or dies at a limit. It imports nothing of this package, so that it starts in a tenth of a second.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
 import sys
+from collections.abc import Iterable
+from pathlib import Path
 
 # CPU seconds. The largest vocabularies (256k tokens) load in two, and a text of a megabyte takes one more.
 SECONDS = 30
@@ -19,6 +24,61 @@ MEMORY = 2 << 30
 GROWTH = 16
 # Characters and tokens beyond that, for the special tokens around a short text.
 _ADDED = 256
+
+# Characters at the start of each text that are tried: enough to meet its script and its markup, and encoded at once.
+SAMPLE_CHARACTERS = 100_000
+# Wall-clock seconds per CPU second that the worker may use, on a machine that other work keeps busy.
+_SLOWDOWN = 4
+# Every kind of character that pre-tokenizers tell apart, and runs on which backtracking shows.
+PROBE = (
+    "The river's 12,345 mills (1987) cost \u20ac3.50!\n\n\tdef f(x):\n        return x\r\n",
+    "\u00e4\u00f1\u0301 \u0436\u0443\u0440 \u6a21\u578b \u0627\u0644 \ud55c \U0001f600\u200d\U0001f527 \ufb01 \x00\x7f",
+    *(character * 64 + ending for character in "aA0 !\n_" for ending in ("", "!")),
+)
+
+_SLOW = f"it takes more than {SECONDS} seconds for a short text"
+_LARGE = f"it takes more than {MEMORY / 1e9:.1f} GB of memory for a short text"
+# What the Rust and the Python allocator write when memory ends.
+_NO_MEMORY = ("memory allocation of", "MemoryError", "Cannot allocate memory", "bad_alloc")
+
+
+def failure(file: Path, texts: Iterable[str] = ()) -> str | None:
+    """Why a tokenizer.json cannot be used: what the process says that loads it, and encodes and decodes a probe and the
+    start of each text. None if it can, or if there is no such file.
+    """
+    if not file.is_file():
+        return None
+    # Half of a surrogate pair cannot be passed on; where it matters, the text is refused.
+    samples = [text[:SAMPLE_CHARACTERS].encode("utf-8", "replace").decode("utf-8") for text in texts]
+    task = json.dumps([*PROBE, *filter(None, samples)])
+    # -P: this file's folder is not searched for modules.
+    command = [sys.executable, "-P", __file__, str(file)]
+    try:
+        # On Ctrl-C, `run` kills the process before it re-raises.
+        done = subprocess.run(command, input=task.encode(), capture_output=True, timeout=_SLOWDOWN * SECONDS)
+    except subprocess.TimeoutExpired:
+        return _SLOW
+    return _cause(done)
+
+
+def _cause(done: subprocess.CompletedProcess[bytes]) -> str | None:
+    said = done.stderr.decode("utf-8", "replace")
+    if any(words in said for words in _NO_MEMORY):
+        return _LARGE
+    try:
+        return json.loads(done.stdout)["cause"]
+    except ValueError:
+        pass
+    if done.returncode in (-_signal("SIGXCPU"), -_signal("SIGKILL")):
+        return _SLOW
+    if done.returncode == -_signal("SIGSEGV"):  # a stack that cannot grow, such as of deep recursion
+        return "it makes the tokenizers library crash"
+    lines = [line for line in said.splitlines() if line.strip()]
+    return lines[-1] if lines else f"it ends the process that loads it (status {done.returncode})"
+
+
+def _signal(name: str) -> int:
+    return int(getattr(signal, name, 0)) or sys.maxsize
 
 
 def limit() -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,7 +35,7 @@ from gradmap_hub.pipeline.heal import forget_teacher, heal_stage, open_float32
 from gradmap_hub.pipeline.recorded import find_original
 from gradmap_hub.pipeline.reproduce import find_calibration, find_evaluation
 from gradmap_hub.pipeline.results import read_folder, write_results
-from gradmap_hub.pipeline.run import Run
+from gradmap_hub.pipeline.run import Run, exclusive, no_empty_folders
 from gradmap_hub.pipeline.stages import (
     HEALED_FILE,
     RowLosses,
@@ -94,6 +95,12 @@ def heal_folder(
     distributed.join()
     hub, reporter = connect(hub, reporter)
     folder = folder if folder.name else folder.resolve()  # "." has no folder beside it
+    read_folder(folder)  # before anything is written beside what is no result
+    with no_empty_folders(folder), exclusive(folder) if distributed.is_main() else nullcontext():
+        return _heal(folder, config, reporter, hub)
+
+
+def _heal(folder: Path, config: HealConfig, reporter: Reporter, hub: Hub) -> RunRecord:
     distributed.main_first(lambda: _finish_earlier(folder))
     record = read_folder(folder)
     check_text_files(name for name in config.text if name != SELF)

@@ -24,6 +24,7 @@ from gradmap_hub.measurements import BeforeAfter
 from gradmap_hub.models.architectures import compensation_skipped
 from gradmap_hub.models.source import Source, check_family, find_source
 from gradmap_hub.pipeline.checks import Check, Checks, Targets, license_description
+from gradmap_hub.pipeline.opening import check_opens
 from gradmap_hub.pipeline.reproduce import check_expected
 from gradmap_hub.pipeline.results import read_folder
 from gradmap_hub.record import (
@@ -234,14 +235,22 @@ def plan_publish(folder: Path, config: PublishConfig, hub: Hub) -> PublishPlan:
         check_space_folder(space_folder, base)
         check_space_code(space_folder)
         upload += look_through(space_folder, "space", named, targets, publisher).size
+    opened = [check_opens(place) for place in published_models(folder, space_folder if targets.space else None)]
     weights = sum(entry.bytes for entry in record.artifacts if entry.format == "safetensors")
     checks.add("weights", f"in {folder.name}, {weights / 1e6:,.1f} MB")
     checks.add("licence", license_description(base))
     checks.add("card", f"{CARD} is valid, with {model.card.results} results")
     checks.add("files", f"{len(model.files)} in the model, none with private data")
+    checks.add("opens", f"with the runtime: {', '.join(opened)}")
     checks.room(Path(tempfile.gettempdir()), upload, upload)  # for the download that is compared
     found = space_folder if targets.space else None
     return PublishPlan(targets, folder, named, rewrites, found, upload, checks.found)
+
+
+def published_models(folder: Path, space_folder: Path | None) -> list[Path]:
+    """The model folders in what is published: the model, and the original that a Space has."""
+    stored = None if space_folder is None else space_folder / ORIGINAL_FOLDER
+    return [folder, stored] if stored is not None and stored.is_dir() else [folder]
 
 
 def look_through(

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,15 +12,14 @@ from gradmap_hub import __version__
 from gradmap_hub.config import Expected, PruneConfig, PruneMethod
 from gradmap_hub.data.texts import check_texts, is_local_text
 from gradmap_hub.evaluation.staleness import with_earlier
-from gradmap_hub.layout import check_disk, check_output, weight_artifacts, work_folder
+from gradmap_hub.layout import check_disk, check_output, weight_artifacts
 from gradmap_hub.machine import hardware, versions
-from gradmap_hub.models.original import TRANSLATED
 from gradmap_hub.models.source import check_family, find_source
 from gradmap_hub.pipeline.connect import connect
 from gradmap_hub.pipeline.heal import forget_teacher, heal
 from gradmap_hub.pipeline.reproduce import check_expected
 from gradmap_hub.pipeline.results import write_results
-from gradmap_hub.pipeline.run import Run, exclusive
+from gradmap_hub.pipeline.run import Run, exclusive, no_empty_folders
 from gradmap_hub.pipeline.stages import (
     RowLosses,
     compensate,
@@ -82,22 +79,6 @@ def prune(
     with no_empty_folders(output), exclusive(output):
         run = Run(source, config, output, hub, reporter, command=command, expected=repeats)
         return write_results(with_earlier(prune_stages(run, config), output), output, reporter)
-
-
-@contextmanager
-def no_empty_folders(output: Path) -> Iterator[None]:
-    """Remove the folders of a run that fails before it writes any result."""
-    work = work_folder(output)
-    created = [folder for folder in (work, output, *output.parents) if not folder.exists()]
-    try:
-        yield
-    except BaseException:
-        if work in created:
-            shutil.rmtree(work / TRANSLATED, ignore_errors=True)  # no result: a resumed run writes it again
-        for folder in created:
-            with suppress(OSError):
-                folder.rmdir()  # fails unless it is empty
-        raise
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,12 @@ from gradmap_hub.formats import quantized
 from gradmap_hub.layout import space_folder_of
 from gradmap_hub.pipeline.connect import connect
 from gradmap_hub.pipeline.export import export_checked, export_optimum, remove_exports, remove_onnx
-from gradmap_hub.pipeline.plan import PushPlan, check_companions, make_plan
-from gradmap_hub.pipeline.prune import no_empty_folders, prune_stages
+from gradmap_hub.pipeline.opening import check_opens
+from gradmap_hub.pipeline.plan import PushPlan, check_companions, make_plan, published_models
+from gradmap_hub.pipeline.prune import prune_stages
 from gradmap_hub.pipeline.publish import PushResult, publish_both
 from gradmap_hub.pipeline.results import write_results
-from gradmap_hub.pipeline.run import Run, exclusive
+from gradmap_hub.pipeline.run import Run, exclusive, no_empty_folders
 from gradmap_hub.pipeline.space import remove_space, write_space_folder
 from gradmap_hub.pipeline.texts import export_rows
 from gradmap_hub.progress import Reporter
@@ -72,6 +73,8 @@ def push(
         space_folder = space_folder_of(plan.output) if plan.targets.space is not None else None
         if config.space and space_folder is None and remove_space(space_folder_of(plan.output), record):
             reporter.note("Removed the Space folder of an earlier run of this push, because no Space is published.")
+        for place in published_models(plan.output, space_folder):
+            check_opens(place)
         return publish_both(record, plan.output, space_folder, plan.targets, config, Publisher(hub, reporter))
 
 

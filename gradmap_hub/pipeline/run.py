@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,7 +15,7 @@ from gradmap_hub.config import Expected, PruneMethod
 from gradmap_hub.errors import OutputInUse
 from gradmap_hub.files import lock
 from gradmap_hub.layout import work_folder
-from gradmap_hub.models.original import OriginalModel, open_decoder
+from gradmap_hub.models.original import TRANSLATED, OriginalModel, open_decoder
 from gradmap_hub.models.source import Source, identity
 from gradmap_hub.progress import Reporter
 from gradmap_hub.stage_cache import Stages
@@ -46,6 +47,22 @@ def exclusive(output: Path) -> Iterator[None]:
         with suppress(OSError):  # Windows removes no open file; an unlocked one is no obstacle
             file.unlink()
         held.close()
+
+
+@contextmanager
+def no_empty_folders(output: Path) -> Iterator[None]:
+    """Remove the folders of a run that fails before it writes any result."""
+    work = work_folder(output)
+    created = [folder for folder in (work, output, *output.parents) if not folder.exists()]
+    try:
+        yield
+    except BaseException:
+        if work in created:
+            shutil.rmtree(work / TRANSLATED, ignore_errors=True)  # no result: a resumed run writes it again
+        for folder in created:
+            with suppress(OSError):
+                folder.rmdir()  # fails unless it is empty
+        raise
 
 
 class Run:

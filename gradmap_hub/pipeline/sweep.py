@@ -25,8 +25,8 @@ from gradmap_hub.measurements import BeforeAfter
 from gradmap_hub.models.source import Source, find_source
 from gradmap_hub.pipeline.connect import connect
 from gradmap_hub.pipeline.heal import forget_teacher, heal
-from gradmap_hub.pipeline.prune import no_empty_folders, settings_of
-from gradmap_hub.pipeline.run import Run, exclusive
+from gradmap_hub.pipeline.prune import settings_of
+from gradmap_hub.pipeline.run import Run, exclusive, no_empty_folders
 from gradmap_hub.pipeline.stages import (
     RowLosses,
     compensate,

@@ -70,12 +70,17 @@ def choose_artifact(
     )
     free = free_memory() if memory is None else memory
     for artifact in ranked or found:
-        if cuda or free is None or artifact.bytes * _MEMORY_FACTOR <= free:
+        if cuda or free is None or memory_needed(artifact) <= free:
             return artifact
     raise SourceError(
         f"No artifact ({names}) fits into {(free or 0) / 1e9:.1f} GB of free memory.",
         hint="Free some memory, or select one with --artifact to skip this check.",
     )
+
+
+def memory_needed(artifact: Artifact) -> float:
+    """Return the bytes that a session of an artifact needs, about."""
+    return artifact.bytes * _MEMORY_FACTOR
 
 
 def free_memory() -> int | None:

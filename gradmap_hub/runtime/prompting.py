@@ -100,8 +100,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def first_line(error: BaseException) -> str:
-    """What an exception of a library or a template says, as one short line without control characters."""
+def first_line(error: BaseException | str) -> str:
+    """What an exception of a library or a template says, or words, as one short line without control characters."""
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
     return "".join(character if character.isprintable() else " " for character in line[:_MOST_SHOWN])
 

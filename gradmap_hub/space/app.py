@@ -25,8 +25,8 @@ EXAMPLES = (
     "Explain gravity to a child in two sentences.",
     "List three uses for a paper clip.",
 )
-# A module of this package that the app uses too; it imports nothing of this package.
-PROMPTING = Path(__file__).parents[1] / "runtime" / "prompting.py"
+# Modules of this package that the app uses too; they import nothing of this package.
+STANDALONE = tuple(Path(__file__).parents[1] / name for name in ("runtime/prompting.py", "models/tokenizer_worker.py"))
 # Only for Spaces on ZeroGPU; zerogpu.py adds it.
 ZERO_GPU_MODULE = "zero_gpu.py"
 _ENGINES = {"onnx": "onnx_engine.py", "transformers": "transformers_engine.py"}
@@ -89,7 +89,7 @@ def write_space(
     original = destination / ORIGINAL_FOLDER
     remove_unwanted(destination, plan)
     written: list[Path] = []
-    for path in [*sorted(content.iterdir()), PROMPTING]:
+    for path in [*sorted(content.iterdir()), *STANDALONE]:
         if path.suffix in (".py", ".css") and path.name not in unwanted:
             written.append(_copy(path, destination / path.name))
     requirements = destination / "requirements.txt"

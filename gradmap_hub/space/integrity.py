@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gradmap_hub.space.app import PROMPTING, content_folder
+from gradmap_hub.space.app import STANDALONE, content_folder
 from gradmap_hub.space.plan import ORIGINAL_FOLDER
 from gradmap_hub.space.zerogpu import ZERO_REQUIREMENTS
 
@@ -24,7 +24,7 @@ def foreign_code(folder: Path) -> str | None:
     the installed requirements. Another folder than that of the stored original could shadow a package.
     """
     content = list(content_folder().iterdir())
-    installed = {path.name: path for path in (*content, PROMPTING) if path.suffix in _CODE}
+    installed = {path.name: path for path in (*content, *STANDALONE) if path.suffix in _CODE}
     wanted = {line for path in content if path.name.startswith("requirements-") for line in _lines(path)}
     for path in sorted(folder.iterdir()):
         if path.is_symlink() or (path.is_dir() and path.name not in (ORIGINAL_FOLDER, "__pycache__")):
@@ -44,7 +44,7 @@ def foreign_code(folder: Path) -> str | None:
 def foreign_entry(folder: Path) -> str | None:
     """The first entry of a folder that would stay beside the app if it were written there, and could be run with it;
     None if there is none."""
-    content = {path.name for path in (*content_folder().iterdir(), PROMPTING)} | {_REQUIREMENTS}
+    content = {path.name for path in (*content_folder().iterdir(), *STANDALONE)} | {_REQUIREMENTS}
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         known = path.name in content or path.suffix in _DATA or path.name.startswith(".git")
         if path.is_dir():

@@ -70,6 +70,7 @@ def test_publish_dry_run(world: Any, small: Path, sums: Sums) -> None:
         "licence",
         "card",
         "files",
+        "opens",
         "disk",
         "upload",
     ]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import re
+import warnings
 from typing import Any
 
 import pytest
@@ -85,6 +87,37 @@ def test_an_answer(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     answer: Any = iter(["one\n", "\ttwo\x1b", "]0;owned\x07"])
     generate._stream(answer)
     assert screen.getvalue() == ("one\n\ttwo]0;owned\n" if terminal else f"one\n\ttwo{TITLE}\n")
+
+
+def test_logs_and_warnings(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """What transformers logs about somebody's files, and what `serve` logs about its clients."""
+    factory, formatwarning = logging.getLogRecordFactory(), warnings.formatwarning
+    stream, log = io.StringIO(), logging.getLogger("another.library")
+    plain, lines = logging.StreamHandler(stream), logging.StreamHandler(stream)
+    plain.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
+    lines.setFormatter(output.LogLines("%(message)s"))
+    try:
+        output.escape_logs()
+        for handler in (plain, lines):
+            log.addHandler(handler)
+            log.warning("Unknown field %s in %r", HOSTILE, HOSTILE)
+            try:
+                raise ValueError(HOSTILE)
+            except ValueError:
+                log.exception(f"failed\n{HOSTILE}")
+            log.removeHandler(handler)
+        shown = warnings.formatwarning(f"old {HOSTILE}", UserWarning, "file.py", 1)
+    finally:
+        logging.setLogRecordFactory(factory)
+        warnings.formatwarning = formatwarning
+    found = stream.getvalue()
+    of_lines = found[found.rindex("Unknown field") :]
+    assert (
+        not codes(of_lines) and r"failed\n[bold red]" in of_lines and of_lines.startswith(f"Unknown field {HARMLESS}")
+    )
+    first = found[: found.rindex("Unknown field")]
+    assert not codes(first.partition("Traceback")[0]) and HARMLESS in first
+    assert not codes(shown) and HARMLESS in shown
 
 
 def test_the_consoles_of_the_command_line_are_safe() -> None:

@@ -117,7 +117,7 @@ def test_a_model_that_only_repeats_itself_is_refused(
 
 def test_a_template_that_fails_is_one_line(chat: Any, model_of: Callable[..., Any]) -> None:
     chat.chat_template = "{{ raise_exception('Only\\nsystem turns') }}"
-    with pytest.raises(CalibrationError, match="The chat template of the model fails: Only") as caught:
+    with pytest.raises(CalibrationError, match="chat template failed: Only") as caught:
         write_self_text(model_of("llama"), chat, 1000, RECIPE)
     assert "\n" not in caught.value.message
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from huggingface_hub import HfApi, file_download
 from huggingface_hub.utils import _http
@@ -100,6 +101,44 @@ def tensors(seed: int, size: int = 60_000) -> bytes:
     return struct.pack("<Q", len(header)) + header + random.Random(seed).randbytes(size)
 
 
+WORDS = 500
+TOKENIZER = {
+    "version": "1.0", "added_tokens": [], "normalizer": None, "pre_tokenizer": {"type": "Whitespace"},
+    "model": {"type": "WordLevel", "vocab": {f"w{i}": i for i in range(WORDS)}, "unk_token": "w0"},
+}  # fmt: skip
+
+
+def graph(seed: int) -> bytes:
+    """An ONNX file of some 16 kB that the runtime runs: random embeddings, multiplied with others, and a cache."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    draw, real = np.random.default_rng(seed), TensorProto.FLOAT
+    weights = [draw.standard_normal(shape).astype(np.float32) for shape in ((WORDS, 4), (4, WORDS))]
+    past = [helper.make_tensor_value_info(f"past_key_values.0.{part}", real, [1, 1, "p", 4]) for part in CACHE]
+    nodes = [
+        helper.make_node("Gather", ["embeddings", "input_ids"], ["state"]),
+        helper.make_node("MatMul", ["state", "head"], ["logits"]),
+        helper.make_node("Unsqueeze", ["state", "axis"], ["new"]),
+        *(helper.make_node("Concat", [f"past_key_values.0.{part}", "new"], [f"present.0.{part}"], axis=2)
+          for part in CACHE),
+    ]  # fmt: skip
+    made = helper.make_graph(
+        nodes,
+        "tiny",
+        [helper.make_tensor_value_info("input_ids", TensorProto.INT64, [1, "t"]),
+         helper.make_tensor_value_info("attention_mask", TensorProto.INT64, [1, "s"]), *past],
+        [helper.make_tensor_value_info("logits", real, [1, "t", WORDS]),
+         *(helper.make_tensor_value_info(f"present.0.{part}", real, [1, 1, "n", 4]) for part in CACHE)],
+        [numpy_helper.from_array(weights[0], "embeddings"), numpy_helper.from_array(weights[1], "head"),
+         numpy_helper.from_array(np.array([1]), "axis")],
+    )  # fmt: skip
+    model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    return model.SerializeToString()
+
+
+CACHE = ("key", "value")
+
+
 def record_of(**changes: Any) -> RunRecord:
     """The record of a run that took one of three layers out."""
     record = RunRecord(
@@ -134,9 +173,10 @@ def write_folders(root: Path, *, seed: int = 0, record: RunRecord | None = None,
     (model / "README.md").write_text(CARD)
     (model / "LICENSE").write_text("You may do with it what you like.\n")
     (model / "config.json").write_text('{"model_type": "llama"}')
-    (model / "tokenizer.json").write_text(json.dumps({"vocab": {f"w{i}": i for i in range(500)}}))
+    for folder in (model, space / "original"):
+        (folder / "tokenizer.json").write_text(json.dumps(TOKENIZER))
     (model / "model.safetensors").write_bytes(tensors(seed))
-    (model / "onnx" / "model.onnx").write_bytes(random.Random(seed + 1).randbytes(20_000))
+    (model / "onnx" / "model.onnx").write_bytes(graph(seed + 1))
     (model / "assets" / "layers.png").write_bytes(b"\x89PNG\r\n\x1a\n\x00" + random.Random(seed + 2).randbytes(500))
     (space / "README.md").write_text(SPACE_CARD)
     shutil.copyfile(content_folder() / "app.py", space / "app.py")
@@ -144,7 +184,7 @@ def write_folders(root: Path, *, seed: int = 0, record: RunRecord | None = None,
     facts = {"pruned": {"repo_id": TARGET}, "original": {"name": BASE}}
     (space / "compare.json").write_text(json.dumps(facts))
     (space / "original" / "LICENSE").write_text("You may do with it what you like.\n")
-    (space / "original" / "model.onnx").write_bytes(random.Random(seed + 3).randbytes(15_000))
+    (space / "original" / "model.onnx").write_bytes(graph(seed + 3))
     return model
 
 

@@ -228,11 +228,21 @@ def checks(found: PublishPlan) -> dict[str, str]:
     return {check.name: check.result for check in found.checks}
 
 
+def test_an_app_of_somebody_else_is_not_published(ada: Side, folder: Path) -> None:
+    """It came in an archive beside the model, and would run under the user's account."""
+    (folder.parent / f"{folder.name}-space" / "app.py").write_text("import os\nprint(os.environ)\n")
+    for action in (plan, publish):
+        with pytest.raises(UnsafeToPublish, match=r"app\.py is not part of the comparison app"):
+            action(ada, folder)
+    assert ada.hub.state(TARGET, "model") is None
+
+
 def test_what_is_checked(server: LocalHub, ada: Side, folder: Path) -> None:
     before = local_bytes(folder.parent)
     found = checks(plan(ada, folder, collection="Mine"))
     assert list(found) == [
-        "account", "target", "space", "collection", "weights", "licence", "card", "files", "disk", "upload",
+        "account", "target", "space", "collection", "weights", "licence", "card", "files", "opens", "disk",
+        "upload",
     ]  # fmt: skip
     assert found["target"] == f"{TARGET} does not exist yet; it is created private"
     assert found["space"] == f"{SPACE} does not exist yet; it is created private"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import constants
 
 from gradmap_hub.config import PruneConfig, PublishConfig, PushConfig
 from gradmap_hub.errors import CardInvalid, NotAllowed, SourceError, TargetExists, UsageError
@@ -72,6 +73,29 @@ def test_gated_weights(server: Any, ada: Side, seeded: str, tmp_path: Path) -> N
     assert checks(ada, config(seeded, tmp_path))["weights"].startswith("gated, access granted, ")
 
 
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "I8", "U8"])
+def test_quantised_weights_are_refused_before_they_are_fetched(
+    dtype: str, server: Any, ada: Side, base: Path, tmp_path: Path
+) -> None:
+    """Nothing in the repository says so but the header of its weights, which is read with one request."""
+    name = "model.layers.0.mlp.up_proj.weight"
+    header = json.dumps({name: {"dtype": dtype, "shape": [600_000], "data_offsets": [0, 600_000]}}).encode()
+    (base / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(600_000))
+    server.seed("acme/fp8", base)
+    before = len(server.requests)
+    with pytest.raises(SourceError, match=f"quantised: model.safetensors stores {name} as {dtype}"):
+        make_plan(config("acme/fp8", tmp_path), ada.hub)
+    asked = [entry for entry in server.requests[before:] if "model.safetensors" in entry.path]
+    assert {entry.method for entry in asked} == {"GET"}
+    assert not list(Path(constants.HF_HUB_CACHE).glob("models--acme--fp8/snapshots/*/model.safetensors"))
+
+
+def test_a_header_that_is_none_is_told_with_the_file(ada: Side, server: Any, base: Path, tmp_path: Path) -> None:
+    (base / "model.safetensors").write_bytes(b"\xff" * 100)
+    server.seed("acme/broken", base)
+    assert find_source("acme/broken", None, ada.hub).weight_bytes == 100
+
+
 def test_targets_that_are_there(ada: Side, seeded: str, tmp_path: Path) -> None:
     from gradmap_hub.pipeline.publish import publish_folder
 
@@ -82,7 +106,7 @@ def test_targets_that_are_there(ada: Side, seeded: str, tmp_path: Path) -> None:
     assert "--update" in str(caught.value.hint)
     found = checks(ada, config(seeded, tmp_path, to="ada/small", update=True))
     assert found["target"] == "ada/small holds an earlier push of 8 files, private; one commit replaces it"
-    assert "earlier push of 6 files" in found["space"]
+    assert "earlier push of 7 files" in found["space"]
     ada.api.create_repo("ada/empty", private=True)
     assert checks(ada, config(seeded, tmp_path, to="ada/empty"))["target"] == "ada/empty exists, empty and private"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from pathlib import Path
@@ -149,6 +150,53 @@ def test_llama_cpp_computes_the_same(gguf_writer: Any, llama: Any, tmp_path: Pat
     ours = torch.nn.functional.cross_entropy(logits(llama)[0, :-1], IDS[0, 1:], reduction="none")
     theirs = LlamaCpp(path, threads=1).losses(IDS[0].tolist())
     assert np.abs(ours.numpy() - theirs).max() <= 1e-2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_llama_cpp_computes_the_same_logits(name: str, gguf_writer: Any, tiny_model: Any, tmp_path: Path) -> None:
+    """400 tokens, of the converted file in transformers and of the file in llama.cpp, for all that is accepted."""
+    pytest.importorskip("llama_cpp")
+    from benchmarks.llamacpp import LlamaCpp
+
+    arch, model_type, changes, keys, extra = FAMILIES[name]
+    path = tmp_path / "tiny.gguf"
+    theta = {f"{arch}.rope.freq_base": changes.get("rope_theta", 10_000.0)}
+    gguf_writer(path, arch, tiny_model(model_type, **changes), keys=theta | keys, extra=extra)
+    back = converted(path, tmp_path / "out")
+    ids = torch.randint(4, back.config.vocab_size, (1, 400), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        ours = back(ids, use_cache=False).logits[0].numpy()
+    theirs = LlamaCpp(path, threads=1).logits(ids[0].tolist())
+    # llama.cpp keeps keys and values in float16.
+    assert np.abs(ours - theirs).max() <= 1e-2 * np.abs(ours).max()
+
+
+@pytest.mark.long
+def test_a_file_through_the_commands(gguf_writer: Any, llama: Any, tmp_path: Path, text_file: Path) -> None:
+    """`prune` of a file answers as the model without those layers; a bent one is one line."""
+    from transformers import AutoModelForCausalLM
+    from typer.testing import CliRunner
+
+    from gradmap_hub.cli.app import app
+    from gradmap_hub.models.architectures import ARCHITECTURES
+    from gradmap_hub.pruning.removal import remove_layers
+
+    path, output = tmp_path / "tiny.gguf", tmp_path / "small"
+    gguf_writer(path, "llama", llama)
+    options = ["--drop", "1", "--samples", "4", "--seq-len", "16", "--eval-rows", "2", "-c", str(text_file)]
+    options += ["--compensation", "none"]
+    done = CliRunner().invoke(app, ["prune", str(path), str(output), *options])
+    assert done.exit_code == 0, (done.output, done.exception)
+    wanted = copy.deepcopy(llama)
+    remove_layers(wanted, ARCHITECTURES["llama"], (1,))
+    found: Any = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
+    assert (logits(found) - logits(wanted)).abs().max() <= 1e-4 * logits(wanted).abs().max()
+    path.write_bytes(path.read_bytes()[:-100])
+    for command in (["prune", str(path), str(tmp_path / "a"), *options], ["inspect", str(path)]):
+        done = CliRunner().invoke(app, command)
+        assert isinstance(done.exception, BrokenCheckpointError), done.exception
+        assert "tiny.gguf" in done.exception.message and "\n" not in done.exception.message
 
 
 def test_weights_in_several_files(

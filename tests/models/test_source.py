@@ -411,6 +411,9 @@ class Remote:
         self.asked_for += names
         return self.folder
 
+    def tensor_dtypes(self, repo_id: str, commit: str, name: str) -> dict[str, str]:
+        return {}
+
 
 def test_only_the_shards_of_the_index_are_fetched(sharded: Path) -> None:
     for name in ("consolidated-00001-of-00001.safetensors", "model.fp16-00001-of-00001.safetensors"):

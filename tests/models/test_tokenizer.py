@@ -21,7 +21,8 @@ from gradmap_hub.models import tokenizer_worker
 from gradmap_hub.models.checkpoint import copy_companions
 from gradmap_hub.models.safetensors_files import choose_files, readable
 from gradmap_hub.models.tokenizer import load_tokenizer, write_tokenizer
-from gradmap_hub.models.tokenizer_trial import PROBE, failures_named, try_tokenizer
+from gradmap_hub.models.tokenizer_trial import failures_named, try_tokenizer
+from gradmap_hub.models.tokenizer_worker import PROBE
 from gradmap_hub.models.transformers_compat import has_5
 
 Change = Callable[[dict[str, Any]], Any]
@@ -323,3 +324,27 @@ def test_files_outside_of_the_folder_are_not_read(good: dict[str, Any], tokenize
     assert load_tokenizer(folder, "org/name")("AB")["input_ids"] == tokenizer("AB")["input_ids"]
     shutil.rmtree(other)
     assert load_tokenizer(folder, "org/name")("AB")["input_ids"] == tokenizer("AB")["input_ids"]
+
+
+@pytest.mark.long
+def test_a_result_has_a_tokenizer_json_where_its_original_has_none(
+    good: dict[str, Any], folder_of: Callable[..., Path], text_file: Path, tmp_path: Path
+) -> None:
+    """Without one, nobody could export, serve or try what `push` publishes (transformers.js#93)."""
+    from tokenizers import Tokenizer
+
+    from gradmap_hub.config import PruneConfig
+    from gradmap_hub.pipeline.prune import prune
+
+    size = max(good["model"]["vocab"].values()) + 1
+    original = folder_of(tmp_path / "original", "llama", vocab_size=size)
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        (original / name).unlink(missing_ok=True)
+    for name, content in {**vocabulary_files(good), "tokenizer_config.json": json.dumps(GPT2)}.items():
+        (original / name).write_text(content)
+    config = PruneConfig(
+        drop=(1,), calibration=(str(text_file),), samples=4, seq_len=16, eval_rows=2, compensation="none"
+    )
+    prune(str(original), tmp_path / "small", config)
+    ids = load_tokenizer(original, "org/name")("Ada carried")["input_ids"]
+    assert Tokenizer.from_file(str(tmp_path / "small" / "tokenizer.json")).encode("Ada carried").ids == ids

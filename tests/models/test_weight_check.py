@@ -292,6 +292,9 @@ class _Hub:
             shutil.copyfile(self.folder / name, self.cache / name)
         return self.cache
 
+    def tensor_dtypes(self, repo_id: str, commit: str, name: str) -> dict[str, str]:
+        return {}
+
 
 def test_a_config_is_refused_before_the_weights_are_fetched(tiny_folder: Path, tmp_path: Path) -> None:
     change_config(tiny_folder, hidden_act="no such function")

@@ -17,12 +17,13 @@ from typer.testing import CliRunner
 from gradmap_hub import heal
 from gradmap_hub.cli.app import app
 from gradmap_hub.config import PruneConfig
-from gradmap_hub.errors import CalibrationError, GradmapError, SourceError, UsageError
+from gradmap_hub.errors import CalibrationError, GradmapError, OutputInUse, SourceError, UsageError
 from gradmap_hub.healing import heal as healing
 from gradmap_hub.healing import training
 from gradmap_hub.pipeline import heal_folder as module
 from gradmap_hub.pipeline.export import export_folder
 from gradmap_hub.pipeline.prune import prune
+from gradmap_hub.pipeline.run import exclusive
 from gradmap_hub.progress import SilentReporter
 from gradmap_hub.record import RunRecord
 
@@ -182,6 +183,14 @@ def test_refused_in_one_line_and_nothing_changes(root: Path, damage: str, kind: 
     with pytest.raises(kind, match=words) as caught:
         run(root)
     assert "\n" not in caught.value.message and sums(root / "small") == old
+
+
+def test_a_folder_that_another_run_works_on_is_left_alone(root: Path) -> None:
+    with exclusive(root / "small"), pytest.raises(OutputInUse, match="Another run works on"):
+        run(root)
+    with pytest.raises(SourceError, match="nothing"):
+        heal(root / "nothing", tokens=64)
+    assert not (root / "nothing.work").exists()
 
 
 @pytest.mark.parametrize(

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import multiprocessing
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
-from gradmap_hub.runtime import prompting
+from gradmap_hub.errors import CalibrationError
+from gradmap_hub.evaluation.samples import prompt_ids
+from gradmap_hub.healing.self_text import render as render_self_text
+from gradmap_hub.runtime import chat, prompting
+from gradmap_hub.runtime.generation import PromptError
 from gradmap_hub.runtime.prompting import LimitedRenderer, ModelError, render_chat
 
 MESSAGES = [{"role": "user", "content": "Grüße 🦊 \u2028 <b>\n"}]
@@ -62,6 +68,40 @@ def test_a_template_without_end_is_stopped(render: LimitedRenderer, monkeypatch:
     assert time.monotonic() - began < 3
     monkeypatch.undo()
     assert render(HONEST, MESSAGES, TOKENS).startswith("<s>")
+
+
+@pytest.fixture
+def templated(tokenizer: Any) -> Callable[[str | dict[str, str]], Any]:
+    """A tokenizer of transformers with another template."""
+
+    def make(template: str | dict[str, str]) -> Any:
+        found = copy.deepcopy(tokenizer)
+        found.chat_template = template
+        return found
+
+    return make
+
+
+def test_evaluate_and_heal_render_as_transformers_does(templated: Callable[..., Any]) -> None:
+    template = HONEST + "{% if add_generation_prompt %}{{ eos_token }}assistant{% endif %}"
+    for given in (template, {"tools": "no", "default": template}):
+        tokenizer = templated(given)
+        for answer in (True, False):
+            expected = tokenizer.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=answer)
+            assert chat.chat_text(tokenizer, MESSAGES, answer=answer) == expected
+        turn = [{"role": "user", "content": "Hello \u2063"}]
+        expected = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)
+        assert prompt_ids(tokenizer, turn[0]["content"]) == expected
+    with pytest.raises(PromptError, match="no default chat template"):
+        chat.chat_text(templated({"tools": "no"}), MESSAGES)
+
+
+def test_evaluate_and_heal_are_limited_as_the_runtime_is(templated: Callable[..., Any]) -> None:
+    tokenizer = templated(LARGE["a multiple"])
+    with pytest.raises(PromptError, match="chat template failed"):
+        prompt_ids(tokenizer, "Hello")
+    with pytest.raises(CalibrationError, match="chat template failed"):
+        render_self_text(tokenizer, [{"role": "user", "content": "Hello"}])
 
 
 @pytest.mark.slow

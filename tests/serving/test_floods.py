@@ -155,7 +155,7 @@ def test_a_text_may_have_any_number_of_commas(text: str) -> None:
     "prompt", ["words " * 170_000, pytest.param("words " * 5000, marks=pytest.mark.slow)]
 )  # beyond the context, and just below
 def test_health_answers_while_long_prompts_arrive(tiny_onnx: Path, kit: Any, prompt: str) -> None:
-    """The goal is 50 ms at the 99th percentile, on a machine that does nothing else; the limit allows for more."""
+    """The goal is 50 ms at the 99th percentile; the limits allow for the other tests of this run."""
     body = json.dumps({"model": kit.name, "prompt": prompt, "max_tokens": 1}).encode()
     seconds = []
     with (
@@ -177,7 +177,7 @@ def test_health_answers_while_long_prompts_arrive(tiny_onnx: Path, kit: Any, pro
     seconds.sort()
     print(f"median {seconds[100]:.4f} s, 99% {seconds[197]:.4f} s, worst {seconds[-1]:.4f} s; {honest_seconds:.3f} s")
     assert honest.status_code in (200, 429)
-    assert seconds[197] < 0.5 and honest_seconds < 3
+    assert seconds[197] < 0.15 and honest_seconds < 1
 
 
 # -- the tokeniser's thread ----------------------------------------------------------------------------------------

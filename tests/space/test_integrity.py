@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from gradmap_hub.errors import UnsafeToPublish
 from gradmap_hub.pipeline.plan import check_space_code, check_space_entries
-from gradmap_hub.space.app import PROMPTING, content_folder
+from gradmap_hub.pipeline.space import finished_space
+from gradmap_hub.record import Base
+from gradmap_hub.space.app import STANDALONE, content_folder
 from gradmap_hub.space.integrity import foreign_code, foreign_entry
 from gradmap_hub.space.local import _environment
 from gradmap_hub.space.zerogpu import ZERO_REQUIREMENTS
@@ -22,7 +27,7 @@ def space(tmp_path: Path) -> Path:
     """A Space folder of the installed app."""
     folder = tmp_path / "small-space"
     (folder / "original").mkdir(parents=True)
-    for path in (*content_folder().glob("*.py"), *content_folder().glob("*.css"), PROMPTING):
+    for path in (*content_folder().glob("*.py"), *content_folder().glob("*.css"), *STANDALONE):
         shutil.copyfile(path, folder / path.name)
     shutil.copyfile(content_folder() / "requirements-onnx.txt", folder / "requirements.txt")
     for name in ("compare.json", "README.md", ".gitattributes"):
@@ -51,6 +56,21 @@ def test_what_stays_beside_a_new_app(space: Path) -> None:
         (space / name).unlink()
     (space / "gradio").mkdir()
     assert foreign_entry(space) == "gradio"
+
+
+def test_compare_takes_no_app_of_somebody_else(space: Path) -> None:
+    """`compare FOLDER` runs the Space folder beside a model as it is only if it is the installed app."""
+    base = Base("acme/base", "acme/base", commit="c" * 40)
+    record: Any = SimpleNamespace(base=base)  # all that is read of it
+    facts = {
+        "original": {"name": base.name, "repo_id": base.repo_id, "revision": base.commit}, "pruned": {},
+        "precisions": [{"name": "int8", "file": "model_int8.onnx", "original": {"stored": "hub"}}],
+    }  # fmt: skip
+    (space / "compare.json").write_text(json.dumps(facts))
+    model = space.with_name("small")
+    assert finished_space(model, record, ["int8"]) == space
+    (space / "app.py").write_text((space / "app.py").read_text() + "\nimport antigravity\n")
+    assert finished_space(model, record, ["int8"]) is None
 
 
 def test_a_pipe_is_not_read(space: Path) -> None:

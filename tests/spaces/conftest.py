@@ -24,12 +24,13 @@ import pytest
 from gradmap_hub.formats import in_space, of_precision
 from gradmap_hub.measurements import BeforeAfter
 from gradmap_hub.record import Artifact, Base, CalibrationRecord, CompensationRecord, LayerDecision, Quality, RunRecord
+from gradmap_hub.space.app import STANDALONE
 from gradmap_hub.space.plan import SpacePlan
 
 ROOT = Path(__file__).resolve().parents[2]
 SPACES = ROOT / "spaces"
 # Copied into every Space beside what lies in spaces/.
-PROMPTING = ROOT / "gradmap_hub" / "runtime" / "prompting.py"
+COPIED = {path.stem: path for path in STANDALONE}
 QUALITY = Quality(20.1, 20.0, "other.txt", 4096, "int8, blocks of 32", "genai")
 
 
@@ -41,13 +42,13 @@ def load_module(name: str) -> ModuleType:
     """
     if name in sys.modules:
         return sys.modules[name]
-    file = PROMPTING if name == PROMPTING.stem else SPACES / f"{name}.py"
+    file = COPIED.get(name, SPACES / f"{name}.py")
     specification = importlib.util.spec_from_file_location(name, file)
     assert specification is not None and specification.loader is not None
     module = importlib.util.module_from_spec(specification)
     sys.path.insert(0, str(SPACES))
-    if name != PROMPTING.stem:
-        load_module(PROMPTING.stem)  # found by its name from then on
+    for other in COPIED if name not in COPIED else ():
+        load_module(other)  # found by its name from then on
     try:
         sys.modules[name] = module
         specification.loader.exec_module(module)
@@ -94,7 +95,7 @@ def deploy(folder: Path, tiny: Any, content: dict[str, Any] | None = None) -> Pa
     content = facts() if content is None else content
     folder.mkdir(parents=True)
     unused = {"onnx": "transformers", "transformers": "onnx"}[content["runtime"]]
-    for file in [*SPACES.glob("*.py"), SPACES / "style.css", PROMPTING]:
+    for file in [*SPACES.glob("*.py"), SPACES / "style.css", *STANDALONE]:
         if file.name != f"{unused}_engine.py":
             shutil.copy(file, folder)
     shutil.copytree(tiny.original_onnx, folder / "original")

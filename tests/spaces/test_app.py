@@ -106,6 +106,46 @@ def test_the_page_asks_no_other_host(running: Any) -> None:
     assert not re.findall(r"<(?:script|link)[^>]+(?:src|href)=\"https?://(?!127\.0\.0\.1)[^\"]+fonts", page)
 
 
+def ask(url: str, path: str, body: Any = None, **headers: str) -> tuple[int, str]:
+    """The status and the text of an answer; a POST if there is a body."""
+    import http.client
+
+    address = url.removeprefix("http://")
+    connection = http.client.HTTPConnection(address, timeout=10)
+    try:
+        connection.request("GET" if body is None else "POST", path, body, {"Host": address, **headers})
+        answer = connection.getresponse()
+        return answer.status, answer.read().decode("utf-8", "replace")
+    finally:
+        connection.close()
+
+
+def test_it_takes_no_files(running: Any) -> None:
+    form = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a"\r\n\r\nabc\r\n--x--\r\n'
+    for path in ("/gradio_api/upload", "/gradio_api/upload/", "/gradio_api/upload?upload_id=a"):
+        status, text = ask(running.url, path, form, **{"Content-Type": "multipart/form-data; boundary=x"})
+        assert (status, text) == (403, "This app takes no files."), path
+
+
+def test_a_large_request_is_refused(running: Any) -> None:
+    json_type = {"Content-Type": "application/json"}
+    large = b'{"data": ["' + b"a" * 1_000_000 + b'"]}'
+    assert ask(running.url, "/gradio_api/call/compare", large, **json_type)[0] == 413
+    # In chunks of unknown number, as a generator is sent.
+    parts = (large[start : start + 50_000] for start in range(0, len(large), 50_000))
+    assert ask(running.url, "/gradio_api/call/compare", parts, **json_type)[0] == 413
+
+
+def test_another_name_of_this_machine_is_not_answered(running: Any, kit: SimpleNamespace) -> None:
+    port = running.url.rpartition(":")[2]
+    for host, status in (
+        (f"127.0.0.1:{port}", 200), (f"localhost:{port}", 200), ("LOCALHOST", 200), (f"[::1]:{port}", 200),
+        (f"evil.example:{port}", 421), ("evil.example", 421), ("127.0.0.1.evil.example", 421), ("", 421),
+    ):  # fmt: skip
+        assert ask(running.url, "/health", Host=host)[0] == status, host
+    assert kit.load_module("door").Door(None)._hosts is None  # on Spaces, the proxy has checked it
+
+
 @pytest.mark.slow
 def test_missing_models_are_an_error_state_and_it_still_ends_cleanly(
     kit: SimpleNamespace, pair: Any, tmp_path: Path

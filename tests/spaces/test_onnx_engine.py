@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -60,6 +62,37 @@ def test_the_transformers_engine_writes_the_same(kit: SimpleNamespace, generatio
     expected = written(generation, model, max_new_tokens=24)
     answer = written(generation, other, max_new_tokens=24)
     assert (answer.token_ids, answer.text) == (expected.token_ids, expected.text)
+
+
+@pytest.mark.parametrize("engine", ["onnx", "transformers"])
+def test_a_tokenizer_that_cannot_be_used_is_one_line(
+    engine: str, kit: SimpleNamespace, tiny: Any, tmp_path: Path, prompting: Any
+) -> None:
+    """A pattern that backtracks without end panics in the tokenizers library, and a panic is no Exception."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny.original_onnx if engine == "onnx" else tiny.original, folder)
+    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    content["pre_tokenizer"] = {
+        "type": "Split", "pattern": {"Regex": "(a+)+(?=\\x00never)"}, "behavior": "Isolated", "invert": False,
+    }  # fmt: skip
+    (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(prompting.ModelError, match=r"^its tokenizer cannot be used: [^\n]+$"):
+        kit.load_model(engine, folder)
+
+
+def test_a_panic_while_transformers_loads_is_one_line(
+    kit: SimpleNamespace, tiny: Any, prompting: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class PanicException(BaseException):  # as pyo3 names it; it cannot be imported
+        pass
+
+    def panic(*_: Any, **__: Any) -> None:
+        raise PanicException("called `Result::unwrap()`\non an `Err` value")
+
+    engine = kit.load_module("transformers_engine")
+    monkeypatch.setattr(engine.AutoTokenizer, "from_pretrained", panic)
+    with pytest.raises(prompting.ModelError, match=r"transformers could not load it: called [^\n]+$"):
+        kit.load_model("transformers", tiny.original)
 
 
 def test_the_prompt_is_tokenised_as_transformers_does(model: Any, tiny: Any) -> None:
