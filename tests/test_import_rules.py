@@ -13,7 +13,6 @@ import pytest
 from typer.testing import CliRunner
 
 from gradmap_hub.cli.app import app
-
 from gradmap_hub.space.app import STANDALONE
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -78,5 +78,5 @@ def test_the_built_site(tmp_path: Path) -> None:
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *_: object) -> None:
-        return
+    def log_message(self, format: str, *args: object) -> None:
+        del format, args
