@@ -27,7 +27,8 @@ def main(target: Path) -> None:
     pages = target / "pages"
     shutil.rmtree(pages, ignore_errors=True)
     pages.mkdir(parents=True)
-    shutil.copytree(DOCS / "images", pages / "images")
+    for name in ("images", "schemas"):
+        shutil.copytree(DOCS / name, pages / name)
     shutil.copyfile(DOCS / "site.toml", target / "zensical.toml")
     for name in ("site.css", "site.js"):
         shutil.copyfile(DOCS / name, pages / name)
@@ -50,7 +51,7 @@ def adjusted(path: Path) -> str:
         if not file or "://" in link or link.startswith("mailto:"):
             return match[0]
         place = (path.parent / unquote(file)).resolve().relative_to(ROOT).as_posix()
-        if place.startswith("docs/"):
+        if place.startswith("docs/") and (ROOT / place).is_file():
             return f"{image}[{text}]({place.removeprefix('docs/')}{sign}{anchor})"
         if place in PAGES:
             return f"{image}[{text}]({PAGES[place]}{sign}{anchor})"

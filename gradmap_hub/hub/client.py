@@ -41,16 +41,16 @@ from gradmap_hub.errors import (
     HubError,
     NotAllowed,
     NotLoggedIn,
-    RateLimited,
     RepositoryNotFound,
     RevisionNotFound,
     SourceError,
 )
 from gradmap_hub.errors import UsageError as Usage
 from gradmap_hub.hub.accounts import Account, account_of
+from gradmap_hub.hub.failures import said_by, status_of, token_refused, unanswered, worth_retrying
 from gradmap_hub.hub.headers import read_dtypes
-from gradmap_hub.hub.retry import BRIEF, Patience, Retry, asked_wait, persist
-from gradmap_hub.hub.transport import PASSING, HttpFailure, RequestFailed, Watch, guarded, is_http, may_pass
+from gradmap_hub.hub.retry import BRIEF, Patience, persist
+from gradmap_hub.hub.transport import HttpFailure, Watch, guarded
 from gradmap_hub.progress import Reporter, SilentReporter
 
 T = TypeVar("T")
@@ -132,7 +132,7 @@ class Hub:
         try:
             self.attempt(lambda: list(self.api.list_models(author="gradmap-hub", limit=1, token=False)), brief=True)
         except (OSError, HttpFailure) as error:
-            raise _unanswered(self.endpoint, error) from error
+            raise unanswered(self.endpoint, error) from error
 
     def account(self) -> Account:
         """The account of the token.
@@ -151,7 +151,7 @@ class Hub:
         except (OSError, HttpFailure) as error:  # OSError: also the client's offline mode
             if status_of(error) in (401, 403):
                 raise token_refused(self.endpoint) from error
-            raise _unanswered(self.endpoint, error) from error
+            raise unanswered(self.endpoint, error) from error
         return account_of(answer)
 
     def model(self, repo_id: str, revision: str | None) -> RemoteModel:
@@ -254,7 +254,7 @@ class Hub:
         try:
             status = self.attempt(ask, brief=True)
         except (OSError, HttpFailure) as error:
-            raise _unanswered(self.endpoint, error) from error
+            raise unanswered(self.endpoint, error) from error
         if status == 400:
             raise Usage(f"The Hub does not know the licence {license_id!r}; give an id such as apache-2.0, or other.")
 
@@ -325,7 +325,7 @@ class Hub:
             raise RevisionNotFound(repo_id, revision or "main") from error
         except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
             cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
-            raise _unanswered(self.endpoint, cause) from error
+            raise unanswered(self.endpoint, cause) from error
         except EntryNotFoundError as error:
             raise SourceError(f"{repo_id} lists a file that cannot be downloaded.") from error
         except HfHubHTTPError as error:
@@ -334,11 +334,11 @@ class Hub:
                 raise token_refused(self.endpoint) from error
             if status in (401, 403):
                 raise RepositoryNotFound(repo_id) from error
-            raise _unanswered(self.endpoint, error) from error
+            raise unanswered(self.endpoint, error) from error
         except (OSError, HttpFailure) as error:
             if isinstance(error, OSError) and error.filename is not None:
                 raise  # the disk, such as a cache that may not be written
-            raise _unanswered(self.endpoint, error) from error
+            raise unanswered(self.endpoint, error) from error
 
 
 def _cached(repo_id: str, revision: str) -> RemoteModel | None:
@@ -360,87 +360,6 @@ def _cached(repo_id: str, revision: str) -> RemoteModel | None:
         path.relative_to(snapshot).as_posix(): path.stat().st_size for path in snapshot.rglob("*") if path.is_file()
     }
     return RemoteModel(repo_id, commit, files, {}, gated=False, private=False) if files else None
-
-
-def worth_retrying(error: Exception) -> Retry | None:
-    """The reason to retry: the Hub is busy or failed, or the connection broke. None if the Hub rejected the request."""
-    for cause in chain_of(error):
-        if isinstance(cause, OfflineModeIsEnabled):
-            return None
-        if isinstance(cause, LocalEntryNotFoundError):  # wraps any failure of a download; its cause is the real one
-            continue
-        response = getattr(cause, "response", None)
-        if response is not None:
-            status = response.status_code
-            if status in PASSING:
-                return Retry(f"status {status}", asked_wait(response.headers))
-            return None
-        if may_pass(cause):
-            return Retry(_reason(cause))
-        if is_http(cause):
-            return None
-    return None
-
-
-def chain_of(error: BaseException) -> Iterator[BaseException]:
-    """An exception and its causes: the client wraps failures of uploads and downloads."""
-    current: BaseException | None = error
-    while current is not None:
-        yield current
-        current = current.__cause__
-
-
-def response_of(error: BaseException) -> Any:
-    """The response of the Hub in an exception or its causes, if any."""
-    return next((found for cause in chain_of(error) if (found := getattr(cause, "response", None)) is not None), None)
-
-
-def status_of(error: BaseException) -> int | None:
-    return getattr(response_of(error), "status_code", None)
-
-
-def status_line(error: BaseException) -> str:
-    """A failed request in a few words, without URL or headers."""
-    status = status_of(error)
-    if status is not None:
-        return f"status {status}"
-    return next((_reason(cause) for cause in chain_of(error) if is_http(cause)), type(error).__name__)
-
-
-def _reason(error: BaseException) -> str:
-    return error.reason if isinstance(error, RequestFailed) else type(error).__name__
-
-
-def said_by(error: BaseException) -> str:
-    """The error message of the Hub in parentheses, to append to ours; empty if the Hub sent none."""
-    response = response_of(error)
-    message = " ".join(str(getattr(response, "headers", {}).get("X-Error-Message") or "").split())
-    return f" ({message[:200].rstrip('.')})" if message else ""
-
-
-def token_refused(endpoint: str, known: str = "") -> NotLoggedIn:
-    return NotLoggedIn(
-        f"{endpoint} does not accept your token.{known}",
-        hint="Make a new one with write access and run `hf auth login` or set HF_TOKEN.",
-    )
-
-
-def rate_limited(endpoint: str, error: BaseException, known: str = "") -> RateLimited:
-    seconds = asked_wait(response_of(error).headers)
-    asked = f" and requests a wait of {seconds:.0f} s" if seconds is not None else ""
-    return RateLimited(
-        f"The Hub at {endpoint} is limiting requests (status 429){asked}.{known}",
-        hint="Run the same command again later; files already on the Hub are not sent again.",
-    )
-
-
-def _unanswered(endpoint: str, error: BaseException) -> HubError:
-    if status_of(error) == 429:
-        return rate_limited(endpoint, error)
-    return HubError(
-        f"The Hub at {endpoint} did not answer as expected ({status_line(error)}).",
-        hint="Check the connection (and HF_ENDPOINT), then run the same command again.",
-    )
 
 
 def _dataset_files(names: Sequence[str], inside: str) -> list[str]:

@@ -13,8 +13,9 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.errors import HfHubHTTPError
 
 from gradmap_hub.errors import TargetChanged
-from gradmap_hub.hub.client import Hub, RepoState, status_of, worth_retrying
+from gradmap_hub.hub.client import Hub, RepoState
 from gradmap_hub.hub.contents import holds, same_content
+from gradmap_hub.hub.failures import status_of, worth_retrying
 from gradmap_hub.hub.refusals import CLIENT_ERRORS, refusal, step
 from gradmap_hub.hub.transport import HttpFailure
 from gradmap_hub.layout import CARD

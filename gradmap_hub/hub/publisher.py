@@ -24,9 +24,10 @@ from gradmap_hub.errors import (
     VerificationError,
 )
 from gradmap_hub.hub.card_check import CardFacts, check_card
-from gradmap_hub.hub.client import Hub, status_of
+from gradmap_hub.hub.client import Hub
 from gradmap_hub.hub.commits import Committer
 from gradmap_hub.hub.contents import HUB_OWN_FILES, PLACEHOLDERS, holds, same_content
+from gradmap_hub.hub.failures import status_of
 from gradmap_hub.hub.guard import Guard
 from gradmap_hub.hub.refusals import AGAIN, step
 from gradmap_hub.hub.screening import Private, screen

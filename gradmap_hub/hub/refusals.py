@@ -14,7 +14,8 @@ from gradmap_hub.errors import (
     PublishInterrupted,
     TargetGone,
 )
-from gradmap_hub.hub.client import Hub, chain_of, rate_limited, said_by, status_line, status_of, token_refused
+from gradmap_hub.hub.client import Hub
+from gradmap_hub.hub.failures import chain_of, rate_limited, said_by, status_line, status_of, token_refused
 from gradmap_hub.hub.transport import HttpFailure, Watch, is_http
 
 T = TypeVar("T")

@@ -1,6 +1,6 @@
 """Retries: how many, how long to wait in between, and the waits that the Hub requests.
 
-The caller decides which failures to retry (`client.worth_retrying`). Of HTTP, this module knows only the two headers
+The caller decides which failures to retry (`failures.worth_retrying`). Of HTTP, this module knows only the two headers
 that request a wait.
 """
 

@@ -6,7 +6,8 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from gradmap_hub.hub.client import Hub, status_line
+from gradmap_hub.hub.client import Hub
+from gradmap_hub.hub.failures import status_line
 from gradmap_hub.hub.refusals import CLIENT_ERRORS
 from gradmap_hub.progress import Reporter
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from huggingface_hub.errors import HfHubHTTPError
 
-from gradmap_hub.hub.client import worth_retrying
+from gradmap_hub.hub.failures import worth_retrying
 from gradmap_hub.hub.retry import Patience, Retry, asked_wait, persist
 from gradmap_hub.hub.transport import RequestFailed
 
