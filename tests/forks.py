@@ -85,8 +85,9 @@ class Forks:
 
     def run(
         self, module: str, arguments: Sequence[str], environment: Mapping[str, str], folder: Path, timeout: float
-    ) -> tuple[int, str, str, bool, int]:
-        """Exit status, stdout, stderr, whether torch was imported, the largest memory in bytes of it or a child.
+    ) -> tuple[int, str, str, bool, int, float]:
+        """Exit status, stdout, stderr, whether torch was imported, the largest memory in bytes of it or a child, and
+        the seconds of the processor that it and its children took.
 
         Raises:
             TimeoutError: it did not end in time; it is killed.
@@ -108,7 +109,7 @@ class Forks:
             with server.makefile("rb") as lines:
                 answer = json.loads(lines.readline())
             texts = [file.seek(0) or file.read().decode() for file in (out, err)]
-        return answer["code"], texts[0], texts[1], answer["torch"], answer["bytes"]
+        return answer["code"], texts[0], texts[1], answer["torch"], answer["bytes"], answer["seconds"]
 
     def stop(self) -> None:
         assert self._server.stdin is not None
@@ -213,7 +214,8 @@ def _wait(pid: int, client: socket.socket, told: int) -> NoReturn:
     with contextlib.suppress(BlockingIOError):
         words = os.read(told, 16)
     code = os.waitstatus_to_exitcode(status)
-    answer = {"code": code, "torch": words == b"torch", "bytes": used.ru_maxrss * 1024}
+    seconds = used.ru_utime + used.ru_stime
+    answer = {"code": code, "torch": words == b"torch", "bytes": used.ru_maxrss * 1024, "seconds": seconds}
     with contextlib.suppress(OSError):
         client.sendall(json.dumps(answer).encode() + b"\n")
     os._exit(0)

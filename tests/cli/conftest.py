@@ -50,7 +50,7 @@ class Done:
     code: int
     out: str
     err: str
-    seconds: float
+    seconds: float  # of the processor, from a fork: other work on the machine does not count; else of the clock
     torch: bool | None = None  # whether it was imported; None where the process cannot tell
     bytes: int | None = None  # the largest memory of the process or a child of it; None where that is not measured
 
@@ -114,11 +114,10 @@ class Cli:
             if kind not in self._forks:
                 self._forks[kind] = Forks(kind, self.environment(None, {}))
             environment = self.environment(self.token if token is None else token or None, extra)
-            began = time.monotonic()
-            code, out, err, torch, used = self._forks[kind].run(
+            code, out, err, torch, used, seconds = self._forks[kind].run(
                 "gradmap_hub", [*map(str, arguments)], environment, cwd or self.home, 180
             )
-            return Done(code, out, err, time.monotonic() - began, torch, used)
+            return Done(code, out, err, seconds, torch, used)
         began = time.monotonic()
         process = self.start(*arguments, token=token, cwd=cwd, **extra)
         try:

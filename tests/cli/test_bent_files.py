@@ -22,6 +22,7 @@ import pytest
 pytestmark = pytest.mark.slow
 
 MUTATIONS = int(os.environ.get("MUTATIONS", "60"))
+# Seconds of the processor; one that waits for nothing is ended after three minutes.
 SECONDS, BYTES = 10.0, 10**9
 ODD: list[Any] = [
     None, True, False, 0, -1, 1, 2, 3, 7, 320, 10**6, 10**9, 10**18, 10**400, 0.0, -0.5, 1e-90, 1e300, float("nan"),
