@@ -10,8 +10,8 @@ from gradmap_hub.errors import MissingExtra, SourceError, UsageError
 from gradmap_hub.machine import cpu_count
 from gradmap_hub.models.architectures import dimension, head_size
 from gradmap_hub.runtime.artifacts import Artifact, available_artifacts, choose_artifact
-from gradmap_hub.runtime.generation import TextModel
 from gradmap_hub.runtime.prompting import TEXT_FILES
+from gradmap_hub.runtime.text_model import TextModel
 
 # Default limit of prompt plus output tokens, if the model's own is not lower: KV caches are allocated for all of them.
 DEFAULT_CONTEXT = 4096

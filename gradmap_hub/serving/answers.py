@@ -83,7 +83,13 @@ class Shape:
         finished = [self._finished[index] for index in range(len(self._works))]
         prompt = sum(each.prompt_tokens for each in finished[:: self._per_prompt])
         completion = sum(each.completion_tokens for each in finished)
-        return responses.Usage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
+        cached = sum(each.cached_tokens for each in finished[:: self._per_prompt])
+        return responses.Usage(
+            prompt_tokens=prompt,
+            completion_tokens=completion,
+            total_tokens=prompt + completion,
+            prompt_tokens_details=responses.PromptDetails(cached_tokens=cached),
+        )
 
     def chunk(self, choices: list[Any], extra: Mapping[str, Any]) -> BaseModel:
         return self.event(**self._fields(self.object), choices=choices, **extra)

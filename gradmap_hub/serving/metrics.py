@@ -33,6 +33,12 @@ class Metrics:
         self._refused = Counter("gradmap_refused", "Requests refused, body unread", ["reason"], registry=registry)
         self._generations = Counter("gradmap_generations", "Generations ended", ["outcome"], registry=registry)
         self._prompt = Counter("gradmap_prompt_tokens", "Prompt tokens of all generations", registry=registry)
+        self._cached = Counter(
+            "gradmap_prompt_tokens_cached", "Prompt tokens that needed no prefill", registry=registry
+        )
+        Gauge("gradmap_prefix_cache_bytes", "Memory of the beginnings of prompts", registry=registry).set_function(
+            lambda: scheduler.prefix_bytes
+        )
         self._completion = Counter("gradmap_completion_tokens", "Tokens generated", registry=registry)
         self._first = Histogram(
             "gradmap_time_to_first_token_seconds",
@@ -56,11 +62,13 @@ class Metrics:
         *,
         prompt_tokens: int,
         completion_tokens: int,
+        cached_tokens: int,
         first_token_seconds: float | None,
         tokens_per_second: float | None,
     ) -> None:
         self._generations.labels(outcome).inc()
         self._prompt.inc(prompt_tokens)
+        self._cached.inc(cached_tokens)
         self._completion.inc(completion_tokens)
         if first_token_seconds is not None:
             self._first.observe(first_token_seconds)

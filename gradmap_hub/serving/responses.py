@@ -7,12 +7,19 @@ from typing import Literal
 from pydantic import BaseModel
 
 
+class PromptDetails(BaseModel):
+    """`cached_tokens`: those of the prompt that needed no prefill."""
+
+    cached_tokens: int
+
+
 class Usage(BaseModel):
     """Number of tokens of a request and its response."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptDetails
 
 
 Reason = Literal["stop", "length"]

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("gradmap_hub.serving")
 
+CONTEXTS_KEPT = 2  # of beginnings of prompts, by default
 _FIRST_GUESS_SECONDS = 2.0  # assumed duration of a generation before the first one ends
 _SMOOTHING = 0.2  # weight of the latest generation in the mean duration
 _MAX_RETRY_SECONDS = 60  # clients such as openai-python ignore a longer Retry-After
@@ -39,13 +40,15 @@ class Answer(Protocol):
     def finish_reason(self) -> Literal["stop", "length", "cancelled"] | None: ...
     @property
     def tokens_per_second(self) -> float | None: ...
+    @property
+    def cached_tokens(self) -> int: ...
     def take_scores(self) -> Sequence[TokenScore]: ...
     def cancel(self) -> None: ...
     def close(self) -> None: ...
 
 
 class Batch(Protocol):
-    """Interface of a `gradmap_hub.runtime.generation.Batch`."""
+    """Interface of a `gradmap_hub.runtime.batch.Batch`."""
 
     def start(
         self,
@@ -60,6 +63,8 @@ class Batch(Protocol):
         min_tokens: int = 0,
         constraint: Constraint | None = None,
     ) -> Any: ...
+    @property
+    def prefix_bytes(self) -> int: ...
     def step(self, answers: Sequence[Any]) -> list[str | Exception]:
         """Run one step of each `Answer`; return the text that became final, or the exception, for each."""
         ...
@@ -92,7 +97,9 @@ class Engine(Protocol):
     def token_bytes(self, token: int) -> bytes: ...
     def is_special(self, token: int) -> bool: ...
     def constrain(self, schema: Mapping[str, Any]) -> Constraint: ...
-    def batch(self, rows: int) -> Batch: ...
+    @property
+    def cache_bytes(self) -> int: ...
+    def batch(self, rows: int, *, prefix_cache: int | None = None, in_turn: bool = False) -> Batch: ...
 
 
 class Busy(Exception):
@@ -111,7 +118,8 @@ class Stopped(Exception):
 class Work:
     """The input of one generation. `prompt`: token ids; `max_tokens`: limit of the output; `stop`: stop strings;
     `scoring`: which log-probabilities to deliver; `echo`: text that the answer begins with; `ignore_end`: end tokens do
-    not end the output; `min_tokens`: only `max_tokens` ends it before; `constraint`: which tokens it may have."""
+    not end the output; `min_tokens`: only `max_tokens` ends it before; `constraint`: which tokens it may have;
+    `constrained_by`: the parameter of the request that says so."""
 
     prompt: Sequence[int]
     max_tokens: int
@@ -122,16 +130,19 @@ class Work:
     ignore_end: bool = False
     min_tokens: int = 0
     constraint: Constraint | None = None
+    constrained_by: str = "response_format"
 
 
 @dataclass(frozen=True)
 class Finished:
-    """The result of a generation that was not cancelled. `tokens_per_second`: decode speed, None below two tokens."""
+    """The result of a generation that was not cancelled. `tokens_per_second`: decode speed, None below two tokens;
+    `cached_tokens`: those of the prompt that needed no prefill."""
 
     reason: Literal["stop", "length"]
     prompt_tokens: int
     completion_tokens: int
     tokens_per_second: float | None
+    cached_tokens: int = 0
 
 
 class _State(Enum):
@@ -162,6 +173,7 @@ class Job:
         self.first_token_seconds: float | None = None  # from admission, queueing included
         self.prompt_tokens = 0
         self.completion_tokens = 0
+        self.cached_tokens = 0
         self.finished: Finished | None = None
         self.error: Exception | None = None
 
@@ -199,10 +211,13 @@ class Scheduler:
         engine: the model; its batch is used by the decode thread only.
         slots: maximum number of concurrent generations.
         queue: maximum number of further jobs that wait for a slot.
+        prefix_cache: bytes for the beginnings of prompts; None: CONTEXTS_KEPT times those of a whole context.
     """
 
-    def __init__(self, engine: Engine, *, slots: int, queue: int) -> None:
-        self._batch = engine.batch(slots)
+    def __init__(self, engine: Engine, *, slots: int, queue: int, prefix_cache: int | None = None) -> None:
+        if prefix_cache is None:
+            prefix_cache = CONTEXTS_KEPT * engine.context_length * engine.cache_bytes
+        self._batch = engine.batch(slots, prefix_cache=prefix_cache, in_turn=True)
         self._slots = slots
         self._capacity = slots + queue
         self._changed = threading.Condition()
@@ -236,6 +251,11 @@ class Scheduler:
     @property
     def full(self) -> bool:
         return self._admitted >= self._capacity
+
+    @property
+    def prefix_bytes(self) -> int:
+        """Bytes of the beginnings of prompts that are kept."""
+        return self._batch.prefix_bytes
 
     @property
     def capacity(self) -> int:
@@ -371,6 +391,7 @@ class Scheduler:
             return
         try:
             job.prompt_tokens, job.completion_tokens = answer.prompt_tokens, answer.completion_tokens
+            job.cached_tokens = answer.cached_tokens
             if job.first_token_seconds is None and job.completion_tokens:
                 job.first_token_seconds = time.monotonic() - job.admitted_at
             scores: Sequence[TokenScore] = () if work.scoring is None else answer.take_scores()
@@ -409,7 +430,7 @@ class Scheduler:
                 seconds = time.monotonic() - job.activated_at
                 self._mean_seconds += _SMOOTHING * (seconds - self._mean_seconds)
         if reason == "stop" or reason == "length":
-            job.finished = Finished(reason, job.prompt_tokens, job.completion_tokens, speed)
+            job.finished = Finished(reason, job.prompt_tokens, job.completion_tokens, speed, job.cached_tokens)
         else:
             job.error = error or Stopped()
         self._wake(job)

@@ -47,7 +47,9 @@ class Server:
     def __init__(self, engine: Engine, settings: Settings) -> None:
         self._settings = settings
         self._door = Door()
-        self._scheduler = Scheduler(engine, slots=settings.slots, queue=settings.queue)
+        self._scheduler = Scheduler(
+            engine, slots=settings.slots, queue=settings.queue, prefix_cache=settings.prefix_cache
+        )
         self._preparer = Preparer()
         self._sparse = _Sparse()
         self._app = build_app(engine, settings, self._scheduler, self._preparer, self._door)

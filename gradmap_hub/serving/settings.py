@@ -43,6 +43,7 @@ class Settings:
         timeout: seconds per request, queueing included.
         drain: seconds to finish running and waiting requests at shutdown.
         max_body: maximum size of a request body, in bytes.
+        prefix_cache: bytes for the beginnings of prompts that later ones may share; None: two contexts; 0: none.
         name: the model id; None: the name of the engine.
         strict_model: refuse requests for another model id instead of answering them.
         api_key: the bearer token that clients must send; None: no authentication.
@@ -61,6 +62,7 @@ class Settings:
     timeout: float = 300.0
     drain: float = 60.0
     max_body: int = 1024 * 1024
+    prefix_cache: int | None = None
     name: str | None = None
     api_key: str | None = field(default=None, repr=False)
     allow_origins: tuple[str, ...] = ()
@@ -72,6 +74,8 @@ class Settings:
         for name, least in (("slots", 1), ("queue", 0), ("drain", 0), ("max_body", 1024)):
             if not getattr(self, name) >= least:
                 raise UsageError(f"{name} must be at least {least}; got {getattr(self, name)}.")
+        if self.prefix_cache is not None and self.prefix_cache < 0:
+            raise UsageError(f"prefix_cache must be at least 0; got {self.prefix_cache}.")
         if not 0 < self.timeout < float("inf"):
             raise UsageError(f"timeout must be a positive, finite number of seconds; got {self.timeout}.")
         if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable() and self.api_key):
