@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -55,6 +55,7 @@ class Generation:
         min_tokens: int = 0,
         constraint: Constraint | None = None,
         keep: Callable[[np.ndarray, Steps], None] | None = None,
+        shown: Mapping[int, str] | None = None,
     ) -> None:
         self.token_ids: list[int] = []
         self.text = ""
@@ -69,6 +70,7 @@ class Generation:
         # Prompt tokens whose keys and values came from another text.
         self.cached_tokens = 0
         self._keep = keep
+        self._shown = shown or {}
         self._limit = limit
         self._sampler = sampler
         self._stop = StopText(stop)
@@ -202,7 +204,7 @@ class Generation:
         if token in self._ends:
             return self._finish("stop")
         self.token_ids.append(token)
-        piece = self._next_piece(token)
+        piece = self._next_piece(token) + self._shown.get(token, "")
         final = piece if len(self.token_ids) <= self._min_tokens else self._stop.add(piece)
         self.text += final
         if final:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -11,13 +12,14 @@ import numpy as np
 from gradmap_hub.errors import GradmapError
 from gradmap_hub.runtime.artifacts import Artifact
 from gradmap_hub.runtime.batch import Batch
-from gradmap_hub.runtime.constraints import Constraint, JsonConstraints
+from gradmap_hub.runtime.constraints import Constraint, Constraints, Wanted
 from gradmap_hub.runtime.continuing import cut_after
 from gradmap_hub.runtime.generation import Generation, losses_of
 from gradmap_hub.runtime.prompting import ModelError, TextCodec
 from gradmap_hub.runtime.sampling import Sampler, Sampling
 from gradmap_hub.runtime.scores import Scoring
 from gradmap_hub.runtime.token_text import TokenBytes
+from gradmap_hub.runtime.tool_formats import format_of
 
 if TYPE_CHECKING:  # importing it needs ONNX Runtime; `load` reports when it is missing
     from gradmap_hub.runtime.session import Session, Steps
@@ -44,6 +46,7 @@ class TextModel:
         context_length: int,
         vocabulary: int,
         threads: int,
+        tool_template: str | None = None,
     ) -> None:
         self.name = name
         self.artifact = artifact.path
@@ -53,6 +56,15 @@ class TextModel:
         self.threads = threads
         self._session = session
         self._codec = codec
+        self._tool_codec = replace(codec, chat_template=tool_template or codec.chat_template)
+        added = codec.tokenizer.get_added_tokens_decoder()
+        # How the model writes calls of tools; None if its chat template has no tools, or another format.
+        self.tool_format = format_of(self._tool_codec.chat_template or "", [each.content for each in added.values()])
+        written = "" if self.tool_format is None else self.tool_format.written
+        # The special tokens that are a part of calls, with their texts.
+        self.call_tokens = {
+            token: each.content for token, each in added.items() if each.special and each.content in written
+        }
 
     @property
     def chat_template(self) -> str | None:
@@ -81,11 +93,12 @@ class TextModel:
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> list[int]:
         """Return the token ids of messages ({"role", "content"}), rendered by the model's chat template in a sandbox.
 
         `add_generation_prompt`: end with the start of an answer; `continue_final_message`: end within the last message
-        instead, so that the answer continues it.
+        instead, so that the answer continues it; `tools`: functions that the model may call, as in the OpenAI API.
 
         Raises:
             PromptError: the model has no chat template, or the template rejects these messages.
@@ -93,7 +106,8 @@ class TextModel:
 
         def encode() -> list[int]:
             begin = add_generation_prompt and not continue_final_message
-            text = self._codec.rendered(messages, add_generation_prompt=begin)
+            codec, more = (self._tool_codec, {"tools": list(tools)}) if tools else (self._codec, {})
+            text = codec.rendered(messages, add_generation_prompt=begin, **more)
             if continue_final_message:
                 text = cut_after(text, messages[-1]["content"])
             return self._codec.encode_rendered(text)
@@ -112,18 +126,18 @@ class TextModel:
         """Whether the text of an answer leaves this token out."""
         return token in self._token_bytes.special
 
-    def constrain(self, schema: Mapping[str, Any]) -> Constraint:
-        """Return a constraint of one answer to a JSON schema; the first call takes up to a second.
+    def constrain(self, wanted: Wanted) -> Constraint:
+        """Return a constraint of one answer, such as to a JSON schema; the first call takes up to a second.
 
         Raises:
             MissingExtra: llguidance is not installed.
-            ConstraintError: the schema or the tokenizer cannot be used.
+            ConstraintError: what is wanted or the tokenizer cannot be used.
         """
-        return self._json_constraints.of(schema)
+        return self._constraints.of(wanted)
 
     @cached_property
-    def _json_constraints(self) -> JsonConstraints:
-        return JsonConstraints(self._codec.tokenizer, self.vocabulary, self.end_ids)
+    def _constraints(self) -> Constraints:
+        return Constraints(self._codec.tokenizer, self.vocabulary, self.end_ids)
 
     @cached_property
     def _token_bytes(self) -> TokenBytes:
@@ -151,6 +165,7 @@ class TextModel:
         constraint: Constraint | None = None,
         room: Callable[[int], Steps] | None = None,
         keep: Callable[[np.ndarray, Steps], None] | None = None,
+        shown: Mapping[int, str] | None = None,
     ) -> Generation:
         """Create a generation of at most `max_tokens` tokens, fewer if the context ends first. Computes nothing yet.
 
@@ -158,7 +173,8 @@ class TextModel:
         `min_tokens`: before that many, neither an end token nor a stop string ends the answer; `scoring`: what
         `take_scores` returns; `echo`: text that the answer begins with; `constraint`: which tokens the answer
         may have; `room`: returns an empty KV cache for a number of tokens, default: a cache of its own; `keep`: is
-        called at the end with the tokens in the cache and the cache.
+        called at the end with the tokens in the cache and the cache; `shown`: texts of special tokens that the answer
+        shows, which leaves them out otherwise.
 
         Raises:
             PromptError: the prompt is empty, leaves no room in the context, or contains an invalid token id; or
@@ -184,7 +200,7 @@ class TextModel:
         steps = (room or self._session.start)(count + limit)
         return Generation(
             steps, self._codec, list(prompt_ids), limit, sampler, stop, ends, scoring=scoring, echo=echo,
-            min_tokens=min_tokens, constraint=constraint, keep=keep,
+            min_tokens=min_tokens, constraint=constraint, keep=keep, shown=shown,
         )  # fmt: skip
 
     @property

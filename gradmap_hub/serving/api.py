@@ -22,13 +22,14 @@ from starlette.types import Receive, Scope, Send
 from gradmap_hub.serving import gate, responses, schemas
 from gradmap_hub.serving.answers import Chat, Completion, Shape
 from gradmap_hub.serving.delivery import Delivery, Disconnected
+from gradmap_hub.serving.engine import Engine
 from gradmap_hub.serving.gate import Door, Gate
 from gradmap_hub.serving.metrics import CONTENT_TYPE, Metrics
 from gradmap_hub.serving.openapi import document
 from gradmap_hub.serving.preparing import Preparer
 from gradmap_hub.serving.problems import ApiError, overloaded, stopping, too_slow, unknown_model
 from gradmap_hub.serving.prompts import check_choices, check_length, detokenized, tokenized, works_for
-from gradmap_hub.serving.scheduler import Busy, Engine, Scheduler, Stopped
+from gradmap_hub.serving.scheduler import Busy, Scheduler, Stopped
 from gradmap_hub.serving.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from gradmap_hub.serving.settings import BODY_SECONDS, MAX_OTHER_NAMES, MAX_PROMPT_IDS, MAX_VALUES, Settings
 
@@ -331,7 +332,8 @@ async def _stream(delivery: Delivery, shape: Shape, send: Send, *, with_usage: b
         for head in shape.heads():
             await chunk(head)
         async for piece in delivery.pieces():
-            await chunk(shape.event_of(piece))
+            for choices in shape.events_of(piece):
+                await chunk(choices)
     except ApiError as error:
         await event(responses.ProblemAnswer.model_validate(error.body()).model_dump_json(), more=False)
         return

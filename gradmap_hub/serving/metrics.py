@@ -6,7 +6,8 @@ from typing import Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
-from gradmap_hub.serving.scheduler import Engine, Scheduler
+from gradmap_hub.serving.engine import Engine
+from gradmap_hub.serving.scheduler import Scheduler
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 Outcome = Literal["stop", "length", "cancelled", "timeout", "error"]

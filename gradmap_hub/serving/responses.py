@@ -22,13 +22,33 @@ class Usage(BaseModel):
     prompt_tokens_details: PromptDetails
 
 
-Reason = Literal["stop", "length"]
+Reason = Literal["stop", "length", "tool_calls"]
+
+
+class CalledFunction(BaseModel):
+    """`arguments`: JSON, as a text."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(BaseModel):
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
+class ToolCallDelta(ToolCall):
+    """A whole call: `index` is its place in the message."""
+
+    index: int
 
 
 class ChatMessage(BaseModel):
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None
+    tool_calls: list[ToolCall] = []
 
 
 class TopLogprob(BaseModel):
@@ -69,6 +89,7 @@ class ChatCompletion(BaseModel):
 class Delta(BaseModel):
     role: Literal["assistant"] | None = None
     content: str | None = None
+    tool_calls: list[ToolCallDelta] = []
 
 
 class ChunkChoice(BaseModel):

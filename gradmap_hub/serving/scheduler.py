@@ -15,11 +15,14 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Literal
+
+from gradmap_hub.serving.engine import Answer, Engine
 
 if TYPE_CHECKING:
     from gradmap_hub.runtime import Sampling, Scoring, TokenScore
     from gradmap_hub.runtime.constraints import Constraint
+    from gradmap_hub.serving.tools import ToolUse
 
 log = logging.getLogger("gradmap_hub.serving")
 
@@ -27,79 +30,6 @@ CONTEXTS_KEPT = 2  # of beginnings of prompts, by default
 _FIRST_GUESS_SECONDS = 2.0  # assumed duration of a generation before the first one ends
 _SMOOTHING = 0.2  # weight of the latest generation in the mean duration
 _MAX_RETRY_SECONDS = 60  # clients such as openai-python ignore a longer Retry-After
-
-
-class Answer(Protocol):
-    """Interface of a `gradmap_hub.runtime.Generation`; used by the decode thread only."""
-
-    @property
-    def prompt_tokens(self) -> int: ...
-    @property
-    def completion_tokens(self) -> int: ...
-    @property
-    def finish_reason(self) -> Literal["stop", "length", "cancelled"] | None: ...
-    @property
-    def tokens_per_second(self) -> float | None: ...
-    @property
-    def cached_tokens(self) -> int: ...
-    def take_scores(self) -> Sequence[TokenScore]: ...
-    def cancel(self) -> None: ...
-    def close(self) -> None: ...
-
-
-class Batch(Protocol):
-    """Interface of a `gradmap_hub.runtime.batch.Batch`."""
-
-    def start(
-        self,
-        prompt_ids: Sequence[int],
-        *,
-        max_tokens: int,
-        sampling: Sampling = ...,
-        stop: Sequence[str] = (),
-        scoring: Scoring | None = None,
-        echo: str = "",
-        ignore_end: bool = False,
-        min_tokens: int = 0,
-        constraint: Constraint | None = None,
-    ) -> Any: ...
-    @property
-    def prefix_bytes(self) -> int: ...
-    def step(self, answers: Sequence[Any]) -> list[str | Exception]:
-        """Run one step of each `Answer`; return the text that became final, or the exception, for each."""
-        ...
-
-
-class Engine(Protocol):
-    """Interface of a `gradmap_hub.runtime.TextModel`, as far as the server uses it."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def artifact(self) -> str: ...
-    @property
-    def provider(self) -> str: ...
-    @property
-    def context_length(self) -> int: ...
-    @property
-    def chat_template(self) -> str | None: ...
-    @property
-    def vocabulary(self) -> int: ...
-    def encode(self, text: str, *, special: bool = True) -> list[int]: ...
-    def encode_chat(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-    ) -> list[int]: ...
-    def decode(self, token_ids: Sequence[int]) -> str: ...
-    def token_bytes(self, token: int) -> bytes: ...
-    def is_special(self, token: int) -> bool: ...
-    def constrain(self, schema: Mapping[str, Any]) -> Constraint: ...
-    @property
-    def cache_bytes(self) -> int: ...
-    def batch(self, rows: int, *, prefix_cache: int | None = None, in_turn: bool = False) -> Batch: ...
 
 
 class Busy(Exception):
@@ -119,7 +49,8 @@ class Work:
     """The input of one generation. `prompt`: token ids; `max_tokens`: limit of the output; `stop`: stop strings;
     `scoring`: which log-probabilities to deliver; `echo`: text that the answer begins with; `ignore_end`: end tokens do
     not end the output; `min_tokens`: only `max_tokens` ends it before; `constraint`: which tokens it may have;
-    `constrained_by`: the parameter of the request that says so."""
+    `constrained_by`: the parameter of the request that says so; `shown`: special tokens that the text shows;
+    `tools`: which the answer may call."""
 
     prompt: Sequence[int]
     max_tokens: int
@@ -131,6 +62,8 @@ class Work:
     min_tokens: int = 0
     constraint: Constraint | None = None
     constrained_by: str = "response_format"
+    shown: Mapping[int, str] | None = None
+    tools: ToolUse | None = None
 
 
 @dataclass(frozen=True)
@@ -367,6 +300,7 @@ class Scheduler:
                 ignore_end=work.ignore_end,
                 min_tokens=work.min_tokens,
                 constraint=work.constraint,
+                shown=work.shown,
             )
         except Exception as error:
             self._end(job, error=error)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic_core
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
+from pydantic import Discriminator, Field, Tag, ValidationError
 
 from gradmap_hub.serving.problems import ApiError
 from gradmap_hub.serving.settings import (
@@ -25,15 +25,12 @@ from gradmap_hub.serving.settings import (
     MAX_TOOL_CALLS,
     MAX_TOP_LOGPROBS,
 )
+from gradmap_hub.serving.tools import Strict, ToolChoice, Tools, check_choice, must_call
 
 _TAG = "~"  # prefix of union branch names in pydantic's error locations; not part of the parameter name
 _MAX_TOKENS = 2**31 - 1
 # The closing quote may be missing: a search that fails would begin again at every later quote.
 _TEXTS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)
-
-
-class _Request(BaseModel):
-    model_config = ConfigDict(strict=True, extra="ignore", frozen=True, allow_inf_nan=False)
 
 
 def _is_list(value: Any) -> str:
@@ -49,7 +46,7 @@ def _kind_of_prompt(value: Any) -> str:
     return "~texts" if isinstance(first, str) else "~ids"
 
 
-class TextPart(_Request):
+class TextPart(Strict):
     type: Literal["text"]
     text: str
 
@@ -82,12 +79,12 @@ Biases = Annotated[dict[BiasedToken, Annotated[float, Field(ge=-100, le=100)]], 
 MaxTokens = Annotated[int, Field(ge=1, le=_MAX_TOKENS)] | None
 
 
-class CalledFunction(_Request):
+class CalledFunction(Strict):
     name: str
     arguments: str
 
 
-class ToolCall(_Request):
+class ToolCall(Strict):
     """A call that the assistant has made. `arguments` is JSON in a text, as the OpenAI API has it."""
 
     id: str | None = None
@@ -95,7 +92,7 @@ class ToolCall(_Request):
     function: CalledFunction
 
 
-class Message(_Request):
+class Message(Strict):
     """One turn of a conversation. Only an assistant's may have no content; tool_call_id and name are of a tool's."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -123,11 +120,11 @@ class Message(_Request):
 Messages = Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
 
 
-class StreamOptions(_Request):
+class StreamOptions(Strict):
     include_usage: bool | None = None
 
 
-class NamedSchema(_Request):
+class NamedSchema(Strict):
     """A JSON schema. Answers keep to it whether `strict` is set or not."""
 
     name: Annotated[str, Field(max_length=64)]
@@ -136,7 +133,7 @@ class NamedSchema(_Request):
     strict: bool | None = None
 
 
-class ResponseFormat(_Request):
+class ResponseFormat(Strict):
     """What the answer must be: any text, a JSON object, or JSON of a schema."""
 
     type: Literal["text", "json_object", "json_schema"]
@@ -150,7 +147,7 @@ class ResponseFormat(_Request):
         return {"type": "object"} if self.json_schema is None else self.json_schema.schema_
 
 
-class _Generation(_Request):
+class _Generation(Strict):
     """Fields of both chat and text completions."""
 
     model: str
@@ -191,10 +188,9 @@ class ChatRequest(_Generation):
     continue_final_message: bool | None = Field(None, description="Extension. Continue the last message.")
     logprobs: bool | None = Field(None, description="Return the log-probability of each token.")
     top_logprobs: Top = Field(None, description="How many of the most probable tokens to list; needs logprobs.")
-    tools: Annotated[list[dict[str, Any]], Field(max_length=MAX_TOOL_CALLS)] | None = Field(
-        None, description='Only with tool_choice "none", which keeps them from the model.'
-    )
-    tool_choice: Literal["none", "auto"] | None = None
+    tools: Tools = Field(None, description="Functions that the model may call.")
+    tool_choice: ToolChoice | None = Field(None, description="Default auto if there are tools.")
+    parallel_tool_calls: bool | None = Field(None, description="Default true: there may be several calls.")
     functions: Nothing = None
     function_call: Literal["none", "auto"] | None = None
     modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
@@ -218,19 +214,20 @@ class CompletionRequest(_Generation):
     best_of: Choices = Field(None, description="Must equal n: every choice is returned.")
 
 
-class TokenizeRequest(_Request):
+class TokenizeRequest(Strict):
     """POST /tokenize: the tokens of a prompt or of the messages of a chat, as vLLM's."""
 
     model: str | None = None
     prompt: str | None = None
     messages: Messages | None = None
+    tools: Tools = Field(None, description="Of messages. Functions that the model may call.")
     add_special_tokens: bool | None = Field(None, description="Of a prompt. Default true: as in a completion.")
     add_generation_prompt: bool | None = Field(None, description="Of messages. Default true: begin a new answer.")
     continue_final_message: bool | None = Field(None, description="Of messages. Continue the last message.")
     return_token_strs: Literal[False] | None = None
 
 
-class DetokenizeRequest(_Request):
+class DetokenizeRequest(Strict):
     """POST /detokenize: the text of tokens, as vLLM's."""
 
     model: str | None = None
@@ -240,8 +237,6 @@ class DetokenizeRequest(_Request):
 _REFUSED = {
     "return_token_strs": "return_token_strs is not supported.",
     "suffix": "suffix is not supported: the model only continues a text.",
-    "tools": "Tools are not supported.",
-    "tool_choice": "Tools are not supported.",
     "functions": "Function calling is not supported.",
     "function_call": "Function calling is not supported.",
     "modalities": 'modalities must be ["text"].',
@@ -250,7 +245,7 @@ _REFUSED = {
     "web_search_options": "Web search is not supported.",
 }
 
-Asked = TypeVar("Asked", bound=_Request)
+Asked = TypeVar("Asked", bound=Strict)
 
 
 def parse(kind: type[Asked], body: bytes, *, most: int) -> Asked:
@@ -289,7 +284,7 @@ def _check_tokenize(asked: TokenizeRequest) -> None:
         code = "missing_required_parameter" if asked.prompt is None else "invalid_value"
         raise ApiError(400, "Send either prompt or messages.", param="prompt", code=code)
     of_messages = {"add_generation_prompt": asked.add_generation_prompt}
-    of_messages |= {"continue_final_message": asked.continue_final_message}
+    of_messages |= {"continue_final_message": asked.continue_final_message, "tools": asked.tools or None}
     others, given = (of_messages, "a prompt") if asked.messages is None else (
         {"add_special_tokens": asked.add_special_tokens or None}, "messages"
     )  # fmt: skip
@@ -308,9 +303,12 @@ def _check_ends(asked: ChatRequest | TokenizeRequest) -> None:
 
 
 def _check_tools(asked: ChatRequest) -> None:
-    if asked.tools and asked.tool_choice != "none":
-        said = 'Tools are not supported, except with tool_choice "none".'
-        raise ApiError(400, said, param="tools", code="unsupported_parameter")
+    check_choice(asked.tools or [], asked.tool_choice)
+    if must_call(asked.tool_choice):
+        for name, value in (("min_tokens", asked.min_tokens), ("ignore_eos", asked.ignore_eos)):
+            if value:
+                said = f"{name} does not go with a tool_choice that demands a call, which says where the answer ends."
+                raise ApiError(400, said, param=name, code="unsupported_parameter")
 
 
 def _check_format(asked: _Generation, wanted: ResponseFormat) -> None:

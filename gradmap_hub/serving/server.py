@@ -21,10 +21,11 @@ import uvicorn
 
 from gradmap_hub.errors import GradmapError
 from gradmap_hub.serving.api import build_app
+from gradmap_hub.serving.engine import Engine
 from gradmap_hub.serving.gate import Door
 from gradmap_hub.serving.preparing import Preparer
 from gradmap_hub.serving.protocol import PatientProtocol
-from gradmap_hub.serving.scheduler import Engine, Scheduler
+from gradmap_hub.serving.scheduler import Scheduler
 from gradmap_hub.serving.settings import MAX_CONNECTIONS, Settings
 
 log = logging.getLogger("gradmap_hub.serving")

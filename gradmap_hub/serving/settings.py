@@ -9,6 +9,7 @@ from gradmap_hub.errors import UsageError
 
 MAX_MESSAGES = 1024  # per chat request
 MAX_TOOL_CALLS = 128  # per message
+MAX_TOOLS = 128  # per request, as in the OpenAI API
 MAX_OTHER_NAMES = 10  # of models that are not here, each with a warning in the log
 MAX_STOPS = 16  # the OpenAI API has 4; tasks of lm-evaluation-harness such as humaneval have more
 MAX_STOP_CHARACTERS = 512

@@ -161,7 +161,7 @@ def test_text_needs_no_library(served: Any, model: Any, kit: Any) -> None:
 def test_without_the_library_it_is_named(model: Any, kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constraints.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingExtra) as missing:
-        constraints.JsonConstraints(None, 400, ())  # pyright: ignore[reportArgumentType]
+        constraints.Constraints(None, 400, ())  # pyright: ignore[reportArgumentType]
 
     class Without:
         def __getattr__(self, name: str) -> Any:
