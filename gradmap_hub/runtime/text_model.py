@@ -75,6 +75,11 @@ class TextModel:
         return self._codec.chat_template is not None
 
     @property
+    def special_tokens(self) -> Mapping[str, str]:
+        """The special tokens by name, such as eos_token."""
+        return self._codec.tokens
+
+    @property
     def end_ids(self) -> frozenset[int]:
         """The token ids that end an answer."""
         return self._codec.ends

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from gradmap_hub.errors import GradmapError, MissingExtra
 from gradmap_hub.runtime import Sampling, Scoring
 from gradmap_hub.runtime.constraints import Constraint
 from gradmap_hub.serving.engine import Engine
+from gradmap_hub.serving.forms import form_of
 from gradmap_hub.serving.problems import ApiError
 from gradmap_hub.serving.responses import Detokenized, Tokenized
 from gradmap_hub.serving.scheduler import Work
@@ -142,16 +143,16 @@ def _constraint(
     engine: Engine, asked: ChatRequest | CompletionRequest, use: ToolUse | None
 ) -> tuple[str, Constraint | None]:
     """Return the parameter that constrains the answer, and the constraint."""
-    schema = None if asked.response_format is None else asked.response_format.schema_of_answer
-    calls = None if use is None else use.calls(schema)
-    param = "tools" if calls is not None else "response_format"
-    wanted = calls or schema
+    param, wanted = form_of(asked)
+    calls = None if use is None else use.calls(wanted if isinstance(wanted, Mapping) else None)
+    if calls is not None:
+        param, wanted = "tools", calls
     if wanted is None:
         return param, None
     try:
         return param, engine.constrain(wanted)
     except MissingExtra as error:
-        said = f"This server cannot write JSON to a format. On its machine: {error.hint}"
+        said = f"This server cannot write an answer of a given form. On its machine: {error.hint}"
         raise ApiError(400, said, param=param, code="unsupported_parameter") from error
     except GradmapError as error:
         raise ApiError(400, error.message, param=param, code="invalid_value") from error

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 
 class PromptDetails(BaseModel):
@@ -146,6 +146,28 @@ class Tokenized(BaseModel):
 
 class Detokenized(BaseModel):
     prompt: str
+
+
+class TokenizerInfo(BaseModel):
+    """What a client needs to build prompts itself; also the special tokens by name, such as eos_token."""
+
+    model_config = ConfigDict(extra="allow")
+
+    chat_template: str | None
+    model_max_length: int
+
+
+class Response(BaseModel):
+    """The response to a request of the Responses API: its main fields."""
+
+    model_config = ConfigDict(extra="allow")
+
+    id: str
+    object: Literal["response"]
+    created_at: int
+    model: str
+    status: Literal["in_progress", "completed", "incomplete"]
+    output: list[dict[str, Any]]
 
 
 class ModelInfo(BaseModel):

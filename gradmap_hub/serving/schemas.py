@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import pydantic_core
 from pydantic import Discriminator, Field, Tag, ValidationError
 
+from gradmap_hub.serving.forms import GrammarText, Pattern, ResponseFormat, StructuredOutputs, Texts, form_of
 from gradmap_hub.serving.problems import ApiError
 from gradmap_hub.serving.settings import (
     MAX_BIASES,
@@ -124,29 +125,6 @@ class StreamOptions(Strict):
     include_usage: bool | None = None
 
 
-class NamedSchema(Strict):
-    """A JSON schema. Answers keep to it whether `strict` is set or not."""
-
-    name: Annotated[str, Field(max_length=64)]
-    description: str | None = None
-    schema_: dict[str, Any] = Field(alias="schema")
-    strict: bool | None = None
-
-
-class ResponseFormat(Strict):
-    """What the answer must be: any text, a JSON object, or JSON of a schema."""
-
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: NamedSchema | None = None
-
-    @property
-    def schema_of_answer(self) -> dict[str, Any] | None:
-        """The JSON schema that the answer must have; None: it may be any text."""
-        if self.type == "text":
-            return None
-        return {"type": "object"} if self.json_schema is None else self.json_schema.schema_
-
-
 class _Generation(Strict):
     """Fields of both chat and text completions."""
 
@@ -169,6 +147,11 @@ class _Generation(Strict):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = Field(None, description="Extension, as in vLLM.")
+    guided_json: dict[str, Any] | None = Field(None, description="Extension. The answer has this JSON schema.")
+    guided_regex: Pattern | None = Field(None, description="Extension. The answer matches this pattern.")
+    guided_choice: Texts | None = Field(None, description="Extension. The answer is one of these texts.")
+    guided_grammar: GrammarText | None = Field(None, description="Extension. Lark, or GBNF of llama.cpp.")
     presence_penalty: Penalty = Field(None, description="Subtracted from the logits of tokens in the output.")
     frequency_penalty: Penalty = Field(None, description="The same, times how often the output has the token.")
     logit_bias: Biases = Field(None, description="Token id to what is added to its logit.")
@@ -236,6 +219,9 @@ class DetokenizeRequest(Strict):
 
 _REFUSED = {
     "return_token_strs": "return_token_strs is not supported.",
+    "previous_response_id": "previous_response_id is not supported: send the whole conversation as input.",
+    "conversation": "conversation is not supported: send the whole conversation as input.",
+    "background": "background is not supported: the response is not stored.",
     "suffix": "suffix is not supported: the model only continues a text.",
     "functions": "Function calling is not supported.",
     "function_call": "Function calling is not supported.",
@@ -311,15 +297,17 @@ def _check_tools(asked: ChatRequest) -> None:
                 raise ApiError(400, said, param=name, code="unsupported_parameter")
 
 
-def _check_format(asked: _Generation, wanted: ResponseFormat) -> None:
-    if (wanted.type == "json_schema") != (wanted.json_schema is not None):
-        said = "response_format must have a json_schema if its type is json_schema, and only then."
-        raise ApiError(400, said, param="response_format.json_schema", code="invalid_value")
-    if wanted.type != "text":
-        for name, value in (("min_tokens", asked.min_tokens), ("ignore_eos", asked.ignore_eos)):
-            if value:
-                said = f"{name} does not go with a response_format in JSON, which says where the answer ends."
-                raise ApiError(400, said, param=name, code="unsupported_parameter")
+def _check_form(asked: _Generation) -> None:
+    param, wanted = form_of(asked)
+    if wanted is None:
+        return
+    for name, value in (("min_tokens", asked.min_tokens), ("ignore_eos", asked.ignore_eos)):
+        if value:
+            said = f"{name} does not go with {param}, which says where the answer ends."
+            raise ApiError(400, said, param=name, code="unsupported_parameter")
+    if isinstance(asked, ChatRequest) and asked.tools and asked.tool_choice != "none" and not isinstance(wanted, dict):
+        said = f"{param} does not go with tools: an answer that is no call can be constrained to a JSON schema only."
+        raise ApiError(400, said, param=param, code="unsupported_parameter")
 
 
 def _check_generation(asked: _Generation) -> None:
@@ -332,8 +320,7 @@ def _check_generation(asked: _Generation) -> None:
         raise ApiError(400, "stream_options needs stream: true.", param="stream_options", code="invalid_value")
     if isinstance(asked, ChatRequest) and asked.top_logprobs and not asked.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs: true.", param="top_logprobs", code="invalid_value")
-    if asked.response_format is not None:
-        _check_format(asked, asked.response_format)
+    _check_form(asked)
     if asked.limit is not None and (asked.min_tokens or 0) > asked.limit:
         raise ApiError(400, "min_tokens must not exceed max_tokens.", param="min_tokens", code="invalid_value")
     if isinstance(asked, CompletionRequest) and asked.limit == 0 and not asked.echo:

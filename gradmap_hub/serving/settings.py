@@ -9,6 +9,9 @@ from gradmap_hub.errors import UsageError
 
 MAX_MESSAGES = 1024  # per chat request
 MAX_TOOL_CALLS = 128  # per message
+MAX_PATTERN = 4096  # characters of a regular expression
+MAX_GRAMMAR = 65_536  # characters
+MAX_CHOICES_OF_TEXT = 1024  # texts of which the answer must be one
 MAX_TOOLS = 128  # per request, as in the OpenAI API
 MAX_OTHER_NAMES = 10  # of models that are not here, each with a warning in the log
 MAX_STOPS = 16  # the OpenAI API has 4; tasks of lm-evaluation-harness such as humaneval have more

@@ -273,7 +273,7 @@ def test_tokens_need_a_place_and_give_it_back(model: Any, kit: Any) -> None:
 # -- paths that are not here ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("path", "word"), [("/v1/embeddings", "embeddings"), ("/v1/responses", "Responses")])
+@pytest.mark.parametrize(("path", "word"), [("/v1/embeddings", "embeddings")])
 def test_paths_that_clients_try_say_why(web: httpx.Client, kit: Any, path: str, word: str) -> None:
     answer = web.post(path, json={"model": kit.name, "input": "a"})
     assert answer.status_code == 404 and kit.is_refusal(answer.content)

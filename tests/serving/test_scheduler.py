@@ -19,7 +19,7 @@ class Counting:
     name, artifact, provider, context_length, chat_template = "counting", "none", "none", 100, None
     vocabulary = 100
     cache_bytes = prefix_bytes = 0
-    tool_format, call_tokens = None, {}
+    tool_format, call_tokens, special_tokens = None, {}, {}
 
     def __init__(self, gate: threading.Semaphore | None = None) -> None:
         self.gate = gate
