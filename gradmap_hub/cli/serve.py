@@ -66,6 +66,15 @@ def serve(
         str | None,
         typer.Option("--name", metavar="MODEL_ID", help="Model id in answers; default: the model's."),
     ] = None,
+    prefix_cache: Annotated[
+        int | None,
+        typer.Option(
+            "--prefix-cache",
+            metavar="BYTES",
+            help="Memory for the beginnings of prompts that later ones share; 0: none; default: two contexts.",
+            min=0,
+        ),
+    ] = None,
     max_body: Annotated[int, typer.Option("--max-body", metavar="BYTES", help="Largest request body.", min=1024)] = 1024
     * 1024,
     api_key_file: Annotated[
@@ -107,6 +116,7 @@ def serve(
         timeout=timeout,
         drain=drain,
         max_body=max_body,
+        prefix_cache=prefix_cache,
         name=name,
         api_key=_api_key(api_key_file),
         allow_origins=tuple(allow_origin or ()),

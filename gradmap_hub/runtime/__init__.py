@@ -9,10 +9,11 @@ for piece in answer:
 """
 
 from gradmap_hub.runtime.artifacts import Artifact, available_artifacts, choose_artifact
-from gradmap_hub.runtime.generation import Generation, PromptError, TextModel
+from gradmap_hub.runtime.generation import Generation
 from gradmap_hub.runtime.loading import load
 from gradmap_hub.runtime.sampling import Sampling
 from gradmap_hub.runtime.scores import Scoring, TokenScore
+from gradmap_hub.runtime.text_model import PromptError, TextModel
 
 __all__ = [
     "Artifact",

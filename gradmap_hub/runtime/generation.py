@@ -1,27 +1,22 @@
-"""A loaded text model and its running generations."""
+"""A running generation: the steps of one text, from its prompt to its last token."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from gradmap_hub.errors import GradmapError
-from gradmap_hub.runtime.artifacts import Artifact
-from gradmap_hub.runtime.constraints import Constraint, JsonConstraints
-from gradmap_hub.runtime.continuing import cut_after
-from gradmap_hub.runtime.pool import Row, RowPool
-from gradmap_hub.runtime.prompting import ModelError, TextCodec
-from gradmap_hub.runtime.sampling import Sampler, Sampling
+from gradmap_hub.runtime.constraints import Constraint
+from gradmap_hub.runtime.prefixes import KeysValues
+from gradmap_hub.runtime.prompting import TextCodec
+from gradmap_hub.runtime.sampling import Sampler
 from gradmap_hub.runtime.scores import Scoring, TokenScore, negative_log_likelihoods, score, scores
 from gradmap_hub.runtime.stopping import StopText
-from gradmap_hub.runtime.token_text import TokenBytes
 
 if TYPE_CHECKING:  # importing it needs ONNX Runtime; `load` reports when it is missing
-    from gradmap_hub.runtime.session import Session, Steps
+    from gradmap_hub.runtime.session import Steps
 
 # Prompt tokens per prefill step. Bounds the logits in memory (tokens x vocabulary) and the wait of other generations.
 PREFILL_TOKENS = 256
@@ -29,194 +24,14 @@ PREFILL_TOKENS = 256
 FinishReason = Literal["stop", "length", "cancelled"]
 
 
-class PromptError(GradmapError):
-    """The model cannot use this prompt. `tokens` and `limit` are set if it is too long."""
-
-    def __init__(self, message: str, *, tokens: int | None = None, limit: int | None = None) -> None:
-        super().__init__(message)
-        self.tokens = tokens
-        self.limit = limit
-
-
-class TextModel:
-    """A loaded model: text in, `Generation` out. The weights are loaded once; a generation adds only its KV cache."""
-
-    def __init__(
-        self,
-        name: str,
-        artifact: Artifact,
-        session: Session,
-        codec: TextCodec,
-        context_length: int,
-        vocabulary: int,
-        threads: int,
-    ) -> None:
-        self.name = name
-        self.artifact = artifact.path
-        self.provider = session.provider
-        self.context_length = context_length
-        self.vocabulary = vocabulary
-        self.threads = threads
-        self._session = session
-        self._codec = codec
-
-    @property
-    def chat_template(self) -> str | None:
-        return self._codec.chat_template
-
-    @property
-    def has_chat_template(self) -> bool:
-        return self._codec.chat_template is not None
-
-    @property
-    def end_ids(self) -> frozenset[int]:
-        """The token ids that end an answer."""
-        return self._codec.ends
-
-    def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """Return the token ids of plain text; `special`: including the special tokens that the tokenizer adds.
-
-        Raises:
-            PromptError: the text has no tokens or cannot be encoded.
-        """
-        return self._encoded(lambda: self._codec.encode_text(text, special=special))
-
-    def encode_chat(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-    ) -> list[int]:
-        """Return the token ids of messages ({"role", "content"}), rendered by the model's chat template in a sandbox.
-
-        `add_generation_prompt`: end with the start of an answer; `continue_final_message`: end within the last message
-        instead, so that the answer continues it.
-
-        Raises:
-            PromptError: the model has no chat template, or the template rejects these messages.
-        """
-
-        def encode() -> list[int]:
-            begin = add_generation_prompt and not continue_final_message
-            text = self._codec.rendered(messages, add_generation_prompt=begin)
-            if continue_final_message:
-                text = cut_after(text, messages[-1]["content"])
-            return self._codec.encode_rendered(text)
-
-        return self._encoded(encode)
-
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Return the text of token ids, special tokens included."""
-        return self._codec.tokenizer.decode(list(token_ids), skip_special_tokens=False)
-
-    def token_bytes(self, token: int) -> bytes:
-        """Return the bytes of one token, which need not be valid UTF-8."""
-        return self._token_bytes(token)
-
-    def is_special(self, token: int) -> bool:
-        """Whether the text of an answer leaves this token out."""
-        return token in self._token_bytes.special
-
-    def constrain(self, schema: Mapping[str, Any]) -> Constraint:
-        """Return a constraint of one answer to a JSON schema; the first call takes up to a second.
-
-        Raises:
-            MissingExtra: llguidance is not installed.
-            ConstraintError: the schema or the tokenizer cannot be used.
-        """
-        return self._json_constraints.of(schema)
-
-    @cached_property
-    def _json_constraints(self) -> JsonConstraints:
-        return JsonConstraints(self._codec.tokenizer, self.vocabulary, self.end_ids)
-
-    @cached_property
-    def _token_bytes(self) -> TokenBytes:
-        return TokenBytes(self._codec.tokenizer)
-
-    def _encoded(self, encode: Any) -> list[int]:
-        try:
-            return encode()
-        except ModelError as error:
-            raise PromptError(str(error)) from error
-        except (UnicodeError, OverflowError) as error:
-            raise PromptError(f"The text cannot be encoded: {error}") from error
-
-    def start(
-        self,
-        prompt_ids: Sequence[int],
-        *,
-        max_tokens: int,
-        sampling: Sampling | None = None,
-        stop: Sequence[str] = (),
-        ignore_end: bool = False,
-        min_tokens: int = 0,
-        scoring: Scoring | None = None,
-        echo: str = "",
-        constraint: Constraint | None = None,
-        room: Callable[[int], Steps] | None = None,
-    ) -> Generation:
-        """Create a generation of at most `max_tokens` tokens, fewer if the context ends first. Computes nothing yet.
-
-        `max_tokens` 0 only reads the prompt, to score it; `ignore_end`: do not stop at end tokens, for benchmarks;
-        `min_tokens`: before that many, neither an end token nor a stop string ends the answer; `scoring`: what
-        `take_scores` returns; `echo`: text that the answer begins with; `constraint`: which tokens the answer
-        may have; `room`: returns an empty KV cache for a number of tokens, default: a cache of its own.
-
-        Raises:
-            PromptError: the prompt is empty, leaves no room in the context, or contains an invalid token id; or
-                `max_tokens` < 0.
-        """
-        count = len(prompt_ids)
-        if not count or max_tokens < 0:
-            raise PromptError("There is nothing to generate: give a prompt and a number of tokens.")
-        strange = next((token for token in prompt_ids if not 0 <= token < self.vocabulary), None)
-        if strange is not None:
-            raise PromptError(f"{strange} is not a token id of this model; valid ids are 0 to {self.vocabulary - 1}.")
-        longest = self.context_length - min(1, max_tokens)
-        if count > longest:
-            raise PromptError(
-                f"The prompt is {count} tokens long; shorten it to {longest} tokens or fewer.",
-                tokens=count,
-                limit=longest,
-            )
-        limit = min(max_tokens, self.context_length - count)
-        sampler = Sampler(sampling or Sampling(), list(prompt_ids))
-        ends = frozenset() if ignore_end else self.end_ids
-        # The last token generated needs no place in the cache, but a cache for all tokens is simpler to reason about.
-        steps = (room or self._session.start)(count + limit)
-        return Generation(
-            steps, self._codec, list(prompt_ids), limit, sampler, stop, ends, scoring=scoring, echo=echo,
-            min_tokens=min_tokens, constraint=constraint,
-        )  # fmt: skip
-
-    def batch(self, rows: int) -> Batch:
-        """Return a batch that decodes up to `rows` generations together."""
-        return Batch(self, self._session, rows)
-
-    def losses(self, token_ids: Sequence[int]) -> np.ndarray:
-        """Return the negative log-likelihood in nats of all tokens but the first: (tokens - 1,) float64.
-
-        Raises:
-            PromptError: fewer than two tokens, or more than the context holds.
-        """
-        count = len(token_ids)
-        if not 2 <= count <= self.context_length:
-            raise PromptError(f"Losses need 2 to {self.context_length} tokens; got {count}.")
-        steps = self._session.start(count)
-        found: list[np.ndarray] = []
-        for start in range(0, count, PREFILL_TOKENS):
-            part = list(token_ids[start : start + PREFILL_TOKENS])
-            wanted = np.asarray(token_ids[start + 1 : start + 1 + PREFILL_TOKENS], dtype=np.int64)
-            found.append(negative_log_likelihoods(steps.run(part)[: len(wanted)], wanted))
-        return np.concatenate(found)
-
-    def warm_up(self) -> None:
-        """Run one step and discard it: the first run of a session also allocates memory."""
-        answer = self.start([min(self.end_ids, default=0)], max_tokens=1)
-        answer.advance()
-        answer.close()
+def losses_of(steps: Steps, token_ids: Sequence[int]) -> np.ndarray:
+    """Return the negative log-likelihood in nats of all tokens but the first: (tokens - 1,) float64."""
+    found: list[np.ndarray] = []
+    for start in range(0, len(token_ids), PREFILL_TOKENS):
+        part = list(token_ids[start : start + PREFILL_TOKENS])
+        wanted = np.asarray(token_ids[start + 1 : start + 1 + PREFILL_TOKENS], dtype=np.int64)
+        found.append(negative_log_likelihoods(steps.run(part)[: len(wanted)], wanted))
+    return np.concatenate(found)
 
 
 class Generation:
@@ -239,6 +54,8 @@ class Generation:
         echo: str = "",
         min_tokens: int = 0,
         constraint: Constraint | None = None,
+        keep: Callable[[np.ndarray, Steps], None] | None = None,
+        shown: Mapping[int, str] | None = None,
     ) -> None:
         self.token_ids: list[int] = []
         self.text = ""
@@ -248,7 +65,12 @@ class Generation:
         self._ends = ends
         self._next_piece = codec.stream()
         self._prompt = prompt_ids
+        self._prompt_array = np.array(prompt_ids, dtype=np.int64)
         self._read = 0
+        # Prompt tokens whose keys and values came from another text.
+        self.cached_tokens = 0
+        self._keep = keep
+        self._shown = shown or {}
         self._limit = limit
         self._sampler = sampler
         self._stop = StopText(stop)
@@ -277,22 +99,55 @@ class Generation:
         return count / self._token_seconds if count > 0 and self._token_seconds > 0 else None
 
     @property
-    def row(self) -> Row | None:
-        """The row of a `Batch` pool that holds the KV cache; None if it has its own."""
-        return self._steps if isinstance(self._steps, Row) else None
+    def steps(self) -> Steps | None:
+        """The model with the KV cache of this text; None after the end."""
+        return self._steps
+
+    @property
+    def unread(self) -> int:
+        """How many tokens of the prompt have no keys and values yet."""
+        return len(self._prompt) - self._read
 
     @property
     def reading(self) -> bool:
         """Whether the prefill is incomplete."""
         return self._read < len(self._prompt)
 
-    def advance(self) -> str:
-        """Run one step (a part of the prompt, or one token) and return the text that became final; may be empty."""
+    @property
+    def resumable(self) -> bool:
+        """Whether the prefill may begin with the keys and values of another text: not if its logits are wanted."""
+        scores_prompt = self._scoring is not None and self._scoring.prompt
+        return self._steps is not None and not self._read and not scores_prompt
+
+    @property
+    def prompt(self) -> np.ndarray:
+        """The token ids of the prompt: (tokens,) int64."""
+        return self._prompt_array
+
+    @property
+    def read(self) -> int:
+        """How many tokens of the prompt have keys and values."""
+        return self._read
+
+    def resume(self, parts: Sequence[KeysValues]) -> None:
+        """Begin the prefill with the keys and values of the first tokens, all but the last two at most."""
+        assert self._steps is not None
+        self._steps.fill(parts)
+        self._read = self.cached_tokens = self._steps.length
+
+    def advance(self, most: int = PREFILL_TOKENS) -> str:
+        """Run one step (at most `most` tokens of the prompt, or one token of the output); return the text that became
+        final, which may be empty."""
         if self._steps is None:
             return ""
         began = time.perf_counter()
         if self.reading:
-            part = self._prompt[self._read : self._read + PREFILL_TOKENS]
+            count = min(most, PREFILL_TOKENS)
+            # Not a single token at the end: in int8, kernels for one token round more than those for several, and an
+            # answer must not depend on how its prompt was divided.
+            if self.unread == count + 1:
+                count += 1 if count < 3 else -1
+            part = self._prompt[self._read : self._read + count]
             logits = self._steps.run(part)
             if self._scoring is not None and self._scoring.prompt:
                 self._score_prompt(logits, self._scoring.top)
@@ -349,7 +204,7 @@ class Generation:
         if token in self._ends:
             return self._finish("stop")
         self.token_ids.append(token)
-        piece = self._next_piece(token)
+        piece = self._next_piece(token) + self._shown.get(token, "")
         final = piece if len(self.token_ids) <= self._min_tokens else self._stop.add(piece)
         self.text += final
         if final:
@@ -385,7 +240,12 @@ class Generation:
         """Free the KV cache; the text stays."""
         steps, self._steps = self._steps, None
         if steps is not None:
-            steps.close()
+            try:
+                # Only what a prefill computed: decode steps round differently, see `advance`.
+                if self._keep is not None:
+                    self._keep(self._prompt_array[: self._read], steps)
+            finally:
+                steps.close()
 
     def __iter__(self) -> Iterator[str]:
         """Yield the text in pieces until the end; leaving the loop early cancels the generation."""
@@ -396,51 +256,3 @@ class Generation:
                     yield piece
         finally:
             self.cancel()
-
-
-class Batch:
-    """Generations of one model, decoded together if the graph supports it (see pool.py).
-
-    Each yields the same tokens as on its own. Not thread-safe.
-    """
-
-    def __init__(self, model: TextModel, session: Session, rows: int) -> None:
-        self._model = model
-        self._pool = RowPool(session, rows, model.context_length) if session.batches else None
-
-    def start(self, prompt_ids: Sequence[int], **options: Any) -> Generation:
-        """Create a generation in this batch; options as in `TextModel.start`.
-
-        Raises:
-            IndexError: all rows are in use.
-            PromptError: as in `TextModel.start`.
-        """
-        pool = self._pool
-        return self._model.start(prompt_ids, room=None if pool is None else lambda _: pool.take(), **options)
-
-    def step(self, answers: Sequence[Generation]) -> list[str | Exception]:
-        """Run one step of each generation: prefill steps one by one, decode steps in one run of the graph.
-
-        Returns for each the text that became final, or the exception it raised; an exception affects no other.
-        """
-        found: dict[Generation, str | Exception] = {}
-        writing = [(answer, answer.row) for answer in answers if not answer.reading]
-        together = [(answer, row) for answer, row in writing if row is not None]
-        if self._pool is not None and len(together) > 1:
-            began = time.perf_counter()
-            tokens = [answer.token_ids[-1] for answer, _ in together]
-            try:
-                logits = self._pool.write([row for _, row in together], tokens)
-            except GradmapError:
-                pass  # retried one by one below, so that only the failing generation reports the error
-            else:
-                for (answer, _), own in zip(together, logits, strict=True):
-                    found[answer] = _tried(lambda answer=answer, own=own: answer.take(own, began))
-        return [found[answer] if answer in found else _tried(answer.advance) for answer in answers]
-
-
-def _tried(action: Callable[[], str]) -> str | Exception:
-    try:
-        return action()
-    except Exception as error:
-        return error

@@ -10,8 +10,8 @@ from gradmap_hub.errors import MissingExtra, SourceError, UsageError
 from gradmap_hub.machine import cpu_count
 from gradmap_hub.models.architectures import dimension, head_size
 from gradmap_hub.runtime.artifacts import Artifact, available_artifacts, choose_artifact
-from gradmap_hub.runtime.generation import TextModel
 from gradmap_hub.runtime.prompting import TEXT_FILES
+from gradmap_hub.runtime.text_model import TextModel
 
 # Default limit of prompt plus output tokens, if the model's own is not lower: KV caches are allocated for all of them.
 DEFAULT_CONTEXT = 4096
@@ -47,6 +47,7 @@ def load(
     from gradmap_hub.models.tokenizer_trial import try_tokenizer
     from gradmap_hub.runtime.prompting import ModelError, TextCodec, read_json
     from gradmap_hub.runtime.session import CUDA, Session, provider_named
+    from gradmap_hub.runtime.tool_formats import tool_template_of
 
     chosen = provider_named(provider)
     folder, found = _local(Path(model), artifact, chosen == CUDA) or _remote(
@@ -58,6 +59,7 @@ def load(
     try:
         codec = TextCodec.from_folder(text)
         config = read_json(text / "config.json")
+        tool_template = tool_template_of(codec.chat_template, read_json(text / "tokenizer_config.json"))
     except ModelError as error:
         raise SourceError(f"{model}: {error}") from error
     stated, vocabulary = dimension(config, "max_position_embeddings"), config.get("vocab_size")
@@ -67,7 +69,9 @@ def load(
     count = threads or cpu_count()
     session = Session(graph, chosen, count, head_size(config))
     name = Path(model).resolve().name if folder == Path(model) else str(model)
-    return TextModel(name, found, session, codec, min(longest, context or DEFAULT_CONTEXT), vocabulary, count)
+    return TextModel(
+        name, found, session, codec, min(longest, context or DEFAULT_CONTEXT), vocabulary, count, tool_template
+    )
 
 
 def _local(folder: Path, wanted: str, cuda: bool) -> tuple[Path, Artifact] | None:

@@ -5,15 +5,21 @@ one buffer (rows, heads, capacity, head size) with one row per text. The rows in
 step covers them all, whatever their lengths. A step reads every weight once instead of once per text, and each text
 gets the same logits as on its own.
 
-The operating system commits memory on first write, so a row costs only what its text has filled.
+The operating system commits memory on first write, so a row costs only what its text has filled. NumPy's own large
+arrays ask for pages of 2 MB, with which a short text takes nearly the memory of a full one; these are of 4 KB.
 """
 
 from __future__ import annotations
 
+import contextlib
+import math
+import mmap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from gradmap_hub.runtime.prefixes import KeysValues, tokens_of, write_into
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -30,6 +36,7 @@ class RowPool:
         self._capacity = capacity
         self._rows: list[Row] = []
         self._buffers: dict[str, np.ndarray] = {}
+        self._memory: dict[str, mmap.mmap] = {}
 
     def take(self) -> Row:
         """Return an empty row for a new text; `Row.close` returns it to the pool.
@@ -41,10 +48,10 @@ class RowPool:
             raise IndexError(f"all {self._most} rows are in use")
         if not self._rows:
             session = self._session
-            self._buffers = {
-                name: np.zeros(session.cache_shape(name, self._most, self._capacity), session.past[name][1])
-                for name in session.past
-            }
+            for name, (_, dtype) in session.past.items():
+                shape = session.cache_shape(name, self._most, self._capacity)
+                self._memory[name] = memory = _reserve(math.prod(shape) * np.dtype(dtype).itemsize)
+                self._buffers[name] = np.frombuffer(memory, dtype).reshape(shape)
         self._rows.append(Row(self, len(self._rows)))
         return self._rows[-1]
 
@@ -79,8 +86,31 @@ class RowPool:
                 buffer[row.index, :, : last.length] = buffer[last.index, :, : last.length]
             last.index = row.index
             self._rows[last.index] = last
-        if not self._rows:
-            self._buffers = {}  # an idle server holds no cache
+        if self._rows:
+            self._release(len(self._rows))
+        else:
+            self._buffers, self._memory = {}, {}  # an idle server holds no cache
+
+    def kept(self, row: Row, start: int, stop: int) -> KeysValues:
+        """See `Steps.kept`."""
+        return [buffer[row.index, :, start:stop] for buffer in self._buffers.values()]
+
+    def fill(self, row: Row, parts: Sequence[KeysValues]) -> None:
+        """See `Steps.fill`."""
+        for buffer, tensors in zip(self._buffers.values(), zip(*parts, strict=True), strict=True):
+            write_into(buffer[row.index], tensors)
+        row.length = tokens_of(parts)
+
+    def _release(self, index: int) -> None:
+        """Give the memory of a free row back to the operating system, where it takes single pages."""
+        if not hasattr(mmap, "MADV_DONTNEED"):
+            return
+        for name, memory in self._memory.items():
+            size = self._buffers[name][index].nbytes
+            start = -(-index * size // mmap.PAGESIZE) * mmap.PAGESIZE
+            length = (index + 1) * size // mmap.PAGESIZE * mmap.PAGESIZE - start
+            if length > 0:
+                memory.madvise(mmap.MADV_DONTNEED, start, length)
 
     def _run(self, first: int, count: int, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
         session = self._session
@@ -107,5 +137,22 @@ class Row:
     def run(self, token_ids: Sequence[int]) -> np.ndarray:
         return self._pool.read(self, token_ids)
 
+    def kept(self, start: int, stop: int) -> KeysValues:
+        return self._pool.kept(self, start, stop)
+
+    def fill(self, parts: Sequence[KeysValues]) -> None:
+        self._pool.fill(self, parts)
+
     def close(self) -> None:
         self._pool.give_back(self)
+
+
+def _reserve(size: int) -> mmap.mmap:
+    """Return so many zero bytes, each of which takes memory only once it is written."""
+    if not hasattr(mmap, "MAP_PRIVATE"):  # Windows
+        return mmap.mmap(-1, size)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without large pages
+            memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return memory

@@ -7,6 +7,7 @@ by ONNX Runtime GenAI's model builder) update their input buffers in place; thes
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -15,6 +16,7 @@ import numpy as np
 import onnxruntime as ort
 
 from gradmap_hub.errors import GradmapError, MissingExtra, SourceError
+from gradmap_hub.runtime.prefixes import KeysValues, tokens_of, write_into
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 _PAST, _PRESENT = "past_key_values.", "present."
@@ -25,8 +27,22 @@ _NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 class Steps(Protocol):
     """The model with the KV cache of one text."""
 
+    @property
+    def length(self) -> int:
+        """How many tokens the cache holds."""
+        ...
+
     def run(self, token_ids: Sequence[int]) -> np.ndarray:
         """Append the tokens; return the logits after each, (tokens, vocabulary) in the graph's dtype."""
+        ...
+
+    def kept(self, start: int, stop: int) -> KeysValues:
+        """Return the keys and values of these tokens: (heads, tokens, head size) of every cache tensor. They are valid
+        until the next step. Only if the session is `readable`."""
+        ...
+
+    def fill(self, parts: Sequence[KeysValues]) -> None:
+        """Fill an empty cache with what `kept` returned, one part after the other. Only if `readable`."""
         ...
 
     def close(self) -> None:
@@ -93,6 +109,11 @@ class Session:
         open_ended = all(not isinstance(shape[0], int) for shape, _ in self.past.values())
         return self.shares_buffer and self.device == "cpu" and "position_ids" not in self.plain and open_ended
 
+    @property
+    def readable(self) -> bool:
+        """Whether keys and values can be read and written from here: on a CPU."""
+        return self.device == "cpu"
+
     def binding(self) -> ort.IOBinding:
         return self._session.io_binding()
 
@@ -125,6 +146,14 @@ class Session:
         own = (rows, shape[1], tokens, self._head_size)
         return [given if isinstance(given, int) else size for given, size in zip(shape, own, strict=True)]
 
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of keys and values per token."""
+        sizes = (
+            math.prod(self.cache_shape(name, 1, 1)) * np.dtype(kind).itemsize for name, (_, kind) in self.past.items()
+        )
+        return sum(sizes)
+
     def empty(self, name: str, tokens: int) -> ort.OrtValue:
         """Return a zero cache tensor for `tokens` tokens, batch size 1."""
         zeros = np.zeros(self.cache_shape(name, 1, tokens), dtype=self.past[name][1])
@@ -141,13 +170,13 @@ class _Growing:
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        self._length = 0
+        self.length = 0
         self._cache = {name: session.empty(name, 0) for name in session.past}
 
     def run(self, token_ids: Sequence[int]) -> np.ndarray:
         session = self._session
         binding = session.binding()
-        for name, value in session.feeds(token_ids, self._length).items():
+        for name, value in session.feeds(token_ids, self.length).items():
             binding.bind_cpu_input(name, value)
         for name, value in self._cache.items():
             binding.bind_ortvalue_input(name, value)
@@ -158,8 +187,17 @@ class _Growing:
         logits, *presents = binding.get_outputs()
         values = dict(zip(session.presents, presents, strict=True))
         self._cache = {name: values[session.present_of(name)] for name in self._cache}
-        self._length += len(token_ids)
+        self.length += len(token_ids)
         return logits.numpy()[0]
+
+    def kept(self, start: int, stop: int) -> KeysValues:
+        return [value.numpy()[0, :, start:stop] for value in self._cache.values()]
+
+    def fill(self, parts: Sequence[KeysValues]) -> None:
+        for name, tensors in zip(self._cache, zip(*parts, strict=True), strict=True):
+            whole = np.ascontiguousarray(np.concatenate(tensors, axis=1)[None])
+            self._cache[name] = ort.OrtValue.ortvalue_from_numpy(whole, self._session.device, 0)
+        self.length = tokens_of(parts)
 
     def close(self) -> None:
         self._cache = {}
@@ -170,7 +208,7 @@ class _SharedBuffer:
 
     def __init__(self, session: Session, capacity: int) -> None:
         self._session = session
-        self._length = 0
+        self.length = 0
         self._binding = session.binding()
         # get_outputs() returns outputs in the order they were bound.
         self._binding.bind_output("logits", "cpu")
@@ -181,14 +219,24 @@ class _SharedBuffer:
 
     def run(self, token_ids: Sequence[int]) -> np.ndarray:
         binding = self._binding
-        for name, value in self._session.feeds(token_ids, self._length).items():
+        for name, value in self._session.feeds(token_ids, self.length).items():
             binding.bind_cpu_input(name, value)
         # Bound again for every step: a bound output keeps its shape.
         binding.bind_output("logits", "cpu")
         self._session.run(binding)
-        self._length += len(token_ids)
+        self.length += len(token_ids)
         logits = binding.get_outputs()[0]
         return logits.numpy()[0]
+
+    def kept(self, start: int, stop: int) -> KeysValues:
+        return [buffer.numpy()[0, :, start:stop] for buffer in self._buffers.values()]
+
+    def fill(self, parts: Sequence[KeysValues]) -> None:
+        for buffer, tensors in zip(self._buffers.values(), zip(*parts, strict=True), strict=True):
+            whole = buffer.numpy()
+            write_into(whole[0], tensors)
+            buffer.update_inplace(whole)
+        self.length = tokens_of(parts)
 
     def close(self) -> None:
         self._buffers = {}

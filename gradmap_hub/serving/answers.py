@@ -12,10 +12,12 @@ from pydantic import BaseModel
 
 from gradmap_hub.serving import responses
 from gradmap_hub.serving.delivery import Piece
-from gradmap_hub.serving.scheduler import Engine, Finished, Work
+from gradmap_hub.serving.engine import Engine
+from gradmap_hub.serving.scheduler import Finished, Work
 
 if TYPE_CHECKING:
     from gradmap_hub.runtime import TokenScore
+    from gradmap_hub.runtime.tool_calls import FoundCall
 
 
 class Shape:
@@ -51,11 +53,11 @@ class Shape:
         """Return the choices of the events before any text, one of each event."""
         return []
 
-    def event_of(self, piece: Piece) -> list[Any]:
-        """Return the choices of the event for a piece."""
+    def events_of(self, piece: Piece) -> list[list[Any]]:
+        """Return the choices of the events for a piece, one list for each event."""
         if piece.finished is not None:
             self._finished[piece.index] = piece.finished
-        return [self._delta(piece)]
+        return [[delta] for delta in self._deltas(piece)]
 
     def add(self, piece: Piece) -> None:
         """Keep a piece for `whole`."""
@@ -83,13 +85,19 @@ class Shape:
         finished = [self._finished[index] for index in range(len(self._works))]
         prompt = sum(each.prompt_tokens for each in finished[:: self._per_prompt])
         completion = sum(each.completion_tokens for each in finished)
-        return responses.Usage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
+        cached = sum(each.cached_tokens for each in finished[:: self._per_prompt])
+        return responses.Usage(
+            prompt_tokens=prompt,
+            completion_tokens=completion,
+            total_tokens=prompt + completion,
+            prompt_tokens_details=responses.PromptDetails(cached_tokens=cached),
+        )
 
     def chunk(self, choices: list[Any], extra: Mapping[str, Any]) -> BaseModel:
         return self.event(**self._fields(self.object), choices=choices, **extra)
 
-    def _delta(self, piece: Piece) -> Any:
-        """Return a choice of an event."""
+    def _deltas(self, piece: Piece) -> list[Any]:
+        """Return a choice for each event of a piece."""
         raise NotImplementedError
 
     def _choice(self, piece: Piece) -> Any:
@@ -125,19 +133,68 @@ class Chat(Shape):
             for index in range(len(self._works))
         ]
 
-    def _delta(self, piece: Piece) -> responses.ChunkChoice:
-        reason = piece.finished.reason if piece.finished else None
-        delta = responses.Delta() if reason else responses.Delta(content=piece.text)
-        logprobs = None if reason else self._logprobs(piece.scores)
-        return responses.ChunkChoice(index=piece.index, delta=delta, logprobs=logprobs, finish_reason=reason)
+    def __init__(self, model: str, engine: Engine, works: Sequence[Work], *, per_prompt: int) -> None:
+        super().__init__(model, engine, works, per_prompt=per_prompt)
+        self._parsers = [None if work.tools is None else work.tools.parser() for work in works]
+
+    def _deltas(self, piece: Piece) -> list[responses.ChunkChoice]:
+        parser = self._parsers[piece.index]
+        if piece.finished is not None:
+            end = responses.ChunkChoice(
+                index=piece.index, delta=responses.Delta(), logprobs=None, finish_reason=self._reason(piece)
+            )
+            rest = "" if parser is None else parser.rest()
+            return [*([self._chunk(piece.index, responses.Delta(content=rest))] if rest else []), end]
+        if parser is None:
+            return [self._chunk(piece.index, responses.Delta(content=piece.text), piece.scores)]
+        number = parser.calls
+        text, found = parser.add(piece.text)
+        delta: dict[str, Any] = {"content": text} if text else {}
+        if found:
+            calls = self._calls(piece.index, found)
+            delta["tool_calls"] = [
+                responses.ToolCallDelta(index=number + place, **call.model_dump()) for place, call in enumerate(calls)
+            ]
+        if not delta and not piece.scores:
+            return []
+        return [self._chunk(piece.index, responses.Delta(**delta), piece.scores)]
+
+    def _chunk(self, index: int, delta: responses.Delta, scores: Sequence[TokenScore] = ()) -> responses.ChunkChoice:
+        return responses.ChunkChoice(index=index, delta=delta, logprobs=self._logprobs(scores), finish_reason=None)
+
+    def _reason(self, piece: Piece) -> responses.Reason:
+        """Return why a choice ended; a call that the request has named is no reason, as in the OpenAI API."""
+        assert piece.finished is not None
+        parser, use = self._parsers[piece.index], self._works[piece.index].tools
+        called = parser is not None and parser.calls and use is not None and use.named is None
+        return "tool_calls" if called and piece.finished.reason == "stop" else piece.finished.reason
+
+    def _calls(self, index: int, found: Sequence[FoundCall]) -> list[responses.ToolCall]:
+        use = self._works[index].tools
+        length = None if use is None else use.row.id_length
+        return [
+            responses.ToolCall(
+                id=f"call_{secrets.token_hex(12)}" if length is None else secrets.token_hex(length)[:length],
+                type="function",
+                function=responses.CalledFunction(name=each.name, arguments=each.arguments),
+            )
+            for each in found
+        ]
 
     def _choice(self, piece: Piece) -> responses.ChatChoice:
-        assert piece.finished is not None
+        parser = self._parsers[piece.index]
+        message: dict[str, Any] = {"role": "assistant", "content": piece.text, "refusal": None}
+        if parser is not None:
+            text, found = parser.add(piece.text)
+            message["content"] = text + parser.rest()
+            if found:
+                message["content"] = message["content"] or None
+                message["tool_calls"] = self._calls(piece.index, found)
         return responses.ChatChoice(
             index=piece.index,
-            message=responses.ChatMessage(role="assistant", content=piece.text, refusal=None),
+            message=responses.ChatMessage(**message),
             logprobs=self._logprobs(piece.scores),
-            finish_reason=piece.finished.reason,
+            finish_reason=self._reason(piece),
         )
 
     def _response(self, choices: list[responses.ChatChoice]) -> responses.ChatCompletion:
@@ -172,10 +229,10 @@ class Completion(Shape):
         # How many tokens of the prompt are still to come in the scores of each choice.
         self._echoed = [len(work.prompt) if work.scoring and work.scoring.prompt else 0 for work in works]
 
-    def _delta(self, piece: Piece) -> responses.TextChoice:
+    def _deltas(self, piece: Piece) -> list[responses.TextChoice]:
         reason = piece.finished.reason if piece.finished else None
         logprobs = None if reason else self._logprobs(piece.index, piece.scores)
-        return responses.TextChoice(index=piece.index, text=piece.text, logprobs=logprobs, finish_reason=reason)
+        return [responses.TextChoice(index=piece.index, text=piece.text, logprobs=logprobs, finish_reason=reason)]
 
     def _choice(self, piece: Piece) -> responses.TextChoice:
         assert piece.finished is not None

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Generic, TypeVar
 
@@ -22,20 +23,22 @@ from starlette.types import Receive, Scope, Send
 from gradmap_hub.serving import gate, responses, schemas
 from gradmap_hub.serving.answers import Chat, Completion, Shape
 from gradmap_hub.serving.delivery import Delivery, Disconnected
+from gradmap_hub.serving.engine import Engine
 from gradmap_hub.serving.gate import Door, Gate
 from gradmap_hub.serving.metrics import CONTENT_TYPE, Metrics
 from gradmap_hub.serving.openapi import document
 from gradmap_hub.serving.preparing import Preparer
 from gradmap_hub.serving.problems import ApiError, overloaded, stopping, too_slow, unknown_model
 from gradmap_hub.serving.prompts import check_choices, check_length, detokenized, tokenized, works_for
-from gradmap_hub.serving.scheduler import Busy, Engine, Scheduler, Stopped
+from gradmap_hub.serving.responses_answer import Responses
+from gradmap_hub.serving.responses_request import ResponsesRequest, renamed
+from gradmap_hub.serving.scheduler import Busy, Scheduler, Stopped
 from gradmap_hub.serving.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from gradmap_hub.serving.settings import BODY_SECONDS, MAX_OTHER_NAMES, MAX_PROMPT_IDS, MAX_VALUES, Settings
 
 # Paths of the OpenAI API that clients try.
 _ELSEWHERE = {
     "/v1/embeddings": "This server has no embeddings: it serves a model that generates text.",
-    "/v1/responses": "This server does not have the Responses API. Use /v1/chat/completions.",
 }
 
 log = logging.getLogger("gradmap_hub.serving")
@@ -74,6 +77,8 @@ def build_app(engine: Engine, settings: Settings, scheduler: Scheduler, preparer
         routes=[
             Route(gate.CHAT, _Generate(routes, ChatRequest), methods=["POST"]),
             Route(gate.COMPLETIONS, _Generate(routes, CompletionRequest), methods=["POST"]),
+            Route(gate.RESPONSES, _Respond(routes), methods=["POST"]),
+            Route(gate.TOKENIZER_INFO, routes.tokenizer_info, methods=["GET"]),
             Route(gate.TOKENIZE, _Convert(routes, TokenizeRequest, tokenized, MAX_VALUES), methods=["POST"]),
             Route(
                 gate.DETOKENIZE,
@@ -182,6 +187,14 @@ class _Routes:
         )
         return _answer(answer, 200 if status == "ready" else 503)
 
+    async def tokenizer_info(self, request: Request) -> Response:
+        engine = self.engine
+        return _answer(
+            responses.TokenizerInfo(
+                chat_template=engine.chat_template, model_max_length=engine.context_length, **engine.special_tokens
+            )
+        )
+
     async def metrics(self, request: Request) -> Response:
         return Response(self.counters.text(), headers={"Content-Type": CONTENT_TYPE})
 
@@ -219,6 +232,60 @@ class _Generate:
                     await (await _whole(delivery, shape))(scope, receive, send)
         except (Disconnected, ClientDisconnect):
             pass  # the client has disconnected
+
+
+class _Respond:
+    """POST route of the Responses API, whose answers are those of a chat in another shape."""
+
+    def __init__(self, routes: _Routes) -> None:
+        self._routes = routes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        routes = self._routes
+        try:
+            body = await _read(Request(scope, receive), routes.settings.max_body)
+            asked = schemas.parse(ResponsesRequest, body, most=MAX_VALUES)
+            chat = asked.chat()
+            routes.called(asked.model)
+            try:
+                await self._respond(asked, chat, receive, send)
+            except ApiError as error:
+                raise renamed(error) from None
+        except (Disconnected, ClientDisconnect):
+            pass  # the client has disconnected
+
+    async def _respond(self, asked: ResponsesRequest, chat: ChatRequest, receive: Receive, send: Send) -> None:
+        routes = self._routes
+        characters = check_length(chat, routes.engine.context_length)
+        async with Delivery(routes.scheduler, routes.counters, receive, routes.settings.timeout) as delivery:
+            (work,) = await delivery.prepare(
+                routes.preparer.submit(characters, partial(works_for, routes.engine, chat))
+            )
+            shape = Responses(routes.name, asked, work)
+            if not asked.stream:
+                async for piece in delivery.pieces():
+                    for _ in shape.add(piece):
+                        pass
+                answer = JSONResponse(shape.whole())
+                await send({"type": "http.response.start", "status": 200, "headers": answer.raw_headers})
+                await send({"type": "http.response.body", "body": answer.body})
+                return
+
+            async def event(content: Mapping[str, Any]) -> None:
+                data = f"event: {content['type']}\ndata: {json.dumps(content)}\n\n"
+                await send({"type": "http.response.body", "body": data.encode(), "more_body": True})
+
+            headers = [(name.lower().encode(), value.encode()) for name, value in _EVENT_HEADERS.items()]
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            try:
+                for each in shape.begin():
+                    await event(each)
+                async for piece in delivery.pieces():
+                    for each in shape.add(piece):
+                        await event(each)
+            except ApiError as error:
+                await event(shape.failed(renamed(error)))
+            await send({"type": "http.response.body", "body": b""})
 
 
 _Asked = TypeVar("_Asked", TokenizeRequest, DetokenizeRequest)
@@ -331,7 +398,8 @@ async def _stream(delivery: Delivery, shape: Shape, send: Send, *, with_usage: b
         for head in shape.heads():
             await chunk(head)
         async for piece in delivery.pieces():
-            await chunk(shape.event_of(piece))
+            for choices in shape.events_of(piece):
+                await chunk(choices)
     except ApiError as error:
         await event(responses.ProblemAnswer.model_validate(error.body()).model_dump_json(), more=False)
         return

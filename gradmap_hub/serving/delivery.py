@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Self
 from starlette.types import Receive
 
 from gradmap_hub.errors import GradmapError
+from gradmap_hub.runtime.constraints import ConstraintError
 from gradmap_hub.serving.metrics import Metrics, Outcome
 from gradmap_hub.serving.problems import ApiError, internal, overloaded, stopping, too_slow
 from gradmap_hub.serving.scheduler import Busy, Finished, Job, Scheduler, Stopped, Work
@@ -99,6 +100,7 @@ class Delivery:
                 finished.reason if finished else "error" if failed else self._outcome,
                 prompt_tokens=job.prompt_tokens,
                 completion_tokens=job.completion_tokens,
+                cached_tokens=job.cached_tokens,
                 first_token_seconds=job.first_token_seconds,
                 tokens_per_second=finished.tokens_per_second if finished else None,
             )
@@ -165,8 +167,10 @@ class Delivery:
             return
         if isinstance(error, Stopped):
             raise stopping()
-        if isinstance(error, GradmapError):  # the engine rejects the prompt
-            raise ApiError(400, error.message, param="prompt", code="invalid_value")
+        if isinstance(error, GradmapError):  # the engine rejects the prompt, or what the answer must be
+            constrained = isinstance(error, ConstraintError) and job.work is not None
+            param = job.work.constrained_by if constrained and job.work is not None else "prompt"
+            raise ApiError(400, error.message, param=param, code="invalid_value")
         log.error("A generation failed", exc_info=error)
         raise internal()
 

@@ -23,7 +23,9 @@ access_log = logging.getLogger("gradmap_hub.serving.access")
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
+RESPONSES = "/v1/responses"
 TOKENIZE = "/tokenize"
+TOKENIZER_INFO = "/tokenizer_info"
 DETOKENIZE = "/detokenize"
 MODELS = "/v1/models"
 HEALTH = "/health"
@@ -31,9 +33,9 @@ READY = "/ready"
 METRICS = "/metrics"
 OPENAPI = "/openapi.json"
 _NO_ANSWER = 499  # nginx's code: the client disconnected before the response
-_ADMITTED = {CHAT, COMPLETIONS, TOKENIZE, DETOKENIZE}  # they need a place in the scheduler
+_ADMITTED = {CHAT, COMPLETIONS, RESPONSES, TOKENIZE, DETOKENIZE}  # they need a place in the scheduler
 _OPEN = {HEALTH, READY}
-_ROUTES = _ADMITTED | _OPEN | {MODELS, METRICS, OPENAPI}
+_ROUTES = _ADMITTED | _OPEN | {MODELS, METRICS, OPENAPI, TOKENIZER_INFO}
 _LOCAL_NAMES = {"localhost", "127.0.0.1", "::1"}
 
 

@@ -6,7 +6,8 @@ from typing import Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
-from gradmap_hub.serving.scheduler import Engine, Scheduler
+from gradmap_hub.serving.engine import Engine
+from gradmap_hub.serving.scheduler import Scheduler
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 Outcome = Literal["stop", "length", "cancelled", "timeout", "error"]
@@ -33,6 +34,12 @@ class Metrics:
         self._refused = Counter("gradmap_refused", "Requests refused, body unread", ["reason"], registry=registry)
         self._generations = Counter("gradmap_generations", "Generations ended", ["outcome"], registry=registry)
         self._prompt = Counter("gradmap_prompt_tokens", "Prompt tokens of all generations", registry=registry)
+        self._cached = Counter(
+            "gradmap_prompt_tokens_cached", "Prompt tokens that needed no prefill", registry=registry
+        )
+        Gauge("gradmap_prefix_cache_bytes", "Memory of the beginnings of prompts", registry=registry).set_function(
+            lambda: scheduler.prefix_bytes
+        )
         self._completion = Counter("gradmap_completion_tokens", "Tokens generated", registry=registry)
         self._first = Histogram(
             "gradmap_time_to_first_token_seconds",
@@ -56,11 +63,13 @@ class Metrics:
         *,
         prompt_tokens: int,
         completion_tokens: int,
+        cached_tokens: int,
         first_token_seconds: float | None,
         tokens_per_second: float | None,
     ) -> None:
         self._generations.labels(outcome).inc()
         self._prompt.inc(prompt_tokens)
+        self._cached.inc(cached_tokens)
         self._completion.inc(completion_tokens)
         if first_token_seconds is not None:
             self._first.observe(first_token_seconds)

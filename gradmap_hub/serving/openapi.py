@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from gradmap_hub import __version__
-from gradmap_hub.serving import gate, responses, schemas
+from gradmap_hub.serving import gate, responses, responses_request, schemas
 
 _REFERENCE = "#/components/schemas/{model}"
 _REFUSALS = {
@@ -33,6 +33,7 @@ def document(model: str, *, strict: bool) -> dict[str, Any]:
     requests: tuple[type[BaseModel], ...] = (
         schemas.ChatRequest,
         schemas.CompletionRequest,
+        responses_request.ResponsesRequest,
         schemas.TokenizeRequest,
         schemas.DetokenizeRequest,
     )
@@ -40,6 +41,8 @@ def document(model: str, *, strict: bool) -> dict[str, Any]:
         responses.ChatCompletion,
         responses.ChatChunk,
         responses.TextCompletion,
+        responses.Response,
+        responses.TokenizerInfo,
         responses.Tokenized,
         responses.Detokenized,
         responses.ModelList,
@@ -69,6 +72,16 @@ def document(model: str, *, strict: bool) -> dict[str, Any]:
             gate.COMPLETIONS: {
                 "post": _generation(
                     "completion", schemas.CompletionRequest, responses.TextCompletion, responses.TextCompletion
+                )
+            },
+            gate.RESPONSES: {
+                "post": _generation(
+                    "response", responses_request.ResponsesRequest, responses.Response, responses.Response
+                )
+            },
+            gate.TOKENIZER_INFO: {
+                "get": _reading(
+                    "tokenizer_info", "Chat template and special tokens.", responses.TokenizerInfo, (400, 401)
                 )
             },
             gate.TOKENIZE: {"post": _posting("tokenize", schemas.TokenizeRequest, responses.Tokenized)},

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from gradmap_hub.errors import GradmapError, MissingExtra
 from gradmap_hub.runtime import Sampling, Scoring
 from gradmap_hub.runtime.constraints import Constraint
+from gradmap_hub.serving.engine import Engine
+from gradmap_hub.serving.forms import form_of
 from gradmap_hub.serving.problems import ApiError
 from gradmap_hub.serving.responses import Detokenized, Tokenized
-from gradmap_hub.serving.scheduler import Engine, Work
+from gradmap_hub.serving.scheduler import Work
 from gradmap_hub.serving.schemas import (
     ChatRequest,
     CompletionRequest,
@@ -19,6 +21,7 @@ from gradmap_hub.serving.schemas import (
     TokenizeRequest,
 )
 from gradmap_hub.serving.settings import CHARACTERS_PER_TOKEN, MAX_SCORES
+from gradmap_hub.serving.tools import Tool, ToolUse
 from gradmap_hub.serving.turns import turns_for
 
 _COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions; a chat is limited by the context only
@@ -35,6 +38,8 @@ def check_length(asked: ChatRequest | CompletionRequest, context_length: int) ->
     """
     if isinstance(asked, ChatRequest):
         count = sum(turn.size for turn in asked.messages)
+        if asked.tool_choice != "none":
+            count += sum(len(tool.model_dump_json()) for tool in asked.tools or ())
         _check_characters(count, context_length, "messages")
         return count
     prompts = _given_prompts(asked)
@@ -92,15 +97,18 @@ def works_for(engine: Engine, asked: ChatRequest | CompletionRequest) -> list[Wo
         ApiError: 400, a prompt is empty, too long, or rejected by the chat template; a token id is unknown.
     """
     prompts: list[tuple[list[int], str]]
+    use = None
     if isinstance(asked, ChatRequest):
-        param, prompts = "messages", [(_chat_ids(engine, asked, asked.messages), "")]
+        use = ToolUse.of(engine.tool_format, asked.tools or (), asked.tool_choice, asked.parallel_tool_calls)
+        tools = () if use is None else use.tools
+        param, prompts = "messages", [(_chat_ids(engine, asked, asked.messages, tools), "")]
         wanted = asked.limit
     else:
         param, prompts = "prompt", [_completion_prompt(engine, asked, prompt) for prompt in _given_prompts(asked)]
         wanted = _COMPLETION_TOKENS if asked.limit is None else asked.limit
     scoring = _scoring(asked)
     sampling, stop = _sampling(asked, engine.vocabulary), _stops(asked.stop)
-    constraint = _constraint(engine, asked)
+    by, constraint = _constraint(engine, asked, use)
     works = []
     for ids, echo in prompts:
         _check_ids(ids, engine.vocabulary, param)
@@ -121,6 +129,9 @@ def works_for(engine: Engine, asked: ChatRequest | CompletionRequest) -> list[Wo
                     ignore_end=bool(asked.ignore_eos),
                     min_tokens=min(asked.min_tokens or 0, limit),
                     constraint=None if constraint is None else constraint.copy(),
+                    constrained_by=by,
+                    tools=use,
+                    shown=None if use is None else engine.call_tokens,
                 )
             )
     if scoring is not None:
@@ -128,17 +139,23 @@ def works_for(engine: Engine, asked: ChatRequest | CompletionRequest) -> list[Wo
     return works
 
 
-def _constraint(engine: Engine, asked: ChatRequest | CompletionRequest) -> Constraint | None:
-    schema = None if asked.response_format is None else asked.response_format.schema_of_answer
-    if schema is None:
-        return None
+def _constraint(
+    engine: Engine, asked: ChatRequest | CompletionRequest, use: ToolUse | None
+) -> tuple[str, Constraint | None]:
+    """Return the parameter that constrains the answer, and the constraint."""
+    param, wanted = form_of(asked)
+    calls = None if use is None else use.calls(wanted if isinstance(wanted, Mapping) else None)
+    if calls is not None:
+        param, wanted = "tools", calls
+    if wanted is None:
+        return param, None
     try:
-        return engine.constrain(schema)
+        return param, engine.constrain(wanted)
     except MissingExtra as error:
-        said = f"This server cannot write JSON to a format. On its machine: {error.hint}"
-        raise ApiError(400, said, param="response_format", code="unsupported_parameter") from error
+        said = f"This server cannot write an answer of a given form. On its machine: {error.hint}"
+        raise ApiError(400, said, param=param, code="unsupported_parameter") from error
     except GradmapError as error:
-        raise ApiError(400, error.message, param="response_format", code="invalid_value") from error
+        raise ApiError(400, error.message, param=param, code="invalid_value") from error
 
 
 def _check_ids(ids: Sequence[int], vocabulary: int, param: str) -> None:
@@ -186,7 +203,8 @@ def tokenized(engine: Engine, asked: TokenizeRequest) -> Tokenized:
         ApiError: 400, the tokenizer or the chat template rejects it.
     """
     if asked.messages is not None:
-        ids = _chat_ids(engine, asked, asked.messages)
+        use = ToolUse.of(engine.tool_format, asked.tools or (), None, None)
+        ids = _chat_ids(engine, asked, asked.messages, () if use is None else use.tools)
     elif asked.prompt:
         ids = _text_ids(engine, asked.prompt, special=asked.add_special_tokens is not False)
     else:
@@ -205,12 +223,15 @@ def detokenized(engine: Engine, asked: DetokenizeRequest) -> Detokenized:
     return Detokenized(prompt=engine.decode(asked.tokens))
 
 
-def _chat_ids(engine: Engine, asked: ChatRequest | TokenizeRequest, messages: Sequence[Message]) -> list[int]:
+def _chat_ids(
+    engine: Engine, asked: ChatRequest | TokenizeRequest, messages: Sequence[Message], tools: Sequence[Tool]
+) -> list[int]:
     try:
         return engine.encode_chat(
             turns_for(engine.chat_template or "", messages),
             add_generation_prompt=asked.add_generation_prompt is not False,
             continue_final_message=bool(asked.continue_final_message),
+            tools=[tool.shown for tool in tools],
         )
     except GradmapError as error:
         raise ApiError(400, error.message, param="messages", code="invalid_value") from error

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
+
+
+class PromptDetails(BaseModel):
+    """`cached_tokens`: those of the prompt that needed no prefill."""
+
+    cached_tokens: int
 
 
 class Usage(BaseModel):
@@ -13,15 +19,36 @@ class Usage(BaseModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptDetails
 
 
-Reason = Literal["stop", "length"]
+Reason = Literal["stop", "length", "tool_calls"]
+
+
+class CalledFunction(BaseModel):
+    """`arguments`: JSON, as a text."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(BaseModel):
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
+class ToolCallDelta(ToolCall):
+    """A whole call: `index` is its place in the message."""
+
+    index: int
 
 
 class ChatMessage(BaseModel):
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None
+    tool_calls: list[ToolCall] = []
 
 
 class TopLogprob(BaseModel):
@@ -62,6 +89,7 @@ class ChatCompletion(BaseModel):
 class Delta(BaseModel):
     role: Literal["assistant"] | None = None
     content: str | None = None
+    tool_calls: list[ToolCallDelta] = []
 
 
 class ChunkChoice(BaseModel):
@@ -118,6 +146,28 @@ class Tokenized(BaseModel):
 
 class Detokenized(BaseModel):
     prompt: str
+
+
+class TokenizerInfo(BaseModel):
+    """What a client needs to build prompts itself; also the special tokens by name, such as eos_token."""
+
+    model_config = ConfigDict(extra="allow")
+
+    chat_template: str | None
+    model_max_length: int
+
+
+class Response(BaseModel):
+    """The response to a request of the Responses API: its main fields."""
+
+    model_config = ConfigDict(extra="allow")
+
+    id: str
+    object: Literal["response"]
+    created_at: int
+    model: str
+    status: Literal["in_progress", "completed", "incomplete"]
+    output: list[dict[str, Any]]
 
 
 class ModelInfo(BaseModel):

@@ -15,84 +15,21 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Literal
+
+from gradmap_hub.serving.engine import Answer, Engine
 
 if TYPE_CHECKING:
     from gradmap_hub.runtime import Sampling, Scoring, TokenScore
     from gradmap_hub.runtime.constraints import Constraint
+    from gradmap_hub.serving.tools import ToolUse
 
 log = logging.getLogger("gradmap_hub.serving")
 
+CONTEXTS_KEPT = 2  # of beginnings of prompts, by default
 _FIRST_GUESS_SECONDS = 2.0  # assumed duration of a generation before the first one ends
 _SMOOTHING = 0.2  # weight of the latest generation in the mean duration
 _MAX_RETRY_SECONDS = 60  # clients such as openai-python ignore a longer Retry-After
-
-
-class Answer(Protocol):
-    """Interface of a `gradmap_hub.runtime.Generation`; used by the decode thread only."""
-
-    @property
-    def prompt_tokens(self) -> int: ...
-    @property
-    def completion_tokens(self) -> int: ...
-    @property
-    def finish_reason(self) -> Literal["stop", "length", "cancelled"] | None: ...
-    @property
-    def tokens_per_second(self) -> float | None: ...
-    def take_scores(self) -> Sequence[TokenScore]: ...
-    def cancel(self) -> None: ...
-    def close(self) -> None: ...
-
-
-class Batch(Protocol):
-    """Interface of a `gradmap_hub.runtime.generation.Batch`."""
-
-    def start(
-        self,
-        prompt_ids: Sequence[int],
-        *,
-        max_tokens: int,
-        sampling: Sampling = ...,
-        stop: Sequence[str] = (),
-        scoring: Scoring | None = None,
-        echo: str = "",
-        ignore_end: bool = False,
-        min_tokens: int = 0,
-        constraint: Constraint | None = None,
-    ) -> Any: ...
-    def step(self, answers: Sequence[Any]) -> list[str | Exception]:
-        """Run one step of each `Answer`; return the text that became final, or the exception, for each."""
-        ...
-
-
-class Engine(Protocol):
-    """Interface of a `gradmap_hub.runtime.TextModel`, as far as the server uses it."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def artifact(self) -> str: ...
-    @property
-    def provider(self) -> str: ...
-    @property
-    def context_length(self) -> int: ...
-    @property
-    def chat_template(self) -> str | None: ...
-    @property
-    def vocabulary(self) -> int: ...
-    def encode(self, text: str, *, special: bool = True) -> list[int]: ...
-    def encode_chat(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-    ) -> list[int]: ...
-    def decode(self, token_ids: Sequence[int]) -> str: ...
-    def token_bytes(self, token: int) -> bytes: ...
-    def is_special(self, token: int) -> bool: ...
-    def constrain(self, schema: Mapping[str, Any]) -> Constraint: ...
-    def batch(self, rows: int) -> Batch: ...
 
 
 class Busy(Exception):
@@ -111,7 +48,9 @@ class Stopped(Exception):
 class Work:
     """The input of one generation. `prompt`: token ids; `max_tokens`: limit of the output; `stop`: stop strings;
     `scoring`: which log-probabilities to deliver; `echo`: text that the answer begins with; `ignore_end`: end tokens do
-    not end the output; `min_tokens`: only `max_tokens` ends it before; `constraint`: which tokens it may have."""
+    not end the output; `min_tokens`: only `max_tokens` ends it before; `constraint`: which tokens it may have;
+    `constrained_by`: the parameter of the request that says so; `shown`: special tokens that the text shows;
+    `tools`: which the answer may call."""
 
     prompt: Sequence[int]
     max_tokens: int
@@ -122,16 +61,21 @@ class Work:
     ignore_end: bool = False
     min_tokens: int = 0
     constraint: Constraint | None = None
+    constrained_by: str = "response_format"
+    shown: Mapping[int, str] | None = None
+    tools: ToolUse | None = None
 
 
 @dataclass(frozen=True)
 class Finished:
-    """The result of a generation that was not cancelled. `tokens_per_second`: decode speed, None below two tokens."""
+    """The result of a generation that was not cancelled. `tokens_per_second`: decode speed, None below two tokens;
+    `cached_tokens`: those of the prompt that needed no prefill."""
 
     reason: Literal["stop", "length"]
     prompt_tokens: int
     completion_tokens: int
     tokens_per_second: float | None
+    cached_tokens: int = 0
 
 
 class _State(Enum):
@@ -162,6 +106,7 @@ class Job:
         self.first_token_seconds: float | None = None  # from admission, queueing included
         self.prompt_tokens = 0
         self.completion_tokens = 0
+        self.cached_tokens = 0
         self.finished: Finished | None = None
         self.error: Exception | None = None
 
@@ -199,10 +144,13 @@ class Scheduler:
         engine: the model; its batch is used by the decode thread only.
         slots: maximum number of concurrent generations.
         queue: maximum number of further jobs that wait for a slot.
+        prefix_cache: bytes for the beginnings of prompts; None: CONTEXTS_KEPT times those of a whole context.
     """
 
-    def __init__(self, engine: Engine, *, slots: int, queue: int) -> None:
-        self._batch = engine.batch(slots)
+    def __init__(self, engine: Engine, *, slots: int, queue: int, prefix_cache: int | None = None) -> None:
+        if prefix_cache is None:
+            prefix_cache = CONTEXTS_KEPT * engine.context_length * engine.cache_bytes
+        self._batch = engine.batch(slots, prefix_cache=prefix_cache, in_turn=True)
         self._slots = slots
         self._capacity = slots + queue
         self._changed = threading.Condition()
@@ -236,6 +184,11 @@ class Scheduler:
     @property
     def full(self) -> bool:
         return self._admitted >= self._capacity
+
+    @property
+    def prefix_bytes(self) -> int:
+        """Bytes of the beginnings of prompts that are kept."""
+        return self._batch.prefix_bytes
 
     @property
     def capacity(self) -> int:
@@ -347,6 +300,7 @@ class Scheduler:
                 ignore_end=work.ignore_end,
                 min_tokens=work.min_tokens,
                 constraint=work.constraint,
+                shown=work.shown,
             )
         except Exception as error:
             self._end(job, error=error)
@@ -371,6 +325,7 @@ class Scheduler:
             return
         try:
             job.prompt_tokens, job.completion_tokens = answer.prompt_tokens, answer.completion_tokens
+            job.cached_tokens = answer.cached_tokens
             if job.first_token_seconds is None and job.completion_tokens:
                 job.first_token_seconds = time.monotonic() - job.admitted_at
             scores: Sequence[TokenScore] = () if work.scoring is None else answer.take_scores()
@@ -409,7 +364,7 @@ class Scheduler:
                 seconds = time.monotonic() - job.activated_at
                 self._mean_seconds += _SMOOTHING * (seconds - self._mean_seconds)
         if reason == "stop" or reason == "length":
-            job.finished = Finished(reason, job.prompt_tokens, job.completion_tokens, speed)
+            job.finished = Finished(reason, job.prompt_tokens, job.completion_tokens, speed, job.cached_tokens)
         else:
             job.error = error or Stopped()
         self._wake(job)

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic_core
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
+from pydantic import Discriminator, Field, Tag, ValidationError
 
+from gradmap_hub.serving.forms import GrammarText, Pattern, ResponseFormat, StructuredOutputs, Texts, form_of
 from gradmap_hub.serving.problems import ApiError
 from gradmap_hub.serving.settings import (
     MAX_BIASES,
@@ -25,15 +26,12 @@ from gradmap_hub.serving.settings import (
     MAX_TOOL_CALLS,
     MAX_TOP_LOGPROBS,
 )
+from gradmap_hub.serving.tools import Strict, ToolChoice, Tools, check_choice, must_call
 
 _TAG = "~"  # prefix of union branch names in pydantic's error locations; not part of the parameter name
 _MAX_TOKENS = 2**31 - 1
 # The closing quote may be missing: a search that fails would begin again at every later quote.
 _TEXTS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)
-
-
-class _Request(BaseModel):
-    model_config = ConfigDict(strict=True, extra="ignore", frozen=True, allow_inf_nan=False)
 
 
 def _is_list(value: Any) -> str:
@@ -49,7 +47,7 @@ def _kind_of_prompt(value: Any) -> str:
     return "~texts" if isinstance(first, str) else "~ids"
 
 
-class TextPart(_Request):
+class TextPart(Strict):
     type: Literal["text"]
     text: str
 
@@ -82,12 +80,12 @@ Biases = Annotated[dict[BiasedToken, Annotated[float, Field(ge=-100, le=100)]], 
 MaxTokens = Annotated[int, Field(ge=1, le=_MAX_TOKENS)] | None
 
 
-class CalledFunction(_Request):
+class CalledFunction(Strict):
     name: str
     arguments: str
 
 
-class ToolCall(_Request):
+class ToolCall(Strict):
     """A call that the assistant has made. `arguments` is JSON in a text, as the OpenAI API has it."""
 
     id: str | None = None
@@ -95,7 +93,7 @@ class ToolCall(_Request):
     function: CalledFunction
 
 
-class Message(_Request):
+class Message(Strict):
     """One turn of a conversation. Only an assistant's may have no content; tool_call_id and name are of a tool's."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -123,34 +121,11 @@ class Message(_Request):
 Messages = Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
 
 
-class StreamOptions(_Request):
+class StreamOptions(Strict):
     include_usage: bool | None = None
 
 
-class NamedSchema(_Request):
-    """A JSON schema. Answers keep to it whether `strict` is set or not."""
-
-    name: Annotated[str, Field(max_length=64)]
-    description: str | None = None
-    schema_: dict[str, Any] = Field(alias="schema")
-    strict: bool | None = None
-
-
-class ResponseFormat(_Request):
-    """What the answer must be: any text, a JSON object, or JSON of a schema."""
-
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: NamedSchema | None = None
-
-    @property
-    def schema_of_answer(self) -> dict[str, Any] | None:
-        """The JSON schema that the answer must have; None: it may be any text."""
-        if self.type == "text":
-            return None
-        return {"type": "object"} if self.json_schema is None else self.json_schema.schema_
-
-
-class _Generation(_Request):
+class _Generation(Strict):
     """Fields of both chat and text completions."""
 
     model: str
@@ -172,6 +147,11 @@ class _Generation(_Request):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = Field(None, description="Extension, as in vLLM.")
+    guided_json: dict[str, Any] | None = Field(None, description="Extension. The answer has this JSON schema.")
+    guided_regex: Pattern | None = Field(None, description="Extension. The answer matches this pattern.")
+    guided_choice: Texts | None = Field(None, description="Extension. The answer is one of these texts.")
+    guided_grammar: GrammarText | None = Field(None, description="Extension. Lark, or GBNF of llama.cpp.")
     presence_penalty: Penalty = Field(None, description="Subtracted from the logits of tokens in the output.")
     frequency_penalty: Penalty = Field(None, description="The same, times how often the output has the token.")
     logit_bias: Biases = Field(None, description="Token id to what is added to its logit.")
@@ -191,10 +171,9 @@ class ChatRequest(_Generation):
     continue_final_message: bool | None = Field(None, description="Extension. Continue the last message.")
     logprobs: bool | None = Field(None, description="Return the log-probability of each token.")
     top_logprobs: Top = Field(None, description="How many of the most probable tokens to list; needs logprobs.")
-    tools: Annotated[list[dict[str, Any]], Field(max_length=MAX_TOOL_CALLS)] | None = Field(
-        None, description='Only with tool_choice "none", which keeps them from the model.'
-    )
-    tool_choice: Literal["none", "auto"] | None = None
+    tools: Tools = Field(None, description="Functions that the model may call.")
+    tool_choice: ToolChoice | None = Field(None, description="Default auto if there are tools.")
+    parallel_tool_calls: bool | None = Field(None, description="Default true: there may be several calls.")
     functions: Nothing = None
     function_call: Literal["none", "auto"] | None = None
     modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
@@ -218,19 +197,20 @@ class CompletionRequest(_Generation):
     best_of: Choices = Field(None, description="Must equal n: every choice is returned.")
 
 
-class TokenizeRequest(_Request):
+class TokenizeRequest(Strict):
     """POST /tokenize: the tokens of a prompt or of the messages of a chat, as vLLM's."""
 
     model: str | None = None
     prompt: str | None = None
     messages: Messages | None = None
+    tools: Tools = Field(None, description="Of messages. Functions that the model may call.")
     add_special_tokens: bool | None = Field(None, description="Of a prompt. Default true: as in a completion.")
     add_generation_prompt: bool | None = Field(None, description="Of messages. Default true: begin a new answer.")
     continue_final_message: bool | None = Field(None, description="Of messages. Continue the last message.")
     return_token_strs: Literal[False] | None = None
 
 
-class DetokenizeRequest(_Request):
+class DetokenizeRequest(Strict):
     """POST /detokenize: the text of tokens, as vLLM's."""
 
     model: str | None = None
@@ -239,9 +219,10 @@ class DetokenizeRequest(_Request):
 
 _REFUSED = {
     "return_token_strs": "return_token_strs is not supported.",
+    "previous_response_id": "previous_response_id is not supported: send the whole conversation as input.",
+    "conversation": "conversation is not supported: send the whole conversation as input.",
+    "background": "background is not supported: the response is not stored.",
     "suffix": "suffix is not supported: the model only continues a text.",
-    "tools": "Tools are not supported.",
-    "tool_choice": "Tools are not supported.",
     "functions": "Function calling is not supported.",
     "function_call": "Function calling is not supported.",
     "modalities": 'modalities must be ["text"].',
@@ -250,7 +231,7 @@ _REFUSED = {
     "web_search_options": "Web search is not supported.",
 }
 
-Asked = TypeVar("Asked", bound=_Request)
+Asked = TypeVar("Asked", bound=Strict)
 
 
 def parse(kind: type[Asked], body: bytes, *, most: int) -> Asked:
@@ -289,7 +270,7 @@ def _check_tokenize(asked: TokenizeRequest) -> None:
         code = "missing_required_parameter" if asked.prompt is None else "invalid_value"
         raise ApiError(400, "Send either prompt or messages.", param="prompt", code=code)
     of_messages = {"add_generation_prompt": asked.add_generation_prompt}
-    of_messages |= {"continue_final_message": asked.continue_final_message}
+    of_messages |= {"continue_final_message": asked.continue_final_message, "tools": asked.tools or None}
     others, given = (of_messages, "a prompt") if asked.messages is None else (
         {"add_special_tokens": asked.add_special_tokens or None}, "messages"
     )  # fmt: skip
@@ -308,20 +289,25 @@ def _check_ends(asked: ChatRequest | TokenizeRequest) -> None:
 
 
 def _check_tools(asked: ChatRequest) -> None:
-    if asked.tools and asked.tool_choice != "none":
-        said = 'Tools are not supported, except with tool_choice "none".'
-        raise ApiError(400, said, param="tools", code="unsupported_parameter")
-
-
-def _check_format(asked: _Generation, wanted: ResponseFormat) -> None:
-    if (wanted.type == "json_schema") != (wanted.json_schema is not None):
-        said = "response_format must have a json_schema if its type is json_schema, and only then."
-        raise ApiError(400, said, param="response_format.json_schema", code="invalid_value")
-    if wanted.type != "text":
+    check_choice(asked.tools or [], asked.tool_choice)
+    if must_call(asked.tool_choice):
         for name, value in (("min_tokens", asked.min_tokens), ("ignore_eos", asked.ignore_eos)):
             if value:
-                said = f"{name} does not go with a response_format in JSON, which says where the answer ends."
+                said = f"{name} does not go with a tool_choice that demands a call, which says where the answer ends."
                 raise ApiError(400, said, param=name, code="unsupported_parameter")
+
+
+def _check_form(asked: _Generation) -> None:
+    param, wanted = form_of(asked)
+    if wanted is None:
+        return
+    for name, value in (("min_tokens", asked.min_tokens), ("ignore_eos", asked.ignore_eos)):
+        if value:
+            said = f"{name} does not go with {param}, which says where the answer ends."
+            raise ApiError(400, said, param=name, code="unsupported_parameter")
+    if isinstance(asked, ChatRequest) and asked.tools and asked.tool_choice != "none" and not isinstance(wanted, dict):
+        said = f"{param} does not go with tools: an answer that is no call can be constrained to a JSON schema only."
+        raise ApiError(400, said, param=param, code="unsupported_parameter")
 
 
 def _check_generation(asked: _Generation) -> None:
@@ -334,8 +320,7 @@ def _check_generation(asked: _Generation) -> None:
         raise ApiError(400, "stream_options needs stream: true.", param="stream_options", code="invalid_value")
     if isinstance(asked, ChatRequest) and asked.top_logprobs and not asked.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs: true.", param="top_logprobs", code="invalid_value")
-    if asked.response_format is not None:
-        _check_format(asked, asked.response_format)
+    _check_form(asked)
     if asked.limit is not None and (asked.min_tokens or 0) > asked.limit:
         raise ApiError(400, "min_tokens must not exceed max_tokens.", param="min_tokens", code="invalid_value")
     if isinstance(asked, CompletionRequest) and asked.limit == 0 and not asked.echo:

@@ -21,10 +21,11 @@ import uvicorn
 
 from gradmap_hub.errors import GradmapError
 from gradmap_hub.serving.api import build_app
+from gradmap_hub.serving.engine import Engine
 from gradmap_hub.serving.gate import Door
 from gradmap_hub.serving.preparing import Preparer
 from gradmap_hub.serving.protocol import PatientProtocol
-from gradmap_hub.serving.scheduler import Engine, Scheduler
+from gradmap_hub.serving.scheduler import Scheduler
 from gradmap_hub.serving.settings import MAX_CONNECTIONS, Settings
 
 log = logging.getLogger("gradmap_hub.serving")
@@ -47,7 +48,9 @@ class Server:
     def __init__(self, engine: Engine, settings: Settings) -> None:
         self._settings = settings
         self._door = Door()
-        self._scheduler = Scheduler(engine, slots=settings.slots, queue=settings.queue)
+        self._scheduler = Scheduler(
+            engine, slots=settings.slots, queue=settings.queue, prefix_cache=settings.prefix_cache
+        )
         self._preparer = Preparer()
         self._sparse = _Sparse()
         self._app = build_app(engine, settings, self._scheduler, self._preparer, self._door)

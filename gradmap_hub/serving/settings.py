@@ -9,6 +9,10 @@ from gradmap_hub.errors import UsageError
 
 MAX_MESSAGES = 1024  # per chat request
 MAX_TOOL_CALLS = 128  # per message
+MAX_PATTERN = 4096  # characters of a regular expression
+MAX_GRAMMAR = 65_536  # characters
+MAX_CHOICES_OF_TEXT = 1024  # texts of which the answer must be one
+MAX_TOOLS = 128  # per request, as in the OpenAI API
 MAX_OTHER_NAMES = 10  # of models that are not here, each with a warning in the log
 MAX_STOPS = 16  # the OpenAI API has 4; tasks of lm-evaluation-harness such as humaneval have more
 MAX_STOP_CHARACTERS = 512
@@ -43,6 +47,7 @@ class Settings:
         timeout: seconds per request, queueing included.
         drain: seconds to finish running and waiting requests at shutdown.
         max_body: maximum size of a request body, in bytes.
+        prefix_cache: bytes for the beginnings of prompts that later ones may share; None: two contexts; 0: none.
         name: the model id; None: the name of the engine.
         strict_model: refuse requests for another model id instead of answering them.
         api_key: the bearer token that clients must send; None: no authentication.
@@ -61,6 +66,7 @@ class Settings:
     timeout: float = 300.0
     drain: float = 60.0
     max_body: int = 1024 * 1024
+    prefix_cache: int | None = None
     name: str | None = None
     api_key: str | None = field(default=None, repr=False)
     allow_origins: tuple[str, ...] = ()
@@ -72,6 +78,8 @@ class Settings:
         for name, least in (("slots", 1), ("queue", 0), ("drain", 0), ("max_body", 1024)):
             if not getattr(self, name) >= least:
                 raise UsageError(f"{name} must be at least {least}; got {getattr(self, name)}.")
+        if self.prefix_cache is not None and self.prefix_cache < 0:
+            raise UsageError(f"prefix_cache must be at least 0; got {self.prefix_cache}.")
         if not 0 < self.timeout < float("inf"):
             raise UsageError(f"timeout must be a positive, finite number of seconds; got {self.timeout}.")
         if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable() and self.api_key):

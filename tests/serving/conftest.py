@@ -67,8 +67,8 @@ class Paced:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
-    def batch(self, rows: int) -> Any:
-        return _PacedBatch(self._model.batch(rows), self._seconds)
+    def batch(self, rows: int, **options: Any) -> Any:
+        return _PacedBatch(self._model.batch(rows, **options), self._seconds)
 
 
 class _PacedBatch:

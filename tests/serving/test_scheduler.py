@@ -18,6 +18,8 @@ class Counting:
 
     name, artifact, provider, context_length, chat_template = "counting", "none", "none", 100, None
     vocabulary = 100
+    cache_bytes = prefix_bytes = 0
+    tool_format, call_tokens, special_tokens = None, {}, {}
 
     def __init__(self, gate: threading.Semaphore | None = None) -> None:
         self.gate = gate
@@ -46,7 +48,7 @@ class Counting:
         self.open += 1
         return _Count(self, prompt_ids, max_tokens)
 
-    def batch(self, rows: int) -> Counting:
+    def batch(self, rows: int, **_: Any) -> Counting:
         return self
 
     def step(self, answers: Sequence[Any]) -> list[str | Exception]:
@@ -62,7 +64,7 @@ class Counting:
 class _Count:
     def __init__(self, engine: Counting, prompt: Sequence[int], most: int) -> None:
         self.engine, self.prompt, self.most = engine, prompt, most
-        self.prompt_tokens, self.completion_tokens = len(prompt), 0
+        self.prompt_tokens, self.completion_tokens, self.cached_tokens = len(prompt), 0, 0
         self.finish_reason: Any = None
         self.tokens_per_second = 1.0
         self.closed = False

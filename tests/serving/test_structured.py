@@ -161,7 +161,7 @@ def test_text_needs_no_library(served: Any, model: Any, kit: Any) -> None:
 def test_without_the_library_it_is_named(model: Any, kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constraints.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingExtra) as missing:
-        constraints.JsonConstraints(None, 400, ())  # pyright: ignore[reportArgumentType]
+        constraints.Constraints(None, 400, ())  # pyright: ignore[reportArgumentType]
 
     class Without:
         def __getattr__(self, name: str) -> Any:
@@ -181,3 +181,44 @@ def test_a_greedy_answer_may_end_early(model: Any) -> None:
     """The end token is allowed once the JSON is complete, and the grammar ends the answer without one."""
     answer = model.start([5], max_tokens=50, constraint=model.constrain({"enum": ["Paris"]}), sampling=Sampling())
     assert "".join(answer) == '"Paris"' and answer.finish_reason == "stop"
+
+
+FORMS: list[tuple[dict[str, Any], set[str]]] = [
+    ({"structured_outputs": {"regex": "(red|blue) [12]"}}, {"red 1", "red 2", "blue 1", "blue 2"}),
+    ({"guided_regex": "a{3}"}, {"aaa"}),
+    ({"structured_outputs": {"choice": ["yes", 'no "x"']}}, {"yes", 'no "x"'}),
+    ({"guided_choice": ["only\nthis"]}, {"only\nthis"}),
+    ({"structured_outputs": {"grammar": 'start: "x" "y"'}}, {"xy"}),
+    ({"guided_grammar": 'root ::= "x" | "y"'}, {"x", "y"}),
+    ({"structured_outputs": {"json": {"enum": [7]}}}, {"7"}),
+    ({"guided_json": {"const": True}}, {"true"}),
+]
+
+
+@library
+@pytest.mark.parametrize(("body", "texts"), FORMS, ids=[" ".join(body) + str(i) for i, (body, _) in enumerate(FORMS)])
+def test_other_forms(served: Any, kit: Any, body: dict[str, Any], texts: set[str]) -> None:
+    (chat,) = post(served, kit, CHAT, **body).json()["choices"]
+    (plain,) = post(served, kit, PLAIN, **body).json()["choices"]
+    assert chat["message"]["content"] in texts and plain["text"] in texts
+    assert chat["finish_reason"] == plain["finish_reason"] == "stop"
+
+
+@library
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"guided_regex": "("}, "guided_regex"),
+        ({"structured_outputs": {"grammar": "start: nowhere"}}, "structured_outputs.grammar"),
+        ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs.choice"),
+        ({"guided_regex": "a", "response_format": {"type": "json_object"}}, "guided_regex"),
+        ({"guided_regex": "a", "ignore_eos": True}, "ignore_eos"),
+        ({"guided_choice": []}, "guided_choice"),
+        ({"guided_regex": "a" * 5000}, "guided_regex"),
+        ({"structured_outputs": {"json": "{}"}}, "structured_outputs.json"),
+    ],
+)
+def test_a_form_that_cannot_be_is_named(served: Any, kit: Any, body: dict[str, Any], param: str) -> None:
+    answer = post(served, kit, CHAT, **body)
+    assert answer.status_code == 400 and kit.is_refusal(answer.content), answer.text
+    assert answer.json()["error"]["param"] == param
