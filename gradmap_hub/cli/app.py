@@ -28,6 +28,7 @@ from gradmap_hub.cli import (
     space,
     sweep,
 )
+from gradmap_hub.cli.options import with_kind
 from gradmap_hub.cli.output import escape_unknown_characters, stderr
 from gradmap_hub.errors import GradmapError, UsageError
 from gradmap_hub.units import printable, reason_of
@@ -56,7 +57,7 @@ def main() -> NoReturn:
     gc.set_threshold(100_000, 30, 30)
     escape_unknown_characters()
     debug = "--debug" in sys.argv or bool(os.environ.get("GRADMAP_DEBUG"))
-    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    arguments = with_kind([argument for argument in sys.argv[1:] if argument != "--debug"])
     try:
         code = app(args=arguments, standalone_mode=False)
         status = code if isinstance(code, int) else 0

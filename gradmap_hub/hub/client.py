@@ -72,12 +72,13 @@ class RemoteModel:
 @dataclass(frozen=True)
 class RepoState:
     """A repository at its head. `files`: {path: content id}, the sha256 of LFS files and the git blob id of others.
-    `hardware`: that of a Space, the requested one if it differs."""
+    `hardware`: that of a Space, the requested one if it differs; `sdk`: of a Space, such as static."""
 
     head: str
     private: bool
     files: dict[str, str]
     hardware: str | None = None
+    sdk: str | None = None
 
 
 class Hub:
@@ -261,7 +262,7 @@ class Hub:
         }
         runtime = getattr(info, "runtime", None)
         hardware = (runtime.requested_hardware or runtime.hardware) if runtime is not None else None
-        return RepoState(info.sha, bool(info.private), files, hardware)
+        return RepoState(info.sha, bool(info.private), files, hardware, getattr(info, "sdk", None))
 
     def url(self, repo_id: str, repo_type: str) -> str:
         return f"{self.endpoint}/{'spaces/' if repo_type == 'space' else ''}{repo_id}"
