@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 import os
 import shlex
 import sys
@@ -227,7 +228,7 @@ def kind_of_space(space: str, without: bool) -> str:
 def with_kind(arguments: Sequence[str]) -> list[str]:
     """The arguments, with auto after a --space that has no kind: it was a flag in earlier versions."""
     found: list[str] = []
-    for argument, following in zip(arguments, [*arguments[1:], "--"], strict=True):
+    for argument, following in itertools.zip_longest(arguments, arguments[1:], fillvalue="--"):
         bare = argument == "--space" and arguments[0] in ("push", "publish") and following.startswith("-")
         found.append("--space=auto" if bare else argument)
     return found

@@ -26,7 +26,7 @@ from gradmap_hub.cli.options import (
     kind_of_space,
 )
 from gradmap_hub.cli.output import Result, emit, stderr
-from gradmap_hub.cli.tables import plan_view, published_view, push_json, visibility
+from gradmap_hub.cli.tables import next_view, plan_view, published_view, push_json, visibility
 from gradmap_hub.cli.terminal import TerminalReporter
 from gradmap_hub.config import PublishConfig
 
@@ -70,7 +70,7 @@ def publish(
         return
     with TerminalReporter(stderr, quiet=quiet) as reporter:
         result = publish_folder(folder, config, hub=Hub(), reporter=reporter)
-    emit(Result(push_json(result), published_view(result)), as_json)
+    emit(Result(push_json(result), (*published_view(result), *next_view(result, quiet=quiet))), as_json)
 
 
 def _plan(plan: PublishPlan) -> Result:

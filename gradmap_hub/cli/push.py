@@ -41,7 +41,7 @@ from gradmap_hub.cli.options import (
     split_names,
 )
 from gradmap_hub.cli.output import Result, emit, stderr
-from gradmap_hub.cli.tables import plan_view, published_view, push_json, record_view, visibility
+from gradmap_hub.cli.tables import next_view, plan_view, published_view, push_json, record_view, visibility
 from gradmap_hub.cli.terminal import TerminalReporter
 from gradmap_hub.config import PushConfig, help_of
 from gradmap_hub.errors import UsageError
@@ -115,12 +115,13 @@ def push(
             emit(_plan(make_plan(config, hub)), as_json)
             return
         result = run_push(config, command=command_line(), reporter=reporter, hub=hub)
-    emit(Result(push_json(result), _view(result)), as_json)
+    emit(Result(push_json(result), _view(result, quiet)), as_json)
 
 
-def _view(result: PushResult) -> Iterator[RenderableType]:
+def _view(result: PushResult, quiet: bool) -> Iterator[RenderableType]:
     yield from record_view(result.record)
     yield from published_view(result)
+    yield from next_view(result, quiet=quiet)
 
 
 def _plan(plan: PushPlan) -> Result:

@@ -60,8 +60,9 @@ def publish_folder(
 class PushResult:
     """The result of a push or publish.
 
-    `space` is None if no Space was published; `space_reason` then says why. `space_state` is None if its start was not
-    awaited. `collection` is None if none was requested or `collection_reason` says why it failed.
+    `space` is None if no Space was published; `space_reason` then says why, else `space_kind` says which kind it is.
+    `space_state` is None if its start was not awaited. `collection` is None if none was requested or
+    `collection_reason` says why it failed.
     """
 
     record: RunRecord
@@ -71,6 +72,7 @@ class PushResult:
     space: Published | None
     space_reason: str
     space_state: SpaceState | None = None
+    space_kind: str = ""
     collection: CollectionLink | None = None
     collection_reason: str = ""
 
@@ -95,6 +97,7 @@ def publish_both(
     """
     from gradmap_hub.hub.publisher import SpaceRefused
     from gradmap_hub.hub.space_watch import watch_space
+    from gradmap_hub.space.folder import kind_of
 
     # Both are checked before either is uploaded.
     remove_leftovers(folder)
@@ -116,7 +119,7 @@ def publish_both(
         if space_folder is not None and targets.space is not None:
             try:
                 space = _publish_space(space_folder, record, targets, model, folder, publisher)
-                result = dataclasses.replace(result, space=space, space_reason="")
+                result = dataclasses.replace(result, space=space, space_reason="", space_kind=kind_of(space_folder))
             except SpaceRefused as refused:
                 reason = f"{refused.message} {refused.hint or ''}".strip()
                 result = dataclasses.replace(result, space_reason=reason)

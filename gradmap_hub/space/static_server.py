@@ -6,7 +6,7 @@ from __future__ import annotations
 import ipaddress
 import socket
 import webbrowser
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,15 +57,20 @@ def local_files(space: Path, page: BrowserPage, libraries: Path) -> tuple[dict[s
     return files, facts
 
 
-def build_app(files: dict[str, Path], facts: dict[str, Any], host: str | None) -> Starlette:
+def build_app(
+    files: Mapping[str, Path],
+    facts: Mapping[str, Any],
+    host: str | None,
+    custom_headers: Mapping[str, str] = HEADERS,
+) -> Starlette:
     """The files as a site, with the headers of a static Space. `host`: the loopback address; None allows other names in
     the Host header."""
+    headers = {**custom_headers, "cache-control": "no-cache"}
 
     def file(request: Request) -> Response:
         name = request.path_params["path"] or INDEX
-        headers = HEADERS | {"cache-control": "no-cache"}
         if name == COMPARE:
-            return JSONResponse(facts, headers=headers)
+            return JSONResponse(dict(facts), headers=headers)
         if name not in files:
             return Response("Not found", 404, headers)
         return FileResponse(files[name], headers=headers, media_type=_TYPES.get(files[name].suffix))

@@ -68,7 +68,10 @@ function showRound() {
 /** Show the newest answers with the next frame. */
 function updateRound(answers) {
   round.answers = answers;
-  frame ||= requestAnimationFrame(showRound);
+  frame ||= requestAnimationFrame(() => {
+    showRound();
+    setTimeout(() => worker?.postMessage({ type: "drawn" }));
+  });
 }
 
 // The panel that loads the models
@@ -221,7 +224,8 @@ const handlers = {
 
   finished({ answers, stopped }) {
     running = false;
-    updateRound(answers);
+    cancelAnimationFrame(frame);
+    round.answers = answers;
     if (stopped) round.blind = false; // there are no complete answers to vote on
     showRound();
     show("verdict", round.blind ? question() : verdict(answers, labelOf(loaded)));

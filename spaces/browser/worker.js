@@ -1,17 +1,19 @@
-// Runs both models, away from the page, so that it stays responsive. Messages: `load`, `run` and `stop` from the
-// page; `progress`, `preparing`, `loaded`, `step`, `finished` and `failed` to it.
+// Runs both models, away from the page, so that it stays responsive. Messages: `load`, `run`, `stop` and `drawn`
+// from the page; `progress`, `preparing`, `loaded`, `step`, `finished` and `failed` to it.
 
 import { Problem, download } from "./download.js";
 import { Generation } from "./generation.js";
 import { Model, runtimeFor } from "./model.js";
 import { TextCodec } from "./text.js";
 
-const SECONDS_BETWEEN_STEPS_SHOWN = 0.05;
+const SECONDS_BETWEEN_STEPS_SHOWN = 0.1;
+const LONGEST_DRAWING = 0.1;
 
 // One runtime and one pair of models; the page starts another worker for others.
 const models = new Map();
 const downloads = new AbortController();
 let stopped = false;
+let whenDrawn = () => {};
 
 const tell = (type, content = {}) => self.postMessage({ type, ...content });
 
@@ -59,15 +61,28 @@ async function warmUp(model) {
   while (generation.finish === null) await generation.advance();
 }
 
+/** Let the page show the newest answers: its drawing would slow down the step that follows. A hidden page never does. */
+async function showStep(answers) {
+  const drawn = new Promise((resolve) => {
+    whenDrawn = resolve;
+    setTimeout(resolve, 1000 * LONGEST_DRAWING);
+  });
+  tell("step", { answers });
+  await drawn;
+}
+
 /** Let the models take turns, one token each: each step has the whole machine, and its own time. */
 async function run({ prompt, settings }) {
   stopped = false;
   const generations = new Map();
   for (const [side, model] of models) generations.set(side, new Generation(model, prompt, settings));
   const answers = () => Object.fromEntries([...generations].map(([side, { answer }]) => [side, answer]));
+  const order = [...generations.values()];
   let shown = performance.now();
   while ([...generations.values()].some(({ finish }) => finish === null)) {
-    for (const generation of generations.values()) {
+    // Who goes first in a round may have it harder, by what the browser still does for the last one.
+    order.reverse();
+    for (const generation of order) {
       await breathe();
       if (stopped) {
         for (const each of generations.values()) each.stop();
@@ -76,7 +91,7 @@ async function run({ prompt, settings }) {
       await generation.advance();
     }
     if (performance.now() - shown > 1000 * SECONDS_BETWEEN_STEPS_SHOWN) {
-      tell("step", { answers: answers() });
+      await showStep(answers());
       shown = performance.now();
     }
   }
@@ -90,10 +105,9 @@ function wordsOf(error) {
 }
 
 self.onmessage = async ({ data }) => {
-  if (data.type === "stop") {
-    stopped = true;
-    return;
-  }
+  if (data.type === "stop") stopped = true;
+  if (data.type === "drawn") whenDrawn();
+  if (data.type === "stop" || data.type === "drawn") return;
   try {
     await { load, run }[data.type](data);
   } catch (error) {

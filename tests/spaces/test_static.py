@@ -6,15 +6,21 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import shutil
-from collections.abc import Iterator
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import uvicorn
 
 from gradmap_hub import load
 from gradmap_hub.card.card import card_text
+from gradmap_hub.comparison import raw_comparison
 from gradmap_hub.config import PublishConfig
 from gradmap_hub.errors import BrowserRuntimeMissing
 from gradmap_hub.files import write_text
@@ -23,12 +29,14 @@ from gradmap_hub.hub.client import Hub
 from gradmap_hub.layout import artifact, space_folder_of, weight_artifacts
 from gradmap_hub.local_hub import LocalHub
 from gradmap_hub.pipeline.publish import publish_folder
+from gradmap_hub.pipeline.space import local_page
 from gradmap_hub.record import Base
+from gradmap_hub.space import static_server
 from gradmap_hub.space.app import ModelFiles, write_space
 from gradmap_hub.space.vendor import fetch
 
 from .conftest import plan_for, record_for
-from .test_browser import ARGUMENTS, CHROMIUM, FINISHED, keep
+from .test_browser import ARGUMENTS, CHROMIUM, FINISHED, _serious, keep
 
 pytestmark = pytest.mark.browser
 
@@ -46,21 +54,27 @@ def libraries() -> Path:
         pytest.skip(error.message)
 
 
-@contextlib.contextmanager
-def chromium(*arguments: str) -> Iterator[Any]:
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    """`chromium(arguments)`: a browser."""
     playwright_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     if CHROMIUM is None:
         pytest.skip("no chromium on this machine (apt-get install chromium)")
     with playwright_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=[*ARGUMENTS, *arguments])
-        yield browser
-        browser.close()
+        opened: list[Any] = []
+
+        def launch(*arguments: str) -> Any:
+            opened.append(playwright.chromium.launch(executable_path=CHROMIUM, args=list(arguments)))
+            return opened[-1]
+
+        yield launch
+        for browser in opened:
+            browser.close()
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as found:
-        yield found
+def browser(chromium: Any) -> Any:
+    return chromium(*ARGUMENTS)
 
 
 class Visit:
@@ -238,3 +252,169 @@ def test_a_visit(browser: Any, published: SimpleNamespace, tmp_path: Path) -> No
     page.wait_for_selector("#go", state="visible")
     assert page.inner_text("#left .state") in ("Stopped", *FINISHED)
     visit.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")])
+def test_layout_and_axe(browser: Any, published: SimpleNamespace, width: int, scheme: str) -> None:
+    """Before the download, and with two answers and everything open."""
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe is not installed").Axe()
+    visit = Visit(browser, published.url, width, scheme, *published.hosts)
+    page = visit.page
+    assert _serious(axe, page) == []
+    keep(page, f"static-{width}-{scheme}-start")
+    visit.load()
+    visit.set("length", 24)
+    page.get_by_role("button", name="What is the capital").click()
+    page.press("#text", "Shift+Enter")
+    visit.wait_until_finished()
+    for details in page.locator("summary").all():
+        details.click()
+    assert _serious(axe, page) == []
+    assert page.evaluate("document.documentElement.scrollWidth === window.innerWidth")
+    left, right = (page.locator(f"#{side} .card").bounding_box() for side in ("left", "right"))
+    if width == 390:
+        assert right["y"] >= left["y"] + left["height"]
+    else:
+        assert (left["y"], left["height"]) == (right["y"], right["height"]) and right["x"] >= left["x"] + left["width"]
+    for region in ("banner", "spoken"):
+        assert page.get_attribute(f"#{region}", "aria-live") == "polite"
+    assert (
+        page.get_attribute("#notice", "role") == "alert" and page.inner_text("#spoken") == "Both answers are finished."
+    )
+    keep(page, f"static-{width}-{scheme}")
+    visit.close()
+
+
+@pytest.mark.slow
+def test_webgpu(chromium: Any, published: SimpleNamespace) -> None:
+    """On SwiftShader: the same tokens as on the CPU. It is slower than the CPU, so the page does not begin with it."""
+    arguments = [argument for argument in ARGUMENTS if argument != "--disable-gpu"]
+    visit = Visit(chromium(*arguments, *SWIFTSHADER), published.url, 1280, "light", *published.hosts)
+    if "webgpu" not in visit.page.inner_html("#backends"):
+        pytest.skip("no WebGPU in this Chromium")
+    assert "float32, CPU" in visit.page.inner_text("#start .facts")
+    found = {}
+    for backend, name in (("wasm", "CPU"), ("webgpu", "WebGPU")):
+        if backend == "webgpu":
+            visit.choose(backend)
+        visit.load(240)
+        assert f"float32, {name}" in visit.page.inner_text("#banner")
+        visit.set("length", 12)
+        visit.compare(PROMPT)
+        visit.wait_until_finished(240)
+        found[backend] = visit.answers()
+    assert found["webgpu"] == found["wasm"]
+    visit.close()
+
+
+@pytest.fixture
+def site(published: SimpleNamespace, libraries: Path) -> Iterator[Callable[..., Any]]:
+    """`site(headers)`: the files that `compare --in browser` serves, with other headers."""
+
+    servers = []
+
+    def start(headers: dict[str, str]) -> str:
+        page = local_page(published.folder, "https://huggingface.co")
+        files, facts = static_server.local_files(space_folder_of(published.folder), page, libraries)
+        app = static_server.build_app(files, facts, "127.0.0.1", headers)
+        listener = socket.create_server(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off"))
+        thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
+        thread.start()
+        servers.append((server, thread))
+        return f"http://127.0.0.1:{listener.getsockname()[1]}/"
+
+    yield start
+    for server, thread in servers:
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.mark.slow
+def test_without_the_headers_one_thread_computes(browser: Any, site: Callable[..., str]) -> None:
+    visit = Visit(browser, site({}))
+    assert not visit.page.evaluate("crossOriginIsolated")
+    visit.load()
+    assert "CPU with 1 thread," in visit.page.inner_text("#banner")
+    visit.set("length", 4)
+    visit.compare(PROMPT)
+    visit.wait_until_finished()
+    visit.page.reload()
+    assert visit.page.inner_text("#load") == "Load both models"  # from the browser's own store
+    before = len(visit.requests)
+    visit.load()
+    assert not [address for address in visit.requests[before:] if address.endswith((".onnx", ".wasm"))]
+    visit.close()
+
+
+@pytest.mark.slow
+def test_what_does_not_fit_is_said(browser: Any, published: SimpleNamespace, request: pytest.FixtureRequest) -> None:
+    """A device with room for one model, then for none; then files that are not there."""
+    facts = raw_comparison(space_folder_of(published.folder))
+    pair = [facts["precisions"][0][side]["bytes"] for side in ("original", "pruned")]
+    visit = Visit(browser, published.url, 390, "light", *published.hosts)
+    page = visit.page
+
+    def with_facts(**changes: Any) -> None:
+        page.unroute_all()
+        page.route("**/compare.json", lambda route: route.fulfill(json=facts | changes))
+        page.reload()
+        page.wait_for_selector("#load, #start h2, #notice .error")
+
+    section = facts["browser"]
+    with_facts(browser=section | {"most_bytes": sum(pair) - 1})
+    assert "only the pruned one is offered" in page.inner_text("#start")
+    visit.load()
+    visit.set("length", 4)
+    visit.compare(PROMPT)
+    page.wait_for_selector("#right .state:text-is('Stopped at the length limit'), #right .state:text-is('Done')")
+    assert page.inner_text("#left .state") == "Not loaded" and "ran alone" in page.inner_text("#verdict")
+    keep(page, request.node.name)
+    with_facts(browser=section | {"most_bytes": min(pair) - 1})
+    assert "Too large for this browser" in page.inner_text("#start") and page.is_disabled("#go")
+    with_facts(schema_version=1)
+    assert "schema version 1; this page reads version 2" in page.inner_text("#notice")
+    with_facts(pruned=facts["pruned"] | {"repo_id": "ada/gone"})
+    page.evaluate("caches.delete('gradmap-models')")
+    page.click("#load")
+    page.wait_for_selector("#notice .error")
+    assert "The pruned model could not be downloaded: it does not exist (404), or is private." in page.inner_text(
+        "#notice"
+    )
+    assert "Download" in page.inner_text("#load")  # and again
+    visit.context.close()
+    assert [problem for problem in visit.problems if "404" not in problem] == []
+
+
+@contextlib.contextmanager
+def in_browser(folder: Path) -> Iterator[str]:
+    """`gradmap-hub compare FOLDER --in browser`; yields its address."""
+    command = [sys.executable, "-m", "gradmap_hub", "compare", str(folder), "--in", "browser", "-q"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    try:
+        yield process.stdout.readline().strip() + "/"
+    finally:
+        process.terminate()
+        # uvicorn raises the signal again once it has stopped; `main` turns it into Ctrl-C's status.
+        assert process.wait(20) in (0, 130)
+
+
+@pytest.mark.slow
+def test_the_local_twin(browser: Any, published: SimpleNamespace, tmp_path: Path) -> None:
+    """The same page from the model folder and the Space folder; both models from this machine."""
+    with in_browser(published.folder) as url:
+        visit = Visit(browser, url)
+        assert visit.page.evaluate("crossOriginIsolated")
+        visit.load()
+        visit.set("length", 12)
+        visit.compare(PROMPT)
+        visit.wait_until_finished()
+        original = original_folder(published, tmp_path)
+        assert visit.answers() == [expected(folder, PROMPT, 12) for folder in (original, published.folder)]
+        evil = visit.page.request.get(url, headers={"host": "evil.example"})
+        assert evil.status == 400
+        for path in ("gradmap.json", "../gradmap.json", "%2e%2e/small/gradmap.json", "pruned/model.safetensors"):
+            assert visit.page.request.get(url + path).status == 404, path
+        visit.close()
