@@ -289,8 +289,12 @@ export function method(facts) {
       "Perplexity, parameters and weights were measured when this page was made. Lower perplexity is better. It ",
       "measures how well a model predicts a text, not how useful its answers are.",
     ),
-    table("Precisions", ["Precision", "Original", "Pruned", "Perplexity, original", "Perplexity, pruned"], precisions),
-    p(`The change in perplexity is the cost of quantization.${basis}`),
+    ...(measured
+      ? [
+          table("Precisions", ["Precision", "Original", "Pruned", "Perplexity, original", "Perplexity, pruned"], precisions),
+          p(`The change in perplexity is the cost of quantization.${basis}`),
+        ]
+      : []),
     p(
       "The models run in this browser, in ONNX Runtime Web, always both in the same precision. They take turns, one ",
       "token each, and each step is timed separately, so neither slows the other down. The ratio is the median over ",

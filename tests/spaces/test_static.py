@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import shutil
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -417,4 +419,51 @@ def test_the_local_twin(browser: Any, published: SimpleNamespace, tmp_path: Path
         assert evil.status == 400
         for path in ("gradmap.json", "../gradmap.json", "%2e%2e/small/gradmap.json", "pruned/model.safetensors"):
             assert visit.page.request.get(url + path).status == 404, path
+        visit.close()
+
+
+@pytest.mark.slow
+@pytest.mark.real
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
+def test_the_real_model_beside_its_original(
+    browser: Any, libraries: Path, tmp_path_factory: pytest.TempPathFactory, width: int, scheme: str
+) -> None:
+    """The 135M model of the demo in the folder GRADMAP_DEMO, or a new one; its answers are those of `generate`. In int8
+    they may differ: there, ONNX Runtime for Python also rounds the activations."""
+    output = Path(os.environ.get("GRADMAP_DEMO") or tmp_path_factory.mktemp("demo") / "out")
+    if not output.exists():
+        subprocess.run([sys.executable, "-m", "gradmap_hub", "demo", "--output", output, "--quiet"], check=True)
+    (folder,) = (path for path in output.glob("*-gradmap-*") if (path / "gradmap.json").is_file())
+    with in_browser(folder) as url:
+        visit = Visit(browser, url, width, scheme)
+        page = visit.page
+        paint = page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime")
+        began = time.monotonic()
+        visit.load(120)
+        print(f"first paint {paint:.0f} ms, ready {time.monotonic() - began:.1f} s after the click:",
+              page.inner_text("#banner"))  # fmt: skip
+        visit.set("length", 24)
+        visit.compare(PROMPT)
+        visit.wait_until_finished(300)
+        answers = visit.answers()
+        print(
+            answers, page.inner_text("#verdict"), page.inner_text("#left .figures"), page.inner_text("#right .figures")
+        )
+        assert "Paris" in answers[0]
+        if "float32" in page.inner_text("#banner"):
+            assert answers[1] == expected(folder, PROMPT, 24)
+        keep(page, f"static-real-{width}-{scheme}")
+        visit.set("length", 256)
+        visit.compare("Write a long story about a lighthouse.")
+        page.wait_for_selector("#left .state:text-is('Generating')", timeout=60_000)
+        page.click("#stop")
+        page.wait_for_selector("#left .state:text-is('Stopped')", timeout=60_000)
+        page.evaluate("document.getElementById('settings').open = true")
+        page.check("#blind")
+        visit.set("length", 4)
+        visit.compare("Name a colour.")
+        page.wait_for_selector("#votes", state="visible", timeout=120_000)
+        page.get_by_role("button", name="Tie").click()
+        assert "You found them equal." in page.inner_text("#verdict")
+        keep(page, f"static-real-{width}-{scheme}-vote")
         visit.close()
