@@ -74,6 +74,8 @@ PACKAGES = (
         (
             Library("dist/tokenizers.min.mjs", "tokenizers.mjs", 36_601,
                     "258e46332101335ce8d95aed7745b19ac3b46d37f3e159a89cf894c2ea9b1d3a"),
+            Library("LICENSE", "LICENSE-tokenizers.txt", 11_357,
+                    "c71d239df91726fc519c6eb72d318ec65820627232b2f796219e87dcf35d0ab4"),
         ),
     ),
     Package(
@@ -82,6 +84,8 @@ PACKAGES = (
         (
             Library("dist/index.js", "jinja.js", 114_817,
                     "c8871915dfa68f976c11540c33fc9341c0810ebe29adb7027b8d51f2a8044936"),
+            Library("LICENSE", "LICENSE-jinja.txt", 1_069,
+                    "d6e7b19451c1b3d1d66353bb4b1274138953b3bfd9ae60c56e77b1f548796982"),
         ),
     ),
 )  # fmt: skip

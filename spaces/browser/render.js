@@ -208,14 +208,17 @@ export function card(title, tag, state, answer = null, numbers = true) {
   );
 }
 
-/** The decode speed of the pruned model relative to the original: the median over the steps that both took, without
-    the first, which processes the prompt. null if there are too few. */
+/** The decode speed of the pruned model relative to the original: the median over pairs of steps that both took, without
+    the first, which processes the prompt. Pairs, because who goes first is drawn by lot. null if there are too few. */
 export function speedRatio({ original, pruned }) {
   const steps = Math.max(0, Math.min(original.seconds.length, pruned.seconds.length) - 1);
   if (steps < FEWEST_STEPS_FOR_A_RATIO) return null;
-  const ratios = Array.from({ length: steps }, (_, at) => original.seconds[at + 1] / pruned.seconds[at + 1]);
+  const pairs = Math.floor(steps / 2);
+  const both = ({ seconds }, pair) => seconds[2 * pair + 1] + seconds[2 * pair + 2];
+  const ratios = Array.from({ length: pairs }, (_, pair) => both(original, pair) / both(pruned, pair));
   ratios.sort((a, b) => a - b);
-  return { ratio: (ratios[Math.floor((steps - 1) / 2)] + ratios[Math.floor(steps / 2)]) / 2, steps };
+  const ratio = (ratios[Math.floor((pairs - 1) / 2)] + ratios[Math.floor(pairs / 2)]) / 2;
+  return { ratio, steps: 2 * pairs };
 }
 
 export function verdict(answers, label) {
@@ -297,9 +300,9 @@ export function method(facts) {
       : []),
     p(
       "The models run in this browser, in ONNX Runtime Web, always both in the same precision. They take turns, one ",
-      "token each, and each step is timed separately, so neither slows the other down. The ratio is the median over ",
-      "the steps that both took, without the first, which processes the prompt. One prompt on one device is not a ",
-      "benchmark.",
+      "token each, and each step is timed separately, so neither slows the other down. Who goes first is drawn by ",
+      "lot, and the ratio is the median over pairs of steps that both took, without the first, which processes the ",
+      "prompt. One prompt on one device is not a benchmark.",
     ),
     p(
       "With temperature 0, each model always picks its top-1 token. No repetition penalty is applied. Each model uses ",

@@ -2,7 +2,7 @@
 // from the page; `progress`, `preparing`, `loaded`, `step`, `finished` and `failed` to it.
 
 import { Problem, download } from "./download.js";
-import { Generation } from "./generation.js";
+import { Generation, choose } from "./generation.js";
 import { Model, runtimeFor } from "./model.js";
 import { TextCodec } from "./text.js";
 
@@ -54,11 +54,13 @@ async function load(wanted) {
   tell("loaded", { seconds: (performance.now() - began) / 1000 });
 }
 
-/** Two hidden steps: the first run of a session also allocates memory and compiles, which would be timed. */
+/** Two hidden steps, of two tokens and of one: the first run of a session also allocates memory and compiles, which would
+    be timed. */
 async function warmUp(model) {
-  const settings = { maxNewTokens: 2, temperature: 0, topP: 1, seed: 0 };
-  const generation = new Generation(model, "Hello", settings);
-  while (generation.finish === null) await generation.advance();
+  const decoder = model.start();
+  const ids = model.text.encode("Hello");
+  for (const count of [2, 1]) choose(await decoder.step(ids.slice(-count)), { temperature: 0 });
+  decoder.dispose();
 }
 
 /** Let the page show the newest answers: its drawing would slow down the step that follows. A hidden page never does. */
@@ -80,8 +82,9 @@ async function run({ prompt, settings }) {
   const order = [...generations.values()];
   let shown = performance.now();
   while ([...generations.values()].some(({ finish }) => finish === null)) {
-    // Who goes first in a round may have it harder, by what the browser still does for the last one.
-    order.reverse();
+    // The place in a round has a price: after a pause, or after one's own step with the weights still in the cache. By
+    // lot, as any rhythm could meet that of the pauses.
+    if (Math.random() < 0.5) order.reverse();
     for (const generation of order) {
       await breathe();
       if (stopped) {
