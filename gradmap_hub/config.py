@@ -286,6 +286,10 @@ class Expected:
     rows_sha256: str | None = None
 
 
+# What --space takes; True and False are auto and none.
+SPACE_KINDS = ("auto", "gradio", "browser", "zero", "none")
+
+
 @dataclass(frozen=True)
 class PublishConfig:
     """Where and how to publish a finished model.
@@ -295,7 +299,12 @@ class PublishConfig:
     """
 
     to: str | None = option(None, "Target repository OWNER/NAME; default: your account, name of the output folder.")
-    space: bool = option(True, "Build and publish the comparison Space.")
+    space: str | bool = option(
+        "auto",
+        "Kind of comparison Space: gradio (an app on a CPU, for accounts with a paid plan), browser (a page: both "
+        "models run in the visitor's browser), zero (the app on ZeroGPU), none; auto: gradio with a paid plan, else "
+        "browser if both models fit into one, else zero.",
+    )
     public: bool = option(False, "Make both repositories public, after everything is verified.")
     update: bool = option(False, "Replace an earlier push of the same model to the same target, in one commit.")
     create_pr: bool = option(
@@ -313,6 +322,10 @@ class PublishConfig:
     )
 
     def __post_init__(self) -> None:
+        if isinstance(self.space, bool):
+            object.__setattr__(self, "space", "auto" if self.space else "none")
+        if self.space not in SPACE_KINDS:
+            raise UsageError(f"--space takes {', '.join(SPACE_KINDS)}; got {self.space!r}.")
         if self.wait_space < 0:
             raise UsageError(f"--wait-space must be at least 0 seconds; got {self.wait_space}.")
 
@@ -321,7 +334,7 @@ class PublishOptions(TypedDict, total=False):
     """The fields of `PublishConfig` as keyword arguments."""
 
     to: str | None
-    space: bool
+    space: str | bool
     public: bool
     update: bool
     create_pr: bool

@@ -138,6 +138,10 @@ class SpaceImpossible(GradmapError):
     """No comparison Space is possible: there are no files of the two models that it can run."""
 
 
+class BrowserRuntimeMissing(GradmapError):
+    """The libraries of the browser Space cannot be fetched from the npm registry."""
+
+
 class HubError(GradmapError):
     """The Hub refused a request or is unreachable."""
 

@@ -11,6 +11,8 @@ from typing import Literal
 
 # Optimum's graph. Every export includes it; the other formats are optional.
 ONNX = "onnx"
+# Bytes that the files of two models may have together, for one browser to hold them.
+BROWSER_BYTES = 1_500_000_000
 # The folder of exported files in a model folder.
 ONNX_FOLDER = "onnx"
 

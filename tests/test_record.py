@@ -403,15 +403,19 @@ def use(record: RunRecord, folder: Path) -> None:
     from gradmap_hub.card.results import write_results
     from gradmap_hub.cli.tables import record_json, record_view
     from gradmap_hub.pipeline.reproduce import _prune_config, _remarks, _settings, find_calibration
-    from gradmap_hub.space.app import _compare, _readme, content_folder
+    from gradmap_hub.space.app import _compare, readme_text
+    from gradmap_hub.space.kinds import choose_kinds
     from gradmap_hub.space.plan import plan_of
 
     card_text(record)
     write_results(record, folder)
     plan = plan_of(record)
     if plan.precisions:
-        json.dumps(_compare(record, plan, None, {}), allow_nan=False).encode()
-        _readme(record, plan, record.target, content_folder()).encode()
+        facts = _compare(record, plan, record.target, {})
+        json.dumps(facts, allow_nan=False).encode()
+        readme_text(facts, "README.md.jinja").encode()
+        readme_text(facts, "browser/README.md.jinja", packages=()).encode()
+    assert choose_kinds("auto", plan, paid=False, owner="ada").reason
     console = Console(file=io.StringIO())
     for part in record_view(record):
         console.print(part)

@@ -31,7 +31,7 @@ from gradmap_hub.card.results import (
 from gradmap_hub.config import SELF
 from gradmap_hub.figures import save_plot
 from gradmap_hub.files import write_text
-from gradmap_hub.formats import FORMATS, ONNX, graph_path
+from gradmap_hub.formats import BROWSER_BYTES, FORMATS, ONNX, graph_path, in_space
 from gradmap_hub.layout import CARD
 from gradmap_hub.models.architectures import ARCHITECTURES
 from gradmap_hub.record import (
@@ -172,6 +172,7 @@ def _context(record: RunRecord) -> dict[str, Any]:
         "same_file": _same_files(record),
         "scored_by_gates": scored_by_gates(record),
         "transformers_js": _transformers_js(record),
+        "too_large_for_browser": _too_large_for_browser(record),
         "quality_known": any(entry.quality for entry in record.artifacts),
         "calibration_kind": CALIBRATION_KIND,
         "target": record.target or f"path/to/{record.name}",
@@ -220,6 +221,21 @@ def _transformers_js(record: RunRecord) -> str | None:
     if row is None or not row.genai:
         return None
     return next((dtype for name, dtype in (("int8", "q8"), (ONNX, "fp32")) if graph_path(FORMATS[name]) in paths), None)
+
+
+def _too_large_for_browser(record: RunRecord) -> int | None:
+    """Bytes of the smallest graph and that of the original, scaled, if a browser cannot hold both; else None."""
+    paths = {graph_path(row) for row in in_space()}
+    sizes = {path: 0 for path in paths}
+    for entry in record.artifacts:
+        path = entry.path.removesuffix("_data")
+        if path in sizes:
+            sizes[path] += entry.bytes
+    made = [size for size in sizes.values() if size]
+    if not made:
+        return None
+    both = round(min(made) * (1 + record.parameters.before / max(record.parameters.after, 1)))
+    return both if both > BROWSER_BYTES else None
 
 
 def _same_files(record: RunRecord) -> dict[str, str]:

@@ -30,6 +30,7 @@ from gradmap_hub.cli import (
     space,
     sweep,
 )
+from gradmap_hub.cli.options import with_kind
 from gradmap_hub.cli.output import escape_logs, escape_unknown_characters, stderr
 from gradmap_hub.errors import GradmapError, UsageError
 from gradmap_hub.units import printable, reason_of
@@ -59,7 +60,7 @@ def main() -> NoReturn:
     escape_unknown_characters()
     escape_logs()
     debug = "--debug" in sys.argv or bool(os.environ.get("GRADMAP_DEBUG"))
-    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    arguments = with_kind([argument for argument in sys.argv[1:] if argument != "--debug"])
     try:
         code = app(args=arguments, standalone_mode=False)
         status = code if isinstance(code, int) else 0

@@ -11,7 +11,7 @@ import typer
 from rich.console import RenderableType
 from rich.markup import escape
 
-from gradmap_hub.cli.options import Json, Onnx, Quiet, Resume, WithSpace
+from gradmap_hub.cli.options import Json, Onnx, Quiet, Resume
 from gradmap_hub.cli.output import Result, emit, stderr
 from gradmap_hub.cli.tables import record_view
 from gradmap_hub.cli.terminal import TerminalReporter
@@ -38,7 +38,7 @@ def demo(
     heal: Annotated[
         str, typer.Option(metavar="BUDGET", help="Heal on so many tokens (48k) or for so long (3m); 0: not at all.")
     ] = HEAL,
-    space: WithSpace = True,
+    space: Annotated[bool, typer.Option("--space/--no-space", help="Build and publish the comparison Space.")] = True,
     onnx: Onnx = True,
     open_browser: Annotated[bool, typer.Option("--open", help="Run the published Space and open it.")] = False,
     resume: Resume = False,

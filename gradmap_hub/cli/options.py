@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 import os
 import shlex
 import sys
@@ -165,7 +166,8 @@ To = Annotated[str | None, typer.Option("--to", help=help_of(PushConfig, "to"))]
 Revision = Annotated[str | None, typer.Option("--revision", help=help_of(PushConfig, "revision"))]
 Public = Annotated[bool, typer.Option("--public", help=help_of(PushConfig, "public"))]
 Onnx = Annotated[bool, typer.Option("--onnx/--no-onnx", help=help_of(PushConfig, "onnx"))]
-WithSpace = Annotated[bool, typer.Option("--space/--no-space", help=help_of(PushConfig, "space"))]
+WithSpace = Annotated[str, typer.Option("--space", metavar="KIND", help=help_of(PushConfig, "space"))]
+NoSpace = Annotated[bool, typer.Option("--no-space", help="The same as --space none.")]
 License = Annotated[str | None, typer.Option("--license", help=help_of(PushConfig, "license"))]
 LicenseName = Annotated[str | None, typer.Option("--license-name", help=help_of(PushConfig, "license_name"))]
 LicenseLink = Annotated[str | None, typer.Option("--license-link", help=help_of(PushConfig, "license_link"))]
@@ -216,6 +218,20 @@ def repeat_record(
     for remark in again.remarks:
         reporter.note(remark)
     return again
+
+
+def kind_of_space(space: str, without: bool) -> str:
+    """The kind of Space of --space and --no-space."""
+    return "none" if without else space
+
+
+def with_kind(arguments: Sequence[str]) -> list[str]:
+    """The arguments, with auto after a --space that has no kind: it was a flag in earlier versions."""
+    found: list[str] = []
+    for argument, following in itertools.zip_longest(arguments, arguments[1:], fillvalue="--"):
+        bare = argument == "--space" and arguments[0] in ("push", "publish") and following.startswith("-")
+        found.append("--space=auto" if bare else argument)
+    return found
 
 
 def split_names(text: str) -> tuple[str, ...]:

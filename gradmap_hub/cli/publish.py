@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -16,14 +16,17 @@ from gradmap_hub.cli.options import (
     License,
     LicenseLink,
     LicenseName,
+    NoSpace,
     Public,
     Quiet,
     To,
     Update,
     WaitSpace,
+    WithSpace,
+    kind_of_space,
 )
 from gradmap_hub.cli.output import Result, emit, stderr
-from gradmap_hub.cli.tables import plan_view, published_view, push_json, visibility
+from gradmap_hub.cli.tables import next_view, plan_view, published_view, push_json, visibility
 from gradmap_hub.cli.terminal import TerminalReporter
 from gradmap_hub.config import PublishConfig
 
@@ -39,9 +42,8 @@ def register(app: typer.Typer) -> None:
 def publish(
     folder: Folder,
     to: To = None,
-    space: Annotated[
-        bool, typer.Option("--space/--no-space", help="Also publish the Space folder next to FOLDER.")
-    ] = True,
+    space: WithSpace = "auto",
+    no_space: NoSpace = False,
     public: Public = False,
     update: Update = False,
     create_pr: CreatePr = False,
@@ -60,7 +62,7 @@ def publish(
     from gradmap_hub.pipeline.publish import publish_folder
 
     config = PublishConfig(
-        to=to, space=space, public=public, update=update, create_pr=create_pr, license=license,
+        to=to, space=kind_of_space(space, no_space), public=public, update=update, create_pr=create_pr, license=license,
         license_name=license_name, license_link=license_link, collection=collection, wait_space=wait_space,
     )  # fmt: skip
     if dry_run:
@@ -68,7 +70,7 @@ def publish(
         return
     with TerminalReporter(stderr, quiet=quiet) as reporter:
         result = publish_folder(folder, config, hub=Hub(), reporter=reporter)
-    emit(Result(push_json(result), published_view(result)), as_json)
+    emit(Result(push_json(result), (*published_view(result), *next_view(result, quiet=quiet))), as_json)
 
 
 def _plan(plan: PublishPlan) -> Result:
@@ -82,6 +84,7 @@ def _plan(plan: PublishPlan) -> Result:
         "gated": base.gated,
         "target": targets.target,
         "space": space,
+        "space_kinds": list(targets.kinds.order),
         "visibility": shown_as,
         "rewrites_card": plan.rewrites,
         "upload_bytes": plan.upload_bytes,
@@ -90,7 +93,8 @@ def _plan(plan: PublishPlan) -> Result:
     facts = {
         "folder": f"{plan.folder}, made from {base.name}",
         "target": f"{targets.target} ({shown_as})",
-        "space": space or "none",
+        "space": space or targets.space_reason or "none",
+        **({"kind": targets.kinds.reason} if targets.space else {}),
         "card": "rewritten for this target" if plan.rewrites else "unchanged",
     }
     return Result(answer, plan_view(facts, plan.checks, "Nothing was written or published."))

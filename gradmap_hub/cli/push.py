@@ -22,6 +22,7 @@ from gradmap_hub.cli.options import (
     LicenseLink,
     LicenseName,
     ModelOrRecord,
+    NoSpace,
     Onnx,
     PruneOptions,
     Public,
@@ -34,12 +35,13 @@ from gradmap_hub.cli.options import (
     WithSpace,
     command_line,
     given_names,
+    kind_of_space,
     prune_options,
     repeat_record,
     split_names,
 )
 from gradmap_hub.cli.output import Result, emit, stderr
-from gradmap_hub.cli.tables import plan_view, published_view, push_json, record_view, visibility
+from gradmap_hub.cli.tables import next_view, plan_view, published_view, push_json, record_view, visibility
 from gradmap_hub.cli.terminal import TerminalReporter
 from gradmap_hub.config import PushConfig, help_of
 from gradmap_hub.errors import UsageError
@@ -67,7 +69,8 @@ def push(
     public: Public = False,
     onnx: Onnx = True,
     quantize: Annotated[str, typer.Option("--quantize", help=help_of(PushConfig, "quantize"))] = "",
-    space: WithSpace = True,
+    space: WithSpace = "auto",
+    no_space: NoSpace = False,
     license: License = None,
     license_name: LicenseName = None,
     license_link: LicenseLink = None,
@@ -89,7 +92,8 @@ def push(
     from gradmap_hub.pipeline.push import push as run_push
 
     fields: dict[str, Any] = {
-        "output": output, "to": to, "public": public, "onnx": onnx, "quantize": split_names(quantize), "space": space,
+        "output": output, "to": to, "public": public, "onnx": onnx, "quantize": split_names(quantize),
+        "space": kind_of_space(space, no_space),
         "license": license, "license_name": license_name, "license_link": license_link, "update": update,
         "create_pr": create_pr, "collection": collection, "wait_space": wait_space, "resume": resume,
         "trust_remote_code": trust_remote_code,
@@ -100,7 +104,8 @@ def push(
             from gradmap_hub.pipeline.reproduce import push_config_from
 
             again = repeat_record(context, from_, model, revision, options, hub, reporter)
-            given = {name: value for name, value in fields.items() if name in given_names(context)}
+            names = given_names(context) | ({"space"} if no_space else set())
+            given = {name: value for name, value in fields.items() if name in names}
             config = push_config_from(again, {**given, "prune": options.with_preset(again.prune)})
         elif model is None:
             raise UsageError("Give MODEL, or --from with the record of an earlier run.")
@@ -110,12 +115,13 @@ def push(
             emit(_plan(make_plan(config, hub)), as_json)
             return
         result = run_push(config, command=command_line(), reporter=reporter, hub=hub)
-    emit(Result(push_json(result), _view(result)), as_json)
+    emit(Result(push_json(result), _view(result, quiet)), as_json)
 
 
-def _view(result: PushResult) -> Iterator[RenderableType]:
+def _view(result: PushResult, quiet: bool) -> Iterator[RenderableType]:
     yield from record_view(result.record)
     yield from published_view(result)
+    yield from next_view(result, quiet=quiet)
 
 
 def _plan(plan: PushPlan) -> Result:
@@ -134,6 +140,7 @@ def _plan(plan: PushPlan) -> Result:
         "output": str(plan.output),
         "target": targets.target,
         "space": targets.space_target if targets.space else None,
+        "space_kinds": list(targets.kinds.order),
         "space_original": targets.space.reason if targets.space else targets.space_reason or None,
         "visibility": shown_as,
         "upload_bytes": plan.upload_bytes,
@@ -147,5 +154,6 @@ def _plan(plan: PushPlan) -> Result:
         "folder": str(plan.output),
         "target": f"{targets.target} ({shown_as})",
         "space": f"{targets.space_target}: {targets.space.reason}" if targets.space else targets.space_reason or "none",
+        **({"kind": targets.kinds.reason} if targets.space else {}),
     }
     return Result(answer, plan_view(facts, plan.checks, "Nothing was fetched, written or published."))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
+from gradmap_hub.cli.output import stdout
 from gradmap_hub.record import HealRecord, RunRecord
 from gradmap_hub.units import duration, ranges
 
@@ -44,6 +48,7 @@ def push_json(result: PushResult) -> dict[str, Any]:
     space: dict[str, Any] = {"reason": result.space_reason}
     if result.space is not None:
         space = {"repo_id": result.space.repo_id, "commit": result.space.commit, "url": result.space.url}
+        space["kind"] = result.space_kind
         if result.space_state is not None:
             space |= {"stage": result.space_state.stage, "state": result.space_state.words}
     further: dict[str, Any] = {}
@@ -115,6 +120,25 @@ def _record_table(record: RunRecord) -> Table:
         values = [f"{value:.2f}" for value in (text.original, text.pruned, text.compensated)]
         table.add_row(escape(label), *values)
     return table
+
+
+def next_view(result: PushResult, *, quiet: bool) -> Iterator[RenderableType]:
+    """What a person does next: scan the Space's address with a phone, or run the comparison here. Without the code if
+    `quiet`, or if nobody looks at a terminal."""
+    if result.space is not None and not quiet and stdout.is_terminal:
+        yield ""
+        yield Text(qr_code(result.space.url), style="#ffffff on #000000")  # light and dark as scanners want it
+    place = " --in browser" if result.space_kind == "browser" else ""
+    yield escape(f"try it here  gradmap-hub compare {shlex.quote(str(result.folder))}{place}")
+
+
+def qr_code(text: str) -> str:
+    """A QR code in half blocks; its light modules are drawn."""
+    import segno
+
+    out = io.StringIO()
+    segno.make(text, error="l", micro=False).terminal(out, compact=True, border=2)
+    return out.getvalue().rstrip("\n")
 
 
 def published_view(result: PushResult) -> Iterator[str]:

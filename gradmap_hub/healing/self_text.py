@@ -24,7 +24,7 @@ from gradmap_hub.healing.sampling import sample
 from gradmap_hub.healing.training import memory_kept
 from gradmap_hub.measurements import repeated_share
 from gradmap_hub.runtime.chat import chat_text
-from gradmap_hub.runtime.generation import PromptError
+from gradmap_hub.runtime.text_model import PromptError
 
 # What is compared with other texts, and the whole sample.
 Draft: TypeAlias = tuple[str, str]

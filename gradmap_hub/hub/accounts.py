@@ -8,6 +8,9 @@ from typing import Any
 
 from gradmap_hub.errors import NotAllowed
 
+# Plans of organisations; users have PRO.
+_PAID_PLANS = ("team", "enterprise", "enterprise-plus")
+
 
 @dataclass(frozen=True)
 class Scope:
@@ -24,6 +27,7 @@ class Account:
 
     `organizations`: those in which the account may write; `read_only`: the others. `role`: of the token, such as read.
     `scopes`: of a fine-grained token that lists them, else None. `everywhere`: permissions in all scopes.
+    `paid`: the user and the organisations that have a paid plan.
     """
 
     name: str
@@ -32,6 +36,7 @@ class Account:
     read_only: tuple[str, ...] = ()
     scopes: tuple[Scope, ...] | None = None
     everywhere: frozenset[str] = frozenset()
+    paid: frozenset[str] = frozenset()
 
     def covers(self, repo_id: str, repo_type: str, permission: str) -> bool:
         """Whether the scopes of the token allow `permission` (such as repo.write) in a repository. A token without
@@ -71,7 +76,10 @@ def account_of(answer: Mapping[str, Any]) -> Account:
             for entry in fine["scoped"]
         )
     everywhere = frozenset(fine.get("global") or [])
-    return Account(answer["name"], writable, token.get("role", ""), read_only, scopes, everywhere)
+    paid = {entry["name"] for entry in organizations if entry.get("isEnterprise") or entry.get("plan") in _PAID_PLANS}
+    if answer.get("isPro"):
+        paid.add(answer["name"])
+    return Account(answer["name"], writable, token.get("role", ""), read_only, scopes, everywhere, frozenset(paid))
 
 
 def check_owner(repo_id: str, owner: str, account: Account) -> None:

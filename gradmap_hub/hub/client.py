@@ -73,12 +73,13 @@ class RemoteModel:
 @dataclass(frozen=True)
 class RepoState:
     """A repository at its head. `files`: {path: content id}, the sha256 of LFS files and the git blob id of others.
-    `hardware`: that of a Space, the requested one if it differs."""
+    `hardware`: that of a Space, the requested one if it differs; `sdk`: of a Space, such as static."""
 
     head: str
     private: bool
     files: dict[str, str]
     hardware: str | None = None
+    sdk: str | None = None
 
 
 class Hub:
@@ -289,7 +290,7 @@ class Hub:
         }
         runtime = getattr(info, "runtime", None)
         hardware = (runtime.requested_hardware or runtime.hardware) if runtime is not None else None
-        return RepoState(commit, bool(info.private), files, hardware)
+        return RepoState(commit, bool(info.private), files, hardware, getattr(info, "sdk", None))
 
     def _commit(self, repo_id: str, sha: str | None) -> str:
         """The commit in an answer, which becomes a folder of the cache.

@@ -113,6 +113,7 @@ class Publisher:
         message: str,
         variables: Mapping[str, str] | None = None,
         hardware: str | None = None,
+        sdk: str = "gradio",
     ) -> Published:
         """Create the repository (private) if needed and add the files in one atomic commit.
 
@@ -121,6 +122,7 @@ class Publisher:
         Args:
             variables: Variables of a Space.
             hardware: Hardware of a new Space; None leaves the choice to the Hub, which takes a CPU.
+            sdk: Of a new Space: gradio or static.
 
         Raises:
             SpaceNeedsPlan: the account's plan does not include a Space on this hardware.
@@ -133,7 +135,7 @@ class Publisher:
         kind, local = screened.kind, screened.files
         state = self.hub.state(repo_id, kind)
         if state is None:
-            self._create(repo_id, kind, variables or {}, hardware)
+            self._create(repo_id, kind, variables or {}, hardware, sdk)
             state = self.hub.state(repo_id, kind)
             if state is None:
                 raise PublishInterrupted(f"{repo_id} was created but is not visible yet.", hint=AGAIN)
@@ -239,11 +241,11 @@ class Publisher:
         self.reporter.finish(result if published.uploaded else f"{result}, already published")
         return published
 
-    def _create(self, repo_id: str, kind: str, variables: Mapping[str, str], hardware: str | None) -> None:
+    def _create(self, repo_id: str, kind: str, variables: Mapping[str, str], hardware: str | None, sdk: str) -> None:
         space: dict[str, Any] = {}
         if kind == "space":
             entries = [{"key": key, "value": value} for key, value in variables.items()]
-            space = {"space_sdk": "gradio", "space_variables": entries}
+            space = {"space_sdk": sdk} | ({"space_variables": entries} if entries else {})
             space |= {"space_hardware": hardware} if hardware else {}
 
         def create() -> None:
@@ -264,7 +266,12 @@ class Publisher:
             refusal_type = SpaceNeedsPlan if needs_plan else SpaceRefused
             raise refusal_type(
                 f"The Hub does not let this account create the Space {repo_id} (status {402 if needs_plan else 403}).",
-                hint=("A CPU Space needs a paid plan (PRO, Team, Enterprise). " if needs_plan else "")
+                hint=(
+                    "A Gradio Space needs a paid plan (PRO, Team, Enterprise), a page for the browser does not: "
+                    "--space browser. "
+                    if needs_plan
+                    else ""
+                )
                 + "The Space folder is on disk: run it with `gradmap-hub compare FOLDER`, publish it from another "
                 "account, or leave it out with --no-space.",
             ) from refused

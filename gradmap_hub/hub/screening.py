@@ -20,7 +20,7 @@ from gradmap_hub.layout import COMPANION_FILES, RESULTS_FOLDER, is_companion, le
 _MODEL_SUFFIXES = (
     ".safetensors", ".onnx", ".onnx_data", ".json", ".md", ".txt", ".jinja", ".model", ".png", ".svg", ".jpg", ".webp",
 )  # fmt: skip
-_SUFFIXES = {"model": _MODEL_SUFFIXES, "space": (*_MODEL_SUFFIXES, ".py", ".css")}
+_SUFFIXES = {"model": _MODEL_SUFFIXES, "space": (*_MODEL_SUFFIXES, ".py", ".css", ".html", ".js", ".mjs", ".wasm")}
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".dill", ".npy", ".npz", ".msgpack", ".h5")
 # Gigabytes of tensor data and nothing else.
 _DATA_ONLY = (".onnx_data",)

@@ -27,7 +27,10 @@ _OURS = {
         *COMPANION_FILES, "onnx/*", "assets/*.png", "assets/*.svg",
         f"{RESULTS_FOLDER}/*.yaml",
     ),
-    "space": (CARD, COMPARE, "requirements.txt", "*.py", "*.css", "original/*"),
+    "space": (
+        CARD, COMPARE, "requirements.txt", "*.py", "*.css", "*.html", "*.js", "tokenizer.json",
+        "original/*", "pruned/*", "vendor/*",
+    ),
 }  # fmt: skip
 
 

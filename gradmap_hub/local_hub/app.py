@@ -5,6 +5,7 @@ from urllib.parse import unquote
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
@@ -16,12 +17,15 @@ from .errors import HubError, RepoNotFound
 from .gate import PortGate
 from .names import PLURALS
 from .requestlog import LogMiddleware, RequestLog
-from .routes import accounts, collections, discussions, files, lfs, pages, repos, spaces, uploads, xet
+from .routes import accounts, collections, discussions, files, lfs, pages, repos, spaces, static, uploads, xet
 from .wire import Wire
 
 #: API path segments after the repository id that take a revision.
 _VERBS = frozenset({"revision", "tree", "paths-info", "commits", "commit", "preupload", "branch", "tag"})
 
+_LOOPBACK_ORIGIN = r"http://(127\.0\.0\.1|localhost|\[::1\])(:\d+)?"
+_EXPOSED = ("ETag", "Link", "Accept-Ranges", "Content-Range", "X-Repo-Commit", "X-Error-Code", "X-Error-Message",
+            "X-Linked-Size", "X-Linked-Etag")  # fmt: skip
 _LOOPBACK_NAMES = ("127.0.0.1", "localhost", "[::1]", "::1")
 
 
@@ -34,7 +38,7 @@ def build_app(hub: Hub, log: RequestLog, host: str | None) -> Starlette:
         host: the loopback address the hub listens on. Requests with another ``Host`` header are refused, which
             protects against DNS rebinding. None allows any host name.
     """
-    modules = (accounts, repos, uploads, lfs, xet, spaces, collections, discussions, files, pages)
+    modules = (accounts, repos, uploads, lfs, xet, spaces, collections, discussions, static, files, pages)
     routes = [route for module in modules for route in module.routes(hub)]
     # Ids without an owner ("gpt2") exist only on the real Hub.
     missing = ["/api/{kind}/{name}", "/api/{kind}/{name}/{rest:path}", "/{name}/resolve/{file:path}"]
@@ -44,6 +48,8 @@ def build_app(hub: Hub, log: RequestLog, host: str | None) -> Starlette:
         middleware=[
             Middleware(Wire),
             Middleware(LogMiddleware, log=log),
+            # Pages of static Spaces fetch models, as from the Hub; pages of other sites have no business here.
+            Middleware(CORSMiddleware, allow_origin_regex=_LOOPBACK_ORIGIN, expose_headers=_EXPOSED),
             Middleware(TrustedHostMiddleware, allowed_hosts=[*_LOOPBACK_NAMES, host] if host else ["*"]),
             Middleware(SegmentedPath),
             Middleware(PortGate, cdn_port=hub.cdn_port),

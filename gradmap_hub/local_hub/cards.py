@@ -35,6 +35,8 @@ LICENSES = frozenset(_LICENSE_IDS.split())
 _NODE_LIMIT = 100_000
 RELATIONS = ("adapter", "merge", "quantized", "finetune")
 SPACE_SDKS = ("gradio", "docker", "static", "streamlit")
+#: The headers that a card may set for a static Space.
+CUSTOM_HEADERS = ("cross-origin-embedder-policy", "cross-origin-opener-policy", "cross-origin-resource-policy")
 SPACE_COLORS = ("red", "yellow", "green", "blue", "indigo", "purple", "pink", "gray")
 
 
@@ -288,6 +290,9 @@ def _check_space(data: Mapping[str, Any]) -> Findings:
             errors.append(f'"{name}" must be a string')
     if isinstance(data.get("short_description"), str) and len(data["short_description"]) > 60:
         errors.append('"short_description" length must be less than or equal to 60 characters long')
+    headers = data.get("custom_headers")
+    if headers is not None and not (isinstance(headers, dict) and set(headers) <= set(CUSTOM_HEADERS)):
+        errors.append(f'"custom_headers" may have only {", ".join(CUSTOM_HEADERS)}')
     if data.get("pinned") is not None and not isinstance(data["pinned"], bool):
         errors.append('"pinned" must be a boolean')
     return Findings(tuple(errors), tuple(warnings))

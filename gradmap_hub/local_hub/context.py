@@ -3,7 +3,7 @@
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
@@ -21,6 +21,9 @@ from .names import RepoKey, RepoType, check_path, requested_key
 from .shelf import Shelf
 from .store import RepoState, Store
 
+#: free: with a verified e-mail and older than 30 days, young: not yet; pro (of users) and team (of organisations) are
+#: paid.
+Plan = Literal["young", "free", "pro", "team"]
 _BODY_LIMIT = 64 * 1024 * 1024
 #: Characters of an error in a header; messages repeat names that clients sent, and clients refuse long header lines.
 _MESSAGE_LIMIT = 1000
@@ -36,6 +39,8 @@ class Hub:
     signer: Signer
     faults: Faults
     paid_plan: bool
+    #: Plans of accounts that differ from ``paid_plan``.
+    plans: Mapping[str, Plan]
     multipart_bytes: int
     cdn_seconds: float
     #: Whether Xet uploads are accepted.
@@ -43,6 +48,9 @@ class Hub:
     #: None if LFS files are served from the main port.
     cdn_port: int | None = None
     page_size: int = 1000
+
+    def plan_of(self, account: str) -> Plan:
+        return self.plans.get(account, "pro" if self.paid_plan else "free")
 
 
 @dataclass(frozen=True)

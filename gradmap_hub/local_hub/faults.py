@@ -55,6 +55,7 @@ ROUTES = (
     "collections",
     "discussions",
     "page",
+    "static",
 )
 
 #: Matches every route; requests are counted over all routes.

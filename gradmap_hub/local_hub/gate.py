@@ -5,6 +5,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 #: Paths served only by the CDN port.
 CDN_PREFIX = "/cdn/"
+#: Below it, the sites of static Spaces: OWNER/NAME/.
+STATIC_PREFIX = f"{CDN_PREFIX}static/"
 # huggingface_hub 1.33 also sends its token to another port of the same host, so the CDN port needs another host name.
 _OTHER_NAMES = {"127.0.0.1": "localhost", "localhost": "127.0.0.1"}
 

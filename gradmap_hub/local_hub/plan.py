@@ -27,7 +27,12 @@ SPACE_HARDWARE = (
     "h100x8",
 )
 
-#: A free account may host static Spaces and this many Gradio Spaces on ZeroGPU.
+#: What the real Hub answered in July 2026.
+_NEEDS_PRO = (
+    "Static Spaces are free for everyone, but hosting Gradio and Docker Spaces on free cpu-basic requires a PRO"
+    " subscription. Subscribe at https://huggingface.co/pro"
+)
+#: A free account may host this many Gradio Spaces on ZeroGPU, once it is older than 30 days.
 _FREE_ZERO_GPU_SPACES = 2
 _ZERO_GPU = "zero-a10g"
 
@@ -38,15 +43,18 @@ def check_plan(hub: Hub, key: RepoKey, space: SpaceSettings) -> None:
     Raises:
         HubError: 402, the Space requires a paid plan.
     """
-    if hub.paid_plan or space.sdk == "static":
+    plan = hub.plan_of(key.namespace)
+    if plan in ("pro", "team") or space.sdk == "static":
         return
-    if space.sdk == "gradio" and space.hardware == _ZERO_GPU:
+    if space.sdk != "gradio" or space.hardware != _ZERO_GPU:
+        raise HubError(402, _NEEDS_PRO)
+    if plan == "free":
         others = [other for other in hub.store.keys("space") if other.namespace == key.namespace and other != key]
         settings = [hub.store.state(other).space for other in others]
         if sum(each is not None and each.hardware == _ZERO_GPU for each in settings) < _FREE_ZERO_GPU_SPACES:
             return
     raise HubError(
         402,
-        "Payment required: hosting a Gradio or Docker Space needs a paid plan (PRO, Team or Enterprise)."
-        f" A free account may host {_FREE_ZERO_GPU_SPACES} Gradio Spaces on {_ZERO_GPU}.",
+        f"Payment required: a free account may host {_FREE_ZERO_GPU_SPACES} Gradio Spaces on {_ZERO_GPU}, once its"
+        " e-mail address is verified and it is older than 30 days.",
     )

@@ -18,9 +18,9 @@ from gradmap_hub.files import lock
 
 from .app import build_app
 from .auth import Accounts, Role, Signer
-from .context import Hub
+from .context import Hub, Plan
 from .faults import Faults
-from .gate import cdn_host
+from .gate import STATIC_PREFIX, cdn_host
 from .names import parse_repo_id
 from .requestlog import Request, RequestLog
 from .seeding import seed_folder
@@ -46,6 +46,8 @@ class LocalHub:
         host: the address to listen on; must be a loopback address unless ``allow_remote`` is set.
         port: 0 picks a free port.
         paid_plan: if False, creating a Gradio or Docker Space fails with 402, as for a free account.
+        plans: the plans of users and organisations that differ: "young" (a free account that may not use ZeroGPU yet),
+            "free", "pro" or "team".
         log_file: mirror :attr:`requests` to this JSON Lines file.
         allow_remote: allow connections from other machines. There is no TLS: tokens are sent in clear text.
         multipart_bytes: LFS files above this size are uploaded in parts of this size, if the client supports it.
@@ -73,6 +75,7 @@ class LocalHub:
         cdn_port: int | None = 0,
         cdn_seconds: float = 3600,
         xet: bool = False,
+        plans: Mapping[str, Plan] | None = None,
     ) -> None:
         if multipart_bytes < 1:
             raise ValueError(f"multipart_bytes must be positive, got {multipart_bytes}")
@@ -96,6 +99,7 @@ class LocalHub:
             signer=Signer(self.root),
             faults=self.faults,
             paid_plan=paid_plan,
+            plans=dict(plans or {}),
             multipart_bytes=multipart_bytes,
             cdn_seconds=cdn_seconds,
             xet=xet,
@@ -127,6 +131,16 @@ class LocalHub:
         if self._bound_port is None:
             raise RuntimeError("The hub is not running")
         return None if self._bound_cdn_port is None else self._address(self._bound_cdn_port, cdn_host(self.host))
+
+    def static_url(self, repo_id: str) -> str:
+        """The URL of the site of a public static Space. It has another origin than the API.
+
+        Raises:
+            RuntimeError: the hub is not running, or has no CDN port.
+        """
+        if self.cdn_url is None:
+            raise RuntimeError("Static Spaces are served on the CDN port")
+        return f"{self.cdn_url}{STATIC_PREFIX}{repo_id}/"
 
     @property
     def requests(self) -> list[Request]:

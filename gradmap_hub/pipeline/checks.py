@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gradmap_hub.config import PublishConfig
-from gradmap_hub.errors import DiskTooSmall, LicenseUnknown, UsageError
+from gradmap_hub.errors import DiskTooSmall, LicenseUnknown, SpaceImpossible, UsageError
 from gradmap_hub.hub.target import Terms, model_mark, space_mark
 from gradmap_hub.layout import disk_words, free_bytes
 from gradmap_hub.record import Base
+from gradmap_hub.space.kinds import Kinds, choose_kinds
 from gradmap_hub.space.plan import SpacePlan
 
 if TYPE_CHECKING:
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
 class Targets:
     """The repositories of model and Space, and what the user allows for them.
 
-    `space` is None if no Space is published; `space_reason` then says why, if one was requested.
+    `space` is None if no Space is published; `space_reason` then says why, if one was requested. `wanted`: the kind of
+    Space that the user asks for, or auto; `paid`: whether its owner has a paid plan.
     """
 
     target: str
@@ -35,18 +37,42 @@ class Targets:
     update: bool = False
     create_pr: bool = False
     space_reason: str = ""
+    wanted: str = "auto"
+    paid: bool = False
 
     @staticmethod
-    def of(target: str, space: SpacePlan | None, config: PublishConfig) -> Targets:
-        """The targets of a push to `target`; without the Space if it cannot run in any precision."""
-        reason = space.reason if space is not None and not space.precisions else ""
-        kept = None if reason else space
-        return Targets(target, f"{target}-compare", kept, config.public, config.update, config.create_pr, reason)
+    def of(target: str, space: SpacePlan | None, config: PublishConfig, account: Account) -> Targets:
+        """The targets of a push to `target`; without the Space if no kind of it can be made.
+
+        Raises:
+            SpaceImpossible: the user asks for a certain kind that cannot be made.
+        """
+        found = Targets(
+            target, f"{target}-compare", None, config.public, config.update, config.create_pr,
+            wanted=str(config.space), paid=target.partition("/")[0] in account.paid,
+        )  # fmt: skip
+        found = found if space is None else found.with_space(space)
+        if found.space_reason and found.wanted != "auto":
+            raise SpaceImpossible(
+                f"--space {found.wanted}: {found.space_reason}.", hint="Or use --space auto, or none."
+            )
+        return found
 
     def with_space(self, space: SpacePlan) -> Targets:
         """The same targets with a new plan of the Space."""
-        reason = "" if space.precisions else space.reason
-        return replace(self, space=None if reason else space, space_reason=reason)
+        kinds = choose_kinds(self.wanted, space, paid=self.paid, owner=self.owner)
+        return replace(self, space=space if kinds.order else None, space_reason="" if kinds.order else kinds.reason)
+
+    @property
+    def owner(self) -> str:
+        return self.target.partition("/")[0]
+
+    @property
+    def kinds(self) -> Kinds:
+        """The kinds of Space to try; none without a Space."""
+        if self.space is None:
+            return Kinds((), self.space_reason)
+        return choose_kinds(self.wanted, self.space, paid=self.paid, owner=self.owner)
 
     def terms(self, base_name: str, repo_type: str) -> Terms:
         """What the user allows for the model or the Space of `base_name`. `repo_type`: "model" or "space"."""
@@ -121,6 +147,8 @@ class Checks:
             space = guard.check_target(targets.space_target, self.account, "space", terms, resuming=resuming[1])
         self.add("target", model)
         self.add("space", space)
+        if targets.space is not None:
+            self.add("kind of Space", targets.kinds.reason)
         if self._config.collection is not None:
             from gradmap_hub.hub.collections import check_collection
 

@@ -35,6 +35,7 @@ from gradmap_hub.record import (
     LayerDecision,
     RunRecord,
 )
+from gradmap_hub.space.folder import is_space
 from gradmap_hub.space.plan import ORIGINAL_FOLDER, SpacePlan, may_be_stored, plan_of, plan_space
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def make_plan(config: PushConfig, hub: Hub) -> PushPlan:
     # Checkpoint and ONNX file each need about the size of the original in float32.
     float32 = source.weight_bytes * (2 if base.dtype in ("bfloat16", "float16") else 1)
     target = config.to or f"{checks.account.name}/{output.resolve().name}"
-    targets = Targets.of(target, _planned_space(config, source, removals, float32), config)
+    targets = Targets.of(target, _planned_space(config, source, removals, float32), config, checks.account)
     checks.targets(targets, base.name, resuming=(config.resume, config.resume))
     if targets.space is not None:
         check_space_entries(space_folder_of(output))
@@ -148,7 +149,7 @@ def _bytes_needed(config: PushConfig, source: Source, targets: Targets, float32:
 
 def _planned_space(config: PushConfig, source: Source, removals: int, float32: int) -> SpacePlan | None:
     """The preliminary plan of the Space; None if no Space is requested."""
-    if not config.space or config.create_pr:
+    if config.space == "none" or config.create_pr:
         return None
     made = (ONNX, *config.quantize) if config.onnx else ()
     precisions = [row.precision for row in in_space() if row.name in made]
@@ -217,8 +218,9 @@ def plan_publish(folder: Path, config: PublishConfig, hub: Hub) -> PublishPlan:
     base = checks.licensed(record.base)
     target = config.to or record.target or f"{checks.account.name}/{folder.resolve().name}"
     space_folder = space_folder_of(folder)
-    with_space = config.space and not config.create_pr and (space_folder / "app.py").is_file()
-    targets = Targets.of(target, plan_of(dataclasses.replace(record, base=base)) if with_space else None, config)
+    with_space = config.space != "none" and not config.create_pr and is_space(space_folder)
+    planned = plan_of(dataclasses.replace(record, base=base)) if with_space else None
+    targets = Targets.of(target, planned, config, checks.account)
     # A target may exist only if this folder was published to it before; `Publisher.publish` compares the content.
     checks.targets(targets, base.name, resuming=(target == record.target, targets.space_target == record.space))
     moved = target != record.target

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from gradmap_hub.config import PublishConfig
-from gradmap_hub.errors import HubError
+from gradmap_hub.errors import BrowserRuntimeMissing, HubError
 from gradmap_hub.pipeline.checks import Targets
 from gradmap_hub.pipeline.connect import connect
 from gradmap_hub.pipeline.plan import look_through, plan_publish
 from gradmap_hub.pipeline.results import write_results
+from gradmap_hub.pipeline.space import browser_page
 from gradmap_hub.progress import Reporter
 from gradmap_hub.record import RunRecord
 from gradmap_hub.units import size
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from gradmap_hub.hub.collections import CollectionLink
     from gradmap_hub.hub.publisher import Published, Publisher, ScreenedFolder
     from gradmap_hub.hub.space_watch import SpaceState
+    from gradmap_hub.space.kinds import Kind
 
 
 def publish_folder(
@@ -58,8 +60,9 @@ def publish_folder(
 class PushResult:
     """The result of a push or publish.
 
-    `space` is None if no Space was published; `space_reason` then says why. `space_state` is None if its start was not
-    awaited. `collection` is None if none was requested or `collection_reason` says why it failed.
+    `space` is None if no Space was published; `space_reason` then says why, else `space_kind` says which kind it is.
+    `space_state` is None if its start was not awaited. `collection` is None if none was requested or
+    `collection_reason` says why it failed.
     """
 
     record: RunRecord
@@ -69,6 +72,7 @@ class PushResult:
     space: Published | None
     space_reason: str
     space_state: SpaceState | None = None
+    space_kind: str = ""
     collection: CollectionLink | None = None
     collection_reason: str = ""
 
@@ -93,6 +97,7 @@ def publish_both(
     """
     from gradmap_hub.hub.publisher import SpaceRefused
     from gradmap_hub.hub.space_watch import watch_space
+    from gradmap_hub.space.folder import kind_of
 
     # Both are checked before either is uploaded.
     remove_leftovers(folder)
@@ -113,8 +118,8 @@ def publish_both(
     try:
         if space_folder is not None and targets.space is not None:
             try:
-                space = _publish_space(space_folder, record, targets, model, publisher)
-                result = dataclasses.replace(result, space=space, space_reason="")
+                space = _publish_space(space_folder, record, targets, model, folder, publisher)
+                result = dataclasses.replace(result, space=space, space_reason="", space_kind=kind_of(space_folder))
             except SpaceRefused as refused:
                 reason = f"{refused.message} {refused.hint or ''}".strip()
                 result = dataclasses.replace(result, space_reason=reason)
@@ -159,48 +164,85 @@ def _collect(result: PushResult, collection: str, publisher: Publisher) -> PushR
 
 
 def _publish_space(
-    folder: Path, record: RunRecord, targets: Targets, model: Published, publisher: Publisher
+    folder: Path, record: RunRecord, targets: Targets, model: Published, model_folder: Path, publisher: Publisher
 ) -> Published:
-    """Publish the Space on its current hardware; a new one on a CPU, or on ZeroGPU if a CPU needs a paid plan.
+    """Publish the Space: one that exists in its kind, unless another is asked for; a new one in the first kind of the
+    plan that the account may have.
 
     Raises:
-        SpaceRefused: the account may use neither.
+        SpaceRefused: the account may have none of them.
         GradmapError: see `Publisher.publish`.
     """
     from gradmap_hub.hub.publisher import SpaceNeedsPlan, SpaceRefused
-    from gradmap_hub.space.zerogpu import ZERO_GPU, is_zero, set_hardware
+    from gradmap_hub.space.folder import kind_of, set_kind
+    from gradmap_hub.space.zerogpu import is_zero
 
+    order, before = targets.kinds.order, kind_of(folder)
     there = publisher.hub.state(targets.space_target, "space")
-    if there is not None:
-        return _publish_space_on(folder, record, targets, model, publisher, zero=is_zero(there.hardware))
-    try:
-        return _publish_space_on(folder, record, targets, model, publisher, zero=False)
-    except SpaceNeedsPlan as on_cpu:
-        publisher.reporter.note(f"{on_cpu.message} Trying {ZERO_GPU}; a free account may have two.")
+    if there is not None and targets.wanted == "auto":
+        order = ("browser" if there.sdk == "static" else "zero" if is_zero(there.hardware) else "gradio",)
+    refused: SpaceRefused | None = None
+    for kind, following in zip(order, [*order[1:], None], strict=True):
         try:
-            return _publish_space_on(folder, record, targets, model, publisher, zero=True)
-        except SpaceRefused as on_zero:
-            set_hardware(folder, zero=False)
-            if not isinstance(on_zero, SpaceNeedsPlan):
-                raise
-            raise SpaceRefused(
-                f"The Hub does not let this account create the Space {targets.space_target}: neither on a CPU nor on "
-                "ZeroGPU (status 402).",
-                hint=on_cpu.hint,
-            ) from on_zero
+            return _publish_space_as(kind, folder, record, targets, model, model_folder, publisher)
+        except SpaceNeedsPlan as error:
+            refused = error
+            if following is not None:
+                publisher.reporter.note(f"{error.message} Trying {following}: {_WHY[following]}.")
+        except BrowserRuntimeMissing as error:
+            refused = SpaceRefused(error.message, hint=error.hint)
+            if following is not None:
+                publisher.reporter.note(f"{error.message} Trying {following}: {_WHY[following]}.")
+    assert refused is not None
+    if before != "browser":  # a browser Space has fewer precisions, so the way back is another
+        set_kind(folder, before)
+    if len(order) > 1 and isinstance(refused, SpaceNeedsPlan):
+        raise SpaceRefused(
+            f"The Hub does not let this account create the Space {targets.space_target}, as none of: "
+            f"{', '.join(order)} (status 402).",
+            hint=refused.hint,
+        ) from refused
+    raise refused
 
 
-def _publish_space_on(
-    folder: Path, record: RunRecord, targets: Targets, model: Published, publisher: Publisher, *, zero: bool
+# Why the next kind is tried after a refusal.
+_WHY = {
+    "gradio": "the app on a CPU",
+    "browser": "a static Space, which is free for everybody",
+    "zero": "the app on ZeroGPU, of which a free account may have two",
+}
+
+
+def _publish_space_as(
+    kind: Kind,
+    folder: Path,
+    record: RunRecord,
+    targets: Targets,
+    model: Published,
+    model_folder: Path,
+    publisher: Publisher,
 ) -> Published:
+    from gradmap_hub.hub.publisher import SpaceRefused
     from gradmap_hub.space.app import variables
-    from gradmap_hub.space.zerogpu import ZERO_GPU, set_hardware
+    from gradmap_hub.space.browser import place_pruned
+    from gradmap_hub.space.folder import set_kind
+    from gradmap_hub.space.kinds import plan_browser
+    from gradmap_hub.space.zerogpu import ZERO_GPU
 
     assert targets.space is not None
-    set_hardware(folder, zero=zero)
+    page = browser_page(model_folder, record, publisher.hub.endpoint) if kind == "browser" else None
+    if kind == "browser" and page is None:  # the Space is one, from an earlier and smaller model
+        raise SpaceRefused(
+            f"{targets.space_target} is a page for browsers, and {plan_browser(targets.space).problem}.",
+            hint="Delete it on the Hub, or choose another kind with --space.",
+        )
+    set_kind(folder, kind, page, publisher.reporter)
+    if kind == "browser":
+        place_pruned(folder, model_folder, stored=not targets.public, commit=model.commit)
     files = look_through(folder, "space", record, targets, publisher)
     terms = targets.terms(record.base.name, "space")
-    wanted = variables(record, targets.target, model.commit, targets.space)
+    # A static Space has no process that could read them; its compare.json names the models.
+    wanted = {} if kind == "browser" else variables(record, targets.target, model.commit, targets.space)
 
     def publish() -> Published:
         return publisher.publish(
@@ -209,7 +251,8 @@ def _publish_space_on(
             terms,
             message="Comparison app, written by gradmap-hub",
             variables=wanted,
-            hardware=ZERO_GPU if zero else None,
+            hardware=ZERO_GPU if kind == "zero" else None,
+            sdk="static" if kind == "browser" else "gradio",
         )
 
     return _publish(publish, files, publisher)

@@ -22,10 +22,11 @@ from gradmap_hub.pipeline.prune import prune_stages
 from gradmap_hub.pipeline.publish import PushResult, publish_both
 from gradmap_hub.pipeline.results import write_results
 from gradmap_hub.pipeline.run import Run, exclusive, no_empty_folders
-from gradmap_hub.pipeline.space import remove_space, write_space_folder
+from gradmap_hub.pipeline.space import browser_page, remove_space, write_space_folder
 from gradmap_hub.pipeline.texts import export_rows
 from gradmap_hub.progress import Reporter
 from gradmap_hub.record import RunRecord
+from gradmap_hub.space import vendor
 from gradmap_hub.space.plan import plan_of
 
 if TYPE_CHECKING:
@@ -62,6 +63,8 @@ def push(
     plan = make_plan(config, hub)
     if config.onnx:
         environment.prepare(reporter)  # fails before the work, if at all
+    if plan.targets.kinds.order[:1] == ("browser",):
+        vendor.fetch(reporter)  # as above
     with no_empty_folders(plan.output), exclusive(plan.output):
         run = Run(plan.source, config.prune, plan.output, hub, reporter, command=command, expected=config.repeats)
         if plan.source.base.repo_id is not None and plan.source.files.companions:
@@ -69,9 +72,9 @@ def push(
         record = prune_stages(run, config.prune, target=plan.targets.target, license=plan.license)
         record = with_earlier(record, plan.output)
         record, text = _export(run, record, config)
-        record, plan = _space(run, record, plan, text)
+        record, plan = _space(run, record, plan, text, hub)
         space_folder = space_folder_of(plan.output) if plan.targets.space is not None else None
-        if config.space and space_folder is None and remove_space(space_folder_of(plan.output), record):
+        if config.space != "none" and space_folder is None and remove_space(space_folder_of(plan.output), record):
             reporter.note("Removed the Space folder of an earlier run of this push, because no Space is published.")
         for place in published_models(plan.output, space_folder):
             check_opens(place)
@@ -92,7 +95,7 @@ def _export(run: Run, record: RunRecord, config: PushConfig) -> tuple[RunRecord,
     return record, _ExportText(held_out, fit)
 
 
-def _space(run: Run, record: RunRecord, plan: PushPlan, text: _ExportText) -> tuple[RunRecord, PushPlan]:
+def _space(run: Run, record: RunRecord, plan: PushPlan, text: _ExportText, hub: Hub) -> tuple[RunRecord, PushPlan]:
     """Write record, card and the Space folder. The Space is planned again, because the sizes are known now and a format
     may have failed its check; and once more after the export of the original."""
     targets = plan.targets
@@ -103,7 +106,7 @@ def _space(run: Run, record: RunRecord, plan: PushPlan, text: _ExportText) -> tu
     if targets.space is not None:
         written = write_space_folder(
             run.original, run.stages, record, targets.space, space_folder_of(plan.output), targets.target,
-            text.held_out, text.fit,
+            text.held_out, text.fit, kind=targets.kinds.order[0], page=browser_page(plan.output, record, hub.endpoint),
         )  # fmt: skip
         targets = targets.with_space(written)
         if targets.space is None:

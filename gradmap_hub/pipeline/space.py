@@ -14,7 +14,7 @@ from gradmap_hub.config import DEFAULT_CALIBRATION
 from gradmap_hub.errors import GradmapError, SourceError, SpaceImpossible, UnsafeToPublish
 from gradmap_hub.evaluation.staleness import without_stale
 from gradmap_hub.formats import FORMATS, ONNX, graph_path, in_space, of_precision
-from gradmap_hub.layout import COMPANION_FILES, legal_texts, space_folder_of, work_folder
+from gradmap_hub.layout import COMPANION_FILES, CONFIG, legal_texts, space_folder_of, work_folder
 from gradmap_hub.models.original import OriginalModel
 from gradmap_hub.models.source import find_source, identity
 from gradmap_hub.models.tokenizer import write_tokenizer
@@ -23,7 +23,8 @@ from gradmap_hub.pipeline.connect import connect
 from gradmap_hub.pipeline.export import export_folder, export_original, held_out_rows, onnx_stage
 from gradmap_hub.progress import Reporter
 from gradmap_hub.record import Base, Quality, RunRecord
-from gradmap_hub.space.plan import ORIGINAL_FOLDER, SpacePlan, plan_of, precisions_of
+from gradmap_hub.space.kinds import Kind, plan_browser
+from gradmap_hub.space.plan import ORIGINAL_FOLDER, SpacePlan, pairs_of, plan_of, precisions_of
 from gradmap_hub.stage_cache import Stages
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from gradmap_hub.hub.client import Hub
     from gradmap_hub.models.source import Source
     from gradmap_hub.space.app import ModelFiles
+    from gradmap_hub.space.browser import BrowserPage, PromptText
 
 
 def write_space_folder(
@@ -44,6 +46,9 @@ def write_space_folder(
     target: str | None,
     rows: Rows | None,
     fit: Tensor | None = None,
+    *,
+    kind: Kind = "gradio",
+    page: BrowserPage | None = None,
 ) -> SpacePlan:
     """Write the Space of `plan` into `destination`.
 
@@ -52,6 +57,8 @@ def write_space_folder(
         rows: Held-out sequences on which quantised files of the original are measured. Without them, the original is
             exported in float32 only.
         fit: Other sequences (sequences, tokens) on which the rounding is fitted.
+        kind: The kind of Space.
+        page: For a browser Space, what it is made from.
 
     Returns:
         The plan without the precisions in which the original could not be exported. If none is left, nothing is
@@ -61,7 +68,12 @@ def write_space_folder(
         VerificationError: an exporter failed.
     """
     from gradmap_hub.space.app import ModelFiles, remove_unwanted, write_space
+    from gradmap_hub.space.browser import remove_page
+    from gradmap_hub.space.folder import set_kind
 
+    if kind == "browser":
+        assert page is not None
+        plan = _without(plan, set(plan.precisions) - set(page.pairs))
     remove_unwanted(destination, plan)
     companions: dict[str, Path] = {}
     originals = _repository_files(original.source) if plan.runtime == "onnx" else {}
@@ -81,7 +93,9 @@ def write_space_folder(
             companions[TOKENIZER] = stages.folder / TOKENIZER
     from gradmap_hub.space.integrity import foreign_code
 
+    remove_page(destination)  # of an earlier plan
     write_space(record, plan, destination, pruned_repo=target, companions=companions, originals=originals)
+    set_kind(destination, kind, page, stages.reporter)
     found = foreign_code(destination)
     if found is not None:  # it was there before, and would run with the app
         raise UnsafeToPublish(f"{destination.name}/{found}", "is not part of the comparison app", hint="Remove it.")
@@ -107,9 +121,64 @@ def _quantised(plan: SpacePlan) -> list[str]:
     return [name for name in plan.stored if of_precision(name).name != ONNX]
 
 
-def finished_space(folder: Path, record: RunRecord, precisions: Collection[str]) -> Path | None:
+def browser_page(folder: Path, record: RunRecord, endpoint: str) -> BrowserPage | None:
+    """What the browser Space of a model folder is made from; None if the models do not fit into a browser.
+
+    Raises:
+        SourceError: the tokenizer's files cannot be read.
+    """
+    from gradmap_hub.space.browser import BrowserPage
+
+    pairs, wanted = pairs_of(record), browser_precisions(record)
+    if not wanted:
+        return None
+    return BrowserPage(folder, prompt_text(folder), endpoint, {name: pairs[name] for name in wanted})
+
+
+def local_page(folder: Path, endpoint: str) -> BrowserPage:
+    """What the browser Space of a model folder is made from.
+
+    Raises:
+        SpaceImpossible: the models do not fit into a browser.
+        SourceError: the record or the tokenizer's files cannot be read.
+    """
+    record = RunRecord.read(folder)
+    page = browser_page(folder, record, endpoint)
+    if page is None:
+        pairs = pairs_of(record)
+        problem = plan_browser(SpacePlan("space", "", tuple(pairs), pairs=pairs)).problem if pairs else "no ONNX file"
+        raise SpaceImpossible(f"No page for a browser: {problem}.")
+    return page
+
+
+def browser_precisions(record: RunRecord) -> tuple[str, ...]:
+    """The precisions of a finished run's files that fit into a browser beside the original's."""
+    pairs = pairs_of(record)
+    return plan_browser(SpacePlan("space", "", tuple(pairs), pairs=pairs)).precisions if pairs else ()
+
+
+def prompt_text(folder: Path) -> PromptText:
+    """How the model of a folder is prompted.
+
+    Raises:
+        SourceError: the tokenizer's files cannot be read.
+    """
+    from gradmap_hub.runtime.prompting import ModelError, TextCodec, read_json
+    from gradmap_hub.space.browser import PromptText
+
+    try:
+        codec = TextCodec.from_folder(folder)
+        context = read_json(folder / CONFIG).get("max_position_embeddings")
+    except ModelError as error:
+        raise SourceError(f"{folder}: {error}") from error
+    return PromptText(
+        codec.chat_template, codec.tokens, tuple(sorted(codec.ends)), context if isinstance(context, int) else None
+    )
+
+
+def finished_space(folder: Path, record: RunRecord, precisions: Collection[str], *, app: bool = True) -> Path | None:
     """The existing Space folder of a model folder, else None: if it is for the same original, has all precisions, and
-    contains no code but that of the installed app."""
+    contains no code but that of the installed app. `app`: whether it must hold the Gradio app."""
     from gradmap_hub.space.integrity import foreign_code
 
     space = space_folder_of(folder)
@@ -124,7 +193,7 @@ def finished_space(folder: Path, record: RunRecord, precisions: Collection[str])
         for entry in facts.precisions
         if entry.original.stored != "space" or (space / ORIGINAL_FOLDER / str(entry.file)).is_file()
     }
-    complete = set(precisions) <= there and (space / "app.py").is_file()
+    complete = set(precisions) <= there and ((space / "app.py").is_file() or not app)
     return space if complete and foreign_code(space) is None else None
 
 
@@ -162,7 +231,8 @@ def _without(plan: SpacePlan, names: set[str]) -> SpacePlan:
         return plan
     stored = tuple(name for name in plan.stored if name not in names)
     reason = plan.reason if left else f"no Space: the original could not be exported to {', '.join(sorted(names))}"
-    return SpacePlan("space" if stored else "hub", reason, left, stored)
+    pairs = {name: pair for name, pair in plan.pairs.items() if name in left}
+    return SpacePlan("space" if stored else "hub", reason, left, stored, pairs)
 
 
 def terms_of(record: RunRecord, source: Source) -> Base:
@@ -184,6 +254,7 @@ def build_space(
     against: str | None = None,
     *,
     local: bool = False,
+    kind: Kind = "gradio",
     text: str = DEFAULT_CALIBRATION,
     reporter: Reporter | None = None,
     hub: Hub | None = None,
@@ -195,6 +266,7 @@ def build_space(
         local: Write an app for this machine only, into the work folder, from which nothing is published. It may hold
             an export of any original, even one that must not be redistributed. If the Space folder next to `folder`
             has everything, it is returned instead. By default, write that Space folder.
+        kind: The kind of Space. A local one for a browser is served from the Space folder of either kind.
         text: Text on which the perplexity of the original's quantised files is measured. If it cannot be read, the app
             has no quantised files.
 
@@ -209,8 +281,10 @@ def build_space(
             f"{folder} was made from a local model, {record.base.name}.", hint="Name its folder with --against."
         )
     names = tuple(precisions_of(record))
-    if local and against is None and names and (written := finished_space(folder, record, names)) is not None:
-        return written
+    if local and against is None and names:
+        wanted = browser_precisions(record) if kind == "browser" else names
+        if (written := finished_space(folder, record, wanted, app=kind != "browser")) is not None:
+            return written
     source = find_source(model, record.base.commit if against is None else None, hub)
     if not (folder / graph_path(FORMATS[ONNX])).is_file():
         record = export_folder(folder, [ONNX], reporter=reporter)
@@ -219,7 +293,7 @@ def build_space(
     identified = {"version": __version__, "what": "space", "base": identity(source)}
     stages = Stages(work_folder(folder), reporter, identified)
     plan = (
-        SpacePlan("space", "for this machine only", names, names)
+        SpacePlan("space", "for this machine only", names, names, pairs_of(record))
         if local
         else plan_of(record, terms_of(record, source))
     )
@@ -232,7 +306,12 @@ def build_space(
         except GradmapError as error:
             reporter.note(f"Without quantised files of the original: the text cannot be read: {error.message}")
     destination = work_folder(folder) / "compare" if local else space_folder_of(folder)
-    made = write_space_folder(original, stages, record, plan, destination, record.target, rows)
+    page = local_page(folder, hub.endpoint) if kind == "browser" else None
+    if page is not None:
+        plan = _without(plan, set(plan.precisions) - set(page.pairs))
+    made = write_space_folder(
+        original, stages, record, plan, destination, record.target, rows, kind="gradio" if local else kind, page=page
+    )
     if not made.precisions:
         raise SpaceImpossible(f"{made.reason}.", hint="Name a text file with --text.")
     return destination

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from gradmap_hub.comparison import COMPARE, raw_comparison
 from gradmap_hub.files import write_text
 from gradmap_hub.formats import graph_names, in_space, of_precision
+from gradmap_hub.layout import CARD
 from gradmap_hub.models.safetensors_files import clean_config
 from gradmap_hub.record import Quality, RunRecord
 from gradmap_hub.space.plan import ORIGINAL_FOLDER, SpacePlan, graph_of
@@ -29,6 +31,7 @@ EXAMPLES = (
 STANDALONE = tuple(Path(__file__).parents[1] / name for name in ("runtime/prompting.py", "models/tokenizer_worker.py"))
 # Only for Spaces on ZeroGPU; zerogpu.py adds it.
 ZERO_GPU_MODULE = "zero_gpu.py"
+REQUIREMENTS = "requirements.txt"
 _ENGINES = {"onnx": "onnx_engine.py", "transformers": "transformers_engine.py"}
 
 
@@ -82,33 +85,48 @@ def write_space(
         originals: The original's files, precision -> files, where known.
     """
     destination.mkdir(parents=True, exist_ok=True)
-    content = content_folder()
-    unwanted = {name for runtime, name in _ENGINES.items() if runtime != plan.runtime} | {ZERO_GPU_MODULE}
-    for name in unwanted:  # of an earlier plan
-        (destination / name).unlink(missing_ok=True)
     original = destination / ORIGINAL_FOLDER
     remove_unwanted(destination, plan)
-    written: list[Path] = []
-    for path in [*sorted(content.iterdir()), *STANDALONE]:
-        if path.suffix in (".py", ".css") and path.name not in unwanted:
-            written.append(_copy(path, destination / path.name))
-    requirements = destination / "requirements.txt"
-    _copy(content / f"requirements-{plan.runtime}.txt", requirements)
-    facts = destination / COMPARE
-    content_of_facts = _compare(record, plan, pruned_repo, originals or {})
-    write_text(facts, json.dumps(content_of_facts, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-    readme = destination / "README.md"
-    write_text(readme, _readme(record, plan, pruned_repo, content))
-    written += [requirements, facts, readme]
+    facts = _compare(record, plan, pruned_repo, originals or {})
+    compare_text(destination, facts)
+    written = [destination / COMPARE, *write_app(destination, facts)]
     if plan.stored:
         original.mkdir(exist_ok=True)
         for name, path in (companions or {}).items():
-            written.append(_copy(path, original / name))
+            written.append(install(path, original / name))
         clean_config(original / "config.json")
     return written
 
 
-def _copy(source: Path, target: Path) -> Path:
+def write_app(destination: Path, facts: Mapping[str, Any]) -> list[Path]:
+    """Write the app, its requirements and README.md into `destination`; returns the files written. `facts`: content of
+    compare.json."""
+    content, runtime = content_folder(), facts["runtime"]
+    unwanted = {name for engine, name in _ENGINES.items() if engine != runtime} | {ZERO_GPU_MODULE}
+    for name in unwanted:  # of an earlier plan
+        (destination / name).unlink(missing_ok=True)
+    written: list[Path] = []
+    for path in [*sorted(content.iterdir()), *STANDALONE]:
+        if path.suffix in (".py", ".css") and path.name not in unwanted:
+            written.append(install(path, destination / path.name))
+    written.append(install(content / f"requirements-{runtime}.txt", destination / REQUIREMENTS))
+    render_readme(destination, facts, "README.md.jinja")
+    return [*written, destination / CARD]
+
+
+def remove_app(folder: Path) -> None:
+    """Remove the app from a Space folder, but for its style sheet, compare.json and README.md."""
+    for path in [*content_folder().glob("*.py"), *STANDALONE, Path(REQUIREMENTS)]:
+        (folder / path.name).unlink(missing_ok=True)
+    shutil.rmtree(folder / "__pycache__", ignore_errors=True)
+
+
+def compare_text(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Write compare.json."""
+    write_text(folder / COMPARE, json.dumps(facts, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def install(source: Path, target: Path) -> Path:
     """Copy a file over another one; over a link, not over what it leads to."""
     if target.is_symlink():
         target.unlink()
@@ -122,7 +140,7 @@ def _short(name: str) -> str:
 
 def _compare(
     record: RunRecord, plan: SpacePlan, pruned_repo: str | None, originals: Mapping[str, ModelFiles]
-) -> dict[str, object]:
+) -> dict[str, Any]:
     return {
         "schema_version": 2,
         "title": f"{_short(record.base.name)}: original and pruned",
@@ -178,8 +196,7 @@ def refresh_compare(record: RunRecord, folder: Path) -> None:
     content = raw_comparison(folder)
     wanted = {"perplexity": _perplexity(record), "healed": _healed(record)}
     if any(content.get(key, value) != value for key, value in wanted.items()):
-        text = json.dumps(content | wanted, indent=2, ensure_ascii=False, allow_nan=False)
-        write_text(facts, text + "\n")
+        compare_text(folder, content | wanted)
 
 
 def _precision(record: RunRecord, plan: SpacePlan, name: str, original: ModelFiles) -> dict[str, object]:
@@ -212,27 +229,41 @@ def _model_entry(files: ModelFiles, stored: str, path: str) -> dict[str, object]
     }
 
 
-def _readme(record: RunRecord, plan: SpacePlan, pruned_repo: str | None, content: Path) -> str:
+def render_readme(folder: Path, facts: Mapping[str, Any], template: str, **further: object) -> None:
+    """Write README.md of a Space; see `readme_text`."""
+    write_text(folder / CARD, readme_text(facts, template, **further))
+
+
+def readme_text(facts: Mapping[str, Any], template: str, **further: object) -> str:
+    """README.md of a Space.
+
+    Args:
+        facts: Content of compare.json.
+        template: Its path in the app's content.
+        further: Further variables of the template.
+    """
     environment = Environment(
-        loader=FileSystemLoader(content), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        loader=FileSystemLoader(content_folder()), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
         keep_trailing_newline=True,
     )  # fmt: skip
-    models: Sequence[str] = [name for name in (pruned_repo, record.base.repo_id) if name]
+    models = [name for name in (facts["pruned"]["repo_id"], facts["original"]["repo_id"]) if name]
+    layers = facts["layers"]
     environment.filters["markdown"] = markdown
-    return environment.get_template("README.md.jinja").render(
-        title=one_line(f"{_short(record.base.name)}: original and pruned")[:90],
+    return environment.get_template(template).render(
+        title=one_line(facts["title"])[:90],
         # The Hub allows 60 characters.
-        short_description=f"Compare {record.layers_before} with {record.layers_after} layers, live"[:60],
-        license=record.base.license and one_line(record.base.license),
+        short_description=f"Compare {layers['original']} with {layers['pruned']} layers, live"[:60],
+        license=facts["license"] and one_line(facts["license"]),
         models=[one_line(name) for name in models],
         sdk_version=SDK_VERSION,
         python_version=PYTHON_VERSION,
-        name_original=record.base.name,
-        name_pruned=pruned_repo or record.name,
-        layers_before=record.layers_before,
-        layers_after=record.layers_after,
-        healed=_healed(record) is not None,
-        runtime=plan.runtime,
-        precisions=plan.precisions,
-        stored=plan.stored,
+        name_original=facts["original"]["name"],
+        name_pruned=facts["pruned"]["name"],
+        layers_before=layers["original"],
+        layers_after=layers["pruned"],
+        healed=bool(facts.get("healed")),
+        runtime=facts["runtime"],
+        precisions=[entry["name"] for entry in facts["precisions"]],
+        stored=[entry["name"] for entry in facts["precisions"] if entry["original"]["stored"] == "space"],
+        **further,
     )

@@ -8,30 +8,36 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gradmap_hub.space.app import STANDALONE, content_folder
+from gradmap_hub.space.app import REQUIREMENTS, STANDALONE, content_folder
+from gradmap_hub.space.browser import PRUNED_FOLDER, page_files
 from gradmap_hub.space.plan import ORIGINAL_FOLDER
+from gradmap_hub.space.vendor import VENDOR, is_library
 from gradmap_hub.space.zerogpu import ZERO_REQUIREMENTS
 
-# What the app consists of; and what else is in its folder and is only read.
-_CODE, _DATA = (".py", ".css"), (".json", ".md", ".txt")
-_REQUIREMENTS = "requirements.txt"
+# What app and page consist of; and what else is in their folder and is only read.
+_CODE, _DATA = (".py", ".css", ".html", ".js"), (".json", ".md", ".txt")
+# Folders of models' files, and what in them a browser or Python could run.
+_MODELS = (ORIGINAL_FOLDER, PRUNED_FOLDER)
+_RUNNABLE = (".py", ".so", ".pyd", ".html", ".htm", ".js", ".mjs", ".css", ".wasm", ".svg", ".xhtml", ".xml")
 
 
 def foreign_code(folder: Path) -> str | None:
-    """The first entry of a Space folder that could be run and is not of the installed app; None if there is none.
+    """The first entry of a Space folder that could be run and is not of the installed app or page; None without one.
 
-    Every module and style sheet must equal the installed one byte for byte, and every line of requirements.txt one of
-    the installed requirements. Another folder than that of the stored original could shadow a package.
+    Every module, page and style sheet must equal the installed one byte for byte, every library its pin, and every line
+    of requirements.txt one of the installed requirements. Another folder could shadow a package.
     """
-    content = list(content_folder().iterdir())
-    installed = {path.name: path for path in (*content, *STANDALONE) if path.suffix in _CODE}
-    wanted = {line for path in content if path.name.startswith("requirements-") for line in _lines(path)}
+    installed = {path.name: path for path in (*_installed(), *STANDALONE) if path.suffix in _CODE}
+    requirements = [path for path in content_folder().iterdir() if path.name.startswith("requirements-")]
+    wanted = {line for path in requirements for line in _lines(path)}
     for path in sorted(folder.iterdir()):
-        if path.is_symlink() or (path.is_dir() and path.name not in (ORIGINAL_FOLDER, "__pycache__")):
+        if path.is_symlink() or (path.is_dir() and path.name not in (*_MODELS, VENDOR, "__pycache__")):
             return path.name
         if not path.is_dir() and not path.is_file():  # a pipe, which would be read for ever
             return path.name
-        if path.name == _REQUIREMENTS and not set(_lines(path)) <= wanted | ZERO_REQUIREMENTS:
+        if path.is_dir() and (found := _foreign_below(path)) is not None:
+            return found
+        if path.name == REQUIREMENTS and not set(_lines(path)) <= wanted | ZERO_REQUIREMENTS:
             return path.name
         if path.is_dir() or path.suffix in _DATA or path.name.startswith(".git"):
             continue
@@ -41,14 +47,31 @@ def foreign_code(folder: Path) -> str | None:
     return None
 
 
+def _foreign_below(folder: Path) -> str | None:
+    """The first entry of a folder of libraries that is not one of them, or of models' files that could be run."""
+    for path in sorted(folder.rglob("*")) if folder.name != "__pycache__" else ():
+        ours = path.is_file() and not path.is_symlink()
+        if folder.name == VENDOR:
+            ours = ours and is_library(path)
+        elif path.suffix.lower() in _RUNNABLE:
+            ours = False
+        if not ours and not path.is_dir():
+            return f"{folder.name}/{path.relative_to(folder).as_posix()}"
+    return None
+
+
+def _installed() -> list[Path]:
+    return [*content_folder().iterdir(), *page_files()]
+
+
 def foreign_entry(folder: Path) -> str | None:
     """The first entry of a folder that would stay beside the app if it were written there, and could be run with it;
     None if there is none."""
-    content = {path.name for path in (*content_folder().iterdir(), *STANDALONE)} | {_REQUIREMENTS}
+    content = {path.name for path in (*_installed(), *STANDALONE)} | {REQUIREMENTS}
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         known = path.name in content or path.suffix in _DATA or path.name.startswith(".git")
         if path.is_dir():
-            known = not path.is_symlink() and path.name in (ORIGINAL_FOLDER, "__pycache__")
+            known = not path.is_symlink() and path.name in (*_MODELS, VENDOR, "__pycache__")
         if not known:
             return path.name
     return None

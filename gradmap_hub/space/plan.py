@@ -7,7 +7,7 @@ precision, and one precision is loaded at a time.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from gradmap_hub.formats import graph_path, in_space, of_precision
@@ -57,12 +57,14 @@ class SpacePlan:
         reason: A sentence for the user.
         precisions: Precisions of both models, the one to load first at the front. Empty: nothing fits, so no Space.
         stored: The precisions of which the Space stores an export of the original.
+        pairs: Bytes of both models' files by precision, as far as they are known or bounded from below.
     """
 
     original: OriginalSource
     reason: str
     precisions: tuple[str, ...] = ("float32",)
     stored: tuple[str, ...] = ()
+    pairs: Mapping[str, BeforeAfter] = field(default_factory=dict, compare=False)
 
     @property
     def runtime(self) -> Literal["onnx", "transformers"]:
@@ -114,8 +116,9 @@ def plan_space(
     left_out = "".join(f"; {words}" for words in refused)
     if chosen:
         stored = [name for name in stored if name in chosen]
+        words = _words(chosen, stored, base) + left_out
         return SpacePlan(
-            "space" if stored else "hub", _words(chosen, stored, base) + left_out, tuple(chosen), tuple(stored)
+            "space" if stored else "hub", words, tuple(chosen), tuple(stored), {name: pairs[name] for name in chosen}
         )
     return _with_transformers(base, precisions, float32, hardware, left_out)
 
@@ -198,10 +201,12 @@ def graph_of(record: RunRecord, precision: str) -> tuple[int, Artifact | None]:
 def plan_of(record: RunRecord, base: Base | None = None) -> SpacePlan:
     """The Space of a finished run, from the sizes of its files; the original's are scaled by the number of parameters.
     `base`: terms of the original, if not the record's."""
-    share = record.parameters.before / max(record.parameters.after, 1)
-    sizes = {}
-    for name in precisions_of(record):
-        pruned = graph_of(record, name)[0]
-        sizes[name] = BeforeAfter(round(pruned * share), pruned)
     float32 = BeforeAfter(4 * record.parameters.before, 4 * record.parameters.after)
-    return plan_space(base or record.base, precisions_of(record), float32, sizes)
+    return plan_space(base or record.base, precisions_of(record), float32, pairs_of(record))
+
+
+def pairs_of(record: RunRecord) -> dict[str, BeforeAfter]:
+    """Bytes of both models' files by precision; the original's are scaled by the number of parameters."""
+    share = record.parameters.before / max(record.parameters.after, 1)
+    found = {name: graph_of(record, name)[0] for name in precisions_of(record)}
+    return {name: BeforeAfter(round(pruned * share), pruned) for name, pruned in found.items()}

@@ -590,3 +590,14 @@ def test_the_figures_mark_every_corrected_layer() -> None:
     assert corrected_layers(record) == [11, 18]
     assert corrected_layers(earlier_version(record)) == [18]
     assert corrected_layers(variants()["not applied"]) == []
+
+
+def test_a_model_too_large_for_a_browser_says_so() -> None:
+    record = make_record()
+    assert "too large" not in card_text(record)
+    graphs = [entry for entry in record.artifacts if entry.path.startswith("onnx/")]
+    large = [replace(entry, bytes=900_000_000) for entry in graphs]
+    share = record.parameters.before / record.parameters.after
+    text = card_text(replace(record, artifacts=large))
+    words = f"in a browser: the smallest files of both have {0.9 * (1 + share):.2f} GB."
+    assert words in text, [line for line in text.splitlines() if "too large" in line]

@@ -318,11 +318,11 @@ def test_space_refused_keeps_the_model(start_world: Any, tmp_path: Path) -> None
     api = HfApi(endpoint=poor.hub.url, token=poor.cli.token)
     for name in ("ada/one", "ada/two"):  # all that a free account may have
         api.create_repo(name, repo_type="space", space_sdk="gradio", space_hardware="zero-a10g")  # type: ignore
-    done = poor.cli.run(*push(poor, "--layers", "2", "--json"), cwd=tmp_path)
+    done = poor.cli.run(*push(poor, "--layers", "2", "--space", "gradio", "--json"), cwd=tmp_path)
     assert done.code == 0, done.err
     answer = done.json
     assert set(answer["space"]) == {"reason"} and "402" in answer["space"]["reason"]
-    assert "--no-space" in answer["space"]["reason"]
+    assert "--space browser" in answer["space"]["reason"] and "--no-space" in answer["space"]["reason"]
     assert set(poor.repositories()) == {"models/acme/tiny", "models/ada/out", "spaces/ada/one", "spaces/ada/two"}
     assert (tmp_path / "out-space" / "app.py").is_file()
     assert answer["model"]["commit"] in str(poor.repositories()["models/ada/out"])

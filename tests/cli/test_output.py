@@ -7,13 +7,16 @@ import json
 import logging
 import re
 import warnings
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from rich.markup import escape
 from rich.table import Table
 
-from gradmap_hub.cli import app, generate, output
+from gradmap_hub.cli import app, generate, output, tables
+from gradmap_hub.cli.options import with_kind
 from gradmap_hub.cli.output import Result, SafeConsole, emit
 from gradmap_hub.cli.terminal import TerminalReporter
 
@@ -123,3 +126,40 @@ def test_logs_and_warnings(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
 def test_the_consoles_of_the_command_line_are_safe() -> None:
     for console in (output.stdout, output.stderr):
         assert isinstance(console, SafeConsole) and not console._emoji
+
+
+def test_the_end_of_a_push(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The QR code is that of the Space's address, for a terminal only; the last line runs the comparison here."""
+    import segno
+    from rich.text import Text
+
+    url = "https://huggingface.co/spaces/ada/small-compare"
+    result: Any = SimpleNamespace(space=SimpleNamespace(url=url), space_kind="browser", folder=Path("a b"))
+    for terminal, quiet, shown in ((True, False, True), (True, True, False), (False, False, False)):
+        monkeypatch.setattr(tables, "stdout", SimpleNamespace(is_terminal=terminal))
+        *code, last = tables.next_view(result, quiet=quiet)
+        assert last == "try it here  gradmap-hub compare 'a b' --in browser"
+        assert any(isinstance(part, Text) for part in code) == shown
+    rows = tables.qr_code(url).splitlines()
+    # Each character is two modules, the upper one and the lower; what is drawn is light.
+    light = [[letter in upper for letter in row] for row in rows for upper in ("█▀", "█▄")]
+    matrix = [[not module for module in row] for row in segno.make(url, error="l", micro=False).matrix]
+    found = [row[2:-2] for row in light[2 : 2 + len(matrix)]]
+    assert found == matrix and all(light[0][:-1])
+    result.space, result.space_kind = None, ""
+    assert list(tables.next_view(result, quiet=False)) == ["try it here  gradmap-hub compare 'a b'"]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("push m --space --public", "push m --space=auto --public"),
+        ("publish f --space", "publish f --space=auto"),
+        ("push m --space browser", "push m --space browser"),
+        ("push m --space=zero", "push m --space=zero"),
+        ("space f --space -q", "space f --space -q"),
+        ("", ""),
+    ],
+)
+def test_space_was_a_flag(given: str, expected: str) -> None:
+    assert with_kind(given.split()) == expected.split()

@@ -112,7 +112,7 @@ def test_zero_gpu_where_a_cpu_needs_a_plan(
     result = publish(ada, folder, wait_space=60)
     assert result.space is not None and result.space_state is not None and result.space_state.stage == "RUNNING"
     assert result.space_state.words.startswith("running on zero-a10g")
-    assert "Trying zero-a10g" in ada.heard.notes[0]
+    assert "Trying zero: the app on ZeroGPU" in ada.heard.notes[0]
     assert remote_bytes(ada, SPACE, "space", tmp_path / "copy") == local_bytes(space)
     card, requirements = (space / "README.md").read_text(), (space / "requirements.txt").read_text()
     assert 'python_version: "3.12.12"\n' in card and "suggested_hardware: zero-a10g\n" in card
@@ -142,7 +142,7 @@ def test_neither(server: LocalHub, ada: Side, folder: Path, space: Path) -> None
     without_plan(server, times=2)
     result = publish(ada, folder)
     assert result.space is None and result.model.uploaded
-    assert "neither on a CPU nor on ZeroGPU (status 402)" in result.space_reason and "--no-space" in result.space_reason
+    assert "none of: gradio, zero (status 402)" in result.space_reason and "--no-space" in result.space_reason
     assert not ada.api.repo_exists(SPACE, repo_type="space")
     assert local_bytes(space) == before
 
@@ -241,11 +241,12 @@ def test_what_is_checked(server: LocalHub, ada: Side, folder: Path) -> None:
     before = local_bytes(folder.parent)
     found = checks(plan(ada, folder, collection="Mine"))
     assert list(found) == [
-        "account", "target", "space", "collection", "weights", "licence", "card", "files", "opens", "disk",
-        "upload",
+        "account", "target", "space", "kind of Space", "collection", "weights", "licence", "card", "files", "opens",
+        "disk", "upload",
     ]  # fmt: skip
     assert found["target"] == f"{TARGET} does not exist yet; it is created private"
     assert found["space"] == f"{SPACE} does not exist yet; it is created private"
+    assert found["kind of Space"] == "gradio: ada has a paid plan"
     assert found["collection"] == "ada/Mine does not exist yet; it is created private"
     assert found["licence"] == "apache-2.0, from the original" and found["card"] == "README.md is valid, with 1 results"
     assert found["files"].startswith("8 in the model")

@@ -51,7 +51,9 @@ def checks(side: Side, config: PushConfig) -> dict[str, str]:
 
 def test_what_is_checked(server: Any, ada: Side, seeded: str, tmp_path: Path) -> None:
     found = checks(ada, config(seeded, tmp_path))
-    assert list(found) == ["account", "target", "space", "weights", "licence", "card", "disk", "upload"]
+    assert list(found) == [
+        "account", "target", "space", "kind of Space", "weights", "licence", "card", "disk", "upload",
+    ]  # fmt: skip
     assert found["account"] == "ada, token of role write"
     assert found["target"] == "ada/out does not exist yet; it is created private"
     assert found["space"] == "ada/out-compare does not exist yet; it is created private"

@@ -188,7 +188,7 @@ def test_spaces_without_a_paid_plan(tmp_path: Path, point_client_at: Callable[[s
     with LocalHub(tmp_path / "hub", paid_plan=False) as hub:
         point_client_at(hub.url)
         api = HfApi(endpoint=hub.url, token=hub.add_user("ada"))
-        with pytest.raises(HfHubHTTPError, match="paid plan") as refused:
+        with pytest.raises(HfHubHTTPError, match="requires a PRO subscription") as refused:
             api.create_repo("ada/app", repo_type="space", space_sdk="gradio", exist_ok=True)
         assert refused.value.response is not None and refused.value.response.status_code == 402
         assert not api.repo_exists("ada/app", repo_type="space")

@@ -146,3 +146,71 @@ def test_move(hub: LocalHub, ada: HfApi, app: str) -> None:
             ada.move_repo("acme/renamed", target, repo_type="space")
         assert status_of(refused.value) == status
     assert ada.space_info("acme/renamed").sha == head
+
+
+def test_the_words_of_a_free_account(start_hub: Callable[..., LocalHub]) -> None:
+    hub = start_hub(plans={"ada": "free", "eve": "young", "pat": "pro", "acme": "team"})
+    zero = {"space_sdk": "gradio", "space_hardware": "zero-a10g"}
+    words = (
+        "Static Spaces are free for everyone, but hosting Gradio and Docker Spaces on free cpu-basic requires a PRO "
+        "subscription. Subscribe at https://huggingface.co/pro"
+    )
+    for name, target, allowed in (
+        ("ada", "ada", {"static", "zero"}), ("eve", "eve", {"static"}), ("pat", "pat", {"static", "zero", "gradio"}),
+        ("ada", "acme", {"static", "zero", "gradio"}),
+    ):  # fmt: skip
+        api = HfApi(endpoint=hub.url, token=hub.add_user(name, orgs=["acme"]))
+        me = api.whoami()
+        assert (me["isPro"], me["orgs"][0]["isEnterprise"]) == (name == "pat", True)
+        for kind, settings in (
+            ("gradio", {"space_sdk": "gradio"}),
+            ("static", {"space_sdk": "static"}),
+            ("zero", zero),
+        ):
+            try:
+                api.create_repo(f"{target}/{name}-{kind}", repo_type="space", **settings)  # pyright: ignore
+                made = True
+            except HfHubHTTPError as error:
+                made = False
+                assert status_of(error) == 402 and (kind == "zero" or words in str(error))
+            assert made == (kind in allowed), (name, target, kind)
+
+
+def test_the_site_of_a_static_space(hub: LocalHub, ada: HfApi) -> None:
+    import httpx
+
+    card = (
+        b"---\nsdk: static\ncustom_headers:\n  cross-origin-embedder-policy: require-corp\n"
+        b"  cross-origin-opener-policy: same-origin\n---\n"
+    )
+    ada.create_repo("ada/app", repo_type="space", space_sdk="static")
+    for name, content in (
+        ("README.md", card),
+        ("index.html", b"<p>Hello"),
+        ("js/a.mjs", b"1"),
+        ("big.wasm", b"\0" * 9),
+    ):
+        ada.upload_file(path_or_fileobj=content, path_in_repo=name, repo_id="ada/app", repo_type="space")
+    url = hub.static_url("ada/app")
+    with httpx.Client(follow_redirects=True) as client:
+        page = client.get(url.rstrip("/"))
+        assert page.status_code == 200 and page.text == "<p>Hello" and page.headers["content-type"] == "text/html"
+        assert page.headers["cross-origin-embedder-policy"] == "require-corp"
+        assert "content-security-policy" not in page.headers
+        assert client.get(url + "js/a.mjs").headers["content-type"] == "text/javascript"
+        assert client.get(url + "big.wasm").headers["content-type"] == "application/wasm"
+        assert client.get(url + "missing.js").status_code == 404
+        assert client.get(url, headers={"authorization": f"Bearer {ada.token}"}).status_code == 400  # another origin
+        # Not where the API is, and not for pages of other sites.
+        assert client.get(url.replace(str(hub.cdn_url), hub.url)).status_code == 404
+        address = f"{hub.url}/spaces/ada/app/resolve/main/index.html"
+        for origin, answer in ((str(hub.cdn_url), str(hub.cdn_url)), ("https://evil.example", None)):
+            found = client.get(address, headers={"origin": origin})
+            assert found.headers.get("access-control-allow-origin") == answer
+        hub.set_private("ada/app", True, "space")
+        assert client.get(url).status_code == 404
+        ada.create_repo("ada/other", repo_type="space", space_sdk="gradio")
+        assert client.get(hub.static_url("ada/other")).status_code == 404
+    with pytest.raises((HfHubHTTPError, ValueError), match="custom_headers"):
+        bad = card.replace(b"cross-origin-opener-policy", b"set-cookie")
+        ada.upload_file(path_or_fileobj=bad, path_in_repo="README.md", repo_id="ada/app", repo_type="space")

@@ -192,17 +192,17 @@ def push_of(path: Path, **given: Any) -> PushConfig:
 def test_a_push_is_repeated_as_published(place: Path, write: Callable[..., Path]) -> None:
     (place / "a.txt").write_text("one")
     unpublished = push_of(changed(write(), artifacts=artifacts("safetensors", "onnx", "int8")))
-    assert (unpublished.onnx, unpublished.quantize, unpublished.space) == (True, (), True)  # the defaults
+    assert (unpublished.onnx, unpublished.quantize, unpublished.space) == (True, (), "auto")  # the defaults
     record = changed(write(), target="ada/small", artifacts=artifacts("safetensors", "int4", "onnx", "int8"))
     found = push_of(record)
-    assert (found.onnx, found.quantize, found.space) == (True, ("int8", "int4"), False)
+    assert (found.onnx, found.quantize, found.space) == (True, ("int8", "int4"), "none")
     assert (found.model, found.revision) == ("acme/base", "c" * 40)
     repeated = again(record, {"eval_text": ()})
     assert (found.prune, found.repeats) == (repeated.prune, repeated.expected)
     assert (found.to, found.output, found.public) == (None, None, False)  # never the record's
-    assert push_of(changed(record, space="ada/small-compare")).space
+    assert push_of(changed(record, space="ada/small-compare")).space == "auto"
     other = push_of(record, quantize=("fp16",), space=True, to="club/x", prune=PruneConfig(layers=1))
-    assert (other.quantize, other.space, other.to, other.prune.layers) == (("fp16",), True, "club/x", 1)
+    assert (other.quantize, other.space, other.to, other.prune.layers) == (("fp16",), "auto", "club/x", 1)
     with pytest.raises(UsageError, match="--quantize writes ONNX files"):
         push_of(record, onnx=False)
     with pytest.raises(TypeError, match="model"):

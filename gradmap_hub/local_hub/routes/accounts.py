@@ -46,8 +46,8 @@ def whoami(call: Call) -> Response:
             "fullname": user.name,
             "email": f"{user.name}@users.noreply.localhost",
             "emailVerified": True,
-            "canPay": call.hub.paid_plan,
-            "isPro": call.hub.paid_plan,
+            "canPay": call.hub.plan_of(user.name) == "pro",
+            "isPro": call.hub.plan_of(user.name) == "pro",
             "avatarUrl": "",
             "orgs": [
                 {
@@ -55,7 +55,7 @@ def whoami(call: Call) -> Response:
                     "id": call.hub.accounts.org_id(org),
                     "name": org,
                     "fullname": org,
-                    "isEnterprise": False,
+                    "isEnterprise": call.hub.plan_of(org) in ("pro", "team"),
                     "canPay": False,
                     "avatarUrl": "",
                     "roleInOrg": "write",
