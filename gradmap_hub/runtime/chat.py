@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gradmap_hub.runtime.text_model import PromptError
 from gradmap_hub.runtime.prompting import LimitedRenderer, ModelError
+from gradmap_hub.runtime.text_model import PromptError
 
 _RENDER = LimitedRenderer()  # its process starts with the first prompt
 
