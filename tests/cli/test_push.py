@@ -98,7 +98,7 @@ def either(request: pytest.FixtureRequest) -> Pushed:
 
 def test_answer(either: Pushed) -> None:
     answer = either.answer
-    further = {"model": set[str](), "space": {"stage", "state"}}
+    further = {"model": set[str](), "space": {"kind", "stage", "state"}}
     for kind in either.kinds:
         assert set(answer[kind]) == {"repo_id", "commit", "url"} | further[kind]
         assert len(answer[kind]["commit"]) == 40
@@ -421,7 +421,7 @@ def test_sigterm_leaves_no_child(world: Any, plain: Pushed) -> None:
     process.terminate()
     out, err = process.communicate(timeout=20)
     assert process.returncode == 130 and out == "" and "Traceback" not in err
-    assert not psutil.wait_procs(children, timeout=5)[1]
+    assert not psutil.wait_procs(children, timeout=15)[1]
     assert not (folder / "onnx").exists()
 
 

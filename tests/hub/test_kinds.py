@@ -5,13 +5,11 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, models
 
 from gradmap_hub.comparison import raw_comparison
 from gradmap_hub.config import PublishConfig
@@ -26,7 +24,7 @@ from gradmap_hub.space.app import write_space
 from gradmap_hub.space.folder import kind_of, set_kind
 from gradmap_hub.space.plan import plan_of
 
-from .conftest import Heard, local_bytes, record_of, write_folders
+from .conftest import Heard, graph, local_bytes, record_of, write_folders
 
 ACCOUNTS = {
     "young": "free, younger than 30 days",
@@ -56,11 +54,10 @@ def small_libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def small(root: Path, *, int8: bool = True) -> Path:
     """A model folder with a tokenizer, and int8 if wanted, and its Space folder as Gradio's."""
     folder = write_folders(root)
-    Tokenizer(models.WordLevel({"a": 0, "<e>": 1}, "a")).save(str(folder / "tokenizer.json"))
     (folder / "config.json").write_text('{"model_type": "llama", "eos_token_id": 1, "max_position_embeddings": 64}')
     record = record_of()
     if int8:
-        (folder / "onnx" / "model_int8.onnx").write_bytes(random.Random(9).randbytes(9_000))
+        (folder / "onnx" / "model_int8.onnx").write_bytes(graph(9))
         graphs = [artifact(folder / "onnx" / "model_int8.onnx", folder, "int8")]
         record = dataclasses.replace(record, artifacts=graphs)
     record.write(folder)
@@ -69,7 +66,7 @@ def small(root: Path, *, int8: bool = True) -> Path:
     write_space(record, plan, space, pruned_repo=record.target, companions=companions)
     (space / "original" / "model.onnx").unlink(missing_ok=True)
     if int8:
-        (space / "original" / "model_int8.onnx").write_bytes(random.Random(8).randbytes(12_000))
+        (space / "original" / "model_int8.onnx").write_bytes(graph(8))
     return folder
 
 

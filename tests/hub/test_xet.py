@@ -54,7 +54,8 @@ def test_each_file_has_a_line_with_its_bytes(server: LocalHub, ada: Side, folder
     assert re.search(r": 3\.0 MB, 3\.0 MB of them sent with xet, [\d.,]+ [kM]B/s$", line), line
     sizes = [(folder / name).stat().st_size for name in ("model.safetensors", "onnx/model.onnx", "assets/layers.png")]
     assert ada.heard.told == sum(sizes)
-    assert sum(sizes) <= sent_by_xet(server) < 1.01 * sum(sizes) + 2000
+    # Pieces are compressed: the graph's names are shorter then.
+    assert 0.99 * sum(sizes) <= sent_by_xet(server) < 1.01 * sum(sizes) + 2000
 
 
 def test_a_display_that_is_no_more(

@@ -16,8 +16,8 @@ from gradmap_hub.errors import CalibrationError
 from gradmap_hub.evaluation.samples import prompt_ids
 from gradmap_hub.healing.self_text import render as render_self_text
 from gradmap_hub.runtime import chat, prompting
-from gradmap_hub.runtime.generation import PromptError
 from gradmap_hub.runtime.prompting import LimitedRenderer, ModelError, render_chat
+from gradmap_hub.runtime.text_model import PromptError
 
 MESSAGES = [{"role": "user", "content": "Grüße 🦊 \u2028 <b>\n"}]
 TOKENS = {"bos_token": "<s>"}
