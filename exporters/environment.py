@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from gradmap_hub.errors import ExportEnvironmentError
+from gradmap_hub.files import user_cache
 from gradmap_hub.models.transformers_compat import has_5
 from gradmap_hub.progress import Reporter
 
@@ -70,12 +71,7 @@ def folder() -> Path:
     """The environment's folder; its name depends on the requirements, the Python and the installed packages."""
     packages = sorted(f"{found.name} {found.version}" for found in importlib.metadata.distributions())
     what = "\n".join([*requirements(), sys.version, *_packages(), *packages])
-    return cache_folder() / f"onnx-{hashlib.sha256(what.encode()).hexdigest()[:16]}"
-
-
-def cache_folder() -> Path:
-    """The folder of these environments and of what `demo` downloads."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gradmap-hub"
+    return user_cache() / f"onnx-{hashlib.sha256(what.encode()).hexdigest()[:16]}"
 
 
 def requirements() -> list[str]:

