@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import os
 import subprocess
 import sys
@@ -66,9 +67,10 @@ ONLY = {"hub.publisher": {"hub", "pipeline"}, "stage_cache": {"pipeline"}, "hugg
 HEAVY = ("torch", "transformers", "huggingface_hub", "onnxruntime")
 
 
-def imports(path: Path, package: str) -> Iterator[tuple[str, bool]]:
+@functools.cache  # every row of the table reads the whole tree
+def imports(path: Path, package: str) -> tuple[tuple[str, bool], ...]:
     """Every module that a file imports, wherever the statement stands, and whether only type checkers see it."""
-    yield from _imports(ast.parse(path.read_text(encoding="utf-8")), package, False)
+    return tuple(_imports(ast.parse(path.read_text(encoding="utf-8")), package, False))
 
 
 def _imports(node: ast.AST, package: str, typing_only: bool) -> Iterator[tuple[str, bool]]:
