@@ -197,7 +197,8 @@ class Store:
         return self._known.get(_canonical(key))
 
     def put(self, key: Mapping[str, Any], value: Any) -> Any:
-        """Store a value and return it after a JSON round trip, so that first and later runs see the same value."""
+        """Store a value and return it after a JSON round trip, so that the first run sees the same value as later
+        ones."""
         self._known[_canonical(key)] = value = json.loads(json.dumps(value))
         self.computed += 1
         if self._path is not None:

@@ -35,7 +35,7 @@ WRITERS: dict[str, Writer] = {ONNX: write_optimum, "genai": write_genai, "fp16":
 
 
 def register(row: Format, write: Writer) -> None:
-    """Add a format: a row of `gradmap_hub.formats` and its writer.
+    """Add a format for this process: a row of `gradmap_hub.formats` and its writer.
 
     Raises:
         ValueError: another format has its name, file, artifact name or precision in a Space.

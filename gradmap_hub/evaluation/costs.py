@@ -26,7 +26,7 @@ from gradmap_hub.evaluation.speed import (
 from gradmap_hub.machine import hardware
 from gradmap_hub.measurements import MeasuredSpeed, Rate
 
-BATCH = 8  # of PyTorch, besides 1
+BATCH = 8  # PyTorch is measured with this batch size and with 1
 
 
 class Runnable(NamedTuple):
