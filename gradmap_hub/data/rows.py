@@ -117,7 +117,7 @@ def split_rows(
         samples, selection, held_out: Number of sequences to fit, to select and to evaluate on, over all texts; each
             text gives at least one to each.
         seed: Of the draw.
-        vocabulary: See `tokenize`.
+        seq_len, vocabulary: See `tokenize`.
 
     Raises:
         CalibrationError: a text is too short, is given twice, or contains a token that the model does not have.
@@ -158,7 +158,7 @@ def split_rows(
 
 
 def evaluation_rows(text: Text, tokenizer: Any, *, seq_len: int, rows: int, vocabulary: int | None = None) -> Rows:
-    """`rows` sequences spread evenly over a text. `vocabulary`: see `tokenize`.
+    """`rows` sequences spread evenly over a text. `seq_len`, `vocabulary`: see `tokenize`.
 
     Raises:
         CalibrationError: the text is too short, or contains a token that the model does not have.

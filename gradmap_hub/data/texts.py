@@ -71,7 +71,8 @@ def read_text(path: Path, name: str | None = None) -> Text:
     """Read up to MAX_CHARACTERS of a text file in UTF-8, with or without a byte order mark.
 
     A .jsonl file has an object with the key `text` in each line, a .json file the same or a list of such objects, and a
-    .parquet file a column `text`. Rows without a text (null) are left out. Any other file is plain text.
+    .parquet file a column `text`. Rows without a text (null) are left out. Any other file is plain text. `name`: of the
+    text; None: that of the file.
 
     Raises:
         CalibrationError: the file is missing, empty or not text, or the `text` of a row is missing or not a string.
@@ -101,7 +102,11 @@ class DatasetHub(Protocol):
 
 
 def text_of(source: str, hub: DatasetHub) -> Text:
-    """The text of a local file, or of the first file of a data set on the Hub, which is more than enough."""
+    """The text of a local file, or of the first text file of a data set on the Hub; further files are not read.
+
+    Raises:
+        CalibrationError: there is no such file or data set, or it cannot be read (see `read_text`).
+    """
     if is_local_text(source):
         return read_text(Path(source).expanduser())
     paths, name = hub.fetch_dataset_text(source)

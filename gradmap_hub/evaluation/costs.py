@@ -47,6 +47,8 @@ class Peaks:
 
 @dataclass(frozen=True)
 class Speeds:
+    """The speed of each backend, in the order of `runnables`."""
+
     entries: list[MeasuredSpeed]
 
 
@@ -56,6 +58,7 @@ def settings(context: Context) -> dict[str, int]:
 
 
 def runnables(context: Context) -> list[Runnable]:
+    """Everything that is timed: both models in PyTorch with batch 1 and BATCH, and every ONNX file with batch 1."""
     eager = [Runnable(which, PYTORCH, batch) for which in (ORIGINAL, PRUNED) for batch in (1, BATCH)]
     return eager + [Runnable(PRUNED, graph.path, 1) for graph in context.graphs]
 

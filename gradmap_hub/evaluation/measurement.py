@@ -92,7 +92,7 @@ class Models:
         self._open: tuple[str, Decoder] | None = None
 
     def load(self, which: str) -> Any:
-        """Load a model with transformers. Unlike `decoder`, this does not keep it, nor close the other one."""
+        """Load a model with transformers. Unlike in `decoder`, it is not cached, and the other model is not closed."""
         from gradmap_hub.models.checkpoint import load_model
 
         return load_model(self.folders[which], self.dtype)[0].to(self.device)

@@ -86,6 +86,7 @@ def heal_model(
     Args:
         teacher: The original's predictions for `corpus`, computed.
         part: The weights to train.
+        recipe: The hyperparameters.
         folder: Folder of the training states.
         watcher: Receives the progress.
 

@@ -3,7 +3,7 @@
     KL(p || q) = sum_v p_v (log p_v - log q_v)        p the original's (teacher), q the pruned model's (student)
 
 Only the teacher's K most likely tokens and the total mass r of all others are stored. By the log-sum inequality, the
-sum over the others is at least r (log r - log s), so the objective is this lower bound of the KL divergence:
+sum over the others is at least r (log r - log s), so this lower bound of the KL divergence is minimised:
 
     sum_{v in top K} p_v (log p_v - log q_v)  +  r (log r - log s)        r = 1 - sum p_v, s = 1 - sum q_v over top K
 
@@ -63,7 +63,8 @@ def divergence(
 
 
 class _Divergence(torch.autograd.Function):
-    """The gradient is computed with the value, chunk by chunk, so that no logits are kept for the backward pass."""
+    """Computes the gradient together with the value, chunk by chunk, so that no logits are kept for the backward
+    pass."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Any, teacher: TopK, labels: Tensor | None) -> Any:

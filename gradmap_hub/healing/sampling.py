@@ -32,7 +32,7 @@ def sample(
         model: A causal LM of transformers.
         prompts: Token ids, (length,) int64 each.
         tokens: Maximum length of a continuation.
-        top_p: See `draw`, as for `temperature` and `top_k`.
+        temperature, top_p, top_k: See `draw`.
     """
     ids, mask = _on_the_left(prompts, _pad_token(tokenizer))
     ids, mask = ids.to(model.device), mask.to(model.device)

@@ -91,6 +91,7 @@ def write_self_text(
     Args:
         model: A causal LM of transformers.
         tokens: Sampling stops once the samples kept have this many tokens.
+        recipe: How to sample and filter.
         advance: Called with the number of tokens of each sample kept.
         drafts: Stores the batches, so that an interrupted call resumes after the last one.
 

@@ -145,6 +145,7 @@ class Trainer:
         corpus: The training sequences and their order.
         teacher: The original's distributions for `corpus.ids`.
         watched: The held-out sequences with the original's distributions.
+        recipe: The hyperparameters.
         folder: Folder of the states on disk.
         key: Identifies everything that the run depends on; a state with another key is ignored.
     """
@@ -246,7 +247,7 @@ class Trainer:
         return ids[list(places)].to(device), teacher.of(places).to(device)
 
     def held_out(self) -> HeldOut:
-        """Losses and divergences of the held-out sequences."""
+        """Measure the student on the held-out sequences."""
         ids = self.watched.ids
         losses: list[float] = []
         divergences: list[float] = []

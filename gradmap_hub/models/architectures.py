@@ -109,7 +109,7 @@ class Architecture:
 
 
 def _experts(block: str, *shared: str) -> Experts:
-    """Experts named as in most families. `shared`: the output weights of the experts that every token reaches."""
+    """Experts named as in most families. `shared`: output weights of the shared experts, which every token uses."""
     outputs = ("experts*down_proj*", *shared)
     fused = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
     return Experts(

@@ -1,4 +1,4 @@
-"""Run any subset of a model's decoder layers, from any hidden state, without touching the model.
+"""Run any subset of a model's decoder layers, from any hidden state, without changing the model.
 
 Scoring, selection, compensation and evaluation all need the residual stream after some layers, and its loss. Each
 layer is called exactly as the model itself calls it: its keyword arguments (rotary embeddings, attention mask,
@@ -28,7 +28,7 @@ class _Captured(Exception):
 
 
 class Decoder:
-    """A causal LM as embedding -> layers -> final norm -> head, for sequences of one fixed length.
+    """A causal LM as embedding -> layers -> final norm -> head, for sequences of exactly `tokens` tokens.
 
     Shapes: ids (batch, tokens) int64; hidden states (batch, tokens, d); layer indices are those of `model`. Sequences
     have no padding, so the captured attention arguments hold for all of them.
@@ -55,7 +55,7 @@ class Decoder:
 
     @property
     def weight_dtype(self) -> torch.dtype:
-        """The dtype of the head."""
+        """The dtype of the head's weight."""
         return self.output.weight.dtype  # pyright: ignore
 
     @property

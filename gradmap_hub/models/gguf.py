@@ -106,7 +106,7 @@ class GgufModel:
 
     @property
     def license(self) -> str | None:
-        """The stated licence."""
+        """The licence that the file states, or None."""
         value = self.header.metadata.get("general.license")
         return value if isinstance(value, str) else None
 
@@ -229,7 +229,7 @@ def _config(header: GgufHeader, family: _Family) -> dict[str, Any]:
 
 
 def _gemma(header: GgufHeader, family: _Family, config: Mapping[str, Any]) -> dict[str, Any]:
-    """What only Gemma 2 and 3 have: windows, caps, and the scale of attention."""
+    """The config fields of Gemma 2 and 3: sliding window, soft caps, and the scale of attention."""
     if family.scaled_by_width is None:
         return {}
     prefix = header.architecture
@@ -325,7 +325,7 @@ def _check_kinds(header: GgufHeader) -> None:
 
 
 def values_of(header: GgufHeader, tensor: GgufTensor) -> ndarray:
-    """A tensor of the file in float32."""
+    """A tensor of the file, dequantised to float32."""
     import numpy as np
     from gguf import GGMLQuantizationType, dequantize
     from gguf.quants import quant_shape_to_byte_shape

@@ -88,7 +88,7 @@ class GgufHeader:
         return value
 
     def flag(self, key: str, default: bool) -> bool:
-        """True or false."""
+        """A boolean."""
         value = self.metadata.get(key, default)
         if not isinstance(value, bool):
             raise self.wrong(key, "true or false")

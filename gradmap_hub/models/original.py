@@ -44,7 +44,7 @@ class OriginalModel:
         self._translated = work / TRANSLATED
         self._tokenizer: Any = None
         self._companions: Path | None = None
-        self._builds = source.gguf is not None  # its config is ours
+        self._builds = source.gguf is not None  # its config.json is written by `convert_gguf`
         self._checked: Path | None = None
         # Tensors of the checkpoint that its model does not have; known once `checkpoint` was called.
         self.unused: list[str] = []

@@ -59,7 +59,8 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 
 @dataclass(frozen=True)
 class Files:
-    """The files to fetch from a source: `weights` (with the index, if sharded) and `companions`."""
+    """The files to fetch from a source: `weights` (with the index, if sharded; their size is `weight_bytes`) and
+    `companions`."""
 
     weights: tuple[str, ...]
     companions: tuple[str, ...]

@@ -100,7 +100,7 @@ class StreamedDecoder(Decoder):
         for name, value in values.items():
             slot = self._slot(index, name)
             if value.shape != slot.empty.shape:
-                raise ValueError(f"{slot.tensor} is {tuple(slot.empty.shape)}, not {tuple(value.shape)}")
+                raise ValueError(f"{slot.tensor} has shape {tuple(slot.empty.shape)}; got {tuple(value.shape)}")
             self._overrides[index, name] = self._converted(value.detach())
         self._refresh(index, values)
 

@@ -128,10 +128,10 @@ def score_layers(
 
 
 def _check_usable(means: Tensor, layers: Sequence[int]) -> None:
-    """`means`: of the embeddings and of the output of each layer, (layers + 1, d).
+    """Check the `means` over tokens of the embeddings and of the output of each of `layers`, (layers + 1, d).
 
     Raises:
-        BrokenCheckpointError: names the first of them that is not finite or too large.
+        BrokenCheckpointError: one is not finite or too large; the error names the first.
     """
     wrong = ~(means.abs() < _LARGEST_ACTIVATION).all(dim=-1)
     if wrong.any():

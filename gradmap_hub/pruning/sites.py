@@ -53,8 +53,8 @@ def sites_at_gaps(
 
 @dataclass(frozen=True)
 class Shift:
-    """First moment of the drift after each kept layer: ||mean(H') - mean(H)||_2, absolute and relative to
-    ||mean(H)||_2. `layers` are original indices."""
+    """First moment of the drift after each kept layer, from the original's stream H and the pruned model's H':
+    ||mean(H') - mean(H)||_2, absolute and relative to ||mean(H)||_2. `layers` are original indices."""
 
     layers: list[int]
     absolute: list[float]
