@@ -1,12 +1,15 @@
 """`python -m benchmarks.healing`: the gain of healing, by budget.
 
-The demo's model is pruned once; each budget heals a copy of the folder with `gradmap_hub.heal`, as a user does, on the
-demo's sample texts and on text that the original writes. Measured with plain transformers on text of other sources: the
-perplexity over the original's on WikiText-2, C4 and LAMBADA (geometric mean), and on chat that the original wrote with
-another seed, by the recipe of `self` text and at temperature 1.0: the mean KL(original || model) in nats per token, the
-share of repeated 4-grams in greedy answers to eight fixed prompts, and the answers themselves. Results are stored in
-OUTPUT/results.json; a second call computes only what is missing, resumes an interrupted healing, and always writes the
-section "Healing" of docs/benchmarks.md.
+The demo's model is pruned once; each budget heals a copy of the folder with `gradmap-hub heal`, on the demo's sample
+texts and on text that the original writes. Measured with plain transformers on text of other sources:
+
+- on WikiText-2, C4 and LAMBADA, perplexity divided by the original's (geometric mean);
+- on chat that the original wrote with another seed, by the recipe of `self` text and at temperature 1.0, the mean
+  KL(original || model) in nats per token;
+- greedy answers to eight fixed prompts, and their share of repeated 4-grams.
+
+Results are stored in OUTPUT/results.json; a second call computes only what is missing, resumes an interrupted healing,
+and always writes the section "Healing" of docs/benchmarks.md.
 """
 
 from __future__ import annotations

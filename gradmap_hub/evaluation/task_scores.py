@@ -54,7 +54,11 @@ def _task(context: Context, which: str, name: str) -> Step[TaskResult]:
 
 
 def result(context: Context, found: Mapping[str, Any]) -> list[MeasuredTask]:
-    """Raises SourceError: the documents of a task changed between the two models."""
+    """Both models on each task.
+
+    Raises:
+        SourceError: the documents of a task changed between the two models.
+    """
     local = context.config.tasks_from is not None
     return [compared(found[f"{ORIGINAL}-{name}"], found[f"{PRUNED}-{name}"], local=local) for name in context.tasks]
 

@@ -165,7 +165,7 @@ class Trainer:
 
         self.corpus, self.teacher, self.watched, self.recipe = corpus, teacher, watched, recipe
         self.folder, self.key = folder, key
-        # The passes set their own precision: that of an Accelerator holds for the whole process.
+        # Each pass sets its precision by autocast: that of an Accelerator is global to the process.
         on_cpu = next(student.parameters()).device.type == "cpu"
         self.accelerator = Accelerator(cpu=True) if on_cpu and torch.cuda.is_available() else Accelerator()
         student.eval()  # no dropout: the original's predictions have none
@@ -272,7 +272,7 @@ class Trainer:
         self.progress.since, self.progress.since_steps = 0.0, 0
         if value < self.progress.best:
             self.progress.best, self.progress.best_step = value, self.progress.step
-            if self.progress.step < self.steps:  # the last state is on disk anyway
+            if self.progress.step < self.steps:  # the values of the last step stay in the model, see `best`
                 self._write(BEST, self._values())
 
     def best(self) -> dict[str, Tensor]:

@@ -91,7 +91,7 @@ _KEYS = (
     "rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length", "rope.scaling.finetuned",
     "rope.scale_linear", "expert_count", "expert_used_count", "tensor_data_layout",
 )  # fmt: skip
-# Gemma 3: every sixth layer attends to everything; transformers has the same default.
+# Gemma 3: every sixth layer has full attention; transformers has the same default.
 _PATTERN = 6
 
 

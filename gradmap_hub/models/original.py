@@ -90,7 +90,7 @@ class OriginalModel:
             if self.unused:
                 several = "tensors" if len(self.unused) > 1 else "tensor"
                 self._note(
-                    f"Ignored {len(self.unused)} {several} of the checkpoint that a {base.model_type} model with this "
+                    f"Ignored {len(self.unused)} {several} of the checkpoint that a {base.model_type} with this "
                     f"config.json does not have, such as {self.unused[0]}."
                 )
             self._checked = folder

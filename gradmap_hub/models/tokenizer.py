@@ -47,7 +47,7 @@ def load_tokenizer(folder: Path, name: str, texts: Iterable[str] = ()) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False, **_own_files(folder, configs[TOKENIZER_CONFIG])
         )
-    # transformers checks neither the types in these files nor those of what it looks up by them, and tokenizers panics.
+    # transformers does not validate these files and may raise any error; the tokenizers library panics.
     except BaseException as error:
         if not isinstance(error, Exception) and not is_failure(error):
             raise
@@ -141,7 +141,7 @@ def _not_loaded(folder: Path, name: str, error: BaseException) -> SourceError:
     hint = None
     if not (folder / TOKENIZER).is_file():
         hint = f"If another version of transformers loads it, write {TOKENIZER} here with its save_pretrained."
-    # The text of an error that transformers did not expect says little without its type.
+    # The message of an unexpected error says little without its type.
     known = isinstance(error, (OSError, ValueError, ImportError, KeyError, AttributeError, TypeError))
     named = "" if known or is_failure(error) else f"{type(error).__name__}: "
     return SourceError(f"{start}{named}{reason_of(error)}", hint=hint)

@@ -38,7 +38,7 @@ PROBE = (
 
 _SLOW = f"it takes more than {SECONDS} seconds for a short text"
 _LARGE = f"it takes more than {MEMORY / 1e9:.1f} GB of memory for a short text"
-# What the Rust and the Python allocator write when memory ends.
+# What Rust's and Python's allocators write when they run out of memory.
 _NO_MEMORY = ("memory allocation of", "MemoryError", "Cannot allocate memory", "bad_alloc")
 
 
