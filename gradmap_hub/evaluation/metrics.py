@@ -1,4 +1,4 @@
-"""Two models on the same held-out sequences: token perplexity, metrics of one against the other, bootstrap intervals.
+"""Compares two models on the same held-out sequences: perplexity, metrics of one against the other, intervals.
 
 With N the negative log-likelihood per predicted token (nats), sequences r and positions t that predict a token:
 

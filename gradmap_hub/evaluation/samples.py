@@ -64,7 +64,7 @@ def result(context: Context, found: Mapping[str, Any]) -> list[Sample]:
 
 
 def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
-    """The token ids of a prompt, which is in the chat template if the tokenizer has one.
+    """The token ids of a prompt, rendered with the chat template if the tokenizer has one.
 
     Raises:
         PromptError: the template fails.

@@ -1,4 +1,4 @@
-"""Both models on the same documents of each task of lm-evaluation-harness."""
+"""Scores of both models on the same documents of each task of lm-evaluation-harness."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _task(context: Context, which: str, name: str) -> Step[TaskResult]:
 
 
 def result(context: Context, found: Mapping[str, Any]) -> list[MeasuredTask]:
-    """Both models on each task.
+    """The comparison of both models on each task.
 
     Raises:
         SourceError: the documents of a task changed between the two models.
@@ -64,7 +64,7 @@ def result(context: Context, found: Mapping[str, Any]) -> list[MeasuredTask]:
 
 
 def compared(original: TaskResult, pruned: TaskResult, *, local: bool) -> MeasuredTask:
-    """Both models on one task. `local`: the documents are from a folder, not fetched by the harness.
+    """The comparison of both models on one task. `local`: the documents are from a folder, not fetched by the harness.
 
     Raises:
         SourceError: the two results are of different documents.

@@ -1,4 +1,4 @@
-"""Both models on the same sequences of each text: perplexity, and the metrics of `METRICS`."""
+"""Perplexity of both models, and the metrics of `METRICS`, on the same sequences of each text."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Metric:
     """A row of `METRICS`.
 
     Attributes:
-        name: In the record, `[a-z0-9_]+`.
+        name: Name in the record, of the characters `[a-z0-9_]`.
         compute: See `metrics.Metric`.
         title: Heading on card and terminal. Default: `name`.
         share: Values are between 0 and 1 and shown as percentages.

@@ -96,7 +96,7 @@ def write_self_text(
         drafts: Stores the batches, so that an interrupted call resumes after the last one.
 
     Raises:
-        CalibrationError: after 200 samples, less than 5% pass the filters; or the chat template fails.
+        CalibrationError: of 200 or more samples, less than 5% pass the filters; or the chat template fails.
     """
     draw = _conversations if tokenizer.chat_template else _continuations
     kept: list[str] = []

@@ -140,7 +140,7 @@ def _not_loaded(folder: Path, name: str, error: BaseException) -> SourceError:
         return SourceError(f"{start}it needs packages that are not installed.", hint=hint)
     hint = None
     if not (folder / TOKENIZER).is_file():
-        hint = f"If another version of transformers loads it, write {TOKENIZER} here with its save_pretrained."
+        hint = f"Load it with another version of transformers and add the {TOKENIZER} that its save_pretrained writes."
     # The message of an unexpected error says little without its type.
     known = isinstance(error, (OSError, ValueError, ImportError, KeyError, AttributeError, TypeError))
     named = "" if known or is_failure(error) else f"{type(error).__name__}: "
