@@ -1,1 +1,1 @@
-"""Compares layer rankings on the same sequences; see `python -m benchmarks --help`."""
+"""Benchmarks of pruning, healing, inference and memory; see `python -m benchmarks --help` and the other modules."""

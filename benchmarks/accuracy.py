@@ -1,6 +1,6 @@
 """Accuracy on lm-evaluation-harness tasks, for some rows of the table: `python -m benchmarks --accuracy N`.
 
-The harness runs as a library on the model in memory, with the layers removed and the patch applied for that time.
+The harness runs as a library on the model in memory, with the layers temporarily removed and the patch applied.
 Prompts and metrics are those of the installed harness; the documents are local files, the network is not used.
 """
 
@@ -132,7 +132,7 @@ def _compute(
 
 
 def run_harness(model: nn.Module, tokenizer: Any, rows: int, documents: Path = DOCUMENTS) -> dict[str, dict[str, Any]]:
-    """Task -> `Score` as a dict, for the model as it is."""
+    """Task -> fields of its `Score`, for the model in its present state."""
     found = lm_harness.run_tasks(model, tokenizer, list(TASKS), documents=documents, limit=rows)
     scores: dict[str, dict[str, Any]] = {}
     for name, result in found.items():

@@ -35,7 +35,8 @@ STRENGTHS = (0.03, 0.003, 0.001, 0.0003)
 
 @dataclass(frozen=True)
 class Variant:
-    """`sites`: None for the default sites; `strength`: ridge strength, None to select it as the default does."""
+    """A variant of stage 2. `sites`: None for the default sites; `strength`: ridge strength, None to select it as the
+    default does; `kind`: kind of compensation."""
 
     name: str
     sites: list[Site] | None

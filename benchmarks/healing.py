@@ -1,12 +1,15 @@
-"""`python -m benchmarks.healing`: what healing buys, by budget.
+"""`python -m benchmarks.healing`: the gain of healing, by budget.
 
-The demo's model is pruned once; each budget heals a copy of the folder with `gradmap_hub.heal`, as a user does, on the
-demo's sample texts and on text that the original writes. Measured with plain transformers on text of other sources: the
-perplexity over the original's on WikiText-2, C4 and LAMBADA (geometric mean), and on chat that the original wrote with
-another seed, by the recipe of `self` text and at temperature 1.0: the mean divergence per token from the original, the
-share of repeated 4-grams in greedy answers to eight fixed prompts, and the answers themselves. Results are kept in
-OUTPUT/results.json; a second call computes only what is missing, goes on with a healing that was interrupted, and
-always writes the section "Healing" of docs/benchmarks.md.
+The demo's model is pruned once; each budget heals a copy of the folder with `gradmap-hub heal`, on the demo's sample
+texts and on text that the original writes. Measured with plain transformers on text of other sources:
+
+- on WikiText-2, C4 and LAMBADA, perplexity divided by the original's (geometric mean);
+- on chat that the original wrote with another seed, by the recipe of `self` text and at temperature 1.0, the mean
+  KL(original || model) in nats per token;
+- greedy answers to eight fixed prompts, and their share of repeated 4-grams.
+
+Results are stored in OUTPUT/results.json; a second call computes only what is missing, resumes an interrupted healing,
+and always writes the section "Healing" of docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -51,7 +54,9 @@ BEGIN, END = "<!-- healing -->", "<!-- /healing -->"
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.healing", description=__doc__)
-    parser.add_argument("--budgets", default="100k,500k", help="tokens, comma-separated; each heals the pruned model")
+    parser.add_argument(
+        "--budgets", default="100k,500k", help="tokens, comma-separated; the pruned model is healed once per budget"
+    )
     parser.add_argument("--ratio", type=float, default=0.25)
     parser.add_argument("--model", type=Path, help="another model folder; default: the demo's")
     parser.add_argument("--output", type=Path, default=Path("build/healing"))
@@ -88,8 +93,9 @@ def main() -> None:
 
 
 def _healed(output: Path, budget: str, original: Path, calibration: Sequence[str]) -> tuple[Path, dict[str, Any]]:
-    """A copy of the pruned folder, healed by the command; seconds of the training and of the command, tokens, and the
-    largest resident memory of the process in bytes. An interrupted one goes on."""
+    """A copy of the pruned folder, healed by `gradmap-hub heal`, with the seconds of the training ("heal") and of the
+    command ("whole"), the tokens, and the peak resident memory of the process in bytes. An interrupted one is
+    resumed."""
     folder = output / f"healed-{budget}"
     if not folder.is_dir():
         shutil.copytree(output / "pruned", folder)
@@ -112,7 +118,7 @@ def _healed(output: Path, budget: str, original: Path, calibration: Sequence[str
 
 
 def _texts(samples: Mapping[str, Path]) -> dict[str, Text]:
-    """The evaluation texts that are at hand."""
+    """The evaluation texts that exist on this machine, by name."""
     found = {"C4": read_text(samples[demo.ELSEWHERE.name])}
     if (DATA / "text" / "wikitext2_test.raw").is_file():
         found["WikiText-2"] = read_text(DATA / "text" / "wikitext2_test.raw")

@@ -78,8 +78,8 @@ class Entry:
 
 @dataclass(frozen=True)
 class Runnable:
-    """A backend that can be measured on a folder. `open` takes the batch size, `memory` returns peak bytes, `cold`
-    seconds to first token."""
+    """A backend that can be measured on a folder. `open` takes the batch size; `memory` returns peak bytes, or None;
+    `cold` returns seconds from process start to first token."""
 
     name: str
     bytes: int
@@ -194,7 +194,7 @@ def lines(entries: Sequence[Entry]) -> list[tuple[str, ...]]:
 
 
 def ratio(slower: Timed, faster: Timed) -> float:
-    """Decode speedup of `faster` over `slower`: median over the rounds."""
+    """Decode speed of `faster` divided by that of `slower`: median over the rounds."""
     return statistics.median(np.divide(slower.decode, faster.decode))
 
 

@@ -21,7 +21,7 @@ from gradmap_hub.pipeline import demo
 from gradmap_hub.progress import SilentReporter
 
 SEQ_LEN = 512
-# Evaluation texts beside the checkout; optional.
+# Folder of optional evaluation texts, beside the checkout.
 DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 _CODE_MEMBER = "exllamav3/conversion/standard_cal_data/code.utf8"
 

@@ -69,7 +69,7 @@ def write_gguf(checkpoint: Path, template: Path, destination: Path) -> None:
 
 
 def quantise(source: Path, destination: Path, type_name: str, threads: int) -> None:
-    """Quantise with llama.cpp's own routine and its default mix of types."""
+    """Quantise the GGUF file `source` with llama.cpp's own routine; `type_name`: one of TYPES."""
     import llama_cpp
 
     parameters = llama_cpp.llama_model_quantize_default_params()

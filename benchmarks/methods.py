@@ -197,7 +197,8 @@ class Store:
         return self._known.get(_canonical(key))
 
     def put(self, key: Mapping[str, Any], value: Any) -> Any:
-        """Store a value and return it after a JSON round trip, so that first and later runs see the same value."""
+        """Store a value and return it after a JSON round trip, so that the first run sees the same value as later
+        ones."""
         self._known[_canonical(key)] = value = json.loads(json.dumps(value))
         self.computed += 1
         if self._path is not None:
@@ -255,9 +256,9 @@ def split_pool(pool: Tensor) -> CalibrationRows:
 
 
 def ours(decoder: Decoder, pool: Tensor, config: PruneConfig, count: int, *, scoring: Tensor | None = None) -> Ours:
-    """The chain of `gradmap_hub.pipeline.run` (`_score`, `_select`, `_correct`), without its stages and files.
+    """The computation of `gradmap_hub.pruning.prune_model.prune_model` on the sequences `pool`, with its cost.
 
-    `scoring`: sequences for the backward pass, instead of the chain's own choice.
+    `scoring`: sequences for the backward pass; None: those that `prune_model` would take.
     """
     rows = split_pool(pool)
     score_rows = rows.fit[: config.scoring_rows] if scoring is None else scoring
@@ -503,7 +504,8 @@ FLOOR, SLEB_PLAIN = "floor", "SLEB, every trial in full"
 
 
 def times(work: Work, rows: int, *, with_sleb: bool, count: int = TIMED_COUNT) -> dict[str, dict[str, float]]:
-    """Seconds and forward-equivalents on the same `rows` sequences: the floor, SLEB as published, and ours.
+    """Seconds and forward-equivalents on the same `rows` sequences: the floor (see `_floor_seconds`), SLEB as
+    published, and ours.
 
     Floor and one-shot run three times in turn; their medians are returned. One-shot scores all sequences here, because
     the floor differentiates all.

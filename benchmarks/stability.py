@@ -34,7 +34,7 @@ MIXTURE = "mixture"
 
 
 class Sums:
-    """Scores of a growing number of sequences, in every variant. Lists are indexed by layer."""
+    """Scores of a growing number of sequences, in every variant; `readings` returns variant -> score of each layer."""
 
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder

@@ -1,9 +1,9 @@
-"""`make check-gpu`: what healing costs on this machine, by the shapes of models alone.
+"""`make check-gpu`: speed and memory of healing on this machine, for models given by their shapes.
 
-Weights and tokens are random and nothing is downloaded: the numbers are of speed and memory, and what healing buys
-is the table of `make bench-heal`. Each shape loses a quarter of its layers, the original's predictions are cached on
-disk as in `heal`, and the rest is trained by the loop of `heal`. Model FLOPs are 6 per trained weight and token, and 4
-per frozen one that gradients pass; utilisation is their share of what the device can do in bfloat16 without sparsity.
+Weights and tokens are random and nothing is downloaded; `make bench-heal` measures the gain of healing. Each shape
+loses a quarter of its layers, the original's predictions are cached on disk as in `heal`, and the rest is trained by
+the loop of `heal`. Model FLOPs are 6 per trained weight and token, and 4 per frozen weight that gradients pass through;
+utilisation is their share of the device's peak in bfloat16 without sparsity.
 
 Writes the section "Training" of docs/benchmarks.md. `--tiny` runs the same code on shapes for a CPU.
 """
@@ -38,7 +38,8 @@ PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 12
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a Llama's config, and how it is trained: `part` of its layers, `tokens` in sequences of `length`."""
+    """The sizes of a Llama's config, and how it is trained: `part` as in `healing.parts`, `tokens` in sequences of
+    `length` tokens, `per_step` sequences per optimizer step."""
 
     name: str
     hidden: int
@@ -70,7 +71,8 @@ FEW = tuple(
 
 @dataclass(frozen=True)
 class Found:
-    """Tokens per second of the original's predictions and of training, peak memory in bytes, share of the peak."""
+    """The result for a shape. `reading`: tokens per second of the original's predictions; `training`: of training;
+    `memory`: peak bytes; `utilisation`: share of the device's peak FLOP/s, None if the peak is unknown."""
 
     shape: Shape
     reading: float
@@ -81,9 +83,11 @@ class Found:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.training", description=__doc__)
-    parser.add_argument("--tiny", action="store_true", help="shapes for a CPU: the numbers say nothing, the code runs")
-    parser.add_argument("--only", help="the shapes whose name contains this")
-    parser.add_argument("--tokens", type=int, help="instead of each shape's own number")
+    parser.add_argument(
+        "--tiny", action="store_true", help="shapes for a CPU, to test the code; the numbers are meaningless"
+    )
+    parser.add_argument("--only", help="measure only shapes whose name contains this")
+    parser.add_argument("--tokens", type=int, help="tokens to train on, instead of each shape's own number")
     arguments = parser.parse_args()
     found: list[Found] = []
     for shape in FEW if arguments.tiny else SHAPES:

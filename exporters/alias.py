@@ -1,5 +1,5 @@
-"""A further name for an exported graph, without a second copy of its weights: clients look one file up by different
-names."""
+"""Gives an exported graph a second name without a second copy of its weights: clients look for the same file under
+different names."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from gradmap_hub.exporters.graph import files_of
 
 
 def main(graph: str, name: str) -> list[str]:
-    """Make `name`, beside `graph`, the same graph; returns the names of its files. A graph in one file is linked; one
-    with external data is written again, because it names the file of its data, and the data is linked."""
+    """Make the graph at the path `graph` available as `name` in the same folder; returns the names of the new files. A
+    graph in one file is hard-linked; one with external data is written again, because it contains the name of its data
+    file, and the data file is linked."""
     path = Path(graph)
     target, data = path.with_name(name), files_of(path)[1:]
     if not data:

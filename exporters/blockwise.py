@@ -12,8 +12,9 @@ A fourth is for weights that were already quantised to 4 bits, such as those of 
   multiple of the step. The zero takes the offset's whole steps; the remainder goes into further columns of the matrix,
   one per block, which are multiplied with the sum of the block's inputs.
 
-The codes have the layout of ONNX Runtime's MatMulNBits: (outputs, blocks, block * bits / 8), two 4-bit codes per byte,
-the first in the low half; without zeros the zero is 2^(bits - 1).
+In all of them, `bits` is 4 or 8, `block` is the number of inputs that share a scale, and `symmetric` leaves out the
+zeros. The codes have the layout of ONNX Runtime's MatMulNBits: (outputs, blocks, block * bits / 8), two 4-bit codes per
+byte, the first in the low half; without zeros the zero is 2^(bits - 1).
 """
 
 from __future__ import annotations

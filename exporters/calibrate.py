@@ -27,6 +27,7 @@ DISK_LIMIT = 8 << 30
 
 def main(base: str, rows: str, destination: str, head_size: int) -> bool:
     """Measure the graph `base` on `rows` (an .npy file, int64 (rows, tokens)) and write to the folder `destination`.
+    `head_size`: width of keys and values, for graphs that do not state it.
 
     Returns False and writes nothing if the matrices would exceed DISK_LIMIT bytes.
     """

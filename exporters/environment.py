@@ -1,5 +1,5 @@
-"""The Python environment of exports. Optimum does not support transformers 5; if that is installed, exports run in a
-separate environment with transformers 4.57, which the first export creates and later ones reuse.
+"""The Python environment of exports. Optimum does not support transformers 5; if version 5 is installed, exports run in
+a separate environment with transformers 4.57, which the first export creates and later ones reuse.
 
 It is layered on the current environment: torch, numpy and this package are visible from it, and only packages that are
 missing or need another version are installed into it.
@@ -30,7 +30,7 @@ _EXTRA = re.compile(r"""extra\s*==\s*["']([^"']+)["']""")
 
 
 def python() -> str:
-    """The interpreter for exports.
+    """The path of the Python interpreter for exports.
 
     Raises:
         ExportEnvironmentError: the environment does not exist, because `prepare` was not called.

@@ -39,8 +39,8 @@ GENAI_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 
 @dataclass(frozen=True)
 class Try:
-    """One recipe, the size of its file and the result of its check. `perplexity_ratio`: to the checkpoint; None if the
-    graph did not run."""
+    """One recipe, the size of its file and the result of its check. `perplexity_ratio`: perplexity divided by the
+    checkpoint's; None if the graph did not run."""
 
     recipe: str
     settings: dict[str, Any]
@@ -92,7 +92,7 @@ def supported(name: str, config: Mapping[str, Any]) -> str | None:
     unsupported = {"genai": genai.unsupported, "optimum": onnx.unsupported}.get(base_of(FORMATS[name], config))
     reason = None if unsupported is None else unsupported(config)
     if reason is None and name in LADDERS and (dimension(config, "hidden_size") or 0) % LEAST_BLOCK:
-        reason = f"its width is not a multiple of {LEAST_BLOCK}"
+        reason = f"its hidden size is not a multiple of {LEAST_BLOCK}"
     return reason
 
 
@@ -112,12 +112,13 @@ def export(
     """Write format `name` into the folder `destination` and check it against the checkpoint.
 
     Args:
-        rows: held-out tokens (sequences, tokens) for perplexity.
-        work: caches the float32 graph and the PyTorch reference for the next format; remove it with `clear`.
-        fit: separate tokens (sequences, tokens) to fit the rounding on.
-        optimum: Optimum's export of the same checkpoint, if it exists.
-        keep_failing: keep the best file even if it does not pass.
-        for_genai: write what ONNX Runtime GenAI needs beside its graphs.
+        checkpoint: Folder of the safetensors checkpoint.
+        rows: Held-out token ids for perplexity, (sequences, tokens) int64.
+        work: Folder that caches the float32 graph and the PyTorch reference for the next format; see `clear`.
+        fit: Other token ids to fit the rounding on, (sequences, tokens) int64; None: recipes with GPTQ use SEARCH.
+        optimum: Optimum's graph of the same checkpoint, if it exists.
+        keep_failing: Keep the best file even if it does not pass.
+        for_genai: Write the configuration and the tokenizer files that ONNX Runtime GenAI needs beside its graphs.
 
     A file that does not pass is deleted, as is an earlier file of the same name; the result contains the reason.
 

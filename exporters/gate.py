@@ -53,7 +53,16 @@ class GateResult:
 
 
 def check(graph: Path, reference: Path, rows: Path, layers: int, head_size: int, limits: Limits) -> GateResult:
-    """Check the graph in a fresh process. `rows`: an .npy file; `reference`: the output of `reference.main` for it."""
+    """Check the graph in a fresh process.
+
+    Args:
+        graph: The ONNX file.
+        reference: The .npz file that `reference.main` wrote for `rows`.
+        rows: An .npy file of held-out token ids, (sequences, tokens) int64.
+        layers: Number of decoder layers that the graph must have.
+        head_size: Width of keys and values, for graphs that do not state it.
+        limits: Those of the format.
+    """
     try:
         result = call(
             "gate",
@@ -72,7 +81,7 @@ def check(graph: Path, reference: Path, rows: Path, layers: int, head_size: int,
 
 
 def main(graph: str, reference: str, rows: str, layers: int, head_size: int, limits: dict[str, Any]) -> dict[str, Any]:
-    """The check itself, run in the current process. Returns the fields of a GateResult."""
+    """The check itself, run in the current process; arguments as in `check`. Returns the fields of a GateResult."""
     from gradmap_hub.exporters.session import Session
 
     session = Session(Path(graph), head_size)
@@ -112,7 +121,7 @@ def _reason(measured: GateResult, significant: int, limits: Limits) -> str:
     if limits.logits is not None and largest > limits.logits:
         return f"logits differ from PyTorch's by up to {largest:.2g}, more than {limits.logits:g}"
     if limits.greedy and significant:
-        return f"{significant} of {measured.greedy_tokens} greedy tokens are not PyTorch's"
+        return f"{significant} of {measured.greedy_tokens} greedy tokens differ from PyTorch's"
     if measured.ratio > limits.perplexity:
         return (
             f"perplexity {measured.perplexity:.2f} is {(measured.ratio - 1) * 100:.1f} % above the checkpoint's "

@@ -60,7 +60,7 @@ def unsupported(config: Mapping[str, Any]) -> str | None:
 
 
 def _window_reason(config: Mapping[str, Any]) -> str | None:
-    """The reason if layers differ in their window: the builder gives every layer the same window."""
+    """The reason if only some layers have a sliding window: the builder gives all layers the same one."""
     if not config.get("sliding_window") or config.get("use_sliding_window") is False:
         return None
     types = set(config.get("layer_types") or ())
@@ -69,7 +69,7 @@ def _window_reason(config: Mapping[str, Any]) -> str | None:
         first = int(config.get("max_window_layers", 28))
         types = {"sliding_attention"} if first <= 0 else {"full_attention", "sliding_attention"}
     if "full_attention" in types:
-        return "some of its layers attend to a window and some to everything"
+        return "some of its layers have a sliding window and others full attention"
     return None
 
 

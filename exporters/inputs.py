@@ -85,7 +85,7 @@ class Inputs:
         return self._saved("rows.npy", self._rows)
 
     def hessians(self) -> Path | None:
-        """The folder that `calibrate` writes; None without sequences to fit on, or if it would be too large."""
+        """The folder that `calibrate` writes; None without sequences to fit on, or if it would exceed DISK_LIMIT."""
         folder = self.folder / "hessians"
         if self._fit is None or folder.is_dir():
             return folder if folder.is_dir() else None
@@ -122,7 +122,7 @@ class Inputs:
 
 
 def base_of(row: Format, config: Mapping[str, Any]) -> str:
-    """What the format is made from for a model with this config.json: "optimum", "genai" or "checkpoint"."""
+    """The source of a format for a model with this config.json: "optimum", "genai" or "checkpoint"."""
     if row.base != "either":
         return row.base
     return "genai" if genai.unsupported(config) is None else "optimum"

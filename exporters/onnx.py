@@ -214,5 +214,5 @@ def _greedy(model: Any, ids: Any, mask: Any) -> Any:
 
 
 def file_names(folder: Path) -> Sequence[Path]:
-    """The files of an export in `folder`, as the stage that made it lists them."""
+    """The files of an Optimum export in `folder`; only the graph's path if there are none."""
     return [folder / name for name in _KEPT if (folder / name).exists()] or [folder / MODEL]

@@ -29,7 +29,7 @@ _ACCURACY_LEVEL = 4
 _LAYER = re.compile(r"layers\.(\d+)/.*?(\w+?)_proj")
 _SENSITIVE_ROLES = ("qkv", "v", "down")
 _GATE_ROLES = ("gate", "up", "gate_up")
-# If a larger share of the weights needs 8 bits, they do not come from 4-bit quantisation.
+# If a larger share of the weights needs 8 bits, the model does not come from 4-bit quantisation.
 _LARGEST_REST = 0.5
 # The code of 0 in 8 bits, where no zeros are stored.
 _MIDDLE_CODE = 128

@@ -16,7 +16,8 @@ class Recipe:
     """One way to quantise.
 
     `rounding`: how codes are chosen, see blockwise.py; without calibration sequences GPTQ becomes SEARCH. REGRID
-    does not round: it is for models whose weights come from 4-bit quantisation, and keeps changed matrices in 8 bits.
+    does not round: it is for models whose weights come from 4-bit quantisation; matrices that have been changed since
+    are kept in 8 bits.
     `block`: inputs per scale; halved, down to 16, for a matrix whose inputs it does not divide.
     `head_bits`: of the language-modelling head and the token embedding, which share their codes if they are tied.
     `eight_bit`: MIXED is llama.cpp's choice (value and down projections of the outer eighths of the layers and of every

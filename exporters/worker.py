@@ -29,7 +29,7 @@ def _end_with_parent() -> None:
     with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
         if os.getppid() == 1 and os.environ.get(PARENT) != "1":
-            os._exit(1)  # it died before
+            os._exit(1)  # the parent died before
 
 
 if __name__ == "__main__":

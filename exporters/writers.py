@@ -16,18 +16,18 @@ Writer = Callable[[Inputs, Path], None]
 
 
 def write_optimum(inputs: Inputs, path: Path) -> None:
-    """Optimum's float32 graph and the configuration files beside it."""
+    """Write Optimum's float32 graph and the configuration files beside it."""
     for file in onnx.file_names(inputs.optimum().parent):
         link(file, path.with_name(file.name))
 
 
 def write_genai(inputs: Inputs, path: Path) -> None:
-    """GenAI's float32 graph."""
+    """Write GenAI's float32 graph."""
     run_worker("graph", {"source": str(inputs.float32()), "destination": str(path)})
 
 
 def write_half(inputs: Inputs, path: Path) -> None:
-    """The float32 graph in float16."""
+    """Write the float32 graph converted to float16."""
     run_worker("half", {"base": str(inputs.float32()), "destination": str(path)})
 
 
@@ -35,7 +35,7 @@ WRITERS: dict[str, Writer] = {ONNX: write_optimum, "genai": write_genai, "fp16":
 
 
 def register(row: Format, write: Writer) -> None:
-    """Add a format: a row of `gradmap_hub.formats` and its writer.
+    """Add a format for this process: a row of `gradmap_hub.formats` and its writer.
 
     Raises:
         ValueError: another format has its name, file, artifact name or precision in a Space.

@@ -20,6 +20,6 @@ def runs_of_words(text: str) -> Iterator[tuple[str, ...]]:
 
 
 def shared_rows(rows: Sequence[str], calibration: Iterable[str]) -> list[int]:
-    """The indices of `rows` that share a 13-gram with a text of `calibration`."""
+    """The indices of the texts in `rows` that share a 13-gram with any text of `calibration`."""
     seen = {run for text in calibration for run in runs_of_words(text)}
     return [index for index, text in enumerate(rows) if any(run in seen for run in runs_of_words(text))]

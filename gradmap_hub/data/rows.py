@@ -22,7 +22,7 @@ from gradmap_hub.models.tokenizer_trial import failures_named
 
 @dataclass(frozen=True)
 class Rows:
-    """Sequences of one text: ids (n, seq_len) int64; `sha256` of the whole text."""
+    """Sequences of the text `name`: ids (n, seq_len) int64; `sha256` of the whole text."""
 
     name: str
     sha256: str
@@ -31,11 +31,15 @@ class Rows:
 
 @dataclass(frozen=True)
 class CalibrationRows:
-    """The sequences of a run.
+    """The sequences of a run. `fit`, `selection` and `held_out` are disjoint.
 
-    `fit` (n, seq_len) for scoring and compensation, `selection` (m, seq_len) for decisions, both int64, and per
-    calibration text the sequences `held_out` for evaluation. The three are disjoint. `sources`: `fit` per text.
-    `training`: per text all sequences but those for decisions and evaluation, which healing may train on."""
+    Attributes:
+        fit: For scoring and compensation, (n, seq_len) int64.
+        selection: For decisions between candidates, (m, seq_len) int64.
+        held_out: For evaluation, by text.
+        sources: The sequences of `fit`, by text.
+        training: What healing may train on, by text: all sequences except `selection` and `held_out`.
+    """
 
     fit: Tensor
     selection: Tensor
@@ -59,7 +63,9 @@ def tokenize(text: Text, tokenizer: Any, seq_len: int, vocabulary: int | None = 
     trained with <bos> (Gemma, Llama) predict far worse without it. An incomplete last sequence is dropped.
 
     Args:
-        vocabulary: Rows of the model's embedding; not checked if None.
+        tokenizer: A tokenizer of transformers.
+        seq_len: Initial special tokens included.
+        vocabulary: Number of embeddings of the model; None: token ids are not checked.
 
     Raises:
         CalibrationError: the text contains a token that the embedding has no row for.
@@ -72,7 +78,7 @@ def tokenize(text: Text, tokenizer: Any, seq_len: int, vocabulary: int | None = 
         raise CalibrationError(
             f"The text {text.name} contains the token {tokenizer.convert_ids_to_tokens(highest)!r} with the id "
             f"{highest}, but the model's embedding has {vocabulary} rows (vocab_size).",
-            hint="Take the token out of the text, or use the tokenizer and weights of the same revision.",
+            hint="Remove the token from the text, or use the tokenizer and weights of the same revision.",
         )
     start = torch.tensor(first, dtype=torch.long)
     own = seq_len - len(start)
@@ -82,7 +88,7 @@ def tokenize(text: Text, tokenizer: Any, seq_len: int, vocabulary: int | None = 
 
 
 def embedding_rows(config: Mapping[str, Any]) -> int | None:
-    """The rows of the embedding by a config.json; None if it does not state them."""
+    """The number of embeddings (vocab_size) that a config.json states; None if it states none."""
     rows = config.get("vocab_size")
     return rows if isinstance(rows, int) else None
 
@@ -105,14 +111,20 @@ def split_rows(
     seed: int,
     vocabulary: int | None = None,
 ) -> CalibrationRows:
-    """Draw the sequences of a run, an equal share from each text. `vocabulary`: see `tokenize`.
+    """Draw the sequences of a run, an equal share from each text.
+
+    Args:
+        samples, selection, held_out: Number of sequences to fit, to select and to evaluate on, over all texts; each
+            text gives at least one to each.
+        seed: Of the draw.
+        seq_len, vocabulary: See `tokenize`.
 
     Raises:
         CalibrationError: a text is too short, is given twice, or contains a token that the model does not have.
     """
     if len({text.sha256 for text in texts}) < len(texts):
         raise CalibrationError(
-            "The same calibration text is given twice; its sequences would be both fitted and held out.",
+            "The same calibration text is given twice; a sequence could be used both for fitting and for selection.",
             hint="Give each text once; every text gets an equal share of the sequences.",
         )
     generator = torch.Generator().manual_seed(seed)
@@ -146,7 +158,7 @@ def split_rows(
 
 
 def evaluation_rows(text: Text, tokenizer: Any, *, seq_len: int, rows: int, vocabulary: int | None = None) -> Rows:
-    """`rows` sequences spread evenly over a text. `vocabulary`: see `tokenize`.
+    """`rows` sequences spread evenly over a text. `seq_len`, `vocabulary`: see `tokenize`.
 
     Raises:
         CalibrationError: the text is too short, or contains a token that the model does not have.

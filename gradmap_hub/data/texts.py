@@ -19,9 +19,9 @@ MAX_CHARACTERS = 24_000_000
 _MOST_JSON = 8 * MAX_CHARACTERS
 # Rows of a .parquet file that are read at once.
 _BATCH = 4096
-# Tables: which of their columns is the text is not known.
+# Tables: it is not known which column holds the text.
 _TABLES = (".csv", ".tsv")
-# The first bytes of files that are no text, under any name.
+# The first bytes of binary files, which are refused whatever their name.
 _SIGNATURES = {
     b"\x1f\x8b": "gzip", b"PK\x03\x04": "ZIP", b"BZh91AY&SY": "bzip2", b"\xfd7zXZ": "xz",
     b"\x28\xb5\x2f\xfd": "Zstandard",
@@ -32,18 +32,27 @@ _GIVE = "Give a .txt or .jsonl file, or a Hub dataset as owner/name."
 
 
 def is_local_text(source: str) -> bool:
-    """Whether a calibration or evaluation source is a local file rather than a data set on the Hub."""
+    """Whether a calibration or evaluation source is a local file rather than a data set on the Hub: it exists, starts
+    with `.`, `/` or `~`, or has the suffix of a text file."""
     path = Path(source).expanduser()
     return path.exists() or source.startswith((".", "/", "~")) or path.suffix.lower() in _TEXT_SUFFIXES
 
 
 def check_texts(config: PruneMethod) -> None:
-    """Raises CalibrationError: a text file of the run does not exist."""
+    """Check that the text files of a run exist.
+
+    Raises:
+        CalibrationError: one of them does not.
+    """
     check_text_files(name for name in (*config.calibration, *config.eval_text, *config.heal_text) if name != SELF)
 
 
 def check_text_files(sources: Iterable[str]) -> None:
-    """Raises CalibrationError: a text file does not exist."""
+    """Check that those of `sources` that are local files exist.
+
+    Raises:
+        CalibrationError: one of them does not.
+    """
     for source in sources:
         if is_local_text(source) and not Path(source).expanduser().is_file():
             raise CalibrationError(f"No such text file: {source}", hint=_GIVE)
@@ -51,7 +60,7 @@ def check_text_files(sources: Iterable[str]) -> None:
 
 @dataclass(frozen=True)
 class Text:
-    """A text with its name; `sha256` of its content."""
+    """A text with its name and the `sha256` of its content."""
 
     name: str
     content: str
@@ -62,10 +71,11 @@ def read_text(path: Path, name: str | None = None) -> Text:
     """Read up to MAX_CHARACTERS of a text file in UTF-8, with or without a byte order mark.
 
     A .jsonl file has an object with the key `text` in each line, a .json file the same or a list of such objects, and a
-    .parquet file a column `text`. Rows without a text (null) are left out. Any other file is plain text.
+    .parquet file a column `text`. Rows without a text (null) are left out. Any other file is plain text. `name`: of the
+    text; None: that of the file.
 
     Raises:
-        CalibrationError: the file is missing, empty or not text, or a row has no `text` or something else in it.
+        CalibrationError: the file is missing, empty or not text, or the `text` of a row is missing or not a string.
     """
     kind = path.suffix.lower()
     if not path.exists():
@@ -92,7 +102,11 @@ class DatasetHub(Protocol):
 
 
 def text_of(source: str, hub: DatasetHub) -> Text:
-    """The text of a local file, or of the first file of a data set on the Hub, which is more than enough."""
+    """The text of a local file, or of the first text file of a data set on the Hub; further files are not read.
+
+    Raises:
+        CalibrationError: there is no such file or data set, or it cannot be read (see `read_text`).
+    """
     if is_local_text(source):
         return read_text(Path(source).expanduser())
     paths, name = hub.fetch_dataset_text(source)
@@ -119,15 +133,15 @@ def _read_encoded(path: Path, kind: str) -> str:
 
 
 def _first_character(stream: TextIO) -> str:
-    """The first character that is no white space; the stream is at its beginning again."""
+    """The first character that is not white space; the stream is rewound."""
     first = stream.read(4096).lstrip()[:1]
     stream.seek(0)
     return first
 
 
 def _line_rows(path: Path, stream: TextIO) -> Iterator[tuple[str, Any]]:
-    """What each line holds, and how an error calls it. A stream, unlike splitlines(), does not end a line at U+2028 and
-    other characters that JSON strings may contain."""
+    """(Name for error messages, JSON value) of each line that is not blank. A stream, unlike splitlines(), does not end
+    a line at U+2028 and other characters that JSON strings may contain."""
     number = 0
     while line := stream.readline(_MOST_JSON):
         number += 1

@@ -26,7 +26,7 @@ from gradmap_hub.evaluation.speed import (
 from gradmap_hub.machine import hardware
 from gradmap_hub.measurements import MeasuredSpeed, Rate
 
-BATCH = 8  # of PyTorch, besides 1
+BATCH = 8  # PyTorch is measured with this batch size and with 1
 
 
 class Runnable(NamedTuple):
@@ -47,6 +47,8 @@ class Peaks:
 
 @dataclass(frozen=True)
 class Speeds:
+    """The speed of each backend, in the order of `runnables`."""
+
     entries: list[MeasuredSpeed]
 
 
@@ -56,6 +58,7 @@ def settings(context: Context) -> dict[str, int]:
 
 
 def runnables(context: Context) -> list[Runnable]:
+    """Everything that is timed: both models in PyTorch with batch 1 and BATCH, and every ONNX file with batch 1."""
     eager = [Runnable(which, PYTORCH, batch) for which in (ORIGINAL, PRUNED) for batch in (1, BATCH)]
     return eager + [Runnable(PRUNED, graph.path, 1) for graph in context.graphs]
 

@@ -29,17 +29,17 @@ ORIGINAL, PRUNED = "original", "pruned"
 
 @dataclass(frozen=True)
 class Step(Generic[T]):
-    """One result.
+    """The computation of one cached result.
 
     Attributes:
-        name: Names the file of the result; unique within an evaluation.
+        name: Name of the result's file; unique within an evaluation.
         title: Shown while it is computed.
         kind: Dataclass of the result; it is stored as JSON.
         compute: Returns the result.
         weights: The models whose weights the result depends on.
         inputs: What else the result depends on, as JSON.
-        loads: The model that `compute` opens; None: neither may be in memory.
-        describe: One line about the result.
+        loads: The model that `compute` opens (ORIGINAL or PRUNED); None: neither may be in memory.
+        describe: Returns one line about the result.
         final: Whether later evaluations may reuse the result; one that is not final is computed again.
     """
 
@@ -65,7 +65,7 @@ class Graph:
 
 
 class Models:
-    """The two models, one of them in memory at a time.
+    """The two models, one of them in memory at a time. `tokens`: length of the sequences that decoders are opened for.
 
     Attributes:
         folders: ORIGINAL and PRUNED -> checkpoint folder.
@@ -92,7 +92,7 @@ class Models:
         self._open: tuple[str, Decoder] | None = None
 
     def load(self, which: str) -> Any:
-        """The transformers model, which the caller keeps."""
+        """Load a model with transformers. Unlike in `decoder`, it is not cached, and the other model is not closed."""
         from gradmap_hub.models.checkpoint import load_model
 
         return load_model(self.folders[which], self.dtype)[0].to(self.device)

@@ -1,4 +1,4 @@
-"""Two models on the same held-out sequences: token perplexity, metrics of one against the other, bootstrap intervals.
+"""Compares two models on the same held-out sequences: perplexity, metrics of one against the other, intervals.
 
 With N the negative log-likelihood per predicted token (nats), sequences r and positions t that predict a token:
 
@@ -45,7 +45,7 @@ def difference_interval(original: Sequence[float], changed: Sequence[float], see
 
 
 def mean_interval(values: Sequence[float], seed: int = 0) -> list[float]:
-    """95% bootstrap interval of the mean."""
+    """95% bootstrap interval of the mean of `values`."""
     return _mean_interval(torch.tensor(values, dtype=torch.float64), seed)
 
 

@@ -1,4 +1,4 @@
-"""Every ONNX file of the folder on ONNX Runtime, on the same sequences as the checkpoint."""
+"""Perplexity of every ONNX file of the folder on ONNX Runtime, on the same sequences as the checkpoint's."""
 
 from __future__ import annotations
 

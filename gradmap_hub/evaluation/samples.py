@@ -32,7 +32,7 @@ class Answers:
 
 
 def steps(context: Context) -> list[Step[Answers]]:
-    prompts = [prompt_ids(context.tokenizer, prompt) for prompt in context.prompts]  # a template may fail: at once
+    prompts = [prompt_ids(context.tokenizer, prompt) for prompt in context.prompts]  # now, because a template may fail
     return [_answers(context, which, prompts) for which in (ORIGINAL, PRUNED)]
 
 
@@ -64,7 +64,7 @@ def result(context: Context, found: Mapping[str, Any]) -> list[Sample]:
 
 
 def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
-    """The token ids of a prompt, which is in the chat template if the tokenizer has one.
+    """The token ids of a prompt, rendered with the chat template if the tokenizer has one.
 
     Raises:
         PromptError: the template fails.
@@ -76,9 +76,10 @@ def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
 
 
 def greedy_answer(backend: Backend, tokenizer: Any, ids: Sequence[int], ends: set[int]) -> str:
-    """At most `TOKENS` tokens after those of a prompt.
+    """The greedy answer of a model to a prompt, at most TOKENS tokens long, without special tokens.
 
     Args:
+        ids: Token ids of the prompt.
         ends: Token ids that end an answer.
     """
     backend.read(ids)

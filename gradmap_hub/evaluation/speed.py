@@ -196,7 +196,13 @@ def against_original(
     new_tokens: int = NEW_TOKENS,
     done: Callable[[], None] = lambda: None,
 ) -> Speed:
-    """Speed of `model` in PyTorch, unchanged and inside `pruned()`, which temporarily makes it the pruned model."""
+    """Speed of `model` in PyTorch, unchanged and inside the context `pruned()`, which makes it the pruned model.
+
+    Args:
+        prompt: Token ids.
+        new_tokens: Tokens decoded after the prompt.
+        done: Called after each turn, warm-up included.
+    """
     import torch
 
     backend, parameter = Eager(model), next(model.parameters())
@@ -247,6 +253,8 @@ def peak_memory(
 
     Args:
         backend: PYTORCH or the path of an ONNX file in `folder`.
+        batch: Number of equal sequences.
+        dtype: Name of the torch dtype for PYTORCH.
 
     Raises:
         MemoryNotMeasured: the process failed or was killed.
@@ -279,7 +287,7 @@ def _peak_of_this_process() -> int | None:
 
 
 def _answer_once(folder: Path, name: str, dtype: str, threads: int, batch: int, prompt: int, new: int) -> None:
-    """The process of `peak_memory`: prints its peak."""
+    """The process of `peak_memory`: prints its peak resident bytes."""
     backend: Backend = (
         Eager.load(folder, threads, batch=batch, dtype=dtype)
         if name == PYTORCH
@@ -293,7 +301,7 @@ def _answer_once(folder: Path, name: str, dtype: str, threads: int, batch: int, 
 
 
 def median_interval(values: Sequence[float], draws: int = 2000) -> tuple[float, float, float]:
-    """Median and its 95% bootstrap interval."""
+    """Median and the ends of its 95% bootstrap interval."""
     random = np.random.default_rng(0)
     medians = np.sort(np.median(random.choice(np.asarray(values), (draws, len(values))), axis=1))
     return float(np.median(values)), float(medians[int(0.025 * draws)]), float(medians[int(0.975 * draws) - 1])

@@ -14,7 +14,7 @@ _AGAIN = "measure again with gradmap-hub evaluate"
 
 
 def folder_sha256(folder: Path) -> str:
-    """One checksum over the safetensors files directly in a folder; a pipe, which would be read for ever, is none."""
+    """One checksum over the safetensors files directly in a folder. Pipes are skipped: reading one would never end."""
     return weights_sha256(path for path in folder.glob("*.safetensors") if path.is_file())
 
 
@@ -39,8 +39,8 @@ def without_stale(record: RunRecord, folder: Path) -> RunRecord:
 
 
 def with_earlier(record: RunRecord, folder: Path) -> RunRecord:
-    """A new record with the measurements of the folder's earlier one, as after a resumed run; pass the result to
-    `without_stale`."""
+    """A new record with the measurements of the folder's earlier record, for example after a resumed run; pass the
+    result to `without_stale`."""
     try:
         earlier = read_record(folder / FILE_NAME)
     except (FileNotFoundError, SourceError):

@@ -1,4 +1,4 @@
-"""Both models on the same documents of each task of lm-evaluation-harness."""
+"""Scores of both models on the same documents of each task of lm-evaluation-harness."""
 
 from __future__ import annotations
 
@@ -54,13 +54,17 @@ def _task(context: Context, which: str, name: str) -> Step[TaskResult]:
 
 
 def result(context: Context, found: Mapping[str, Any]) -> list[MeasuredTask]:
-    """Raises SourceError: the documents of a task changed between the two models."""
+    """The comparison of both models on each task.
+
+    Raises:
+        SourceError: the documents of a task changed between the two models.
+    """
     local = context.config.tasks_from is not None
     return [compared(found[f"{ORIGINAL}-{name}"], found[f"{PRUNED}-{name}"], local=local) for name in context.tasks]
 
 
 def compared(original: TaskResult, pruned: TaskResult, *, local: bool) -> MeasuredTask:
-    """Both models on one task. `local`: the documents are from a folder, not fetched by the harness.
+    """The comparison of both models on one task. `local`: the documents are from a folder, not fetched by the harness.
 
     Raises:
         SourceError: the two results are of different documents.

@@ -39,8 +39,8 @@ _FILTER = "none"
 
 @dataclass(frozen=True)
 class Task:
-    """A task of the harness. `definition`: path in the harness' tasks; `split`: evaluated on; `main`: main metric,
-    acc_norm if the task has it; `keys`: required in every document."""
+    """A task of the harness. `definition`: path in the harness' tasks; `split`: the split evaluated; `main`: the main
+    metric, acc_norm if the task has it; `keys`: required in every document."""
 
     name: str
     definition: str
@@ -118,7 +118,7 @@ class TaskResult:
 
 
 def chosen(names: Sequence[str]) -> tuple[str, ...]:
-    """The named tasks, each once; `paper` stands for seven tasks.
+    """The named tasks, each once; `paper` stands for the tasks of PAPER.
 
     Raises:
         UsageError: an unknown task.
@@ -185,7 +185,7 @@ def run_tasks(
     started: Callable[[int], None] = lambda _sequences: None,
     advanced: Callable[[int], None] = lambda _sequences: None,
 ) -> dict[str, TaskResult]:
-    """Task -> result of a model.
+    """Evaluate a model zero-shot: task name -> result.
 
     Args:
         documents: Folder of the documents, used offline; None: the harness fetches them.
@@ -214,7 +214,7 @@ def run_tasks(
 
 
 def _load(manager: Any, names: Sequence[str]) -> dict[str, Any]:
-    """What the harness evaluates: the tasks with their documents, without examples in the prompt."""
+    """The tasks with their documents, as the harness evaluates them, zero-shot."""
     try:
         loaded = manager.load(list(names))
     except Exception as error:  # from datasets, pyarrow, requests or huggingface_hub: no common base class
@@ -291,7 +291,7 @@ def _own_folder() -> Path:
 
 
 def _origin(task: Task) -> tuple[str, str | None]:
-    """Data set and configuration in the harness' definition."""
+    """Data set and its configuration (None: the default) in the harness' definition."""
 
     class Loader(yaml.SafeLoader):
         """Reads `!function` as a string."""

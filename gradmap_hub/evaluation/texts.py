@@ -1,4 +1,4 @@
-"""Both models on the same sequences of each text: perplexity, and the metrics of `METRICS`."""
+"""Perplexity of both models, and the metrics of `METRICS`, on the same sequences of each text."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Metric:
     """A row of `METRICS`.
 
     Attributes:
-        name: In the record, `[a-z0-9_]+`.
+        name: Name in the record, of the characters `[a-z0-9_]`.
         compute: See `metrics.Metric`.
-        title: Heading on card and terminal.
+        title: Heading on card and terminal. Default: `name`.
         share: Values are between 0 and 1 and shown as percentages.
     """
 
@@ -165,7 +165,8 @@ def _head_file(context: Context) -> Path:
 
 
 def delete_states(work: Path) -> None:
-    """Delete all stored states, also those of an evaluation that was killed: they are large."""
+    """Delete all stored states and output heads in `work`, also those of an evaluation that was killed: they are
+    large."""
     for path in (*work.glob("evaluate-states-*"), *work.glob("evaluate-head-*")):
         path.unlink(missing_ok=True)
 

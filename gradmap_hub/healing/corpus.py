@@ -13,11 +13,13 @@ from gradmap_hub.data.rows import Rows, sha256_of_ids
 
 @dataclass(frozen=True)
 class Corpus:
-    """Sequences to train on, and others to watch.
+    """The sequences to train on, and those to measure on.
 
-    `ids` (n, tokens) int64: each distinct sequence that is used, in the order of its first use. `repeats`: how often
-    the whole is read (1.0: once). `held_out`: sequences that are not trained on. `sources`: per source, the
-    sequences of `ids` that are its own.
+    Attributes:
+        ids: The distinct training sequences, in the order of their first use, (n, tokens) int64.
+        order: The sequence of each training example, as indices into `ids`.
+        held_out: Sequences of each text that are not trained on.
+        sources: The sequences of `ids` by text.
     """
 
     ids: Tensor
@@ -27,10 +29,12 @@ class Corpus:
 
     @property
     def tokens(self) -> int:
+        """Number of tokens trained on, repetitions included."""
         return len(self.order) * self.ids.shape[1]
 
     @property
     def repeats(self) -> float:
+        """How often a distinct sequence is used on average (1.0: once)."""
         return len(self.order) / len(self.ids)
 
     @property
@@ -39,11 +43,14 @@ class Corpus:
 
 
 def make_corpus(sources: Sequence[tuple[Rows, float]], held_out: Sequence[Rows], sequences: int, seed: int) -> Corpus:
-    """A shuffle of `sequences` sequences of all sources, and the ones to watch.
+    """A shuffled mixture of the sources, with the held-out sequences beside it.
 
     Args:
-        sources: Each text with its weight in the mixture. Within a text every sequence is used before any is used
+        sources: Each text with its weight in the mixture. Within a text, every sequence is used before any is used
             again.
+        held_out: Sequences that are not trained on.
+        sequences: Number of training examples.
+        seed: Of the choice and the order.
     """
     draw = torch.Generator().manual_seed(seed)
     total = sum(weight for _, weight in sources)

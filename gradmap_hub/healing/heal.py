@@ -1,8 +1,9 @@
-"""Healing: after compensation, train the pruned model to predict what the original predicts.
+"""Healing: after compensation, distil the original into the pruned model.
 
-Stage 2 solves for single linears; healing trains all weights of the layers together, for as many tokens as the user
-pays for. The paper (arXiv 2602.14649) trains nothing. Kept is the state with the lowest divergence from the original
-on held-out sequences, and only if it is lower than before by more than its standard error.
+Stage 2 solves for one linear at a time; healing trains the weights of the layers jointly, on the budget of tokens that
+the user sets. The paper (GradMAP, arXiv 2602.14649) has no such step. The state with the lowest divergence from the
+original on held-out sequences is kept, and only if it is clearly lower than before training (see
+`pruning.compensation.lowers`).
 """
 
 from __future__ import annotations
@@ -29,9 +30,8 @@ from gradmap_hub.record import HealCheck, HealRecord, TextSource
 
 @dataclass(frozen=True)
 class Student:
-    """The pruned model that is trained: float32 weights, and the function from its last hidden states to logits.
-
-    `identity` distinguishes it from other students, for resuming."""
+    """The pruned model to train, with float32 weights. `head`: maps its last hidden states to logits. `identity`:
+    distinguishes it from other students; a state on disk of another student is not resumed."""
 
     model: nn.Module
     head: Callable[[Tensor], Tensor]
@@ -39,7 +39,7 @@ class Student:
     identity: str
 
     def weights(self) -> dict[str, int]:
-        """Number of weights of "all" layers together, and of the "rest"."""
+        """Number of parameters: "all" decoder layers together, and the "rest" of the model."""
         layers = sum(p.numel() for p in self.model.get_submodule(self.architecture.layers).parameters())
         return {"all": layers, "rest": sum(p.numel() for p in self.model.parameters()) - layers}
 
@@ -53,7 +53,13 @@ class Teacher:
 
     @staticmethod
     def of(corpus: Corpus, folder: Path, vocabulary: int, identity: str, *, k: int = TOP_K) -> Teacher:
-        """Not computed yet. `identity`: of the original, with its dtype."""
+        """The caches of `corpus` in `folder`, which `TeacherCache.fill` computes.
+
+        Args:
+            vocabulary: Number of logits of the original.
+            identity: Identifies the original and the dtype of its computation.
+            k: Most likely tokens stored per position.
+        """
         watched = torch.cat([rows.ids for rows in corpus.held_out])
         return Teacher(
             TeacherCache(folder / "train", corpus.ids, vocabulary, identity, k=k),
@@ -74,11 +80,23 @@ def heal_model(
     folder: Path,
     watcher: Watcher | None = None,
 ) -> tuple[HealRecord, dict[tuple[int, str], Tensor]]:
-    """Train `student` on `corpus`, resuming from a state in `folder`.
+    """Train `student` on `corpus`, resuming from a state in `folder` if there is one. The same inputs give the same
+    bytes on the same machine.
 
-    Returns the record, and the trained weights, (index in the student, name within the layer) -> value, float32; empty
-    if the divergence on the held-out sequences did not fall clearly. The same seed gives the same bytes on the same
-    machine.
+    Args:
+        teacher: The original's predictions for `corpus`, computed.
+        part: The weights to train.
+        recipe: The hyperparameters.
+        folder: Folder of the training states.
+        watcher: Receives the progress.
+
+    Returns:
+        The record, and the trained weights, (index in the student, name within the layer) -> value, float32. The
+        weights are empty if the divergence on the held-out sequences did not clearly fall (see `lowers`).
+
+    Raises:
+        MissingExtra: the part is "lora" and peft is not installed.
+        GradmapError: a training state cannot be written.
     """
     start_training(student.model, student.architecture, part)
     key = hashlib.sha256(
@@ -93,7 +111,7 @@ def heal_model(
         with memory_kept():
             trainer.run(watcher)
     except NotFinite as error:
-        stopped = f"; stopped at step {error.step}, where the loss is not a number"
+        stopped = f"; stopped at step {error.step}, where the loss is NaN or infinite"
     after = _best(trainer, before)
     helps = lowers(before.divergences, after.divergences)
     kept = after if helps else before
@@ -130,7 +148,7 @@ def heal_model(
 
 
 def _best(trainer: Trainer, before: HeldOut) -> HeldOut:
-    """Put the best state into the model and return what it reaches."""
+    """Load the best state into the model and measure it; returns `before` if there is none."""
     best = trainer.best()
     if not best:
         return before

@@ -2,13 +2,13 @@
 
     KL(p || q) = sum_v p_v (log p_v - log q_v)        p the original's (teacher), q the pruned model's (student)
 
-The teacher is known by its K most likely tokens and the mass of all others. The sum over the others is bounded from
-below by that of their total (the log-sum inequality), which is what is minimised:
+Only the teacher's K most likely tokens and the total mass r of all others are stored. By the log-sum inequality, the
+sum over the others is at least r (log r - log s), so this lower bound of the KL divergence is minimised:
 
     sum_{v in top K} p_v (log p_v - log q_v)  +  r (log r - log s)        r = 1 - sum p_v, s = 1 - sum q_v over top K
 
 Its gradient with respect to the logits is q_v - p_v for the K tokens and q_v (1 - r / s) for the others. It is computed
-in closed form for a few positions at a time: logits over a large vocabulary are the largest tensor of a training step.
+in closed form, CHUNK positions at a time: logits over a large vocabulary are the largest tensor of a training step.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from torch import Tensor
 
 # Positions whose logits exist at once.
 CHUNK = 256
-# Least mass of the other tokens, for its logarithm.
+# Lower limit on the mass of the other tokens, so that its logarithm is finite.
 _TINY = 1e-6
 
 
 @dataclass(frozen=True)
 class TopK:
-    """A distribution per position: `indices` int64 and `logprobs` float32, both (positions, K), and `rest`, the mass
-    of all other tokens, (positions) float32."""
+    """The K most likely tokens of each position: `indices` int64 and `logprobs` float32, both (positions, K), and
+    `rest`, the total probability of all other tokens, (positions,) float32."""
 
     indices: Tensor
     logprobs: Tensor
@@ -40,7 +40,7 @@ class TopK:
 
 
 def top_k(logits: Tensor, k: int) -> TopK:
-    """The `k` most likely tokens of each position of `logits` (positions, vocabulary)."""
+    """The `TopK` of `logits` (positions, vocabulary) with K = `k`."""
     logits = logits.float()
     values, indices = logits.topk(k, dim=-1)
     logprobs = values - logits.logsumexp(dim=-1, keepdim=True)
@@ -50,19 +50,21 @@ def top_k(logits: Tensor, k: int) -> TopK:
 def divergence(
     hidden: Tensor, head: Callable[[Tensor], Tensor], teacher: TopK, labels: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Divergence of each position in nats, (positions), and without gradient the NLL of `labels` (positions).
+    """Per-position KL(teacher || student) in nats, (positions,), with all tokens outside the teacher's top K lumped
+    together (a lower bound, see the module), and the detached NLL of `labels`, (positions,), or None without labels.
 
     Args:
-        hidden: The student's hidden states before `head`, (positions, d); the sum of the divergences may be
-            differentiated with respect to it. Parameters of `head` get no gradient.
-        head: From hidden states to logits (positions, vocabulary).
-        labels: Tokens whose negative log-likelihood is wanted.
+        hidden: Student hidden states fed to `head`, (positions, d). Gradients flow to `hidden` only.
+        head: Maps hidden states to logits (positions, vocabulary).
+        teacher: The original's top-K distribution at the same positions.
+        labels: Token ids, (positions,) int64.
     """
     return _Divergence.apply(hidden, head, teacher, labels)  # pyright: ignore[reportReturnType]
 
 
 class _Divergence(torch.autograd.Function):
-    """The gradient is computed with the value, chunk by chunk, so that no logits are kept for the backward pass."""
+    """Computes the gradient together with the value, chunk by chunk, so that no logits are kept for the backward
+    pass."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Any, teacher: TopK, labels: Tensor | None) -> Any:
@@ -79,7 +81,7 @@ class _Divergence(torch.autograd.Function):
             values.append(value)
             losses.append(loss)
             if gradient is not None:
-                # d/dx of every position by itself: positions do not depend on each other here.
+                # The gradient of each position separately: `head` treats positions independently.
                 [gradient[part]] = torch.autograd.grad(logits, inputs, direction.to(logits.dtype))
         ctx.save_for_backward(gradient)
         found = torch.cat(losses) if labels is not None else None
@@ -96,7 +98,7 @@ class _Divergence(torch.autograd.Function):
 def _chunk(logits: Tensor, teacher: TopK, labels: Tensor | None, part: slice) -> tuple[Tensor, Tensor, Tensor]:
     """Divergence and NLL of each position (zeros without `labels`), and the gradient with respect to the logits.
 
-    In place in one float32 tensor: a further one of its size costs more than the arithmetic."""
+    Works in place on one float32 copy of the logits: a second tensor of that size costs more than the arithmetic."""
     student = logits.to(torch.float32, copy=True)
     student -= student.logsumexp(dim=-1, keepdim=True)
     indices, logprobs, rest = teacher.indices[part], teacher.logprobs[part], teacher.rest[part]

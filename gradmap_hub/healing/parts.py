@@ -1,6 +1,7 @@
 """Which weights are trained: all layers, those around the gaps, or low-rank adapters that are merged afterwards.
 
-Never the embedding, the head and the final norm: in small models the first two are one matrix and the largest of all.
+The embedding, the LM head and the final norm are never trained. In small models the first two are usually tied, and
+are the largest matrix.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from gradmap_hub.errors import MissingExtra
 from gradmap_hub.healing.sharding import whole
 from gradmap_hub.models.architectures import Architecture
 
-# Trained layers after each gap, and at the end of the model.
+# Part "gaps": trained layers after each gap, and at the end of the model.
 BEHIND, LAST = 2, 3
-# Rank and scale of the adapters.
+# Rank and alpha of the LoRA adapters.
 RANK, ALPHA = 32, 64
 # Bytes per trained weight: value, gradient and the two moments of AdamW in float32.
 TRAINED_BYTES = 16
@@ -27,14 +28,16 @@ SHARE = 0.6
 
 @dataclass(frozen=True)
 class Part:
-    """The trained weights. `name`: all, gaps or lora; `layers`: indices in the student."""
+    """Which weights are trained. `name`: "all", "gaps" or "lora"; `layers`: the trained layers, as indices in the
+    student."""
 
     name: str
     layers: list[int]
 
 
 def layers_around_gaps(kept: Sequence[int], removed: Sequence[int]) -> list[int]:
-    """Original indices of the last kept layer before each gap, the first ones after it, and the last ones."""
+    """The layers of part "gaps": the last kept layer before each gap, the first BEHIND kept layers after it, and the
+    last LAST kept layers. All indices are original ones; `kept` is ascending, as is the result."""
     found: set[int] = set(kept[-LAST:])
     for layer in removed:
         found.update([other for other in kept if other < layer][-1:])
@@ -45,11 +48,14 @@ def layers_around_gaps(kept: Sequence[int], removed: Sequence[int]) -> list[int]
 def choose_part(
     wanted: str, kept: Sequence[int], removed: Sequence[int], weights: Mapping[str, int], free: int
 ) -> Part:
-    """The part for `wanted`, or for "auto" the largest that fits into `free` bytes.
+    """The part of that name, or for "auto" the first of "all", "gaps" that fits into SHARE of `free`, else "lora".
 
     Args:
-        kept: Original indices of the student's layers.
-        weights: Number of weights: "all" layers together, and the "rest" of the model.
+        wanted: "all", "gaps", "lora" or "auto".
+        kept: Original indices of the student's layers, ascending.
+        removed: Original indices of the removed layers.
+        weights: Number of parameters: "all" layers together, and the "rest" of the model.
+        free: Bytes of free memory.
     """
     around = [kept.index(layer) for layer in layers_around_gaps(kept, removed)]
     everything = list(range(len(kept)))
@@ -69,7 +75,7 @@ def choose_part(
 
 
 def free_bytes(device: str) -> int:
-    """Memory that is free for the training."""
+    """Bytes of free memory: of the GPU if `device` is "cuda", else of the machine."""
     if device == "cuda":
         import torch
 
@@ -80,7 +86,8 @@ def free_bytes(device: str) -> int:
 
 
 def start_training(student: nn.Module, architecture: Architecture, part: Part) -> None:
-    """Let exactly the weights of `part` require a gradient; adapters are added for "lora".
+    """Set `requires_grad` on exactly the weights of `part`. For "lora", adapters are added to all linears of the
+    layers, and only these are trained.
 
     Raises:
         MissingExtra: peft is not installed.
@@ -96,7 +103,8 @@ def start_training(student: nn.Module, architecture: Architecture, part: Part) -
 
 
 def trained_values(student: nn.Module, architecture: Architecture, part: Part) -> dict[tuple[int, str], Tensor]:
-    """Copies of the trained weights: (index in the student, name within the layer) -> value. Adapters are merged."""
+    """Copies of the trained weights, in full if they are sharded: (index in the student, name within the layer) ->
+    value. Adapters are first merged into their linears."""
     layers: Any = student.get_submodule(architecture.layers)
     found: dict[tuple[int, str], Tensor] = {}
     if part.name == "lora":

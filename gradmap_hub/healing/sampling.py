@@ -1,8 +1,8 @@
-"""Sampling many texts at once from a model in PyTorch, as fast as a batch allows.
+"""Batched sampling from a model in PyTorch.
 
-transformers' `generate` runs a batch until its longest text ends, copies the whole key-value cache for every token, and
-repeats the keys and values of grouped-query attention for every head. Here texts that have ended leave the batch, the
-cache is allocated once, and the heads of a group share one read of it.
+transformers' `generate` runs a batch until its longest text ends, copies the whole KV cache for every token, and
+repeats the keys and values of grouped-query attention for every head. Here finished texts leave the batch, the cache is
+allocated once, and the query heads of a group share one read of it.
 """
 
 from __future__ import annotations
@@ -19,20 +19,26 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from gradmap_hub.models.original import end_tokens
 
-# The batch is made smaller when this share of its rows has ended: what leaves costs one copy of the cache.
+# The batch shrinks once this share of its texts has ended; shrinking copies the cache once.
 _ENDED = 0.2
 
 
 def sample(
     model: Any, tokenizer: Any, prompts: Sequence[Tensor], tokens: int, *, temperature: float, top_p: float, top_k: int
 ) -> list[str]:
-    """Continuations of `prompts` (each (tokens)) of at most `tokens` tokens, without special tokens. Of the `top_k`
-    most likely tokens, those are drawn from that make up `top_p` of the probability at `temperature`."""
+    """Sample one continuation per prompt, decoded without special tokens.
+
+    Args:
+        model: A causal LM of transformers.
+        prompts: Token ids, (length,) int64 each.
+        tokens: Maximum length of a continuation.
+        temperature, top_p, top_k: See `draw`.
+    """
     ids, mask = _on_the_left(prompts, _pad_token(tokenizer))
     ids, mask = ids.to(model.device), mask.to(model.device)
     ends = torch.tensor(sorted(end_tokens(model, tokenizer)), device=model.device)
     found: list[list[int]] = [[] for _ in prompts]
-    rows = torch.arange(len(prompts))  # the text of each row of the batch
+    rows = torch.arange(len(prompts))  # index into `prompts` of each row of the batch
     alive = torch.ones(len(prompts), dtype=torch.bool)
     cache = _cache(mask.shape[1] + tokens)
     given = inspect.signature(model.forward).parameters
@@ -61,8 +67,10 @@ def sample(
 
 
 def draw(logits: Tensor, temperature: float, top_p: float, top_k: int) -> Tensor:
-    """One token for each row of logits (rows, vocabulary), as (rows, 1). A sort of the whole vocabulary, as a plain
-    top-p needs, would cost more than the model."""
+    """Sample one token id for each row of `logits` (rows, vocabulary): (rows, 1) int64.
+
+    At `temperature`, top-p is applied among the `top_k` most likely tokens, whose probabilities are renormalised first:
+    sorting the whole vocabulary, as plain top-p does, would cost more than the model."""
     values, indices = logits.topk(min(top_k, logits.shape[-1]), dim=-1)
     probabilities = (values.float() / temperature).softmax(dim=-1)
     before = probabilities.cumsum(dim=-1) - probabilities
@@ -70,7 +78,8 @@ def draw(logits: Tensor, temperature: float, top_p: float, top_k: int) -> Tensor
 
 
 def _on_the_left(prompts: Sequence[Tensor], pad: int) -> tuple[Tensor, Tensor]:
-    """Prompts padded on the left, so that all continue at the same place, and their mask: both (prompts, longest)."""
+    """The prompts, left-padded so that all end at the same position, and their attention mask: (prompts, longest)
+    each."""
     longest = max(len(prompt) for prompt in prompts)
     ids = torch.full((len(prompts), longest), pad)
     mask = torch.zeros_like(ids)
@@ -85,7 +94,8 @@ def _pad_token(tokenizer: Any) -> int:
 
 
 def _cache(capacity: int) -> Cache:
-    """An empty cache with room for `capacity` tokens in each layer; in sliding ones, their masks hide the rest."""
+    """An empty KV cache with room for `capacity` tokens in every layer. Sliding-window layers also keep all tokens; the
+    attention mask hides those outside the window."""
 
     class Layer(_Allocated):
         room = capacity
@@ -94,7 +104,7 @@ def _cache(capacity: int) -> Cache:
 
 
 class _Allocated(DynamicLayer):
-    """A layer of the cache in memory that is allocated once; `keys` and `values` are views of what is filled."""
+    """A layer of the KV cache, allocated once for `room` tokens; `keys` and `values` are views of the filled part."""
 
     room: int
 
@@ -124,8 +134,9 @@ class _Allocated(DynamicLayer):
 
 @contextmanager
 def _grouped_attention() -> Iterator[None]:
-    """Attention by scaled dot product for which the heads of a group are further queries of one head, where there is
-    one token to a row: they see the same keys, so nothing is repeated."""
+    """Inside this context, "sdpa" attention with one query token per text passes the query heads of a group as several
+    queries of one head. They attend to the same keys, so keys and values are not repeated. Other calls are
+    unchanged."""
     plain = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
     def grouped(

@@ -1,4 +1,4 @@
-"""Text that the original writes itself, to calibrate or to heal on: no data set, and what its users ask it for.
+"""Text that the original generates itself, to calibrate or heal on: it needs no data set and resembles the model's use.
 
 A chat model is given only the opening of a user's turn in its own template, so that it writes the question, and then
 answers it (Magpie, arXiv 2406.08464). A base model continues from its first token. Samples that repeat themselves,
@@ -26,10 +26,10 @@ from gradmap_hub.measurements import repeated_share
 from gradmap_hub.runtime.chat import chat_text
 from gradmap_hub.runtime.text_model import PromptError
 
-# What is compared with other texts, and the whole sample.
+# (Content that is compared with other samples, whole sample in the chat template).
 Draft: TypeAlias = tuple[str, str]
 
-# Stands for the content of a message when a template is taken apart.
+# Placeholder for the content of a message, to find where a template inserts it.
 _MARK = "\u2063gradmap\u2063"
 
 
@@ -37,10 +37,17 @@ _MARK = "\u2063gradmap\u2063"
 class SelfTextRecipe:
     """How text is sampled and filtered.
 
-    `temperature` is that of conversations: below 1 the questions make more sense. `text_temperature` is that of a base
-    model, which continues from its first token and needs the variety.
-    `repeated`: the largest share of 4-grams of words that occurred before in a sample. `similar`: the largest Jaccard
-    similarity of the word 5-grams of two samples, estimated by MinHash."""
+    Attributes:
+        temperature: Of conversations; below 1 the questions make more sense.
+        text_temperature: Of a base model, which continues from its first token and needs the variety.
+        top_p, top_k: See `sampling.draw`.
+        batch: Most texts sampled together.
+        question_tokens, answer_tokens: Maximum lengths. The text of a base model may have as many as both together.
+        least_tokens: Shorter samples are dropped.
+        repeated: Samples with a larger share of repeated word 4-grams are dropped.
+        similar: Samples whose word 5-grams have this Jaccard similarity with an earlier sample are dropped; estimated
+            by MinHash.
+    """
 
     seed: int = 0
     temperature: float = 0.6
@@ -60,7 +67,7 @@ class SelfTextRecipe:
 
 @dataclass(frozen=True)
 class SelfText:
-    """The samples, and how many were drawn and dropped. `tokens`: of the samples kept."""
+    """The samples kept, their number of `tokens`, how many were `drawn`, and how many were dropped for each reason."""
 
     samples: list[str]
     tokens: int
@@ -82,11 +89,14 @@ def write_self_text(
     seed gives the same text on the same machine.
 
     Args:
-        advance: Is told the tokens of each sample kept.
-        drafts: Where batches are kept, so that an interrupted call goes on behind the last one.
+        model: A causal LM of transformers.
+        tokens: Sampling stops once the samples kept have this many tokens.
+        recipe: How to sample and filter.
+        advance: Called with the number of tokens of each sample kept.
+        drafts: Stores the batches, so that an interrupted call resumes after the last one.
 
     Raises:
-        CalibrationError: almost nothing of what the model writes passes the filters.
+        CalibrationError: of 200 or more samples, less than 5% pass the filters; or the chat template fails.
     """
     draw = _conversations if tokenizer.chat_template else _continuations
     kept: list[str] = []
@@ -122,25 +132,25 @@ def write_self_text(
                 raise CalibrationError(
                     f"Of {drawn} texts that the model wrote, {len(kept)} pass the filters ({repetitive} repeat "
                     f"themselves, {short} are too short, {duplicates} are near duplicates).",
-                    hint="Give a text instead of `self`.",
+                    hint="Give a text file or a Hub data set instead of `self`.",
                 )
-    raise AssertionError  # the batches do not end
+    raise AssertionError  # unreachable: the batches do not end
 
 
 def _seed(seed: int, batch: int) -> int:
-    """The seed of a batch, which does not depend on those before it. torch's generator on CPUs takes 32 bits."""
+    """The seed of batch number `batch`, independent of earlier batches; torch's CPU generator takes 32 bits."""
     return int.from_bytes(hashlib.sha256(f"{seed} {batch}".encode()).digest()[:4], "big")
 
 
 class Drafts:
-    """The batches written so far, one JSON line each, in a file of its own. `key`: what they depend on; a file with
-    another one is begun anew."""
+    """The batches sampled so far, stored in `file`, one JSON line each. `key`: identifies everything that they depend
+    on; a file with another key is overwritten."""
 
     def __init__(self, file: Path, key: str) -> None:
         self._file, self._key = file, key
 
     def read(self) -> list[list[Draft]]:
-        """The complete batches; what follows them in the file, of an interrupted write, is cut off."""
+        """The complete batches. A partial last line, left by an interrupted write, is removed from the file."""
         lines = self._file.read_bytes().splitlines(keepends=True) if self._file.is_file() else []
         batches: list[list[Draft]] = []
         good = [json.dumps(self._key).encode() + b"\n"]
@@ -163,7 +173,7 @@ class Drafts:
 
 
 def _rows(tokens: int, recipe: SelfTextRecipe) -> int:
-    """How many texts to write together: enough for `tokens`, should a third of them be lost to the filters."""
+    """Size of the next batch: enough texts for `tokens` even if the filters drop a third, at most `recipe.batch`."""
     return max(1, min(recipe.batch, math.ceil(1.5 * tokens / recipe.answer_tokens)))
 
 
@@ -192,7 +202,7 @@ class _Seen:
 
 
 def _conversations(model: Any, tokenizer: Any, recipe: SelfTextRecipe, rows: int) -> list[Draft]:
-    """(Question and answer, the conversation in the model's template), of `rows` written together."""
+    """At most `rows` conversations, sampled as one batch: (question and answer, conversation in the chat template)."""
     opening = render(tokenizer, [{"role": "user", "content": _MARK}]).split(_MARK)[0]
     ids = tokenizer(opening, add_special_tokens=False)["input_ids"] or [_first_token(tokenizer)]
     starts = [torch.tensor(ids)] * rows
@@ -210,7 +220,7 @@ def _conversations(model: Any, tokenizer: Any, recipe: SelfTextRecipe, rows: int
 
 
 def _continuations(model: Any, tokenizer: Any, recipe: SelfTextRecipe, rows: int) -> list[Draft]:
-    """(Text, text), each from the token that begins a document, of `rows` written together."""
+    """`rows` texts, sampled as one batch from the token that begins a document: (text, the same text)."""
     starts, length = [torch.tensor([_first_token(tokenizer)])] * rows, recipe.question_tokens + recipe.answer_tokens
     return [(text, text) for text in _write(model, tokenizer, starts, length, recipe, recipe.text_temperature)]
 
@@ -222,7 +232,7 @@ def _first_token(tokenizer: Any) -> int:
 
 
 def render(tokenizer: Any, messages: Sequence[dict[str, str]], *, answer: bool = False) -> str:
-    """Messages in the chat template; with `answer`, up to where the model's turn begins.
+    """Messages in the chat template; with `answer`, including the prompt for the model's turn.
 
     Raises:
         CalibrationError: the template fails.
@@ -230,7 +240,7 @@ def render(tokenizer: Any, messages: Sequence[dict[str, str]], *, answer: bool =
     try:
         return chat_text(tokenizer, messages, answer=answer)
     except PromptError as error:
-        raise CalibrationError(error.message, hint="Give a text instead of `self`.") from error
+        raise CalibrationError(error.message, hint="Give a text file or a Hub data set instead of `self`.") from error
 
 
 def _write(

@@ -1,7 +1,7 @@
-"""The original's next-token distributions, computed once and kept on disk: the teacher is not in memory in training.
+"""The original's next-token distributions, computed once and cached on disk: training needs no teacher in memory.
 
-Per position the K most likely tokens (index and float16 log-probability) and the float16 mass of all others. A
-sequence is written once; an interrupted computation goes on at the first sequence that is missing.
+Stored per position: the K most likely tokens (index and float16 log-probability) and the total probability of all
+others (float16). An interrupted computation resumes at the last recorded sequence.
 """
 
 from __future__ import annotations
@@ -32,10 +32,12 @@ _FLUSH = 32
 
 
 class TeacherCache:
-    """The distributions for `ids` (sequences, tokens), in the files of `folder`.
+    """The distributions for `ids` (sequences, tokens) int64, in the files of `folder`.
 
     Args:
-        teacher: What identifies the original, its dtype included: a cache of another one is replaced.
+        vocabulary: Number of logits of the original.
+        teacher: Identifies the original and the dtype of its computation; a cache of another teacher is replaced.
+        k: Most likely tokens stored per position, at most `vocabulary`.
     """
 
     def __init__(self, folder: Path, ids: Tensor, vocabulary: int, teacher: str, *, k: int = TOP_K) -> None:
@@ -65,10 +67,15 @@ class TeacherCache:
         return sum(int(np.prod(shape)) * kind().itemsize for kind, shape in self._shapes.values())
 
     def fill(self, decoder: Decoder, advance: Callable[[int], None] = lambda _sequences: None) -> None:
-        """Compute what is missing with the original.
+        """Compute the missing distributions.
+
+        Args:
+            decoder: Of the original.
+            advance: Called with the number of sequences that are done: first those on disk, then each new one.
 
         Raises:
-            DiskTooSmall: the disk is full; what was computed before stays.
+            DiskTooSmall: the disk is full; the sequences recorded so far are kept.
+            GradmapError: the files cannot be written for another reason.
         """
         done = self.done
         advance(done)
@@ -95,7 +102,7 @@ class TeacherCache:
             self._arrays = {}
 
     def _distributions(self, decoder: Decoder, ids: Tensor) -> list[TopK]:
-        """Per sequence of `ids` (n, tokens), the original's distribution at every position."""
+        """For each sequence of `ids` (n, tokens), the original's distributions at all positions."""
         found: list[TopK] = []
         with torch.no_grad():
             states = [decoder.embed(row) for row in ids.split(1)]
@@ -112,7 +119,7 @@ class TeacherCache:
         return found
 
     def of(self, places: Sequence[int]) -> TopK:
-        """The distributions of some sequences, one after the other: (sequences * tokens, K)."""
+        """The distributions of the sequences `places` (indices into `ids`), concatenated: (sequences * tokens, K)."""
         if not self._arrays:
             self._open("r")
         kinds = {"indices": np.int64, "logprobs": np.float32, "rest": np.float32}
@@ -123,7 +130,7 @@ class TeacherCache:
         return TopK(found["indices"], found["logprobs"], found["rest"])
 
     def _open(self, mode: Any) -> None:
-        """Map the arrays. A file that is not written in full reads as zeros; `done` says how far it is."""
+        """Map the arrays into memory. Sequences from number `done` on are not computed yet and contain zeros."""
         if mode == "w+":
             self._state.unlink(missing_ok=True)
             self._reserve()
@@ -134,7 +141,7 @@ class TeacherCache:
         }
 
     def _reserve(self) -> None:
-        """Allocate the files: writing to a mapped hole of a full disk would kill the process."""
+        """Allocate the files in full: writing to an unallocated page of a mapping on a full disk kills the process."""
         for name, (kind, shape) in self._shapes.items():
             size = int(np.prod(shape)) * kind().itemsize
             with (self.folder / f"teacher-{name}.bin").open("wb") as stream:

@@ -1,9 +1,9 @@
 """The training loop: AdamW on the divergence from the teacher, resumable, on accelerate.
 
-A step trains on `sequences` of the corpus on all processes together. Weights and moments are float32; on a machine that
-multiplies bfloat16 natively, the passes run in it (autocast). The state on disk (weights, moments, position) is
-replaced as a whole, so that a killed run goes on from the last one; the position alone determines the order of the
-data and the learning rate.
+Each step trains on `Recipe.sequences` sequences of the corpus, divided among the processes. Weights and AdamW moments
+are float32; with `Recipe.autocast`, forward and backward passes run in bfloat16. The state on disk (weights, moments,
+position) is replaced atomically, so that a killed run resumes from the last state; the position alone determines the
+order of the data and the learning rate.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ TOKENS_PER_STEP = 1024
 BETAS = (0.9, 0.95)
 # Norm to which gradients are clipped.
 CLIP = 1.0
-# Share of the steps with a rising rate; over the rest it falls along a cosine to almost 0.
+# Share of the steps that warm the learning rate up; over the rest it decays along a cosine to almost 0.
 WARM_UP = 0.1
 # Checks of the held-out loss during training. The best state is kept.
 CHECKS = 8
@@ -45,8 +45,15 @@ STATE, BEST = "state.safetensors", "best.safetensors"
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train. `rate`: peak learning rate. `sequences` per step; `micro`: how many pass at once. `save_every`:
-    seconds between states on disk. `autocast`: passes in bfloat16."""
+    """The hyperparameters of a training run.
+
+    Attributes:
+        rate: Peak learning rate.
+        sequences: Sequences per optimizer step, over all processes.
+        micro: Sequences per forward and backward pass of a process; gradients accumulate over the step.
+        autocast: Run the passes in bfloat16.
+        save_every: Seconds between states on disk.
+    """
 
     rate: float
     sequences: int
@@ -56,14 +63,15 @@ class Recipe:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What of it affects the result."""
+        """The fields that affect the result."""
         return {name: value for name, value in asdict(self).items() if name != "save_every"}
 
 
 @dataclass(frozen=True)
 class Check:
-    """A look at the held-out sequences after `tokens` tokens: mean NLL (`loss`) and mean KL to the original
-    (`divergence`), both in nats per token, and `trained`: the mean of the objective since the last check."""
+    """Measurements on the held-out sequences after `tokens` training tokens: mean NLL (`loss`) and mean
+    KL(original || student) (`divergence`). `trained`: mean training objective since the last check. All in nats per
+    token."""
 
     tokens: int
     loss: float
@@ -72,7 +80,8 @@ class Check:
 
 
 class Watcher(Protocol):
-    """Is told how a training goes on: `advance` by the tokens of each step, `checked` at each check."""
+    """Receives the progress of a training run: `advance` the tokens of each step (of a resumed run, first those already
+    trained on), `checked` each check on the held-out sequences."""
 
     def advance(self, tokens: int) -> None: ...
     def checked(self, check: Check) -> None: ...
@@ -80,7 +89,7 @@ class Watcher(Protocol):
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Per sequence of the held-out set, NLL and divergence from the original in nats per token: (n)."""
+    """NLL and KL(original || student) of each held-out sequence, in nats per token: (n,) each."""
 
     losses: Tensor
     divergences: Tensor
@@ -88,7 +97,9 @@ class HeldOut:
 
 @dataclass
 class Progress:
-    """What a run has done: written with every state."""
+    """The progress of a run, stored with every state. `since`: sum of the objective over the `since_steps` steps since
+    the last check. `best`: lowest held-out divergence, at step `best_step`. `seconds`: training time over all
+    resumptions."""
 
     step: int = 0
     since: float = 0.0
@@ -108,7 +119,12 @@ class Distilled(nn.Module):
         self._head = head
 
     def forward(self, ids: Tensor, teacher: Any, labels: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Divergence (and NLL of `labels`) of every position, in nats: (sequences * tokens)."""
+        """KL(teacher || student) and NLL of `labels` (None without) at every position, in nats: (sequences * tokens,).
+
+        Args:
+            ids: (sequences, tokens) int64.
+            teacher: The `TopK` of all positions; `labels`: (sequences * tokens,). See `objective.divergence`.
+        """
         hidden = self.student.base_model(input_ids=ids, use_cache=False).last_hidden_state
         return divergence(hidden.flatten(0, 1), self._head, teacher, labels)
 
@@ -125,10 +141,13 @@ class Trainer:
     """Trains the parameters of `student` that require a gradient, in place.
 
     Args:
-        head: From the student's last hidden states (positions, d) to logits.
-        watched: Held-out sequences with their teacher.
-        folder: Where the state is kept.
-        key: What the run depends on; the state of another run is not used.
+        head: Maps the student's last hidden states (positions, d) to logits (positions, vocabulary).
+        corpus: The training sequences and their order.
+        teacher: The original's distributions for `corpus.ids`.
+        watched: The held-out sequences with the original's distributions.
+        recipe: The hyperparameters.
+        folder: Folder of the states on disk.
+        key: Identifies everything that the run depends on; a state with another key is ignored.
     """
 
     def __init__(
@@ -146,7 +165,7 @@ class Trainer:
 
         self.corpus, self.teacher, self.watched, self.recipe = corpus, teacher, watched, recipe
         self.folder, self.key = folder, key
-        # The passes set their own precision: that of an Accelerator holds for the whole process.
+        # Each pass sets its precision by autocast: that of an Accelerator is global to the process.
         on_cpu = next(student.parameters()).device.type == "cpu"
         self.accelerator = Accelerator(cpu=True) if on_cpu and torch.cuda.is_available() else Accelerator()
         student.eval()  # no dropout: the original's predictions have none
@@ -155,7 +174,7 @@ class Trainer:
         # Weight decay would pull the weights away from the original, towards zero.
         optimizer = torch.optim.AdamW(trained, lr=0.0, betas=BETAS, weight_decay=0.0, fused=_fused(trained))
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        # Asked for after `prepare`: FSDP replaces the parameters by shards.
+        # Read after `prepare`: FSDP replaces the parameters by shards.
         prepared: Any = self.accelerator.unwrap_model(self.model)
         named = [(name, value) for name, value in prepared.student.named_parameters() if value.requires_grad]
         self.names, self.trained = [name for name, _ in named], [value for _, value in named]
@@ -163,10 +182,11 @@ class Trainer:
         self.progress = Progress()
 
     def run(self, watcher: Watcher | None = None) -> None:
-        """Train to the end, from the state on disk if there is one.
+        """Train on the whole corpus, resuming from the state on disk if there is one.
 
         Raises:
-            NotFinite: the loss is not finite; `best` gives the best state before.
+            NotFinite: the loss is NaN or infinite; `best` returns the best earlier state.
+            GradmapError: the state cannot be written.
         """
         self._resume()
         progress, tokens_of = self.progress, self.corpus.ids.shape[1]
@@ -208,7 +228,7 @@ class Trainer:
             last = number == len(groups) - 1
             with self._autocast(), _no_sync(self.accelerator, self.model, not last):
                 values, _ = self.model(*self._batch(self.corpus.ids, self.teacher, group))
-                # DDP takes the mean over the processes, of which each has its share of the tokens.
+                # DDP averages the gradients over the processes, and each has only its share of the tokens.
                 self.accelerator.backward(values.sum() * (self.accelerator.num_processes / tokens))
             total += values.detach().sum()
         self.accelerator.clip_grad_norm_(self.trained, CLIP)
@@ -227,7 +247,7 @@ class Trainer:
         return ids[list(places)].to(device), teacher.of(places).to(device)
 
     def held_out(self) -> HeldOut:
-        """Losses and divergences of the held-out sequences."""
+        """Measure the student on the held-out sequences."""
         ids = self.watched.ids
         losses: list[float] = []
         divergences: list[float] = []
@@ -252,11 +272,11 @@ class Trainer:
         self.progress.since, self.progress.since_steps = 0.0, 0
         if value < self.progress.best:
             self.progress.best, self.progress.best_step = value, self.progress.step
-            if self.progress.step < self.steps:  # the last state is on disk anyway
+            if self.progress.step < self.steps:  # the values of the last step stay in the model, see `best`
                 self._write(BEST, self._values())
 
     def best(self) -> dict[str, Tensor]:
-        """The trained values with the lowest held-out divergence, by parameter name; empty if none was checked."""
+        """The trained values with the lowest held-out divergence, by parameter name; empty if there was no check."""
         if self.progress.best_step == 0:
             return {}
         if self.progress.best_step == self.progress.step == self.steps:
@@ -269,7 +289,7 @@ class Trainer:
     # -- the state on disk --------------------------------------------------------------------------------------------
 
     def _values(self) -> dict[str, Tensor]:
-        """The trained values on the CPU, not copied if they are there."""
+        """The trained values on the CPU, by parameter name. Values that are already there are not copied."""
         return {name: whole(parameter.detach()).cpu() for name, parameter in zip(self.names, self.trained, strict=True)}
 
     def _save(self) -> None:
@@ -291,14 +311,14 @@ class Trainer:
         except (SafetensorError, OSError) as error:
             partial.unlink(missing_ok=True)
             raise GradmapError(
-                f"The state of the healing cannot be written to {self.folder}: {error}",
-                hint="Free some space and run the same command again (push and prune: with --resume); it goes on from "
-                "the last state.",
+                f"The training state of the healing cannot be written to {self.folder}: {error}",
+                hint="If the disk is full, free some space. Then run the same command again (push and prune: with "
+                "--resume); it resumes from the last state.",
             ) from error
         os.replace(partial, self.folder / name)
 
     def _resume(self) -> None:
-        """Load the state on disk, if it is one of this run."""
+        """Load the state on disk, if it has this run's key."""
         from safetensors import SafetensorError, safe_open
 
         try:
@@ -322,17 +342,17 @@ class Trainer:
 
 
 class NotFinite(GradmapError):
-    """The loss of `step` is not a number; `Trainer.best` gives the best state before."""
+    """The loss at `step` is NaN or infinite; `Trainer.best` returns the best earlier state."""
 
     def __init__(self, step: int) -> None:
-        super().__init__(f"The loss of the healing is not a number at step {step}.")
+        super().__init__(f"The training loss of the healing is NaN or infinite at step {step}.")
         self.step = step
 
 
 @contextmanager
 def memory_kept() -> Iterator[None]:
-    """Let glibc keep freed blocks of any size while the context lasts. It would return each activation to the system
-    and get it back page by page."""
+    """Inside this context, glibc keeps freed blocks of up to 1 GiB for reuse. By default it would unmap every freed
+    activation and page-fault it back in on the next allocation. No effect with other C libraries."""
     try:
         system: Any = ctypes.CDLL(None)
         system.mallopt(_MMAP_THRESHOLD, 1 << 30)
@@ -343,7 +363,7 @@ def memory_kept() -> Iterator[None]:
     try:
         yield
     finally:
-        system.mallopt(_MMAP_THRESHOLD, 1 << 25)  # the largest that glibc chooses itself
+        system.mallopt(_MMAP_THRESHOLD, 1 << 25)  # the largest that glibc's dynamic threshold reaches
         system.mallopt(_TRIM_THRESHOLD, 1 << 26)
         system.malloc_trim(0)
 
@@ -355,7 +375,7 @@ def _fused(parameters: Sequence[nn.Parameter]) -> bool:
 
 @contextmanager
 def _no_sync(accelerator: Any, model: nn.Module, without: bool) -> Iterator[None]:
-    """Leave out the exchange of gradients between processes, if `without`."""
+    """Skip the all-reduce of gradients over the processes, if `without`."""
     if not without:
         yield
         return

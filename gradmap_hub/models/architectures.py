@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# The axis of a weight along which the residual stream lies: (d, f) as in nn.Linear, or (f, d) and (d).
+# Axis of the residual stream (width d) in a parameter: ROWS for (d, f) as in nn.Linear, COLUMNS for (f, d) and (d,).
 ROWS, COLUMNS = -2, -1
 
 
@@ -57,12 +57,13 @@ class Architecture:
     Head. `after_norm` is a projection between final norm and head. Logits are multiplied by the config field
     `logit_multiplier`, divided by `logit_divisor` and capped by `logit_cap`, where set.
 
-    Config fields that name layers by index, besides lists with one entry per layer. `leading` count the first layers
-    that are of another kind. `sparse` stands for `decoder_sparse_step` and `mlp_only_layers`. `run_lengths` is the list
-    from which `attention_layers` is built. `dropped` describe weights that no written checkpoint has; they become 0.
+    Config fields that refer to layers by index, besides lists with one entry per layer. `leading`: fields with the
+    number of first layers that are of another kind. `sparse`: the config has `decoder_sparse_step` and
+    `mlp_only_layers`. `run_lengths`: the field from which `attention_layers` is built. `dropped`: fields that describe
+    weights that no written checkpoint has; they are set to 0.
 
-    Limits. `refused`: settings that cannot be pruned. `uncompensated`: settings that stage 2 skips. `unstreamed`: why
-    the type cannot be streamed from disk, if so.
+    Limits. `refused`: settings that cannot be pruned. `uncompensated`: settings that stage 2 skips. `unstreamed`: the
+    reason why the type cannot be streamed from disk, or None.
 
     Names in transformers 5. `only_5`: 4.57 lacks the type. `stored`: tensors outside the layers that a checkpoint names
     differently (see `Experts`). `renamed`: (config field in 5, in 4.57). `rope_theta`, `partial_rotary`: the fields of
@@ -108,7 +109,7 @@ class Architecture:
 
 
 def _experts(block: str, *shared: str) -> Experts:
-    """Experts named as in most families. `shared`: the output weights of the experts that every token reaches."""
+    """Experts named as in most families. `shared`: output weights of the shared experts, which every token uses."""
     outputs = ("experts*down_proj*", *shared)
     fused = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
     return Experts(
@@ -351,8 +352,8 @@ _SYNONYMS = {
 
 
 def dimension(config: Mapping[str, Any], name: str) -> int | None:
-    """A size in a config.json by transformers' usual name for it (num_hidden_layers, hidden_size, num_attention_heads,
-    max_position_embeddings), also under the family's own name; None if the config does not state it."""
+    """A size in a config.json, also if the family has another name for it; None if the config does not state it.
+    `name`: num_hidden_layers, hidden_size, num_attention_heads or max_position_embeddings."""
     for synonym in _SYNONYMS[name]:
         value = config.get(synonym)
         if isinstance(value, int):
@@ -361,7 +362,7 @@ def dimension(config: Mapping[str, Any], name: str) -> int | None:
 
 
 def head_size(config: Mapping[str, Any]) -> int:
-    """Width of one attention head by config.json, derived as transformers does; 0 if it is unknown."""
+    """Width of one attention head from a config.json, derived as transformers does; 0 if it is unknown."""
     stated = config.get("head_dim")
     if isinstance(stated, int):
         return stated

@@ -23,7 +23,7 @@ SHARD_LIMIT = "5GB"
 def save_checkpoint(model: Any, folder: Path, dtype: torch.dtype) -> None:
     """Write config.json and safetensors (sharded above 5 GB, tied weights once) into `folder`.
 
-    Casts the model to `dtype` in place. Writes no generation_config.json: the original's file is copied.
+    Casts the parameters to `dtype` in place. Writes no generation_config.json: `copy_companions` copies the original's.
 
     Raises:
         GradmapError: safetensors cannot write, for example because the disk is full.
@@ -63,13 +63,14 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Any, d
     """A checkpoint as a causal LM in evaluation mode with parameters in `dtype`, and transformers' loading report.
 
     Raises:
-        BrokenCheckpointError: transformers cannot read it, or keys are missing, unexpected or mismatched.
+        BrokenCheckpointError: transformers cannot read it, or keys are missing or mismatched. Unexpected keys are not
+            an error here.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # its report of the tensors is returned, and `weight_check` says it in one line
+    logging.set_verbosity_error()  # its report of the tensors is returned, and `weight_check` puts it in one line
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -82,7 +83,7 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Any, d
         model, report = loaded
     except MemoryError:
         raise
-    except Exception as error:  # of any type: transformers does not expect all that a folder may hold
+    except Exception as error:  # of any type: transformers does not validate a folder's content
         raise BrokenCheckpointError(f"The checkpoint in {folder} cannot be loaded: {reason_of(error)}") from error
     finally:
         logging.set_verbosity(verbosity)

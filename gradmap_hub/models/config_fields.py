@@ -1,6 +1,6 @@
 """The fields of a config.json that decide what a model computes: their types and ranges.
 
-transformers checks few of them: it multiplies by a text, allocates for a billion layers, or takes "false" for true.
+transformers checks few of them: it multiplies by a string, allocates for a billion layers, or takes "false" for true.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "su", "llama3
 
 @dataclass(frozen=True)
 class _Kind:
-    """What a field may be, in words and as a function. null is allowed everywhere: the field is not set."""
+    """The allowed values of a field, in words and as a predicate. null is always allowed: the field is not set."""
 
     expected: str
     holds: Callable[[Any], bool]
@@ -66,8 +66,8 @@ def _one_of(*names: str) -> _Kind:
     return _Kind(f"one of {', '.join(names)}", lambda value: value in names)
 
 
-_TEXT = _Kind("a text", lambda value: isinstance(value, str))
-_TEXTS = _list_of(_TEXT, "a list of texts")
+_TEXT = _Kind("a string", lambda value: isinstance(value, str))
+_TEXTS = _list_of(_TEXT, "a list of strings")
 _FLAG = _Kind("true or false", lambda value: isinstance(value, bool))
 _OBJECT = _Kind("an object", lambda value: isinstance(value, dict))
 _ANY = _number("a finite number", lambda _: True)
@@ -77,7 +77,7 @@ _PROBABILITY = _number("a number from 0 to 1", lambda value: 0 <= value <= 1)
 _LAYER = _whole(0, MOST_LAYERS)
 _WIDTH = _whole(1, _WIDEST)
 _PATTERN = _Kind(
-    "a number of layers or a text", lambda value: isinstance(value, str) or _whole(1, MOST_LAYERS).holds(value)
+    "a number of layers or a string", lambda value: isinstance(value, str) or _whole(1, MOST_LAYERS).holds(value)
 )
 _TOKEN = _whole(-1, _MOST_TOKENS)
 _TOKENS = _Kind(
@@ -93,11 +93,11 @@ def _table(*rows: tuple[_Kind, str]) -> dict[str, _Kind]:
     return {name: kind for kind, names in rows for name in names.split()}
 
 
-# Of every type of model: they decide whether it is supported at all.
+# Fields of every model type: they decide whether it is supported at all.
 _GENERAL = _table((_TEXT, "model_type"), (_TEXTS, "architectures"))
-# Also of a generation_config.json.
+# Fields that a generation_config.json has too.
 _SPECIAL = _table((_TOKENS, "bos_token_id eos_token_id pad_token_id"))
-# Of the supported types, under the names of all families.
+# Fields of the supported types, under the names of all families.
 _FIELDS = _SPECIAL | _table(
     (_whole(0, MOST_LAYERS), "num_hidden_layers n_layer n_layers num_layers"),
     (_WIDTH, "hidden_size n_embd d_model intermediate_size ffn_dim ffn_hidden_size n_inner word_embed_proj_dim"),
@@ -109,7 +109,7 @@ _FIELDS = _SPECIAL | _table(
     (_whole(1, _LONGEST), "original_max_position_embeddings"),
     (_whole(0, _LONGEST), "sliding_window window_size"),
     (_whole(1, MOST_LAYERS), "_sliding_window_pattern no_rope_layer_interval"),
-    # A text such as "LLLG" in EXAONE 4.
+    # A string such as "LLLG" in EXAONE 4.
     (_PATTERN, "sliding_window_pattern"),
     (_whole(1, MOST_LAYERS), "decoder_sparse_step"),
     (_LAYER, "max_window_layers first_k_dense_replace num_nextn_predict_layers num_mtp_layers"),
@@ -156,11 +156,13 @@ _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 def check_config(config: Mapping[str, Any], name: str) -> None:
-    """Check the content of a config.json, which an error calls `name`.
+    """Check the fields of a config.json. Of an unsupported model type, only those are checked that tell the type.
+
+    Args:
+        name: What error messages call the file.
 
     Raises:
-        SourceError: a field has another type than its name says, a value out of range, or one that contradicts another
-            field. The configs of types that are not supported anyway are checked only as far as to tell so.
+        SourceError: a field has a wrong type, a value out of range, or a value that contradicts another field.
     """
     for field, found, expected in _wrong(config):
         raise SourceError(
@@ -170,10 +172,13 @@ def check_config(config: Mapping[str, Any], name: str) -> None:
 
 
 def check_generation_config(config: Mapping[str, Any], name: str) -> None:
-    """Check the tokens of a generation_config.json, which an error calls `name`. The other settings are copied unread.
+    """Check the special tokens of a generation_config.json; its other settings are copied unchecked.
+
+    Args:
+        name: What error messages call the file.
 
     Raises:
-        SourceError: one of them is no token id.
+        SourceError: one of them is not a token id.
     """
     for field, found, expected in _of_kinds(config, _SPECIAL):
         raise SourceError(f"{name}: {field} is {shown(found)}; {expected} is expected.")
@@ -189,7 +194,7 @@ def _wrong(config: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
         yield from _rope(field, config.get(field) or {})
     for field, value in config.items():
         if any(isinstance(number, float) and not math.isfinite(number) for number in _numbers(value)):
-            yield field, value, "no NaN and no Infinity"
+            yield field, value, "a value without NaN and Infinity"
     yield from _relations(config)
 
 
@@ -219,7 +224,7 @@ def _rope(field: str, values: Mapping[str, Any]) -> Iterator[tuple[str, Any, str
 
 
 def _relations(config: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
-    """What is wrong between fields."""
+    """Fields that contradict each other."""
     depth = dimension(config, "num_hidden_layers")
     for field in _PER_LAYER:
         value = config.get(field)

@@ -60,5 +60,5 @@ class _ConvertingLinear(torch.autograd.Function):
 
 
 def must_be_whole(module: nn.Module) -> bool:
-    """Whether a module is neither a plain embedding nor a linear without bias, so that no class here can replace it."""
+    """Whether no class of this file can replace a module: it is neither a plain embedding nor a linear without bias."""
     return type(module) not in (nn.Embedding, nn.Linear) or getattr(module, "bias", None) is not None

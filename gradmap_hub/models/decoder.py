@@ -1,4 +1,4 @@
-"""Run any subset of a model's decoder layers, from any hidden state, without touching the model.
+"""Run any subset of a model's decoder layers, from any hidden state, without changing the model.
 
 Scoring, selection, compensation and evaluation all need the residual stream after some layers, and its loss. Each
 layer is called exactly as the model itself calls it: its keyword arguments (rotary embeddings, attention mask,
@@ -24,11 +24,11 @@ LOGIT_CHUNK = 256
 
 
 class _Captured(Exception):
-    """Leaves a forward pass once the hidden states before the first layer are known."""
+    """Aborts a forward pass once the hidden states before the first layer are known."""
 
 
 class Decoder:
-    """A causal LM as embedding -> layers -> final norm -> head, for sequences of one fixed length.
+    """A causal LM as embedding -> layers -> final norm -> head, for sequences of exactly `tokens` tokens.
 
     Shapes: ids (batch, tokens) int64; hidden states (batch, tokens, d); layer indices are those of `model`. Sequences
     have no padding, so the captured attention arguments hold for all of them.
@@ -55,7 +55,7 @@ class Decoder:
 
     @property
     def weight_dtype(self) -> torch.dtype:
-        """The dtype of the head."""
+        """The dtype of the head's weight."""
         return self.output.weight.dtype  # pyright: ignore
 
     @property
@@ -71,7 +71,7 @@ class Decoder:
 
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
-        """The module of one layer, with its weights in memory while the context lasts."""
+        """The module of one layer. Its weights are in memory inside the context."""
         yield self.layers[index]
 
     def mlp_output(self, index: int) -> nn.Linear:
@@ -79,7 +79,7 @@ class Decoder:
         return self.layers[index].get_submodule(self.architecture.mlp_output)  # pyright: ignore
 
     def put(self, index: int, values: Mapping[str, Tensor]) -> None:
-        """Set parameters of a layer permanently."""
+        """Set parameters of a layer permanently. `values`: name within the layer -> new value."""
         for name, value in values.items():
             self.layers[index].get_parameter(name).data = value.to(self.device)
 
@@ -89,7 +89,7 @@ class Decoder:
 
     @contextmanager
     def replaced(self, index: int, values: Mapping[str, Tensor]) -> Iterator[None]:
-        """Replace parameters of a layer while the context lasts."""
+        """Replace parameters of a layer inside the context. `values`: name within the layer -> new value."""
         with parameters_replaced(self.layers[index], values):
             yield
 
@@ -119,7 +119,7 @@ class Decoder:
         return captured
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Hidden states before the first layer, with the family's scaling of embeddings."""
+        """Hidden states (batch, tokens, d) before the first layer, with the family's scaling of embeddings."""
         result: list[Tensor] = []
 
         def leave(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -148,7 +148,7 @@ class Decoder:
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
-        """Exclude all parameters from autograd while the context lasts, except in `backward`."""
+        """Exclude all parameters from autograd inside the context, except in `backward`."""
         trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.model.requires_grad_(False)
         try:
@@ -164,8 +164,8 @@ class Decoder:
 
         `hidden`: the layer's input; `gradient`: dL/d(output); both (batch, tokens, d). `reduce(name, matrix)` is called
         for each weight matrix once `matrix.grad` exists, which is freed right after, so that only one gradient is alive
-        at a time; without it, no gradient of a weight is computed, a third fewer products. Norm gains and biases are
-        excluded: they are few and scaled differently. Returns dL/d(input).
+        at a time; None: no gradients of weights are computed, which saves a third of the matrix products. Norm gains
+        and biases are excluded: they are few and scaled differently. Returns dL/d(input).
         """
         with self.layer(index) as module, torch.enable_grad():
             handles = []
@@ -226,7 +226,7 @@ class Decoder:
     def losses_of(
         self, ids: Tensor, sets: Sequence[Sequence[int]], rows_done: Callable[[int], None] = lambda _rows: None
     ) -> list[list[float]]:
-        """`losses` for several sets of active layers; their common first layers run once."""
+        """`losses` for each of several sets of active layers; the first layers that all sets share run once."""
         start = sum(1 for _ in takewhile(lambda layers: len(set(layers)) == 1, zip(*sets, strict=False)))
         found: list[list[float]] = [[] for _ in sets]
         for group in ids.split(self.rows_per_pass):
@@ -326,7 +326,7 @@ def _reduce_and_free(reduce: Callable[[str, nn.Parameter], None], name: str, par
 
 @contextmanager
 def parameters_replaced(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
-    """Replace some of a module's parameters while the context lasts."""
+    """Replace parameters of a module, by name, inside the context."""
     originals = {name: module.get_parameter(name).data for name in values}
     try:
         for name, value in values.items():
@@ -338,8 +338,13 @@ def parameters_replaced(module: nn.Module, values: Mapping[str, Tensor]) -> Iter
 
 
 def choose_precision(compute: str, device: str, stored: str, *, streamed: bool) -> tuple[torch.dtype, str]:
-    """Dtype and device of a computation on weights stored as `stored` ("bfloat16", ...), for the options of
-    `PruneConfig`. bfloat16 is only for weights stored in it: others would be rounded, also in the written checkpoint.
+    """Dtype and device ("cpu", "cuda") of a computation. bfloat16 is only for weights stored in it: others would be
+    rounded, also in the written checkpoint.
+
+    Args:
+        compute, device: The options of `PruneConfig`.
+        stored: Dtype of the stored weights, such as "bfloat16".
+        streamed: The weights are streamed from disk, which runs on the CPU.
 
     Raises:
         UsageError: the device is missing, or bfloat16 is requested for weights of another dtype.

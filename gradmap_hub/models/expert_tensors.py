@@ -17,7 +17,8 @@ Shape = tuple[int, ...]
 
 
 def parts_of(architecture: Architecture, name: str, experts: int) -> Parts | None:
-    """The names in a checkpoint for the model's tensor `name`, whose first dimension is `experts`; None if the same."""
+    """The names in a checkpoint for the model's tensor `name`; None if it has the same name there. `experts`: size of
+    its first dimension."""
     prefix, inner, stored = "", name, architecture.stored
     if name.startswith(f"{architecture.layers}."):
         number, _, inner = name.removeprefix(f"{architecture.layers}.").partition(".")
@@ -35,7 +36,7 @@ def flat(parts: Parts) -> list[str]:
 
 
 def whole(values: Sequence[Sequence[Tensor]]) -> Tensor:
-    """The tensor (experts, outputs, inputs) made of the parts; a single part itself."""
+    """The tensor (experts, outputs, inputs) that the parts form; a single part is returned as it is."""
     if len(values) == len(values[0]) == 1:
         return values[0][0]
     return torch.stack([torch.cat(list(row)) for row in values])
@@ -48,7 +49,7 @@ def whole_shape(shapes: Sequence[Sequence[Shape]]) -> Shape:
 
 
 def split(value: Tensor, shapes: Sequence[Sequence[Shape]]) -> list[list[Tensor]]:
-    """The inverse of `whole`, for parts of these shapes."""
+    """The inverse of `whole`: the parts of `value`, in the given shapes."""
     if len(shapes) == len(shapes[0]) == 1:
         return [[value]]
     return [list(one.split([shape[0] for shape in row])) for one, row in zip(value, shapes, strict=True)]

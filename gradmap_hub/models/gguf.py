@@ -1,7 +1,7 @@
 """A .gguf file as a model source: dequantise it once into a Hugging Face folder.
 
 Nothing is guessed. Architecture, metadata keys, tensors, their shapes and the rules of the tokenizer are compared with
-tables of what is known to be read exactly; anything else is refused by name, before any tensor is read.
+tables of what is converted exactly; anything else is refused, with its name, before any tensor is read.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ _WIDEST = 1 << 20
 @dataclass(frozen=True)
 class _Family:
     """One architecture of GGUF files. `layer`: tensors of a layer, GGUF name -> name in transformers; `keys`: metadata
-    keys beside those of all families; `permuted`: rotary weights are stored in llama.cpp's order; `norm_offset`: is
-    part of the stored norms but not of those of transformers."""
+    keys beside those of all families; `permuted`: query and key weights are stored in llama.cpp's order for rotary
+    embeddings; `norm_offset`: added to the norm weights in GGUF files, but not in transformers."""
 
     model_type: str
     causal_lm: str
@@ -91,14 +91,14 @@ _KEYS = (
     "rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length", "rope.scaling.finetuned",
     "rope.scale_linear", "expert_count", "expert_used_count", "tensor_data_layout",
 )  # fmt: skip
-# Gemma 3: every sixth layer attends to everything; transformers has the same default.
+# Gemma 3: every sixth layer has full attention; transformers has the same default.
 _PATTERN = 6
 
 
 @dataclass(frozen=True)
 class GgufModel:
-    """A GGUF file that is known to be read exactly. `config`: the content of its config.json; `names`: GGUF tensor ->
-    tensor in transformers."""
+    """A GGUF file that passed all checks. `config`: the content of its config.json; `names`: GGUF tensor -> tensor in
+    transformers."""
 
     header: GgufHeader
     config: dict[str, Any]
@@ -106,7 +106,7 @@ class GgufModel:
 
     @property
     def license(self) -> str | None:
-        """The stated licence."""
+        """The licence that the file states, or None."""
         value = self.header.metadata.get("general.license")
         return value if isinstance(value, str) else None
 
@@ -117,11 +117,11 @@ class GgufModel:
 
 
 def open_gguf(path: Path) -> GgufModel:
-    """Read and check everything but tensor data, which is never read here, except Llama 3.1's rotary factors.
+    """Read and check a GGUF file. No tensor data is read, except Llama 3.1's rotary factors.
 
     Raises:
         SourceError: the file does not exist, or has an architecture, a metadata key, a tensor or a tokenizer that is
-            not known to be read exactly.
+            not supported.
         BrokenCheckpointError: it is damaged, or a tensor or key is missing or has a wrong shape or value.
     """
     from gradmap_hub.models.gguf_tokenizer import check_tokenizer
@@ -130,8 +130,8 @@ def open_gguf(path: Path) -> GgufModel:
     family = _FAMILIES.get(header.architecture)
     if family is None:
         raise SourceError(
-            f"{path.name}: GGUF files of the architecture {header.architecture!r} are not read.",
-            hint=f"Those of {', '.join(_FAMILIES)} are. {USE_ORIGINAL}",
+            f"{path.name} has the architecture {header.architecture!r}, which is not supported.",
+            hint=f"Supported in GGUF files: {', '.join(_FAMILIES)}. {USE_ORIGINAL}",
         )
     _refuse_unknown_keys(header, family)
     config = _config(header, family)
@@ -169,14 +169,14 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _refuse_unknown_keys(header: GgufHeader, family: _Family) -> None:
-    """Raises SourceError: a key that may change what the model computes and is not known."""
+    """Raises SourceError: a metadata key is unknown and may change what the model computes."""
     known = {f"{header.architecture}.{key}" for key in (*_KEYS, *family.keys)}
     for key in header.metadata:
         if key.startswith(f"{header.architecture}.") and key not in known:
             raise header.not_known(f"the metadata key {key}")
     kind = header.metadata.get("general.type", "model")
     if kind != "model":
-        raise SourceError(f"{header.path.name}: general.type is {str(kind)[:40]!r}; a model is expected.")
+        raise SourceError(f"{header.path.name}: general.type is {str(kind)[:40]!r}; 'model' is expected.")
     experts = header.integer(f"{header.architecture}.expert_count", 0, _WIDEST, 0)
     if experts:
         raise header.not_known(f"a mixture of {experts} experts")
@@ -199,7 +199,7 @@ def _config(header: GgufHeader, family: _Family) -> dict[str, Any]:
     head = integer("attention.key_length", _WIDEST, width // heads)
     for key in ("attention.value_length", "rope.dimension_count"):
         if integer(key, _WIDEST, head) != head or head % 2:
-            raise header.not_known(f"{prefix}.{key} of another size than a head, {head},")
+            raise header.not_known(f"{prefix}.{key} of another size than a head, or an odd head size ({head})")
     if "token_embd.weight" not in header.tensors:
         raise header.broken("the tensor token_embd.weight is missing")
     vocabulary = header.tensors["token_embd.weight"].shape[0]
@@ -229,7 +229,7 @@ def _config(header: GgufHeader, family: _Family) -> dict[str, Any]:
 
 
 def _gemma(header: GgufHeader, family: _Family, config: Mapping[str, Any]) -> dict[str, Any]:
-    """What only Gemma 2 and 3 have: windows, caps, and the scale of attention."""
+    """The config fields of Gemma 2 and 3: sliding window, soft caps, and the scale of attention."""
     if family.scaled_by_width is None:
         return {}
     prefix = header.architecture
@@ -258,7 +258,7 @@ def _check_tensors(header: GgufHeader, family: _Family, config: Mapping[str, Any
 
     Raises:
         BrokenCheckpointError: one is missing, or has a wrong shape.
-        SourceError: one is not known, or is stored in a type that cannot be read.
+        SourceError: one is unknown, or is stored in a type that cannot be dequantised.
     """
     shapes = _shapes(config)
     names = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
@@ -268,7 +268,9 @@ def _check_tensors(header: GgufHeader, family: _Family, config: Mapping[str, Any
         names |= {f"blk.{layer}.{name}": f"model.layers.{layer}.{ours}" for name, ours in family.layer.items()}
     missing = [name for name in names if name not in header.tensors]
     if missing:
-        raise header.broken(f"the tensor {missing[0]} is missing, one of {len(missing):,} of {len(names):,}")
+        raise header.broken(
+            f"the tensor {missing[0]} is missing, one of {len(missing):,} missing out of {len(names):,}"
+        )
     for name, tensor in header.tensors.items():
         if name == FACTORS and family.permuted:  # checked on its own
             continue
@@ -282,7 +284,7 @@ def _check_tensors(header: GgufHeader, family: _Family, config: Mapping[str, Any
 
 
 def _shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """The shape of each tensor, those of a layer without its number."""
+    """The shape of each tensor, by its GGUF name; tensors of a layer without `blk.N.`."""
     width, inner, head = config["hidden_size"], config["intermediate_size"], config["head_dim"]
     queries, keys = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
     vocabulary = (config["vocab_size"], width)
@@ -323,7 +325,7 @@ def _check_kinds(header: GgufHeader) -> None:
 
 
 def values_of(header: GgufHeader, tensor: GgufTensor) -> ndarray:
-    """A tensor of the file in float32."""
+    """A tensor of the file, dequantised to float32."""
     import numpy as np
     from gguf import GGMLQuantizationType, dequantize
     from gguf.quants import quant_shape_to_byte_shape
@@ -334,7 +336,7 @@ def values_of(header: GgufHeader, tensor: GgufTensor) -> ndarray:
 
 
 def _converted(model: GgufModel, name: str) -> ndarray:
-    """A tensor as transformers expects it."""
+    """The values of a tensor in float32, in the form that transformers expects."""
     import numpy as np
 
     family = _FAMILIES[model.header.architecture]
@@ -368,7 +370,7 @@ def _write_weights(model: GgufModel, folder: Path) -> None:
 
 
 def _shards(model: GgufModel) -> Iterator[list[str]]:
-    """The tensors of each weight file."""
+    """The GGUF names of the tensors of each weight file."""
     shard: list[str] = []
     size = 0
     for name in model.names:

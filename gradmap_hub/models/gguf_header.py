@@ -1,7 +1,7 @@
 """The header of a GGUF file: read once, within limits, before anything else sees the file.
 
-A GGUF file comes from anywhere. Its lengths and counts are numbers that anybody can write, so each is compared with the
-file and with a limit before it is used.
+A GGUF file is untrusted: each length and count in it is compared with the size of the file and with a limit before it
+is used.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from gradmap_hub.errors import BrokenCheckpointError, SourceError
 
 # Vocabulary and merges of the largest known models take 10 MB.
 HEADER_LIMIT = 1 << 25
-# The largest known model has 1,200 tensors, and one with its experts apart 20,000.
+# The largest known model has 1,200 tensors, or 20,000 with one tensor per expert.
 TENSOR_LIMIT = 1 << 16
 # Known files have about 40.
 KEY_LIMIT = 1 << 12
-# The longest known lists are 515,000 merges; vocabularies have up to 262,144 tokens, of which there are three lists.
+# The longest known lists have 515,000 merges; vocabularies have up to 262,144 tokens, with three lists each.
 ARRAY_LIMIT = 1 << 19
 ELEMENT_LIMIT = 1 << 21
 # Chat templates and licence texts have up to 100 kB.
@@ -31,7 +31,7 @@ STRING_LIMIT = 1 << 20
 NAME_LIMIT = 256
 ALIGNMENT_LIMIT = 1 << 16
 
-# A hint for what this program does not read.
+# A hint for files that are not supported.
 USE_ORIGINAL = "Use the model's safetensors files instead: a Hub id, or a folder."
 _STRING, _ARRAY = 8, 9
 # Type number in the file -> format of `struct`.
@@ -43,8 +43,8 @@ _AGAIN = "Fetch it again, or use the model's safetensors files."
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """A tensor of the file. `shape` as in PyTorch, the slowest dimension first; `kind`: its number of
-    GGMLQuantizationType; `start` and `bytes` in the file."""
+    """A tensor of the file. `shape` as in PyTorch, the slowest dimension first; `kind`: a value of
+    GGMLQuantizationType; `start`: offset in the file; `bytes`: size in the file."""
 
     name: str
     shape: tuple[int, ...]
@@ -55,10 +55,10 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """Metadata and tensors of the GGUF file at `path`. Every tensor lies in the file.
+    """Metadata and tensors of the GGUF file at `path`. The data of every tensor is within the file.
 
-    The methods read a key of the metadata. All raise BrokenCheckpointError if it is missing without a `default`, of
-    another type or out of range.
+    The methods `integer` to `entries` return the value of a metadata key. They raise BrokenCheckpointError if the key
+    is missing and has no `default`, or its value has another type or is out of range.
     """
 
     path: Path
@@ -67,10 +67,10 @@ class GgufHeader:
     tensors: Mapping[str, GgufTensor]
 
     def integer(self, key: str, low: int, high: int, default: int | None = None) -> int:
-        """A whole number from `low` to `high`."""
+        """An integer from `low` to `high`."""
         value = self.metadata.get(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise self.wrong(key, f"a whole number from {low:,} to {high:,}")
+            raise self.wrong(key, f"an integer from {low:,} to {high:,}")
         return value
 
     def number(self, key: str, low: float, high: float, default: float | None = None) -> float:
@@ -84,18 +84,18 @@ class GgufHeader:
         """A string."""
         value = self.metadata.get(key, default)
         if not isinstance(value, str):
-            raise self.wrong(key, "a text")
+            raise self.wrong(key, "a string")
         return value
 
     def flag(self, key: str, default: bool) -> bool:
-        """True or false."""
+        """A boolean."""
         value = self.metadata.get(key, default)
         if not isinstance(value, bool):
             raise self.wrong(key, "true or false")
         return value
 
     def entries(self, key: str, kind: type, count: int | None = None) -> list[Any]:
-        """A list of `kind`, of `count` entries if given."""
+        """A list of values of type `kind`; of `count` entries, if given."""
         value = self.metadata.get(key)
         if not isinstance(value, list) or not all(type(entry) is kind for entry in value):
             raise self.wrong(key, f"a list of {kind.__name__}")
@@ -108,14 +108,14 @@ class GgufHeader:
         return BrokenCheckpointError(f"{self.path.name}: {reason}.", hint=_AGAIN)
 
     def not_known(self, what: str) -> SourceError:
-        """The error that names what is not known to be read exactly."""
+        """The error that names what is not supported."""
         return SourceError(
-            f"{self.path.name} has {what}, which is not known to be read exactly for {self.architecture!r}.",
+            f"{self.path.name} has {what}, which is not supported for the architecture {self.architecture!r}.",
             hint=USE_ORIGINAL,
         )
 
     def wrong(self, key: str, expected: str) -> BrokenCheckpointError:
-        """The error that names a key and what is expected there."""
+        """The error that names a key, its value and what is expected instead."""
         if key not in self.metadata:
             found = "missing"
         elif isinstance(value := self.metadata[key], list):
@@ -130,7 +130,7 @@ def read_gguf_header(path: Path) -> GgufHeader:
 
     Raises:
         SourceError: the file does not exist.
-        BrokenCheckpointError: it is no GGUF file, is cut off, one part of several, or exceeds a limit of this module.
+        BrokenCheckpointError: it is not a GGUF file, truncated, one part of several, or exceeds a limit of this module.
     """
     if not path.is_file():
         raise SourceError(f"No such file: {path}", hint="Give a Hub id, a folder or a .gguf file.")
@@ -143,7 +143,8 @@ def read_gguf_header(path: Path) -> GgufHeader:
 
 
 class _Reader:
-    """Reads from the start of a file. A ValueError has the reason why the file is refused."""
+    """Reads the header from `data`, the start of a file of `size` bytes. Raises ValueError with the reason to refuse
+    it."""
 
     def __init__(self, path: Path, data: bytes, size: int) -> None:
         self._path = path
@@ -193,7 +194,7 @@ class _Reader:
     def _placed(
         self, entries: list[tuple[str, tuple[int, ...], int, int]], metadata: Mapping[str, Any]
     ) -> dict[str, GgufTensor]:
-        """The tensors at their places, which must lie in the file."""
+        """The tensors with their offsets in the file, by name."""
         from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
         sizes = {int(kind): size for kind, size in GGML_QUANT_SIZES.items()}
@@ -215,13 +216,13 @@ class _Reader:
                 )
             size = count // block * width
             if offset % alignment or start + offset + size > self._size:
-                raise ValueError(f"the tensor {name} ends beyond the file, which is cut off or damaged")
+                raise ValueError(f"the tensor {name} ends beyond the file, which is truncated or damaged")
             tensors[name] = GgufTensor(name, shape, kind, start + offset, size)
         return tensors
 
     def _value(self, key: str, kind: int) -> Any:
         if kind == _STRING:
-            return self._string(f"the text of {key}", STRING_LIMIT)
+            return self._string(f"the value of {key}", STRING_LIMIT)
         if kind == _ARRAY:
             return self._array(key, self._scalar("I"))
         if kind not in _SCALARS:

@@ -1,4 +1,4 @@
-"""The scaling of rotary positions of a GGUF file, in the terms of transformers."""
+"""The rotary scaling of a GGUF file, as `rope_scaling` of transformers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ _TOLERANCE = 1e-4
 
 
 def stated_scaling(header: GgufHeader) -> dict[str, Any] | None:
-    """The scaling of rotary positions that is in the metadata; llama.cpp's default type is linear."""
+    """`rope_scaling` from the metadata, None if there is no scaling; llama.cpp's default type is linear.
+
+    Raises:
+        SourceError: the scaling has another type than linear.
+    """
     prefix = f"{header.architecture}.rope"
     kind = header.text(f"{prefix}.scaling.type", "linear")
     key = f"{prefix}.scaling.factor" if f"{prefix}.scaling.factor" in header.metadata else f"{prefix}.scale_linear"
@@ -31,10 +35,10 @@ def stated_scaling(header: GgufHeader) -> dict[str, Any] | None:
 
 
 def llama3_scaling(header: GgufHeader, config: Mapping[str, Any], factors: Sequence[float]) -> dict[str, Any]:
-    """The scaling of Llama 3.1, from the `factors` that the rotary frequencies are divided by.
+    """`rope_scaling` of Llama 3.1, from the `factors` that divide the rotary frequencies. `config`: see `gguf._config`.
 
     Raises:
-        SourceError: no scaling of this type gives these factors.
+        SourceError: the factors are not those of this scaling.
     """
     head = config["head_dim"]
     lengths = [2 * math.pi * config["rope_theta"] ** (2 * index / head) for index in range(head // 2)]
@@ -69,7 +73,7 @@ def _original_context(factors: Sequence[float], lengths: Sequence[float], factor
 
 
 def _llama3_factor(length: float, factor: float, original: int) -> float:
-    """What Llama 3.1 divides a rotary frequency of this wavelength by."""
+    """The factor by which Llama 3.1 divides a rotary frequency of this wavelength."""
     if length < original / _HIGH:
         return 1.0
     if length > original / _LOW:

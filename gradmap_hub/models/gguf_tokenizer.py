@@ -30,9 +30,9 @@ _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 @dataclass(frozen=True)
 class _Splitting:
-    """How text is split before byte-level BPE. `pattern`: the pieces, or those of GPT-2 if empty; `digits`: digits are
-    split off first; `composed`: characters are composed (NFC) before; `whole`: a piece that is a token stays whole,
-    whatever the merges; `bos`: texts begin with the BOS token, where the file does not say."""
+    """How text is split before byte-level BPE. `pattern`: regular expression of the pieces, that of GPT-2 if empty;
+    `digits`: single digits are split off first; `composed`: text is normalised to NFC first; `whole`: a piece that is a
+    token is not split, whatever the merges; `bos`: texts begin with the BOS token if the file does not say."""
 
     pattern: str = ""
     digits: bool = False
@@ -65,10 +65,14 @@ _MUST_BE_FALSE = ("add_sep_token", "remove_extra_whitespaces")
 
 
 def check_tokenizer(header: GgufHeader, vocabulary: int) -> None:
-    """Raises SourceError: the rules of the tokenizer are not known exactly; BrokenCheckpointError: it is damaged.
+    """Check that the tokenizer can be converted exactly.
 
     Args:
-        vocabulary: The number of embeddings, which is that of tokens.
+        vocabulary: The number of embeddings, which must be the number of tokens.
+
+    Raises:
+        SourceError: the rules of the tokenizer are not supported.
+        BrokenCheckpointError: it is damaged.
     """
     kind = header.text(f"{_KEY}model")
     if kind not in ("gpt2", "llama"):
@@ -78,7 +82,7 @@ def check_tokenizer(header: GgufHeader, vocabulary: int) -> None:
         if name == key or name in _KNOWN or name.endswith(("_token_id", "_token_ids")):
             continue
         if name not in _MUST_BE_FALSE or header.flag(key, False):
-            raise SourceError(f"{header.path.name}: {key} is not known to be read exactly.", hint=USE_ORIGINAL)
+            raise SourceError(f"{header.path.name}: the metadata key {key} is not supported.", hint=USE_ORIGINAL)
     tokens = header.entries(f"{_KEY}tokens", str, vocabulary)
     if len(set(tokens)) != len(tokens):
         raise header.broken(f"{_KEY}tokens has a token twice")
@@ -113,13 +117,14 @@ def _check_byte_level(header: GgufHeader, tokens: list[str]) -> None:
 
 def _not_known(header: GgufHeader, key: str, value: str, known: tuple[str, ...]) -> SourceError:
     return SourceError(
-        f"{header.path.name}: {_KEY}{key} is {value[:60]!r}; how it splits text is not known exactly.",
-        hint=f"Known: {', '.join(known)}. {USE_ORIGINAL}",
+        f"{header.path.name}: {_KEY}{key} is {value[:60]!r}, which is not supported.",
+        hint=f"Supported: {', '.join(known)}. {USE_ORIGINAL}",
     )
 
 
 def write_tokenizer(header: GgufHeader, folder: Path) -> None:
-    """Write tokenizer.json, chat_template.jinja and, last, tokenizer_config.json of a checked file."""
+    """Write tokenizer.json, chat_template.jinja and, last, tokenizer_config.json into `folder`. `header`: of a file
+    that passed `check_tokenizer`."""
     from tokenizers import AddedToken
 
     kind, tokens = header.metadata[f"{_KEY}model"], header.metadata[f"{_KEY}tokens"]

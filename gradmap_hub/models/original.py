@@ -29,8 +29,8 @@ class OriginalModel:
 
     Args:
         source: The resolved MODEL.
-        hub: Where the files of a Hub model come from.
-        work: Folder for files made to read the model: a converted GGUF file, a translated config.
+        hub: Fetches the files of a Hub model.
+        work: Folder for files derived from the model: a converted GGUF file, a translated config.
         note: Called with a line of information about the model.
     """
 
@@ -44,7 +44,7 @@ class OriginalModel:
         self._translated = work / TRANSLATED
         self._tokenizer: Any = None
         self._companions: Path | None = None
-        self._builds = source.gguf is not None  # its config is ours
+        self._builds = source.gguf is not None  # its config.json is written by `convert_gguf`
         self._checked: Path | None = None
         # Tensors of the checkpoint that its model does not have; known once `checkpoint` was called.
         self.unused: list[str] = []
@@ -65,7 +65,7 @@ class OriginalModel:
         return self._companions
 
     def _described(self) -> Path:
-        """The companions, of a model that transformers can build. It costs the import of torch."""
+        """`companions`, after a check that transformers can build the model. Imports torch."""
         folder = self.companions()
         if not self._builds:
             from gradmap_hub.models.skeleton import described_model
@@ -133,7 +133,7 @@ class OriginalModel:
 
 
 def end_tokens(model: Any, tokenizer: Any) -> set[int]:
-    """Ids of the tokens that end a text, by the model's generation config and by its tokenizer."""
+    """Ids of the tokens that end a text, from the model's generation config and from its tokenizer."""
     named = model.generation_config.eos_token_id
     found = set(named) if isinstance(named, list) else {named}
     return {token for token in found | {tokenizer.eos_token_id} if token is not None}
@@ -142,9 +142,11 @@ def end_tokens(model: Any, tokenizer: Any) -> set[int]:
 def open_decoder(
     folder: Path, architecture: Architecture, tokens: int, *, dtype: torch.dtype, device: str, streamed: bool = False
 ) -> Decoder:
-    """A checkpoint ready to compute on sequences of up to `tokens` tokens.
+    """The decoder of the checkpoint in `folder`, for sequences of `tokens` tokens.
 
     Args:
+        dtype: Of the computation.
+        device: "cpu" or "cuda"; ignored if `streamed`.
         streamed: Leave the weights on disk and read them layer by layer; about three layers are in memory.
     """
     if streamed:

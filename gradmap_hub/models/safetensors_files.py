@@ -32,7 +32,7 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # Files that ModelOpt, AutoGPTQ and AutoAWQ write beside quantised weights.
 _QUANTIZED = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 _FULL_PRECISION = "Use its full-precision original."
-# A plain file name: nothing in it is a folder, or a pattern for the files to download.
+# A plain file name: no folder in it, and no wildcard, which a download would expand.
 _SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.=+-]{0,200}\.safetensors")
 # The limit of the safetensors library.
 _LONGEST_HEADER = 100_000_000
@@ -41,7 +41,7 @@ _LONGEST_NAME = 500
 _MOST_DIMENSIONS = 64
 ADAPTER_CONFIG = "adapter_config.json"
 """What peft writes beside an adapter. transformers with peft loads the model that it names."""
-# Fields of a config.json that transformers obeys while it loads; whether a checkpoint is quantised is decided before.
+# Fields of a config.json that change how transformers loads a checkpoint. Quantised checkpoints are refused before.
 _LOADING = frozenset({
     "attn_implementation", "_attn_implementation", "_attn_implementation_internal", "_attn_implementation_autoset",
     "experts_implementation", "_experts_implementation", "_experts_implementation_internal", "use_kernels",
@@ -59,7 +59,8 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 
 @dataclass(frozen=True)
 class Files:
-    """The files to fetch from a source: `weights` (with the index, if sharded) and `companions`."""
+    """The files to fetch from a source: `weights` (with the index, if sharded; their size is `weight_bytes`) and
+    `companions`."""
 
     weights: tuple[str, ...]
     companions: tuple[str, ...]
@@ -69,9 +70,9 @@ class Files:
 def choose_files(sizes: Mapping[str, int], fetched: Callable[[str], Path]) -> Files:
     """Select safetensors weights and companion files from a listing {path: bytes}.
 
-    The index, where there is one, decides which files are weights: others beside them may be another precision, or the
-    same weights for another program. `fetched` returns the local path of a file of the listing; only an index is asked
-    for.
+    The index, if there is one, decides which files are weights: others beside them may be another precision, or the
+    same weights for another program. `fetched` returns the local path of a file of the listing; it is called for the
+    index only.
 
     Raises:
         SourceError: there are no weights, or only those of an adapter, or they are quantised.
@@ -113,7 +114,11 @@ def only_adapter(name: str) -> SourceError:
 
 
 def check_json_size(name: str, size: int) -> None:
-    """Raises SourceError: a JSON file of a listing is too large to be read, and is not fetched."""
+    """Check the size in bytes of a JSON file, before it is fetched.
+
+    Raises:
+        SourceError: it is larger than MOST_BYTES.
+    """
     if size > MOST_BYTES:
         raise SourceError(f"{name} has {size:,} bytes; at most {MOST_BYTES:,} are read.")
 
@@ -197,15 +202,15 @@ def copy_tokenizer_config(source: Path, target: Path) -> None:
 
 
 def readable(folder: Path, stand_in: Path, names: Collection[str] | None = None) -> Path:
-    """A model folder that transformers 4.57 and 5 both load as the same model: the folder itself, or one in `stand_in`,
-    which has the config and tokenizer_config translated and links to the other files.
+    """A model folder that transformers 4.57 and 5 both load as the same model: the folder itself, or one in `stand_in`
+    with translated config.json and tokenizer_config.json and links to the other files.
 
-    That is needed if 5 saved the folder in its own form, if the config has settings of the loader, or if there are
-    files beside those of the model that transformers would load as well.
+    The second is needed if transformers 5 saved the folder in its own form, if the config has settings of the loader,
+    or if the folder has further files that transformers would load as well.
 
     Args:
-        stand_in: Holds a folder for each folder that is asked for.
-        names: The files of the model; None: all that are there.
+        stand_in: Parent of the translated folders, one per model folder.
+        names: The files of the model; None: all files of the folder.
     """
     config, tokenizer = read_config(folder / CONFIG), folder / TOKENIZER_CONFIG
     saved = read_object(tokenizer) if tokenizer.is_file() else {}
@@ -232,14 +237,14 @@ def readable(folder: Path, stand_in: Path, names: Collection[str] | None = None)
 
 
 def _loadable(config: dict[str, Any]) -> dict[str, Any]:
-    """A config.json in the form that 4.57 and 5 both read, without what says how to load the model and not what it is:
-    kernels that need packages or a download, other files of weights, a quantisation of null."""
+    """A config.json in the form that 4.57 and 5 both read, without fields that tell how to load the model instead of
+    what it is: kernels that need packages or a download, other weight files, a null quantisation."""
     result = {name: value for name, value in in_both_forms(config).items() if name not in _LOADING}
     return {name: value for name, value in result.items() if name not in ("dtype", "torch_dtype") or value != "auto"}
 
 
 def _link(source: Path, target: Path) -> None:
-    """Make `target` a link to `source`, or a copy; what it was before is replaced."""
+    """Make `target` a link to `source`, or a copy; replaces what was there."""
     if target.is_symlink():
         if Path(os.readlink(target)) == source:
             return
@@ -283,15 +288,19 @@ def check_weights(folder: Path, files: Files) -> None:
 
 
 def check_dtypes(shard: str, dtypes: Mapping[str, str]) -> None:
-    """Raises SourceError: a weight in a file ({tensor: dtype}) is quantised."""
+    """Check the dtypes of a weight file, {tensor: safetensors' name of its dtype}.
+
+    Raises:
+        SourceError: a weight is quantised.
+    """
     for name, dtype in dtypes.items():
         if dtype not in FLOATS and _is_weight(name):
             raise SourceError(f"The checkpoint is quantised: {shard} stores {name} as {dtype}.", hint=_FULL_PRECISION)
 
 
 def _is_weight(name: str) -> bool:
-    """Whether a tensor is multiplied, by its name: checkpoints of GPT Neo and NeoX also have masks and positions, which
-    are integers."""
+    """Whether a tensor is a weight, judged by its name: checkpoints of GPT-Neo and GPT-NeoX also have integer masks and
+    positions."""
     last = name.rpartition(".")[2]
     return "weight" in last or "proj" in last or last.endswith(("_blocks", "_packed"))
 
@@ -348,7 +357,7 @@ def _end_of(name: str, entry: Any) -> int:
 
 
 def _are_sizes(value: Any) -> TypeGuard[list[int]]:
-    # The number of bytes of a file has 63 bits.
+    # The size of a file fits into 63 bits.
     return isinstance(value, list) and all(
         isinstance(entry, int) and not isinstance(entry, bool) and 0 <= entry < 1 << 63 for entry in value
     )

@@ -19,8 +19,8 @@ def transformers_config(folder: Path) -> Any:
 
 
 def described_model(folder: Path, name: str) -> Any:
-    """The causal LM of a config.json from somebody else, with everything on the meta device; `name` is what an error
-    calls the model.
+    """The causal LM of an untrusted config.json, with everything on the meta device. `name`: what error messages call
+    the model.
 
     Raises:
         SourceError: transformers cannot build it.
@@ -34,7 +34,7 @@ def described_model(folder: Path, name: str) -> Any:
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except MemoryError:
         raise
-    except Exception as error:  # of any type: transformers does not expect the values that it meets here
+    except Exception as error:  # of any type: transformers does not validate the values
         raise SourceError(
             f"config.json of {name} does not describe a model that transformers can build: {reason_of(error)}",
             hint="Correct it in config.json, or use another revision of the model.",

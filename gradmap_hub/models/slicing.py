@@ -36,7 +36,7 @@ def _renumber(row: Architecture, config: Any, result: Any, kept: Sequence[int]) 
         if isinstance(getattr(config, name, None), int):
             setattr(result, name, sum(index < getattr(config, name) for index in kept))
     if row.sparse:
-        # No step describes the kept layers, so the dense ones, by transformers' rule, are listed.
+        # No step describes the kept layers, so the layers that are dense by transformers' rule are listed.
         step, dense = config.decoder_sparse_step, set(config.mlp_only_layers or ())
         result.decoder_sparse_step = 1
         result.mlp_only_layers = [

@@ -59,9 +59,9 @@ class ModelHub(Protocol):
 
 # A language on a card, as the Hub accepts it: ISO 639, or one of its special values.
 _LANGUAGE = re.compile(r"[a-z]{2,3}|code|multilingual")
-# Characters of the header of a model card; those of the largest have some thousand.
+# Characters of a model card in which its header is looked for; the largest headers have a few thousand.
 _MOST_HEADER = 200_000
-# Files of weights whose headers are read before any is fetched, a request each; those of further ones are read later.
+# Weight files whose headers are read before any weights are fetched, one request each; the rest are checked later.
 _MOST_HEADERS = 8
 # The YAML header of a README.md, between two lines of dashes.
 _HEADER = re.compile(r"\A---[ \t]*\r?\n(.*?)\r?\n---[ \t]*\r?(?:\n|\Z)", re.DOTALL)
@@ -85,7 +85,12 @@ class Source:
 
 
 def find_source(model: str, revision: str | None, hub: ModelHub) -> Source:
-    """Resolve MODEL: an existing .gguf file, an existing folder, or a Hub id. Of the weights only headers are read."""
+    """Resolve MODEL: a .gguf file, an existing folder, or a Hub id. Of the weights only headers are read.
+
+    Raises:
+        SourceError: MODEL does not exist, is damaged, or is not a model that can be pruned.
+        HubError: the Hub does not answer, or refuses access.
+    """
     path = Path(model).expanduser()
     if path.suffix == ".gguf":
         return _gguf_source(path)
@@ -144,8 +149,9 @@ def find_source(model: str, revision: str | None, hub: ModelHub) -> Source:
 
 
 def own_exports(files: Mapping[str, int]) -> list[str]:
-    """The precisions in which a listing has ONNX files comparable to ours. model.onnx is always float32. The int8 files
-    of others often quantise activations too, so quantised files count only in repositories created by this program."""
+    """The precisions in which a listing {path: bytes} has ONNX files comparable to ours. model.onnx is always float32.
+    The int8 files of others often quantise activations too, so quantised files count only in repositories that
+    gradmap-hub created."""
     present = [row for row in in_space() if graph_path(row) in files]
     return [row.precision for row in present if row.name == ONNX or FILE_NAME in files]
 
@@ -227,7 +233,11 @@ def _depth(config: Mapping[str, Any]) -> int:
 
 
 def check_family(source: Source, config: PruneMethod) -> None:
-    """Raises UsageError: an option that this model type does not support."""
+    """Check the options against the model type.
+
+    Raises:
+        UsageError: the type does not support an option.
+    """
     reason = source.architecture.unstreamed
     if config.low_memory and reason is not None:
         raise UsageError(f"--low-memory does not support models of type {source.architecture.model_type!r}: {reason}.")
@@ -246,7 +256,7 @@ def _card_facts(card: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _languages(value: Any) -> list[str]:
-    """The languages that the Hub accepts on a card; it refuses one with any other."""
+    """Those of the languages that the Hub accepts on a card; it refuses a card with any other."""
     entries = value if isinstance(value, list) else [value]
     entries = ["no" if entry is False else entry for entry in entries]  # Norwegian, as YAML 1.1 reads it
     named = [part for entry in entries if isinstance(entry, str) for part in re.split(r"[,\s]+", entry)]
@@ -254,7 +264,8 @@ def _languages(value: Any) -> list[str]:
 
 
 def identity(source: Source) -> dict[str, Any]:
-    """What identifies a source for a resumed run."""
+    """Identifies a source for a resumed run: repository and commit, or size and modification time of the local
+    files."""
     if source.base.commit:
         return {"repo": source.base.repo_id, "commit": source.base.commit}
     paths = (

@@ -1,4 +1,4 @@
-"""Prune a model of any depth with a few layers in memory: weights stay on disk, mapped, and are fetched layer by layer.
+"""Prune a model of any depth with a few layers in memory: weights stay memory-mapped on disk and are read by layer.
 
 A `StreamedDecoder` is a `Decoder` whose model has its layers on the meta device. Entering `layer(index)` puts that
 layer's weights in place, leaving it removes them. A weight used in the dtype it is stored in is not copied: it is a
@@ -73,7 +73,7 @@ class StreamedDecoder(Decoder):
 
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
-        """The module of one layer with its weights, until the outermost context is left."""
+        """The module of one layer, with its weights until the outermost of nested contexts ends."""
         depth = self._depth.get(index, 0)
         self._depth[index] = depth + 1
         try:
@@ -100,13 +100,13 @@ class StreamedDecoder(Decoder):
         for name, value in values.items():
             slot = self._slot(index, name)
             if value.shape != slot.empty.shape:
-                raise ValueError(f"{slot.tensor} is {tuple(slot.empty.shape)}, not {tuple(value.shape)}")
+                raise ValueError(f"{slot.tensor} has shape {tuple(slot.empty.shape)}; got {tuple(value.shape)}")
             self._overrides[index, name] = self._converted(value.detach())
         self._refresh(index, values)
 
     @contextmanager
     def replaced(self, index: int, values: Mapping[str, Tensor]) -> Iterator[None]:
-        """Replace parameters of a layer while the context lasts."""
+        """Replace parameters of a layer inside the context. `values`: name within the layer -> new value."""
         before = {name: self._overrides.get((index, name)) for name in values}
         try:
             self.put(index, values)
@@ -184,7 +184,7 @@ def open_streamed(
     files.expect(architecture, named_tensors(model))
     missing, _, mismatched = files.compare(named_tensors(model))
     if missing or mismatched:
-        kind, name = ("no tensor", missing[0]) if missing else ("another shape of", mismatched[0])
+        kind, name = ("no tensor", missing[0]) if missing else ("a wrong shape for", mismatched[0])
         raise BrokenCheckpointError(f"The checkpoint in {folder} has {kind} {name}.")
     _load_outside(model, architecture, files, dtype, rounding)
     return StreamedDecoder(model, architecture, tokens, files, dtype, rounding)

@@ -15,7 +15,7 @@ _STATE = "some of its layers keep a recurrent state instead of attending, in a p
 _SHARED = "its layers share weights or keys and values with each other"
 _CROSS = "some of its layers attend to an image"
 _PRODUCERS = "its layers share keys and values, and each adds an embedding of its own to the stream"
-_INDEXED = "its layers select what to attend to by an index, and the effect of removing one on it is not known"
+_INDEXED = "its layers select the tokens to attend to with an indexer, and how removing a layer affects it is not known"
 _REFUSED = {
     "bamba": _STATE,
     "bailing_hybrid": _STATE,
@@ -37,9 +37,9 @@ _REFUSED = {
     "lfm2": _STATE,
     "lfm2_moe": _STATE,
     "lfm3": _STATE,
-    "llama4": "its attention and expert layers follow a pattern in the depth that is not renumbered yet",
-    "llama4_text": "its attention and expert layers follow a pattern in the depth that is not renumbered yet",
-    "longcat_flash": "each of its layers has two attentions and two places in the cache",
+    "llama4": "its attention and expert layers follow a pattern in depth that is not supported yet",
+    "llama4_text": "its attention and expert layers follow a pattern in depth that is not supported yet",
+    "longcat_flash": "each of its layers has two attention modules and two entries in the KV cache",
     "minimax": _STATE,
     "mllama": _CROSS,
     "mllama_text_model": _CROSS,
@@ -74,7 +74,7 @@ _ENCODER_DECODERS = {"t5", "mt5", "bart", "mbart", "pegasus", "marian", "whisper
 
 
 def architecture_of(config: dict[str, Any]) -> Architecture:
-    """The row for a config.json.
+    """The row of ARCHITECTURES for a config.json.
 
     Raises:
         RemoteCodeRefused: the repository has its own model class.
@@ -97,7 +97,7 @@ def architecture_of(config: dict[str, Any]) -> Architecture:
             inner = config.get("text_config")
             if isinstance(inner, dict) and model_type not in _REFUSED:
                 kind = _printable(inner.get("model_type") or "unknown")
-                reason = f"it is a text model of type {kind} within a model for images or sound; save that part alone"
+                reason = f"it is a multimodal model around a text model of type {kind}; save the text model alone"
         raise UnsupportedArchitecture(model_type, reason, SUPPORTED)
     declared = config.get("architectures") or [row.causal_lm]
     if row.causal_lm not in declared:
@@ -122,7 +122,7 @@ def architecture_of(config: dict[str, Any]) -> Architecture:
 
 
 def _printable(value: Any) -> str:
-    """A name in a config.json from somebody else."""
+    """A name in an untrusted config.json, printable."""
     return shown(value).strip('"')
 
 

@@ -28,17 +28,17 @@ _VOCABULARIES = ("tokenizer.model", "spiece.model")
 
 
 def load_tokenizer(folder: Path, name: str, texts: Iterable[str] = ()) -> Any:
-    """The tokenizer of a model folder. Its tokenizer.json is tried in a process of its own first.
+    """The tokenizer of a model folder. Its tokenizer.json is first tried in a separate process.
 
     Args:
-        name: What an error calls the model.
+        name: What error messages call the model.
         texts: Texts that it will encode; their beginnings are tried too.
 
     Raises:
         SourceError: it cannot be loaded, fails on the texts, or cannot be written as tokenizer.json.
     """
     configs = {file: _object(folder / file, name) for file in _OBJECTS}
-    for file in _OBJECTS[:2]:  # the last one maps texts to ids
+    for file in _OBJECTS[:2]:  # the third file maps tokens to ids
         _check_fields(configs[file], file, name)
     try_tokenizer(folder, name, texts)
     from transformers import AutoTokenizer
@@ -47,7 +47,7 @@ def load_tokenizer(folder: Path, name: str, texts: Iterable[str] = ()) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False, **_own_files(folder, configs[TOKENIZER_CONFIG])
         )
-    # transformers checks neither the types in these files nor those of what it looks up by them, and tokenizers panics.
+    # transformers does not validate these files and may raise any error; the tokenizers library panics.
     except BaseException as error:
         if not isinstance(error, Exception) and not is_failure(error):
             raise
@@ -58,10 +58,11 @@ def load_tokenizer(folder: Path, name: str, texts: Iterable[str] = ()) -> Any:
 
 
 def write_tokenizer(tokenizer: Any, folder: Path, name: str) -> None:
-    """Write tokenizer.json into a folder, unless it has one: the runtime reads no other form.
+    """Write tokenizer.json into a folder, unless it has one: the runtime reads no other form. `name`: what error
+    messages call the model.
 
     Raises:
-        SourceError: the tokenizer has no such form.
+        SourceError: the tokenizer cannot be written as tokenizer.json.
     """
     if not (folder / TOKENIZER).is_file():
         _fast(tokenizer, name).save(str(folder / TOKENIZER))
@@ -80,7 +81,7 @@ def repeat_template(folder: Path) -> None:
 
 
 def _fast(tokenizer: Any, name: str) -> Any:
-    """The tokenizer of the tokenizers library in one of transformers."""
+    """The `tokenizers.Tokenizer` inside a tokenizer of transformers, or converted from it."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         return backend
@@ -115,11 +116,11 @@ def _check_fields(config: Mapping[str, Any], file: str, name: str) -> None:
     for field, value in config.items():
         if field in _SPECIAL_TOKENS:
             text = value.get("content") if isinstance(value, dict) else value
-            good, wanted = isinstance(text, str), "a text, or an object with the text `content`"
+            good, wanted = isinstance(text, str), "a string, or an object with a string `content`"
         elif field == "tokenizer_class":
-            good, wanted = isinstance(value, str), "a text"
+            good, wanted = isinstance(value, str), "a string"
         elif field == "chat_template":
-            good, wanted = isinstance(value, (str, list, dict)), "a text or a list of named ones"
+            good, wanted = isinstance(value, (str, list, dict)), "a string or a list of named templates"
         else:
             continue
         if not good and value is not None:
@@ -139,8 +140,8 @@ def _not_loaded(folder: Path, name: str, error: BaseException) -> SourceError:
         return SourceError(f"{start}it needs packages that are not installed.", hint=hint)
     hint = None
     if not (folder / TOKENIZER).is_file():
-        hint = f"Where another version of transformers loads it, save_pretrained writes its {TOKENIZER}; put that here."
-    # The text of an error that transformers did not expect says little without its type.
+        hint = f"Load it with another version of transformers and add the {TOKENIZER} that its save_pretrained writes."
+    # The message of an unexpected error says little without its type.
     known = isinstance(error, (OSError, ValueError, ImportError, KeyError, AttributeError, TypeError))
     named = "" if known or is_failure(error) else f"{type(error).__name__}: "
     return SourceError(f"{start}{named}{reason_of(error)}", hint=hint)
@@ -158,7 +159,8 @@ def _own_files(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _packages_hint(folder: Path) -> str | None:
-    """The packages to install for a folder whose vocabulary transformers can only convert with them."""
+    """The hint to install the packages that transformers needs to read a folder's vocabulary; None if none is
+    missing."""
     vocabulary = next((folder / name for name in _VOCABULARIES if (folder / name).is_file()), None)
     if (folder / TOKENIZER).is_file() or vocabulary is None:
         return None

@@ -1,4 +1,4 @@
-"""Tries somebody else's tokenizer.json in a process with limits, before this process loads it.
+"""Tries an untrusted tokenizer.json in a process with limits, before this process loads it.
 
 A tokenizer is a program: its regular expressions may take exponential time, its normalizers may multiply a text until
 the machine has no memory left, and an error in it may abort the process that loads it.
@@ -21,7 +21,8 @@ def try_tokenizer(folder: Path, name: str, texts: Iterable[str] = ()) -> None:
     """Load the tokenizer.json of a folder, if it has one, and encode and decode a probe and the start of each text.
 
     Args:
-        name: What an error calls the model.
+        name: What error messages call the model.
+        texts: Texts that the tokenizer will encode.
 
     Raises:
         SourceError: it fails, or exceeds the limits of time and memory of `tokenizer_worker`.
@@ -32,7 +33,7 @@ def try_tokenizer(folder: Path, name: str, texts: Iterable[str] = ()) -> None:
 
 
 def unusable(name: str, cause: BaseException | str) -> SourceError:
-    """The error of a tokenizer that fails for this cause: an exception, or words."""
+    """The error of a tokenizer that fails. `cause`: an exception, or the reason in words."""
     return SourceError(
         f"The tokenizer of {name} cannot be used: {TOKENIZER}: {reason_of(cause)}",
         hint="Replace tokenizer.json with the file of the model's own repository.",
@@ -46,7 +47,7 @@ def is_failure(error: BaseException) -> bool:
 
 @contextmanager
 def failures_named(name: str) -> Iterator[None]:
-    """Turn a failure of the tokenizers library into the error of `unusable`.
+    """Inside the context, turn a failure of the tokenizers library into the error of `unusable`.
 
     Raises:
         SourceError: the library failed.

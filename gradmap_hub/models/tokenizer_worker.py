@@ -1,4 +1,4 @@
-"""Tries somebody else's tokenizer.json in a process with limits.
+"""Tries an untrusted tokenizer.json in a process with limits.
 
 Standalone: `models.tokenizer_trial` uses it, and it is copied into every Space folder. Started as a program,
 `python tokenizer_worker.py FILE < texts.json`, it is that process: it prints {"cause": why the tokenizer cannot be
@@ -38,13 +38,13 @@ PROBE = (
 
 _SLOW = f"it takes more than {SECONDS} seconds for a short text"
 _LARGE = f"it takes more than {MEMORY / 1e9:.1f} GB of memory for a short text"
-# What the Rust and the Python allocator write when memory ends.
+# What Rust's and Python's allocators write when they run out of memory.
 _NO_MEMORY = ("memory allocation of", "MemoryError", "Cannot allocate memory", "bad_alloc")
 
 
 def failure(file: Path, texts: Iterable[str] = ()) -> str | None:
-    """Why a tokenizer.json cannot be used: what the process says that loads it, and encodes and decodes a probe and the
-    start of each text. None if it can, or if there is no such file.
+    """The reason why a tokenizer.json cannot be used, or None if it can, or if there is no such file. A process with
+    limits loads it, and encodes and decodes PROBE and the start of each text.
     """
     if not file.is_file():
         return None
@@ -82,7 +82,8 @@ def _signal(name: str) -> int:
 
 
 def limit() -> None:
-    """Let the system end this process at the limits, where the platform can (on macOS it does not limit memory)."""
+    """Have the system end this process at the limits of CPU time and memory, where it supports them (macOS: not
+    memory)."""
     try:
         import resource
     except ImportError:  # Windows
@@ -99,7 +100,7 @@ def limit() -> None:
 
 
 def cause(path: str, texts: list[str]) -> str | None:
-    """Why the tokenizer in the file cannot encode and decode these texts; None if it can."""
+    """The reason why the tokenizer in the file cannot encode and decode these texts; None if it can."""
     from tokenizers import Tokenizer
 
     try:

@@ -1,4 +1,4 @@
-"""Transformers 4.57 and 5, and the form of a checkpoint's JSON files that both read as the same model.
+"""Translates a checkpoint's JSON files to the form that transformers 4.57 and 5 both read as the same model.
 
 This form is that of transformers 4, which most checkpoints on the Hub have and 5 reads. 4.57 ignores some of what 5
 writes (`rope_parameters`: it would use the defaults) and fails on other parts (`TokenizersBackend`). This module holds
@@ -105,7 +105,7 @@ def _flat_rope(kind: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _scaling(parameters: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What 4.57 calls rope_scaling."""
+    """The field rope_scaling of 4.57; None if the type is "default"."""
     rest = {name: value for name, value in parameters.items() if name not in ("rope_theta", "partial_rotary_factor")}
     kind = rest.pop("type", "default")
     rest.setdefault("rope_type", kind)

@@ -16,14 +16,15 @@ _BUFFERS = re.compile(r"(^|\.)(inv_freq|masked_bias|position_ids|(attn|attention
 
 
 def check_tensors(folder: Path, architecture: Architecture, name: str) -> list[str]:
-    """Compare a checkpoint's tensors with its config, and read them once. `name` is what an error calls the model.
+    """Compare a checkpoint's tensors with its config, and read them once. `name`: what error messages call the model.
 
     Returns:
-        The tensors that the model has no place for. Weights of parts that are known to be left out do not count.
+        The tensors that the model does not have, except those known to be unused (buffers, tied weights, layers that
+        predict further tokens).
 
     Raises:
         SourceError: config.json does not describe a model.
-        BrokenCheckpointError: a tensor is missing, has another shape, or has a NaN or an infinity in it.
+        BrokenCheckpointError: a tensor is missing, has a wrong shape or an integer dtype, or contains NaN or infinity.
     """
     model = described_model(folder, name)
     wanted = named_tensors(model)
@@ -50,13 +51,13 @@ def check_tensors(folder: Path, architecture: Architecture, name: str) -> list[s
     if found is not None:
         raise BrokenCheckpointError(
             f"The tensor {found} of {name} has values that are not finite (NaN or infinity).",
-            hint="Fetch it again, or use another revision: results of such weights mean nothing.",
+            hint="Fetch the weights again, or use another revision.",
         )
     return _without_place(model, architecture, unexpected)
 
 
 def _without_place(model: Any, architecture: Architecture, unexpected: list[str]) -> list[str]:
-    """Those of the `unexpected` tensors that no version of this model has."""
+    """Those of the `unexpected` tensors that are not known to be unused."""
     known = {name for name, _ in model.named_buffers()} | tied_names(model)
     patterns = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
     # Layers after the last one predict further tokens; no written checkpoint has them.

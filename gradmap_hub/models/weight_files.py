@@ -19,7 +19,7 @@ from gradmap_hub.models.expert_tensors import Parts, flat, parts_of, whole, whol
 from gradmap_hub.models.safetensors_files import read_safetensors_header, read_weight_map
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# Of masks and positions that older checkpoints store and no model asks for.
+# Dtypes of masks and positions, which older checkpoints store and no model reads.
 _OTHER_DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
@@ -73,8 +73,8 @@ class WeightFiles:
             self._entries[name] = (path, dtype, tuple(entry["shape"]), offset)
 
     def expect(self, architecture: Architecture, wanted: Iterable[tuple[str, Tensor]]) -> None:
-        """Map the names of the checkpoint to those of the model, whose tensors are `wanted`: older checkpoints lack the
-        prefix of the model without head, and some split tensors (see `expert_tensors`)."""
+        """Map the tensor names of the checkpoint to those of the model, whose tensors are `wanted`: some older
+        checkpoints lack the base model's prefix, and some split tensors (see `expert_tensors`)."""
         prefix = architecture.layers.partition(".")[0]
         if not any(name.startswith(f"{prefix}.") for name in self._entries):
             self._entries = {f"{prefix}.{name}": entry for name, entry in self._entries.items()}
@@ -92,11 +92,12 @@ class WeightFiles:
         return missing, unexpected, mismatched
 
     def first_not_finite(self, names: Iterable[str]) -> str | None:
-        """The first of these tensors that has a NaN or an infinity in it. Each is read once and left on disk."""
+        """The name of the first of these tensors that contains NaN or infinity; None if all are finite. Each is read
+        once and not kept in memory."""
         for name in names:
             for stored in flat(self._made[name]) if name in self._made else [name]:
                 value = self.tensor(stored)
-                # Passes a NaN on, and takes no memory.
+                # aminmax propagates NaN and takes no memory.
                 finite = not value.numel() or all(math.isfinite(bound) for bound in torch.aminmax(value))
                 del value
                 self.release([stored])

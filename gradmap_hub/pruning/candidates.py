@@ -18,7 +18,8 @@ Ranking = Callable[[LayerScores, int], list[int]]
 
 # Windows of lowest cosine distance among the candidates.
 WINDOWS = 3
-# Sets for which compensation is fitted, if their loss (nats per token) is within the margin of the best.
+# Compensation is fitted for at most FINALISTS sets, whose loss without it is less than FINALIST_MARGIN (nats per token)
+# above the lowest.
 FINALISTS = 3
 FINALIST_MARGIN = 0.25
 _WINDOW_NAMES = ("cosine-window", "cosine-window, second best", "cosine-window, third best")
@@ -37,7 +38,7 @@ def lowest_window(scores: Sequence[float], count: int) -> list[int]:
 
 
 def windows(scores: LayerScores, count: int) -> dict[str, list[int]]:
-    """The WINDOWS windows of `count` layers across which the hidden states change direction least, by name."""
+    """Name -> positions of the WINDOWS windows of `count` layers with the lowest cosine distance across them."""
     by_cosine = scores.windows(count)
     starts = sorted(range(len(by_cosine)), key=lambda start: by_cosine[start])
     return {
@@ -46,12 +47,12 @@ def windows(scores: LayerScores, count: int) -> dict[str, list[int]]:
 
 
 def cheapest_blocks(cost: Sequence[Sequence[float]], count: int, most_blocks: int | None = None) -> list[int]:
-    """Positions of `count` layers, ascending, as blocks with a layer kept between them, whose summed cost is lowest of
-    all such sets: an exact dynamic programme, in O(layers * count^2 * blocks).
+    """The positions of `count` layers, ascending, whose blocks (runs of consecutive layers) have the lowest summed
+    cost. Exact, by dynamic programming in O(layers * count^2 * blocks).
 
     Args:
-        cost: (layers + 1) x (layers + 1); entry (i, j) is that of removing positions i to j - 1.
-        most_blocks: At most so many blocks; None: any number.
+        cost: (layers + 1) x (layers + 1); entry (i, j) is the cost of removing the block at positions i to j - 1.
+        most_blocks: Maximum number of blocks; None: no limit.
     """
     layers = len(cost) - 1
     most = count if most_blocks is None else min(most_blocks, count)
@@ -103,7 +104,8 @@ def register(name: str, ranking: Ranking) -> None:
 
 
 def candidates(scores: LayerScores, count: int, metric: str) -> dict[str, list[int]]:
-    """Candidate sets of `count` layers by name: that of one metric, or those of all for `auto`, without duplicates."""
+    """Candidate sets of `count` layers, name -> positions: that of one metric, or for "auto" those of all rankings and
+    the windows, without duplicates."""
     if metric != "auto":
         return {metric: RANKINGS[metric](scores, count)}
     named = {name: ranking(scores, count) for name, ranking in RANKINGS.items()} | windows(scores, count)
@@ -115,15 +117,21 @@ def candidates(scores: LayerScores, count: int, metric: str) -> dict[str, list[i
 
 
 def stems(scores: LayerScores, count: int, metric: str) -> dict[str, list[int]]:
-    """Windows of one layer less, which the search completes with a further layer; only for `auto`."""
+    """Windows of `count` - 1 layers, name -> positions, to which the search adds one layer elsewhere; only for
+    "auto"."""
     return windows(scores, count - 1) if metric == "auto" and count > 1 else {}
 
 
 def finalists(found: Sequence[Candidate], corrected: bool) -> list[Candidate]:
-    """The sets for which compensation is fitted, of all measured ones (`found`, lowest loss first).
+    """The sets for which compensation is fitted: at most FINALISTS, with a loss less than FINALIST_MARGIN nats per
+    token above the lowest.
 
-    Compensation gains more at a single gap than when the same number of layers leaves several, so the order can change.
-    The best set of each number of gaps comes first, then the next best.
+    Compensation gains more at a single gap than at several gaps of the same number of layers, so it can change the
+    order of the sets. Therefore the best set of each number of gaps comes first, then the second best of each.
+
+    Args:
+        found: All measured sets, lowest loss first.
+        corrected: Whether compensation will be fitted; if not, only the best set is returned.
     """
     if not corrected:
         return list(found[:1])
@@ -145,7 +153,13 @@ def gaps(removed: Sequence[int]) -> int:
 
 def decide(scores: LayerScores, winner: Candidate | None, removed: Sequence[int], why: str) -> list[LayerDecision]:
     """One decision per layer, with its score and the reason. The score is the gradient L1 norm, or the gate gradient if
-    the gradients of the weights were not computed."""
+    the gradients of the weights were not computed.
+
+    Args:
+        winner: The chosen set, whose ranking the reason names; None: the user named the layers.
+        removed: Original indices of the removed layers.
+        why: Why these layers are removed, in a few words.
+    """
     gone = set(removed)
     ranking = winner.name if winner else "your choice"
     decisions = []

@@ -7,12 +7,12 @@ closed forms, `residual` what they solve for in each family (experts, norms on t
     the MLP of the layer before the gap          towards the stream after the gap: what the removed layers added
     attention and MLP of the first layer after   towards the original's stream at the same places
 
-The second line applies to a gap without a layer before it, and to `site="around-gaps"`: where it lowered the loss on
-text like the fitted one, it raised it on other text. Each site is fitted on the stream that the sites before it leave,
-so that later sites correct what earlier ones could not. A site is kept only if it lowers the loss on held-out
-sequences by more than the standard error of that gain over the sequences. The original's stream is carried along the
-layers once for all sets of removed layers, the pruned model's once for all sites of a set; Gram matrices are summed
-sequence by sequence, and no matrix of all tokens is ever stored.
+The second line applies to a gap without a layer before it, and to `site="around-gaps"`. That is not the default: it
+lowered the loss on text like the calibration text and raised it on other text. Each site is fitted on the stream that
+the sites before it leave, so that later sites correct what earlier ones could not. A site is kept only if it clearly
+lowers the loss on held-out sequences (see `lowers`). The original's stream is carried along the layers once for all
+sets of removed layers, the pruned model's once for all sites of a set; Gram matrices are summed sequence by sequence,
+and no matrix of all tokens is ever stored.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from gradmap_hub.pruning.sites import Shift, Site, largest_shift, mean_shift, si
 from gradmap_hub.pruning.streams import Originals, Streams, stream_losses
 from gradmap_hub.record import Candidate, CompensationRecord, SiteCompensation, Trial
 
-# lambda over the mean Gram diagonal: all are tried at the first site, the best one at the others, where it hardly
-# matters. A few massive features dominate that mean, so that even 0.001 is a strong ridge for the other features:
-# stronger ones were worse with 6 sequences of 512 tokens as well as with 54.
+# Ridge strengths (lambda over the mean Gram diagonal) by kind of fit: all are tried at the first site, the best of them
+# at later sites, where the choice hardly matters. A few massive features dominate that mean, so that even 0.001 is a
+# strong ridge for the other features: stronger ones were worse with 6 sequences of 512 tokens as well as with 54.
 STRENGTHS: dict[str, tuple[float, ...]] = {"weight": (0.001, 0.0003), "projection": (0.03, 0.003)}
 # The least gain of a site in nats per token of held-out loss: less is not worth the risk on other text.
 MINIMUM_GAIN = 1e-3
@@ -48,8 +48,9 @@ Overrides = dict[tuple[int, str], Tensor]
 
 
 def lowers(before: Tensor, after: Tensor) -> bool:
-    """Whether the mean loss falls from `before` to `after` (n,), of the same sequences in the same order, by more than
-    MINIMUM_GAIN and more than the standard error of the fall: else a gain on a few sequences may be chance."""
+    """Whether the mean loss falls from `before` to `after`, both (n,) in nats per token over the same sequences, by
+    more than MINIMUM_GAIN and by more than the standard error of the paired differences. Smaller gains may be
+    chance."""
     gains = before - after
     error = float(gains.std()) / len(gains) ** 0.5 if len(gains) > 1 else 0.0
     return float(gains.mean()) > max(MINIMUM_GAIN, error)  # False for NaN
@@ -57,7 +58,7 @@ def lowers(before: Tensor, after: Tensor) -> bool:
 
 @dataclass
 class _Fit:
-    """The tried and accepted sites so far. `losses`: of each selection sequence, in nats per token."""
+    """The sites tried and accepted so far. `losses`: of each selection sequence with them, in nats per token."""
 
     losses: Tensor
     trials: list[Trial] = field(default_factory=list)
@@ -80,11 +81,20 @@ def fit_compensation(
     strengths: Sequence[float] | None = None,
     originals: Originals | None = None,
 ) -> tuple[CompensationRecord, Overrides]:
-    """Compensate site after site and keep what lowers the loss on `rows.selection`. The model is unchanged afterwards.
+    """Compensate site after site, and keep each site that lowers the loss on `rows.selection` by more than MINIMUM_GAIN
+    and more than its standard error (see `lowers`). The model is unchanged afterwards.
 
-    `sites` and `strengths` override those of the config, for benchmarks. `originals`: the original's streams over
-    `rows`, to share them between sets. Returns the record, with the mean shift only if the site depends on it (see
-    `with_shift`), and the new parameters, which are empty if nothing is applied.
+    Args:
+        rows: Sites are fitted on `rows.fit`.
+        removed: Original indices of the removed layers.
+        config: Its `compensation` and `site` are used, and its `shift_rows` for the site "largest-shift".
+        sites: The sites to try, in the order of the stream; None: those of `config.site`.
+        strengths: The ridge strengths to try; None: STRENGTHS of the kind of fit.
+        originals: The original's streams over `rows`, to share between sets of removed layers; None: computed here.
+
+    Returns:
+        The record and the new parameters, which are empty if no site is kept. The record has the mean shift only if
+        `config.site` is "largest-shift" and chose the site; `with_shift` adds it to any record.
     """
     skipped = compensation_skipped(decoder.architecture, decoder.model.config)
     if config.compensation == "none" or skipped is not None:
@@ -146,10 +156,11 @@ def fit_compensation(
 def compensate_best(
     decoder: Decoder, rows: CalibrationRows, sets: Sequence[Candidate], config: PruneMethod, reporter: Reporter
 ) -> tuple[list[Candidate], int, CompensationRecord, Overrides]:
-    """Compensate for several sets of removed layers, with the original's streams carried once for all of them.
+    """Compensate for each of several sets of removed layers; the original's streams are computed once for all.
 
-    Returns the sets with their losses after compensation, the position of the set with the lowest loss, and what
-    `fit_compensation` returned for that set.
+    Returns:
+        The sets with their losses after compensation, the position of the set with the lowest loss, and the record and
+        new parameters of that set.
 
     Raises:
         ValueError: there are no sets.
@@ -176,7 +187,7 @@ def with_shift(
     config: PruneMethod,
     reporter: Reporter,
 ) -> CompensationRecord:
-    """The record with the mean shift of every kept layer, before compensation."""
+    """The record with the mean shift after every kept layer, before compensation; computed only if it is missing."""
     if record.shift_layers:
         return record
     kept = [layer for layer in range(decoder.count) if layer not in set(removed)]

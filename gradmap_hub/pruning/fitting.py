@@ -1,4 +1,4 @@
-"""One site: its Gram matrices, the ridge solution and the parameters with the solution folded in."""
+"""Fits one site: its Gram matrices, the ridge solution, and the parameters with the solution folded in."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def accumulate_gram(
     targets: Sequence[Tensor],
     row_done: Callable[[], None] = lambda: None,
 ) -> Gram:
-    """Gram matrices of one site. `hidden`: the pruned model's stream before the site's layer; `targets`: the stream to
-    reach after the site; both per sequence, (1, tokens, d)."""
+    """Gram matrices of one site, float64. `hidden`: the pruned model's stream before the site's layer; `targets`: the
+    stream to reach after the site; both per sequence, (1, tokens, d). `row_done`: called after each sequence."""
     with decoder.layer(site.layer) as module, torch.no_grad():
         writer = writer_of(module, decoder.architecture, site.part)
         width, features = writer.weight.shape
@@ -55,7 +55,8 @@ def accumulate_gram(
 
 
 def _reached(decoder: Decoder, site: Site, writer: Writer, states: Tensor) -> tuple[Tap, Tensor]:
-    """The writer's tap, and the stream after the site (1, tokens, d), for the stream before its layer."""
+    """Run the site's layer on `states`, the stream before it. Returns the writer's tap and the stream after the site;
+    both streams are (1, tokens, d)."""
     with Tap(writer.tapped) as tap, Tap(writer.added) as added:
         after = decoder.step(states, site.layer)
     return tap, after if site.part == MLP else stream_after(states, added, writer)
@@ -64,7 +65,8 @@ def _reached(decoder: Decoder, site: Site, writer: Writer, states: Tensor) -> tu
 def fitted_gain(
     decoder: Decoder, site: Site, hidden: Sequence[Tensor], targets: Sequence[Tensor], values: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The weight of the norm on a site's output, fitted with the site's new `values` in place."""
+    """The new weight of the norm on a site's output, by parameter name, fitted with the site's new `values` in place.
+    `hidden`, `targets`: as in `accumulate_gram`."""
     with decoder.layer(site.layer) as module, decoder.replaced(site.layer, values), torch.no_grad():
         writer = writer_of(module, decoder.architecture, site.part)
         width = len(writer.weight)
@@ -95,7 +97,8 @@ def through_norm(decoder: Decoder, site: Site) -> bool:
 def solved(
     decoder: Decoder, site: Site, gram: Gram, kind: str, strength: float
 ) -> tuple[RidgeSolution, dict[str, Tensor]]:
-    """The ridge solution of a site and the parameters of its layer with the solution folded in."""
+    """The ridge solution of a site, and the parameters of its layer with the solution folded in, by name. `kind`,
+    `strength`: see `ridge.solve`."""
     with decoder.layer(site.layer) as module:
         writer = writer_of(module, decoder.architecture, site.part)
         solution = solve(gram, writer.weight, kind=kind, strength=strength)

@@ -30,8 +30,12 @@ def inspect_plot(
     """Draw all scores of all layers, the cost of removing each block of them, and, below, one strip per ratio with the
     layers that would be removed.
 
-    `shift_by_layer`: relative, such as `scores.shift`; NaN where unknown. `choices`: label such as "10%" -> layers.
     Layers that would be removed at any ratio are shaded in all panels, darker if more ratios remove them.
+
+    Args:
+        shift_by_layer: Relative, such as `scores.shift`; NaN where unknown. None: no panel of shifts.
+        choices: Label of a ratio, such as "10%" -> layers that it would remove.
+        path: The PNG file to write.
     """
     measures = [
         ("gradient of the layer's gate, as a share of the highest", _shares(scores.gate)),
@@ -66,7 +70,7 @@ def inspect_plot(
 
 
 def _shares(values: Sequence[float]) -> list[float]:
-    """Each value over the highest."""
+    """Each value divided by the highest."""
     highest = max(values)
     return [value / highest if highest else 0.0 for value in values]
 

@@ -27,7 +27,7 @@ Overrides: TypeAlias = "dict[tuple[int, str], Tensor]"
 
 @dataclass(frozen=True)
 class Selected:
-    """Measured sets of layers, lowest held-out loss first; `by_hand` if the user named the layers."""
+    """Measured sets of removed layers, lowest held-out loss first. `by_hand`: the user named the layers."""
 
     candidates: list[Candidate]
     by_hand: bool = False
@@ -35,8 +35,9 @@ class Selected:
 
 @dataclass(frozen=True)
 class Compensated:
-    """The set with the lowest held-out loss after compensation. `winner`: None if the user named the layers;
-    `candidates`: all that were measured, with their loss after compensation where it is known."""
+    """The set of `removed` layers with the lowest held-out loss after compensation. `candidates`: all measured sets,
+    with their loss after compensation where it was fitted. If the user named the layers, `winner` is None and
+    `candidates` is empty."""
 
     removed: list[int]
     winner: Candidate | None
@@ -46,7 +47,7 @@ class Compensated:
 
 @dataclass(frozen=True)
 class PrunedModel:
-    """What `prune_model` found: the layers to remove and the new values of kept weights."""
+    """The result of `prune_model`: the layers to remove (`chosen`) and the new values of kept weights (`overrides`)."""
 
     scores: LayerScores
     chosen: Compensated
@@ -70,7 +71,13 @@ def prune_model(
 
     Args:
         rows: Token sequences that score, fit and decide; see `gradmap_hub.data.rows.split_rows`.
+        method: The options of pruning.
+        removals: Number of layers to remove; ignored if `drop` is given.
         drop: Indices of the layers to remove; None: choose them.
+        reporter: Receives the progress.
+
+    Raises:
+        BrokenCheckpointError: the activations or the loss of the original are not finite, or too large.
 
     Example:
         >>> pruned = prune_model(decoder, rows, PruneMethod(), removals=8)
@@ -100,7 +107,8 @@ def select_layers(
     drop: Sequence[int] | None = None,
     reporter: Reporter,
 ) -> Selected:
-    """Form candidate sets from the scores and let the loss on held-out sequences decide."""
+    """Form candidate sets of layers from the scores, and measure their loss on `rows.selection`. `removals`, `drop`:
+    see `prune_model`."""
     from gradmap_hub.pruning.candidates import candidates, stems
     from gradmap_hub.pruning.scoring import iterative_removals
     from gradmap_hub.pruning.search import SWAPS_MEASURED, search_layers

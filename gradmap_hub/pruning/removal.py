@@ -42,7 +42,8 @@ def remove_layers(model: nn.Module, architecture: Architecture, removed: Sequenc
 
 @contextmanager
 def layers_left_out(model: nn.Module, architecture: Architecture, removed: Sequence[int]) -> Iterator[None]:
-    """Remove the layers `removed` while the context lasts, also for the KV cache; then restore the model."""
+    """Inside this context, the layers `removed` are missing from the model and the KV cache is indexed without them;
+    afterwards the model is restored."""
     layers = model.get_submodule(architecture.layers)
     # Indices and configs are plain attributes; modules and parameters are held in attributes with an underscore.
     before = [
@@ -65,5 +66,5 @@ def parameter_count(model: nn.Module) -> int:
 
 
 def storage_dtype(name: str, original: str) -> torch.dtype:
-    """The torch dtype of the written weights: `auto` keeps that of the original."""
+    """The torch dtype of the written weights for the option `name`; "auto" is the `original`'s, such as "bfloat16"."""
     return getattr(torch, original if name == "auto" else name)

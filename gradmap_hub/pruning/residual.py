@@ -25,14 +25,15 @@ from gradmap_hub.models.architectures import COLUMNS, Architecture
 from gradmap_hub.pruning.ridge import RidgeSolution, folded_parameters
 
 MLP, ATTENTION = "mlp", "attention"
-# Floor on a gain as a divisor, relative to the others: else a dimension of small gain would dominate W.
+# Regularises the division by a gain, relative to the RMS of all gains: else dimensions of small gain would dominate W.
 _GAIN_FLOOR = 0.1
 # Ridge towards the old gain, relative to the mean square of the norm's output.
 _GAIN_RIDGE = 0.01
 
 
 class Tap:
-    """Records input and output of a module during one call; the first one of a tuple."""
+    """Context manager that records the first input of a module and its output (the first, if it is a tuple) at the
+    latest call."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
@@ -53,8 +54,16 @@ class Tap:
 class Writer:
     """A part of one layer that writes to the residual stream. Made by `writer_of` while the layer's weights are loaded.
 
-    `weight` (d, f) and `bias` (d): the linear map. `tapped`: the module with input z and output W z + b. `added`: the
-    module whose output is added to the stream, times `scale`. `outputs`: for experts, parameter -> axis of the stream.
+    Attributes:
+        layer: The decoder layer.
+        path: Path of `tapped` within the layer.
+        tapped: The module with input z and output W z + b; for experts, the module whose output is m.
+        added: The module whose output is added to the stream, times `scale`.
+        weight: W (d, f); for experts, the identity (d, d).
+        bias: b (d,), or None.
+        norm: Path of the norm between `tapped` and the stream, or None.
+        norm_offset: Added to the norm's weight to give its gain.
+        outputs: For experts, name of a parameter within the layer -> its axis of the stream; else None.
     """
 
     layer: nn.Module
@@ -74,7 +83,8 @@ class Writer:
         return self.outputs is not None
 
     def equation(self, tap: Tap, drift: Tensor) -> tuple[Tensor, Tensor]:
-        """z (tokens, f) and e (tokens, d): W + D undoes the drift (tokens, d) as far as z D^T = e holds."""
+        """z (tokens, f) and e (tokens, d) of the regression z D^T = e: its solution D makes W + D undo the drift
+        (tokens, d). `tap`: recorded on `tapped` for the same tokens."""
         z = tap.output if self.experts else tap.input
         z = z.reshape(-1, z.shape[-1]).to(drift.dtype)
         if self.scale != 1.0:
@@ -87,7 +97,7 @@ class Writer:
         return z, drift
 
     def folded(self, solution: RidgeSolution) -> dict[str, Tensor]:
-        """The new parameters by their names in the layer, in their own dtypes."""
+        """The new parameters by their names within the layer, in the dtypes of the old ones."""
         if self.outputs is None:
             return {f"{self.path}.{name}": value for name, value in self._folded_linear(solution).items()}
         assert solution.projection is not None

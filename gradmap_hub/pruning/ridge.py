@@ -39,7 +39,8 @@ class Gram:
 
 @dataclass(frozen=True, eq=False)
 class RidgeSolution:
-    """The solution for one site, float64. Exactly one of `projection` P (d, d) and `delta` D (d, f) is set."""
+    """The solution for one site, float64. Exactly one of `projection` P (d, d) and `delta` D (d, f) is set. `ridge` is
+    lambda, `strength` is lambda over the mean diagonal of the Gram matrix."""
 
     kind: str
     strength: float
@@ -49,7 +50,8 @@ class RidgeSolution:
 
 
 def solve(gram: Gram, weight: Tensor, *, kind: str, strength: float) -> RidgeSolution:
-    """The ridge solution for one site, in float64. `weight` is W (d, f); `kind` is "weight" or "projection"."""
+    """The ridge solution for one site, in float64. `weight` is W (d, f); `kind` is "weight" or "projection"; `strength`
+    is lambda over the mean diagonal of the Gram matrix."""
     if kind == "weight":
         ridge = strength * float(gram.zz.diagonal().mean())
         delta = _ridge(gram.zz, gram.ze, ridge).T  # (d, f)

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 class LayerScores:
     """One value per layer, in the order of `layers` (indices); low = unimportant. See `scoring` for the formulas.
 
-    `distance` and `cost` are square, one row and column more than the layers; the entry (i, j) is of the layers from
-    position i to j - 1, and `cost` is zero below its diagonal. `loss` in nats per token over `rows` sequences.
+    `gradient` and `taylor` are empty if the gradients of the weights were not computed. `distance` and `cost` are
+    (layers + 1) x (layers + 1): entry (i, j) belongs to the block of layers at positions i to j - 1, and `cost` is 0 on
+    and below its diagonal. `loss`: of the original over `rows` sequences, in nats per token.
     """
 
     layers: list[int]

@@ -20,7 +20,7 @@ activations are massive:
     gate[l]      = mean |<dL_s / dx_{l+1}, x_{l+1} - x_l>|        |dL / d(gate of layer l)|, token by token
     cost[i][j]   = mean ||dL_s / dx_j||^2 ||x_j - x_i||^2         a bound on the squared change of L without i .. j-1
 
-The last is to first order: by Cauchy-Schwarz, no displacement of x_j to x_i changes L by more than the root.
+`cost` is a first-order bound: by Cauchy-Schwarz, replacing x_j by x_i changes L by at most its square root.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from gradmap_hub.errors import BrokenCheckpointError
 from gradmap_hub.models.decoder import Decoder
 from gradmap_hub.pruning.scores import LayerScores
 
-# Beyond any trained model: its massive activations have some thousand, and a uniform guess costs 14 nats.
+# Beyond any trained model: massive activations reach a few thousand, and a uniform guess costs at most 14 nats.
 _LARGEST_ACTIVATION, _LARGEST_LOSS = 1e12, 500.0
-_HINT = "Its weights cannot be right: fetch them again, or use another revision."
+_HINT = "The weights are probably damaged: fetch them again, or use another revision."
 
 
 def score_layers(
@@ -50,14 +50,15 @@ def score_layers(
 ) -> LayerScores:
     """Score `layers` (default: all), run in this order, on sequences `ids` (n, tokens).
 
-    Without `weights`, the gradients of the weights are not computed, and `gradient` and `taylor` are empty.
+    Without `weights`, the gradients of the weights are not computed, and `gradient` and `taylor` are empty. `row_done`
+    is called after each sequence.
 
     The forward pass keeps only the residual stream between layers; the backward pass recomputes each layer's
     activations (checkpointing), so that only the activations of one layer and the gradient of one weight exist at a
     time. Embeddings, final norm and head are not scored.
 
     Raises:
-        BrokenCheckpointError: the activations or the loss are no numbers to compute with.
+        BrokenCheckpointError: the activations or the loss are NaN, infinite or beyond those of any trained model.
     """
     chosen = list(range(decoder.count)) if layers is None else list(layers)
     gradient = dict.fromkeys(chosen, 0.0)
@@ -89,7 +90,8 @@ def score_layers(
                 loss_sum += float(loss)
                 if not loss_sum / len(ids) < _LARGEST_LOSS:  # also NaN
                     raise BrokenCheckpointError(
-                        f"The loss of the original is {float(loss):g} nats per token.", hint=_HINT
+                        f"The loss of the original is {float(loss):g} nats per token, not that of a trained model.",
+                        hint=_HINT,
                     )
                 gradients.append(last)
             for place, layer in reversed(list(enumerate(chosen))):
@@ -126,22 +128,23 @@ def score_layers(
 
 
 def _check_usable(means: Tensor, layers: Sequence[int]) -> None:
-    """`means`: of the embeddings and of the output of each layer, (layers + 1, d).
+    """Check the `means` over tokens of the embeddings and of the output of each of `layers`, (layers + 1, d).
 
     Raises:
-        BrokenCheckpointError: names the first of them that is not finite or too large.
+        BrokenCheckpointError: one is not finite or too large; the error names the first.
     """
     wrong = ~(means.abs() < _LARGEST_ACTIVATION).all(dim=-1)
     if wrong.any():
         place = int(wrong.nonzero()[0])
         where = f"layer {layers[place - 1]}" if place else "the embedding"
-        raise BrokenCheckpointError(f"The output of {where} of the original is not finite, or too large.", hint=_HINT)
+        raise BrokenCheckpointError(f"The output of {where} of the original is not finite or too large.", hint=_HINT)
 
 
 def iterative_removals(
     decoder: Decoder, ids: Tensor, count: int, *, row_done: Callable[[], None] = lambda: None
 ) -> list[int]:
-    """Remove `count` layers one at a time, each the one of lowest gradient L1 in new scores of the rest; ascending."""
+    """Choose `count` layers one at a time: each time, score the rest again and remove the layer with the lowest
+    gradient L1 norm. Returns their indices, ascending."""
     left = list(range(decoder.count))
     removed: list[int] = []
     for _ in range(count):

@@ -35,7 +35,8 @@ SWAP_ROUNDS = 1
 
 
 class Search:
-    """The loss of sets of removed layers on sequences `ids` (n, tokens), in nats per token."""
+    """Measures the loss of sets of removed layers on sequences `ids` (n, tokens), in nats per token. `rows_done`:
+    called with the number of sequences of each pass."""
 
     def __init__(self, decoder: Decoder, ids: Tensor, rows_done: Callable[[int], None] = lambda _rows: None) -> None:
         self._decoder = decoder
@@ -45,7 +46,7 @@ class Search:
         self._names: dict[frozenset[int], str] = {}
 
     def loss(self, removed: Sequence[int], name: str) -> float:
-        """Loss on all sequences, cached by set."""
+        """Loss on all sequences without the layers `removed`, cached by set. `name`: of the set, if it is new."""
         key = frozenset(removed)
         if key not in self._known:
             live = self._live(key)
@@ -58,7 +59,7 @@ class Search:
         return [layer for layer in range(self._decoder.count) if layer not in removed]
 
     def flips(self, removed: Sequence[int], layers: Sequence[int], rows: Tensor) -> dict[int, float]:
-        """Summed loss over `rows` (n, tokens) with each of `layers` flipped (removed or put back), one at a time.
+        """Layer -> loss summed over `rows` (n, tokens), for each of `layers` flipped alone (removed, or put back).
 
         All trials walk along the layers together, each from where it differs, so that each layer is fetched once.
         """
@@ -105,13 +106,13 @@ class Search:
         return sorted(sets, key=lambda name: first[name])[:count]
 
     def best_seeds(self, seeds: Mapping[str, Sequence[int]]) -> None:
-        """Measure the sets that are best on a quarter of the sequences."""
+        """Measure on all sequences the SURVIVING_SETS sets that are best on a quarter of them."""
         for name in self._best(seeds, SURVIVING_SETS):
             self.loss(seeds[name], name)
 
     def grow(self, stems: Mapping[str, Sequence[int]]) -> None:
-        """Measure the best of `stems` with each further layer removed: on a quarter of the sequences, and the best few
-        on all."""
+        """Measure the best of `stems` with one further layer removed: every choice of it on a quarter of the sequences,
+        and the SURVIVING_TRIALS best on all."""
         for name in self._best(stems, 1):
             stem = stems[name]
             for layer, loss in self.race(stem, self._live(set(stem))).items():
@@ -120,7 +121,8 @@ class Search:
                 self._names.setdefault(key, f"{name}{GROWN}")
 
     def race(self, removed: Sequence[int], layers: Sequence[int]) -> dict[int, float]:
-        """Mean loss with each of `layers` flipped, for the few that are best on a quarter of the sequences."""
+        """Layer -> mean loss with it flipped, for the SURVIVING_TRIALS of `layers` that are best on a quarter of the
+        sequences."""
         heat = self._heat
         first = self.flips(removed, layers, self._ids[:heat])
         survivors = sorted(first, key=lambda layer: first[layer])[:SURVIVING_TRIALS]
@@ -130,7 +132,7 @@ class Search:
         return {layer: (first[layer] + rest[layer]) / len(self._ids) for layer in survivors}
 
     def swap(self, removed: Sequence[int], name: str) -> list[int]:
-        """Exchange a removed for a kept layer if that lowers the loss, at most SWAP_ROUNDS times; the resulting set."""
+        """Exchange a removed for a kept layer if that lowers the loss, at most SWAP_ROUNDS times. Returns the set."""
         best = sorted(removed)
         for _ in range(SWAP_ROUNDS):
             loss = self.loss(best, name)
@@ -159,8 +161,14 @@ def search_layers(
     swaps: bool,
     rows_done: Callable[[int], None] = lambda _rows: None,
 ) -> list[Candidate]:
-    """The sets measured on all sequences, lowest loss first. `seeds`: named sets of one size. `stems`: named sets of
-    one layer less; the best is tried with every further layer. `swaps`: improve the best set by swaps."""
+    """The sets of removed layers that were measured on all sequences `ids` (n, tokens), lowest loss first.
+
+    Args:
+        seeds: Sets of the same size, by name.
+        stems: Sets of one layer less, by name; the best of them is tried with every further layer.
+        swaps: Improve the best set by swaps.
+        rows_done: Called with the number of sequences of each pass.
+    """
     search = Search(decoder, ids, rows_done)
     search.best_seeds(seeds)
     search.grow(stems or {})

@@ -16,8 +16,9 @@ MAX_SITES = 9
 
 @dataclass(frozen=True)
 class Site:
-    """A linear that writes to the residual stream, and the original layer `target` whose stream it restores: after
-    that layer (`part` MLP) or after its attention (`part` ATTENTION, where target = layer)."""
+    """The linear of `layer` that writes the output of `part` (MLP or ATTENTION) to the residual stream, and the place
+    whose original stream it restores: after the layer `target` for MLP, after its attention for ATTENTION (where target
+    = layer). Both are original indices."""
 
     layer: int
     part: str
@@ -28,7 +29,8 @@ def sites_at_gaps(
     kept: Sequence[int], removed: Sequence[int], *, behind: bool = False, limit: int = MAX_SITES
 ) -> list[Site]:
     """The MLP before each gap, in the order of the stream. With `behind`, and at a gap without a layer before it, also
-    attention and MLP of the first layer after the gap. Above `limit` sites, the smallest gaps are left out."""
+    attention and MLP of the first layer after the gap. If there would be more than `limit` sites, the smallest gaps are
+    left out. `kept`, `removed`: original indices."""
     gone = set(removed)
     gaps: list[tuple[int, int]] = []  # first and last removed layer of each run
     for layer in sorted(gone):
@@ -51,8 +53,8 @@ def sites_at_gaps(
 
 @dataclass(frozen=True)
 class Shift:
-    """First moment of the drift after each kept layer: ||mean(H') - mean(H)||_2, absolute and relative to
-    ||mean(H)||_2. `layers` are original indices."""
+    """First moment of the drift after each kept layer, from the original's stream H and the pruned model's H':
+    ||mean(H') - mean(H)||_2, absolute and relative to ||mean(H)||_2. `layers` are original indices."""
 
     layers: list[int]
     absolute: list[float]
@@ -62,7 +64,8 @@ class Shift:
 def mean_shift(
     decoder: Decoder, ids: Tensor, kept: Sequence[int], row_done: Callable[[], None] = lambda: None
 ) -> Shift:
-    """The mean shift after each kept layer, over sequences `ids` (n, tokens)."""
+    """The mean shift after each kept layer, over sequences `ids` (n, tokens). `row_done`: called after each
+    sequence."""
     original: dict[int, Tensor] = {}
     pruned: dict[int, Tensor] = {}
 
@@ -92,6 +95,6 @@ def mean_shift(
 
 
 def largest_shift(shift: Shift) -> Site:
-    """The paper's site: argmax of the absolute mean shift."""
+    """The site of the paper (GradMAP, arXiv 2602.14649): argmax of the absolute mean shift."""
     layer = shift.layers[max(range(len(shift.layers)), key=lambda position: shift.absolute[position])]
     return Site(layer, MLP, layer)

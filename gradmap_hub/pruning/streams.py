@@ -14,11 +14,11 @@ from gradmap_hub.pruning.sites import Site
 
 
 class Original:
-    """The original's residual stream over sequences `ids` (n, tokens) before requested layers, carried along the
-    layers once for all sets of removed layers.
+    """The original's residual stream over sequences `ids` (n, tokens) before requested layers, computed once for all
+    sets of removed layers.
 
-    Requested streams are kept, n x tokens x d each; only the last one if layers are fetched from disk. A layer must be
-    passed before its weights are replaced, so between replacements the requested layers must ascend.
+    Requested streams are cached, n x tokens x d each; only the latest if layers are fetched from disk. The stream must
+    be requested beyond a layer before the weights of that layer are replaced.
     """
 
     def __init__(self, decoder: Decoder, ids: Tensor) -> None:
@@ -54,7 +54,8 @@ class Originals:
 
 
 class Streams:
-    """The residual streams of original and pruned model over the same sequences, equal before layer `start`."""
+    """The residual streams of original and pruned model over the same sequences, equal before layer `start`. `kept`:
+    original indices of the layers of the pruned model."""
 
     def __init__(self, decoder: Decoder, original: Original, kept: Sequence[int], start: int) -> None:
         self._decoder = decoder

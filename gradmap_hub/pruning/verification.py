@@ -36,10 +36,16 @@ def logits_of(model: Any, ids: Tensor) -> Tensor:
 
 
 def verify(reloaded: Any, report: dict[str, Any], folder: Path, expected: Tensor) -> VerificationRecord:
-    """Check the keys, the logits of the probe against `expected`, and that generation with KV cache equals one without.
+    """Check the tensor names, the logits of the probe, and that decoding with the KV cache equals a pass without it.
+
+    Args:
+        reloaded: The model that plain transformers loaded from `folder`.
+        report: transformers' report of that loading.
+        expected: Logits of `probe_ids` by the model in memory, (tokens, vocabulary).
 
     Raises:
-        VerificationError: one of the three checks fails.
+        VerificationError: tensor names differ, logits differ by more than LOGIT_LIMIT, or those of the two ways of
+            decoding by more than CACHE_LIMIT.
     """
     keys_match = not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     ids = probe_ids(reloaded.config)
@@ -57,7 +63,7 @@ def verify(reloaded: Any, report: dict[str, Any], folder: Path, expected: Tensor
 
 
 def _generation_matches(model: Any, ids: Tensor) -> bool:
-    """Whether each step's logits of greedy decoding through the KV cache equal those of a pass over the whole text."""
+    """Whether the logits of greedy decoding with the KV cache equal those of one pass over the whole text."""
     steps: list[Tensor] = []
     row = ids
     past = None

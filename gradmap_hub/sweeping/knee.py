@@ -33,7 +33,7 @@ def knee_of(points: Sequence[SweepPoint]) -> tuple[SweepPoint | None, str]:
     slope = math.log(last.perplexity) / last.share
     below = [point for point in known[:-1] if math.log(point.interval[1]) < slope * point.share]
     if not below:
-        return None, "no knee: the loss is at no ratio clearly below the average over the measured range"
+        return None, "no knee: at no ratio is the loss clearly below the average over the measured range"
     found = max(below, key=lambda point: slope * point.share - math.log(point.perplexity))
     return found, (
         f"the knee: up to here, a further layer costs less than the average over the range to {last.ratios[0]:g}, "
@@ -51,6 +51,7 @@ def recommend(points: Sequence[SweepPoint], max_loss: float | None = None) -> Re
 
     Args:
         points: In ascending order of the layers removed.
+        max_loss: None: recommend the knee.
     """
     found, why = knee_of(points)
     knee = found.ratios[0] if found is not None else None

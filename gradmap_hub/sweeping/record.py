@@ -29,10 +29,16 @@ SWEEP_FILE = "sweep.json"
 class SweepPoint:
     """The result of removing one number of layers, with the same compensation and healing as `prune`.
 
-    `ratios`: the requested ratios that remove this number. `bytes`: the files of the original, and the tensors that a
-    written checkpoint would contain. `perplexity`: that of the result divided by that of the original, over all
-    sequences of all texts with equal weight; `interval`: its 95% bootstrap interval; `uncorrected`: the same ratio
-    before compensation. `speed`: None if not measured. `seconds`: per stage, when it was computed.
+    Attributes:
+        ratios: The requested ratios that remove this number of layers.
+        removed: Original indices of the removed layers.
+        bytes: Size of the original's weight files, and of the tensors that a written checkpoint would contain.
+        metric: Name of the ranking that proposed the layers.
+        perplexity: That of the result divided by the original's, over all sequences of all texts with equal weight.
+        interval: 95% bootstrap interval of `perplexity`.
+        uncorrected: `perplexity` without compensation.
+        speed: None if not measured.
+        seconds: Duration of each stage, when it was computed.
     """
 
     ratios: list[float]

@@ -263,10 +263,10 @@ REFUSED: dict[str, tuple[Edit, str]] = {
     "too few rotary factors": (
         {"extra": {"rope_freqs.weight": np.ones(4, np.float32)}}, "rope_freqs.weight with these",
     ),
-    "no heads": ({"keys": {"llama.attention.head_count": 0}}, "llama.attention.head_count is 0; a whole number from 1"),
+    "no heads": ({"keys": {"llama.attention.head_count": 0}}, "llama.attention.head_count is 0; an integer from 1"),
     "heads by layer": ({"keys": {"llama.attention.head_count": [4, 4, 4]}}, "head_count is a list of 3"),
     "heads that do not divide": ({"keys": {"llama.attention.head_count_kv": 3}}, "a divisor of 4 is expected"),
-    "10^9 layers": ({"keys": {"llama.block_count": 10**9}}, "llama.block_count is 1000000000; a whole"),
+    "10^9 layers": ({"keys": {"llama.block_count": 10**9}}, "llama.block_count is 1000000000; an i"),
     "more layers than there are": ({"keys": {"llama.block_count": 4}}, "blk.3.attn_norm.weight is missing, one of 9"),
     "layers as text": ({"keys": {"llama.block_count": "three"}}, "llama.block_count is 'three'"),
     "no width": ({"keys": {"llama.embedding_length": None}}, "llama.embedding_length is missing"),
@@ -283,7 +283,7 @@ REFUSED: dict[str, tuple[Edit, str]] = {
     "another unknown key": ({"keys": {"llama.logit_scale": 0.5}}, "the metadata key llama.logit_scale"),
     "an adapter": ({"keys": {"general.type": "adapter"}}, "general.type is 'adapter'"),
     "an unknown splitting": (
-        {"keys": {"tokenizer.ggml.pre": "tekken"}}, "tokenizer.ggml.pre is 'tekken'; how it splits text is not known",
+        {"keys": {"tokenizer.ggml.pre": "tekken"}}, "tokenizer.ggml.pre is 'tekken', which is not supported",
     ),
     "splitting by default": ({"keys": {"tokenizer.ggml.pre": None}}, "tokenizer.ggml.pre is 'default'"),
     "an unknown tokenizer": ({"keys": {"tokenizer.ggml.model": "t5"}}, "tokenizer.ggml.model is 't5'"),
@@ -301,7 +301,7 @@ REFUSED: dict[str, tuple[Edit, str]] = {
     "letters without a token": (
         {"keys": {"tokenizer.ggml.tokens": [f"x{n}" for n in range(264)]}}, "has no token for",
     ),
-    "a template that is a number": ({"keys": {"tokenizer.chat_template": 5}}, "chat_template is 5; a text is expected"),
+    "a template that is a number": ({"keys": {"tokenizer.chat_template": 5}}, "chat_template is 5; a string is exp"),
     "BOS as a text": ({"keys": {"tokenizer.ggml.add_bos_token": "yes"}}, "add_bos_token is 'yes'; true or false"),
 }  # fmt: skip
 
@@ -325,7 +325,7 @@ def test_an_unknown_architecture(gguf_writer: Any, llama: Any, tmp_path: Path) -
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(SourceError, match="architecture 'mamba' are not read") as caught:
+    with pytest.raises(SourceError, match="architecture 'mamba', which is not supported") as caught:
         open_gguf(tmp_path / "tiny.gguf")
     assert "llama, qwen2" in (caught.value.hint or "")
 

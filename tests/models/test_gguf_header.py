@@ -207,13 +207,13 @@ def test_no_file(tmp_path: Path) -> None:
 
 
 METHODS: list[tuple[str, Callable[[Any], Any], str]] = [
-    ("integer", lambda found: found.integer("text", 1, 9), "text is 'x'; a whole number from 1 to 9 is expected"),
-    ("too large", lambda found: found.integer("large", 1, 9), "large is 1000000000; a whole number"),
+    ("integer", lambda found: found.integer("text", 1, 9), "text is 'x'; an integer from 1 to 9 is expected"),
+    ("too large", lambda found: found.integer("large", 1, 9), "large is 1000000000; an integer"),
     ("bool is no integer", lambda found: found.integer("yes", 0, 9), "yes is True"),
     ("list is no integer", lambda found: found.integer("list", 0, 9), "list is a list of 2;"),
     ("missing", lambda found: found.integer("none", 0, 9), "none is missing"),
     ("not a number", lambda found: found.number("nan", 0, 9), "nan is nan"),
-    ("text", lambda found: found.text("large"), "a text is expected"),
+    ("text", lambda found: found.text("large"), "a string is expected"),
     ("flag", lambda found: found.flag("large", False), "true or false is expected"),
     ("entries", lambda found: found.entries("list", str), "a list of str is expected"),
     ("count", lambda found: found.entries("list", int, 3), "a list of 3 is expected"),

@@ -49,7 +49,7 @@ def test_the_knee_is_that_of_the_logarithm() -> None:
     """Perplexity that doubles with every step is a straight line, though it bends as it stands."""
     points = curve([2.0, 4.0, 8.0, 16.0], noise=1.001)
     found, why = knee_of(points)
-    assert found is None and why.startswith("no knee: the loss is at no ratio")
+    assert found is None and why.startswith("no knee: at no ratio is the loss")
     assert recommend(points).ratio is None
 
 
