@@ -88,7 +88,7 @@ def legend(axes: Axes, handles: Sequence[Artist]) -> None:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Two to nine round values within an axis."""
+    """Round tick values from `low` to `high` for a logarithmic axis, usually two to nine."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for digits in ((1, 1.5, 2, 3, 5, 7), (1, 2, 5), (1,)) if high > 2.5 * low else ():
         ticks = [digit * 10.0**decade for decade in decades for digit in digits]
