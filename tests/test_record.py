@@ -247,7 +247,7 @@ FIELDS: dict[str, tuple[str, Any, str]] = {
     "absolute": ("artifacts.0.path", "/etc/passwd", "a path inside the folder is expected"),
     "path of Windows": ("artifacts.0.path", "C:\\x", "a path inside the folder is expected"),
     "path with a line feed": ("artifacts.0.path", "a\nb", "a path inside the folder is expected"),
-    "path twice": ("artifacts.0.path", "onnx/model.onnx", "artifacts have a path twice"),
+    "path twice": ("artifacts.0.path", "onnx/model.onnx", "artifacts list a path twice"),
     "measured path": ("measured.files.0.path", "../../x", r"measured.files\[0\].path is '../../x'"),
     "interval": ("measured.texts.0.interval", [1.0], r"texts\[0\].interval is a list of length 1; a list of two"),
     "no metric": ("measured.tasks.0.main", "none", r"measured.tasks\[0\].main names no metric"),
