@@ -186,7 +186,7 @@ def test_not_a_number_is_refused(value: float, full: RunRecord, tmp_path: Path) 
 
 
 def test_missing_says_how_to_make_one(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match="not made by gradmap-hub") as caught:
+    with pytest.raises(SourceError, match="is not a finished folder of gradmap-hub") as caught:
         RunRecord.read(tmp_path)
     assert "gradmap-hub prune" in (caught.value.hint or "")
 

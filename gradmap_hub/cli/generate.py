@@ -54,7 +54,9 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option("--stop", help="Stop where this text appears; repeatable.")] = None,
     artifact: Annotated[str, typer.Option("--artifact", help="auto, int8, fp32, int4 or a file name.")] = "auto",
     provider: Annotated[str, typer.Option("--provider", help="Execution provider: auto, cpu or cuda.")] = "auto",
-    threads: Annotated[int | None, typer.Option("--threads", help="Threads of ONNX Runtime; default: all processors.")] = None,
+    threads: Annotated[
+        int | None, typer.Option("--threads", help="Threads of ONNX Runtime; default: all processors.")
+    ] = None,
     context: Annotated[
         int | None, typer.Option("--context", help="Maximum number of tokens of prompt and answer.")
     ] = None,

@@ -33,7 +33,9 @@ def inspect(
     *,
     options: PruneOptions,
     revision: Revision = None,
-    ratios: Annotated[str, typer.Option("--ratios", help="Ratios for which to show the layers to remove, comma-separated.")] = "0.1,0.25",
+    ratios: Annotated[
+        str, typer.Option("--ratios", help="Ratios for which to show the layers to remove, comma-separated.")
+    ] = "0.1,0.25",
     plot: Annotated[Path | None, typer.Option("--plot", help="Also plot the scores to this .png or .svg file.")] = None,
     as_json: Json = False,
     quiet: Quiet = False,

@@ -72,7 +72,7 @@ def escape_logs() -> None:
 
 
 class LogLines(logging.Formatter):
-    """Formats each log record as one line without control characters, followed by the lines of its exception, if any."""
+    """Formats each log record as one line without control characters, then the lines of its exception, if any."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         return printable(super().formatMessage(record))

@@ -182,8 +182,8 @@ def _corpus(run: Run, rows: CalibrationRows, sequences: int, *, own: bool = True
     """The sequences to train on and to hold out, and the statistics of text that the original wrote, if any.
 
     Training uses the texts of --heal-text in equal parts. By default it uses the calibration texts in proportion to
-    their size and, for a chat model, a share SELF_SHARE of text that the original writes. `own`: whether to include text that
-    the original writes."""
+    their size and, for a chat model, a share SELF_SHARE of text that the original writes. `own`: whether to include
+    text that the original writes."""
     from gradmap_hub.data.rows import Rows, embedding_rows, tokenize
     from gradmap_hub.healing.corpus import make_corpus
 

@@ -122,7 +122,7 @@ def _check_contamination(run: Run, rows: CalibrationRows, extra: Sequence[Rows])
             raise CalibrationError(
                 f"{len(shared)} of the {len(words)} sequences of the evaluation text {text.name} have a 13-gram "
                 f"overlap with the calibration text {worst}.",
-                hint="Use another evaluation or calibration text: a model looks too good on text that it was fitted to.",
+                hint="Use another evaluation or calibration text: a model is too good on text that it was fitted to.",
             )
         run.reporter.note(
             f"{len(shared)} of the {len(words)} sequences of {text.name} have a 13-gram overlap with calibration text "
