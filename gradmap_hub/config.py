@@ -71,7 +71,7 @@ class PruneMethod:
     """How to prune, independent of the number of layers to remove.
 
     Raises:
-        UsageError: a value outside its range.
+        UsageError: an invalid value, or options that exclude each other.
     """
 
     metric: str = option(
@@ -169,7 +169,7 @@ class PruneMethod:
 
     @property
     def budget(self) -> Budget | None:
-        """How long to heal; None: not at all."""
+        """The parsed `heal`; None for no healing."""
         return parse_budget(self.heal)
 
     @property
@@ -272,7 +272,8 @@ Method = TypeVar("Method", bound=PruneMethod)
 
 
 def paper_preset(config: Method) -> Method:
-    """The paper's setting: gradient ranking, one projection at the layer of the largest mean shift."""
+    """The settings of the GradMAP paper (arXiv 2602.14649): gradient ranking, and one projection at the layer of the
+    largest mean shift."""
     return dataclasses.replace(config, metric="gradient", compensation="projection", site="largest-shift")
 
 
@@ -298,7 +299,7 @@ class PublishConfig:
     """Where and how to publish a finished model.
 
     Raises:
-        UsageError: a number outside its range.
+        UsageError: an unknown kind of Space, or a negative `wait_space`.
     """
 
     to: str | None = option(None, "Target repository OWNER/NAME; default: your account, name of the output folder.")
@@ -408,7 +409,7 @@ class SweepConfig:
             raise UsageError(f"--max-loss takes a percentage, 0 or more; got {self.max_loss:g}.")
 
     def ratios_by_count(self, layer_count: int) -> dict[int, list[float]]:
-        """Number of removed layers of `layer_count`, ascending -> the ratios that round to it."""
+        """{number of layers to remove of `layer_count`: the ratios that round to it}, in ascending order."""
         found: dict[int, list[float]] = {}
         for ratio in sorted(set(self.ratios)):
             found.setdefault(removals_of_ratio(ratio, layer_count), []).append(ratio)

@@ -135,7 +135,7 @@ class MemoryNotMeasured(GradmapError):
 
 
 class SpaceImpossible(GradmapError):
-    """No comparison Space is possible: there are no files of the two models that it can run."""
+    """No comparison Space is possible, because there are no files of both models that it can run or that fit."""
 
 
 class BrowserRuntimeMissing(GradmapError):

@@ -44,7 +44,8 @@ LOG_RANGE = 15.0
 
 
 def save_plot(draw: Callable[[Figure], None], path: Path, height: float = 5.2) -> None:
-    """Save a figure 12 inches wide as PNG. The same drawing gives the same bytes."""
+    """Draw a figure with `draw`, 12 inches wide and `height` inches high, and save it as PNG. The same drawing gives
+    the same bytes."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -16,7 +16,7 @@ class EvaluateConfig:
     """What to measure on a pruned model and its original.
 
     Raises:
-        UsageError: a value outside its range.
+        UsageError: a value outside its range, no text, or `tasks_from` or `limit` without `tasks`.
     """
 
     against: str | None = option(None, "The original: a Hub id or a folder. Default: the recorded one.")

@@ -157,7 +157,7 @@ def of_precision(precision: str) -> Format:
 
 
 def graph_path(row: Format) -> str:
-    """The path of the file within a model folder, with forward slashes."""
+    """The path of a format's file within a model folder, with forward slashes."""
     return f"{ONNX_FOLDER}/{row.file}"
 
 

@@ -80,8 +80,8 @@ class MeasuredText:
 @dataclass(frozen=True)
 class MeasuredMetric:
     """One metric of one task. `interval`: 95% bootstrap interval over documents of pruned - original, empty for
-    metrics that are not a mean over documents; `retention`: 100 pruned / original, None for those or if original is
-    0."""
+    metrics that are not a mean over documents; `retention`: pruned in percent of original, None for those metrics
+    or if original is 0."""
 
     name: str
     original: float

@@ -113,7 +113,7 @@ def _check_unicode(text: str, what: str) -> None:
     lone surrogates.
 
     Raises:
-        UsageError: it has such bytes.
+        UsageError: the text has such bytes.
     """
     try:
         text.encode("utf-8")

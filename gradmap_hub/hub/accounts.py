@@ -86,7 +86,7 @@ def check_owner(repo_id: str, owner: str, account: Account) -> None:
     """Check that the account may write to the namespace `owner`.
 
     Raises:
-        NotAllowed: it may not.
+        NotAllowed: it may not write there.
     """
     name = repo_id.partition("/")[2]
     if owner in account.read_only:
@@ -115,7 +115,7 @@ def check_scopes(
         pull_request: Whether the files go to a pull request.
 
     Raises:
-        NotAllowed: it does not.
+        NotAllowed: the token does not cover it.
     """
     if pull_request:
         covered = any(account.covers(repo_id, repo_type, what) for what in ("discussion.write", "repo.write"))

@@ -62,7 +62,7 @@ class Committer:
         """
 
         def find() -> str | None:
-            """The head if it holds the files; None if it is still the checked one."""
+            """The head if it holds the files; None if it is still the head that was checked."""
             now = self.hub.state_once(self.repo_id, self.kind)
             if same_content(files, now.files):
                 return now.head

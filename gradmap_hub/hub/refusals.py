@@ -51,7 +51,10 @@ def step(
 
 
 def refusal(endpoint: str, doing: str, repo_id: str, known: str, error: Exception) -> Exception:
-    """Our exception for a failed request; an error that is not from the Hub is returned unchanged."""
+    """Our exception for a failed request; an error that is not from the Hub is returned unchanged.
+
+    By status: 401 NotLoggedIn, 402 PaymentRequired, 403 NotAllowed, 404 TargetGone, 409 and 412 HubConflict, 429
+    RateLimited, other rejections HubError; no answer or a server error PublishInterrupted."""
     status, said = status_of(error), said_by(error)
     known = f" {known}." if known else ""
     if status is None and not isinstance(error, ValueError | KeyError):

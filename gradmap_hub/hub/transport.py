@@ -105,7 +105,7 @@ class Watch:
 
 @contextmanager
 def guarded(watch: Watch | None = None) -> Iterator[None]:
-    """Within this context, requests have timeouts and are made once; `watch` counts uploads."""
+    """In this context, the client's requests have timeouts and are made once; `watch` counts uploads."""
     session = get_session()
     plain = session.request
     plain_stream: Any = getattr(session, "stream", None)

@@ -130,6 +130,7 @@ class Checks:
         """Check that the targets may be written to.
 
         Args:
+            targets: The repositories.
             base_name: The name of the original.
             resuming: Whether the model, and the Space, may exist already from an earlier run of the same push.
 
@@ -158,6 +159,7 @@ class Checks:
         """Check the disk space at `place`.
 
         Args:
+            place: A path on the file system, which need not exist.
             needed: Bytes needed.
             upload: Upper bound of the bytes to upload; only reported.
 

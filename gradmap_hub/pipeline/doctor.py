@@ -59,7 +59,7 @@ class Extra:
 
 @dataclass(frozen=True)
 class Device:
-    """A device that torch can compute on. `memory`: bytes, None where the system does not tell."""
+    """A device that torch can compute on. `memory`: bytes, None if the system does not report it."""
 
     name: str
     kind: str

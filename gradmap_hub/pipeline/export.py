@@ -51,6 +51,7 @@ def export_checked(
     Args:
         folder: The model folder.
         record: Its record.
+        stages: The stages of the run, which cache the exports.
         names: Formats other than Optimum's graph.
         rows: Held-out sequences on which perplexity is measured.
         fit: Other sequences on which the rounding is fitted: token ids, (sequences, tokens).
@@ -84,6 +85,7 @@ def onnx_stage(stages: Stages, name: str, title: str, checkpoint: Path, destinat
     """Export Optimum's float32 graph of a checkpoint and compare it with PyTorch, as a resumable stage.
 
     Args:
+        stages: The stages of the run.
         name: The name of the stage.
         title: Its title for the reporter.
         checkpoint: The folder of the checkpoint.
@@ -125,6 +127,10 @@ def export_original(
     """Export the original to the formats `names`, for the comparison Space.
 
     Args:
+        checkpoint: The folder of the original.
+        destination: The folder for the files.
+        stages: The stages of the run, which cache the exports.
+        names: Formats other than Optimum's graph.
         rows, fit: See `export_checked`.
         work: A cache folder that the formats share; removed at the end.
 

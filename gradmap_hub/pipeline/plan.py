@@ -286,7 +286,9 @@ def check_companions(source: Source, folder: Path, hub: Hub) -> None:
     """Check the files that are copied from the original into the result, before any work.
 
     Args:
-        folder: The folder of the original's files.
+        source: The original.
+        folder: The folder of its files.
+        hub: Knows the token, which no file may contain.
 
     Raises:
         UnsafeToPublish: one contains something private, such as a token.
@@ -299,7 +301,7 @@ def check_space_code(folder: Path) -> None:
     """Check that a Space folder has no code except the installed app, because it would run under the user's account.
 
     Raises:
-        UnsafeToPublish: it has.
+        UnsafeToPublish: it has other code.
     """
     from gradmap_hub.space.integrity import foreign_code
 
@@ -316,7 +318,7 @@ def check_space_entries(folder: Path) -> None:
     """Check that the folder into which the app is written has no other code.
 
     Raises:
-        UnsafeToPublish: it has.
+        UnsafeToPublish: it has other code.
     """
     from gradmap_hub.space.integrity import foreign_entry
 
@@ -332,7 +334,7 @@ def check_space_folder(folder: Path, base: Base) -> None:
     local use or under earlier terms.
 
     Raises:
-        UnsafeToPublish: it has.
+        UnsafeToPublish: it has such an export.
     """
     if may_be_stored(base):
         return

@@ -95,6 +95,8 @@ def prune_stages(run: Run, config: PruneConfig, *, target: str | None = None, li
     """Run the stages of pruning in order; the result of each is on disk before the next begins.
 
     Args:
+        run: The context of the run.
+        config: How to prune, and how much.
         target: The repository to publish to, if known.
         license: The licence stated by the publisher, for an original that states none.
 

@@ -158,7 +158,7 @@ def check_expected(source: Source, expected: Expected | None) -> None:
     """Check that the original has the recorded commit.
 
     Raises:
-        SourceError: it has another.
+        SourceError: it has another commit.
     """
     if expected is not None and expected.commit not in (None, source.base.commit):
         raise SourceError(

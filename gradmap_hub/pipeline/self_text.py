@@ -1,4 +1,4 @@
-"""Text that the original of a run writes itself, to calibrate or to heal on."""
+"""Generates text with the original of a run, for calibration or healing."""
 
 from __future__ import annotations
 

@@ -104,7 +104,7 @@ def score(run: Run, rows: CalibrationRows, *, every: bool = False) -> LayerScore
 def select(
     run: Run, rows: CalibrationRows, scores: LayerScores, removals: int, drop: Sequence[int] | None = None
 ) -> Selected:
-    """Measure candidate sets of `removals` layers on held-out sequences. `drop`: layers chosen by hand."""
+    """Measure candidate sets of `removals` layers on held-out sequences. `drop`: the user's choice of layers."""
     from gradmap_hub.data.rows import sha256_of_ids
 
     method = run.method
