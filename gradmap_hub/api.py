@@ -1,8 +1,8 @@
-"""The Python API: one function per command, with the command's own options and defaults.
+"""The Python API: one function per command, with the command's own options and defaults, and `load`.
 
-Import the names from `gradmap_hub`; the heavy packages load when a function is first called. Every function takes a
-`reporter` (see `gradmap_hub.progress.Reporter`) that receives stages and steps; by default nothing is printed.
-Failures are subclasses of `gradmap_hub.errors.GradmapError`, with `message` and `hint`.
+Import the names from `gradmap_hub`; the heavy packages load when a function is first called. Every function except
+`load` takes a `reporter` (see `gradmap_hub.progress.Reporter`) that receives stages and steps; by default nothing is
+printed. Expected failures are subclasses of `gradmap_hub.errors.GradmapError`, with `message` and `hint`.
 """
 
 from __future__ import annotations
@@ -58,10 +58,11 @@ def prune(
         drop: Indices of the decoder layers to remove.
         revision: Branch, tag or commit of the original.
         resume: Resume an unfinished run in `output`.
+        reporter: Receives stages and steps; by default nothing is printed.
         method: Fields of `PruneMethod`, such as `calibration=("text.txt",)`, `samples=64`, `heal="500k"`.
 
     Returns:
-        The record of the run; `gradmap.json` in `output` holds the same.
+        The record of the run, as written to `gradmap.json` in `output`.
 
     Raises:
         GradmapError: one of its subclasses says what is wrong.
@@ -87,20 +88,24 @@ def heal(
     against: str | None = None,
     reporter: Reporter | None = None,
 ) -> RunRecord:
-    """Train a pruned folder to predict what its original predicts; weights, exports, record and card are renewed. An
-    interrupted call goes on where it was when it is made again.
+    """Distil the original into a pruned folder, and rewrite its weights, exports, record and card.
+
+    The folder changes only if the training clearly lowers the held-out divergence from the original. The same call
+    resumes an interrupted one.
 
     Args:
         folder: A folder made by `prune` or `push`.
-        tokens: How many tokens to train on; give this or `time`.
-        time: How long to train, about, such as "30m".
-        text: Texts to train on: files, datasets of the Hub, or "self", text that the original writes itself. By
-            default the calibration text, and for a model with a chat template also "self".
-        part: The weights to train: all, gaps (the layers around the gaps), lora, or auto, the largest that fits.
-        against: The original, a Hub id or a folder; by default as recorded.
+        tokens: Number of tokens to train on. Give exactly one of `tokens` and `time`.
+        time: Approximate duration, such as "90s", "30m" or "2h".
+        text: Texts to train on: files, Hub datasets, or "self" for text that the original generates. Default: the
+            calibration text, and also "self" for a model with a chat template.
+        part: The weights to train: all, gaps (the layers around the gaps), lora, or auto, the largest part that fits
+            into memory.
+        against: The original: a Hub id or a folder. Default: the recorded one.
+        reporter: Receives stages and steps; by default nothing is printed.
 
     Returns:
-        The record of the folder; `heal` says what was done and what it brought.
+        The record of the folder; its `heal` has the settings, and losses and divergences before and after.
 
     Raises:
         GradmapError: one of its subclasses says what is wrong.
@@ -124,16 +129,18 @@ def inspect(
     reporter: Reporter | None = None,
     **method: Unpack[MethodOptions],
 ) -> Inspection:
-    """Score the layers of a model and find what would be removed at each ratio; nothing is written.
+    """Score the layers of a model and choose the layers to remove at each ratio; nothing is written.
 
     Args:
         model: A Hub id, a local folder, or a .gguf file.
-        ratios: Shares of the decoder layers.
+        ratios: Shares of the decoder layers to remove, each between 0 and 1.
         revision: Branch, tag or commit of the model.
+        reporter: Receives stages and steps; by default nothing is printed.
         method: Fields of `PruneMethod`, such as `calibration` and `samples`.
 
     Returns:
-        `scores`: per layer, every metric; `choices`: per ratio, the layers that a quick ranking would remove.
+        `scores`, every metric of each layer, and `choices`, for each ratio the layers that the better of two quick
+        rankings removes.
 
     Raises:
         GradmapError: one of its subclasses says what is wrong.
@@ -162,7 +169,7 @@ def push(
     reporter: Reporter | None = None,
     **method: Unpack[MethodOptions],
 ) -> PushResult:
-    """Prune, verify, measure, export, write card and Space, publish both, and verify what was published.
+    """Prune, verify, measure and export a model, publish it with a card and a Space, and verify the published files.
 
     The Hub and the token are those of huggingface_hub (`HF_ENDPOINT`, `HF_TOKEN`, `hf auth login`).
 
@@ -171,12 +178,13 @@ def push(
         ratio: Share of the decoder layers to remove; 0.25 if `layers` and `drop` are not given either.
         layers: Number of decoder layers to remove.
         drop: Indices of the decoder layers to remove.
-        output: Folder for the result; by default NAME-gradmap-PERCENT in the working folder.
+        output: Folder for the result; by default NAME-gradmap-PERCENT in the current folder.
         onnx: Export to ONNX with KV cache.
         quantize: Further ONNX files: int8, int4, genai, fp16.
         revision: Branch, tag or commit of the original.
         resume: Resume an unfinished run in `output`.
         publish_options: Target, visibility, licence, collection; by default private, under your account.
+        reporter: Receives stages and steps; by default nothing is printed.
         method: Fields of `PruneMethod`.
 
     Returns:
@@ -218,12 +226,15 @@ def export(
 
     Args:
         folder: A folder made by `prune` or `push`.
-        formats: onnx (float32, Optimum's graph), int8, int4, genai, fp16.
-        text: Text for the perplexity of formats other than onnx: a file, or a dataset of the Hub.
-        keep_failing: Keep a quantised file that costs more perplexity than its format may.
+        formats: onnx (float32, Optimum's graph), int8, int4, genai (float32, the graph of ONNX Runtime GenAI's model
+            builder), fp16.
+        text: Text for the perplexity of formats other than onnx: a file, or a Hub dataset.
+        keep_failing: Keep a quantised file whose perplexity exceeds the checkpoint's by more than its format allows
+            (int8: 2 %, int4: 10 %).
+        reporter: Receives stages and steps; by default nothing is printed.
 
     Returns:
-        The record of the folder; its `artifacts` list every file with bytes, sha256 and quality.
+        The record of the folder; its `artifacts` list every file with its size, sha256 and perplexity.
 
     Raises:
         GradmapError: one of its subclasses says what is wrong.
@@ -254,14 +265,15 @@ def evaluate(
 
     Args:
         folder: A folder made by `prune` or `push`.
-        against: The original, a Hub id or a folder; by default as recorded.
-        text: Texts to measure perplexity and agreement on: files, or datasets of the Hub.
-        tasks: Tasks of lm-evaluation-harness.
-        tasks_from: Folder that holds the documents of the tasks; nothing is fetched then.
+        against: The original: a Hub id or a folder. Default: the recorded one.
+        text: Texts to measure perplexity and agreement on: files, or Hub datasets.
+        tasks: Tasks of lm-evaluation-harness; "paper" for the seven tasks of the paper.
+        tasks_from: Folder with the documents of the tasks as NAME.SPLIT.jsonl, in place of a download.
         limit: Use only the first `limit` documents of each task.
         seq_len: Tokens per sequence.
-        rows: Maximum number of sequences of each text.
-        speed: Measure tokens per second and memory.
+        rows: Maximum number of sequences of each text, spread evenly over it.
+        speed: Measure tokens per second and peak memory.
+        reporter: Receives stages and steps; by default nothing is printed.
 
     Returns:
         The record of the folder; `measured` holds the results.
@@ -305,15 +317,16 @@ def sweep(
     Args:
         model: A Hub id, a local folder, or a .gguf file.
         ratios: Shares of the decoder layers to remove, each between 0 and 1.
-        output: Folder for sweep.json, sweep.md and sweep.png; by default NAME-sweep in the working folder.
+        output: Folder for sweep.json, sweep.md and sweep.png; by default NAME-sweep in the current folder.
         revision: Branch, tag or commit of the original.
         speed: Time the pruned model against the original.
         max_loss: Recommend the largest ratio at which perplexity rises by at most `max_loss` percent, instead of
             the knee.
+        reporter: Receives stages and steps; by default nothing is printed.
         method: Fields of `PruneMethod`.
 
     Returns:
-        A point per number of removed layers, and the recommendation.
+        `points`, the results for each number of removed layers, and `recommendation`.
 
     Raises:
         GradmapError: one of its subclasses says what is wrong.
@@ -341,11 +354,12 @@ def publish(folder: StrPath, *, reporter: Reporter | None = None, **options: Unp
 
     Args:
         folder: A folder made by `prune` or `push`.
+        reporter: Receives stages and steps; by default nothing is printed.
         options: Fields of `PublishConfig`: `to`, `space`, `public`, `update`, `create_pr`, `license`, `license_name`,
             `license_link`, `collection`, `wait_space`.
 
     Returns:
-        The URLs and commits of model and Space.
+        The record, and the URLs and commits of model and Space.
 
     Raises:
         GradmapError: one of its subclasses says what is wrong.
@@ -368,15 +382,18 @@ def load(
     context: int | None = None,
     revision: str | None = None,
 ) -> TextModel:
-    """Load the ONNX files of a published folder, or of a repository of the Hub, for text generation. Needs no torch.
+    """Load the ONNX files of a model folder or Hub repository for text generation. Does not need torch.
 
     Args:
         model: A folder with `onnx/`, or a Hub id.
-        artifact: auto, or a file by its precision: int8, int4, fp16, fp32, genai.
-        provider: auto, cpu or cuda.
-        threads: Threads of one step; by default every processor this process may use.
-        context: Maximum number of tokens of prompt and answer together.
+        artifact: The file to load: int8, int4, fp16, fp32, genai; auto: the best for the machine.
+        provider: Execution provider of ONNX Runtime: cpu, cuda; auto: CUDA on a machine with a GPU, else the CPU.
+        threads: Threads per decoding step; by default all processors that this process may use.
+        context: Maximum number of tokens of prompt and answer together; by default the model's limit, at most 4096.
         revision: Branch, tag or commit of the repository.
+
+    Returns:
+        The loaded model; `start` begins a generation.
 
     Raises:
         GradmapError: one of its subclasses says what is wrong.

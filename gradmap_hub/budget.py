@@ -1,4 +1,4 @@
-"""How long to heal (tokens, a time, or steps), and what the original's predictions take on disk."""
+"""The budget of healing (tokens, time or steps), and the disk space of the original's stored predictions."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ _BUDGET = re.compile(r"(\d+(?:\.\d+)?)([kKMBsmh]?)", re.ASCII)
 
 
 def parse_budget(text: str | int) -> Budget | None:
-    """500k -> 500,000 tokens, 30m -> 1,800 seconds, 20 -> 20 steps; None for 0.
+    """500k -> 500,000 tokens, 30m -> 1,800 seconds, 20 -> 20 steps; 0 -> None.
 
     Raises:
-        UsageError: neither of them.
+        UsageError: `text` is none of these.
     """
     found = _BUDGET.fullmatch(str(text).strip())
     factor, unit = _UNITS[found[2]] if found else (0, "steps")
@@ -47,15 +47,16 @@ def parse_budget(text: str | int) -> Budget | None:
     return Budget(int(amount), unit) if amount else None
 
 
-# Tokens of a distribution that are stored.
+# Number of most likely tokens stored for each predicted distribution.
 TOP_K = 64
 
 
 def index_bytes(vocabulary: int) -> int:
-    """Size of the index of a token."""
+    """Bytes of a stored token id, for a vocabulary of this size."""
     return 2 if vocabulary <= 1 << 16 else 4
 
 
 def teacher_bytes(tokens: int, vocabulary: int) -> int:
-    """Size on disk of the original's predictions for `tokens` tokens: indices, and probabilities in float16."""
+    """Bytes on disk of the original's predictions for `tokens` tokens: per token TOP_K ids with float16
+    log-probabilities, and the float16 probability of all other tokens together."""
     return tokens * (TOP_K * (index_bytes(vocabulary) + 2) + 2)

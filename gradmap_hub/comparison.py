@@ -1,4 +1,5 @@
-"""compare.json, the facts of a Space, as this program reads them back; its own app reads all of it."""
+"""Reads compare.json, which tells a Space what it compares. Only the fields that this package needs; the Space's app
+reads the whole file."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ COMPARE = "compare.json"
 
 @dataclass(frozen=True)
 class ComparedModel:
-    """One of the two models; a local one has no repository."""
+    """One of the two models. `repo_id` and `revision` are None if it is local."""
 
     name: str = ""
     repo_id: str | None = None
@@ -24,14 +25,15 @@ class ComparedModel:
 
 @dataclass(frozen=True)
 class Place:
-    """Where the files of a model are: "space" or "hub"."""
+    """Where the files of a model are: "space", in the Space, or "hub", in the model's own repository."""
 
     stored: str
 
 
 @dataclass(frozen=True)
 class ComparedPrecision:
-    """One precision. `file`: of the ONNX graph; None in transformers, and in Spaces of early versions."""
+    """A precision in which the Space runs both models. `file`: name of the ONNX graph; None if the Space runs
+    transformers, and in Spaces of early versions."""
 
     name: str
     original: Place
@@ -40,7 +42,7 @@ class ComparedPrecision:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The facts that tell what a Space compares."""
+    """The fields of compare.json that this package reads."""
 
     original: ComparedModel
     pruned: ComparedModel
@@ -52,16 +54,16 @@ def read_comparison(folder: Path) -> Comparison:
     """Read the compare.json of a Space folder.
 
     Raises:
-        SourceError: it is missing or invalid; the error names the field.
+        SourceError: the file is missing or invalid; the error names the field.
     """
     return from_json(Comparison, raw_comparison(folder))
 
 
 def raw_comparison(folder: Path) -> dict[str, Any]:
-    """The whole content of the compare.json of a Space folder, once its facts were checked.
+    """The whole content of the compare.json of a Space folder, with the fields of `Comparison` checked.
 
     Raises:
-        SourceError: it is missing or invalid; the error names the field.
+        SourceError: the file is missing or invalid; the error names the field.
     """
     path = folder / COMPARE
     try:
@@ -76,7 +78,7 @@ def raw_comparison(folder: Path) -> dict[str, Any]:
 
 
 def parse_comparison(content: bytes) -> Comparison | None:
-    """The facts in the content of a compare.json; None if it is not one."""
+    """Parse the content of a compare.json; None if it is invalid."""
     try:
         return from_json(Comparison, parse_json(content, finite=True))
     except ValueError:

@@ -35,7 +35,7 @@ METRICS: list[str] = [
     "taylor-window",
     "cosine-window",
 ]
-# Of these, those for which no gradient of a weight is computed, a quarter of the products of scoring.
+# Those that need no weight gradients, which are a quarter of the matrix products of scoring.
 WITHOUT_WEIGHTS = frozenset({"gradmap", "gate", "block-influence", "cosine-window"})
 SCHEDULES: tuple[str, ...] = ("oneshot", "iterative")
 COMPENSATIONS: tuple[str, ...] = ("auto", "projection", "weight", "none")
@@ -71,14 +71,14 @@ class PruneMethod:
     """How to prune, independent of the number of layers to remove.
 
     Raises:
-        UsageError: a value outside its range.
+        UsageError: an invalid value, or options that exclude each other.
     """
 
     metric: str = option(
         "auto",
-        "How layers are chosen. auto: several rankings of one scoring pass propose sets, the best window is tried with "
-        "every further layer, and the held-out loss decides. gradmap: the blocks whose displacement of the residual "
-        f"stream, weighted by its gradient, is least. gradient: L1 of weight gradients. Others: "
+        "How layers are chosen. auto: several rankings from one scoring pass propose sets of layers, the best window "
+        "is also tried with each further layer, and the held-out loss decides. gradmap: the layers whose change of the "
+        "residual stream, weighted by its gradient, is smallest. gradient: L1 norm of weight gradients. Others: "
         f"{', '.join(name for name in METRICS[2:] if name != 'gradient')}.",
     )
     schedule: Schedule = option(
@@ -86,13 +86,15 @@ class PruneMethod:
     )
     compensation: Compensation = option(
         "auto",
-        "What is fitted and folded at a site. projection: P on the output (the paper). weight (auto): the output "
-        "weight itself, a ridge regression with more unknowns. none: no compensation.",
+        "What is fitted at an attention or MLP output and folded into its weight. projection: a matrix P applied to "
+        "the output (the paper). weight (auto): the output weight itself, by a ridge regression with more unknowns. "
+        "none: no compensation.",
     )
     site: Site = option(
         "auto",
-        "Where to compensate. largest-shift: the layer whose mean hidden state moved most (the paper). auto: the MLP "
-        "before every gap. around-gaps: also attention and MLP after it. Only sites that lower held-out loss are kept.",
+        "Where to compensate. largest-shift: the layer whose mean hidden state shifts most (the paper). auto: the MLP "
+        "before each gap. around-gaps: also attention and MLP after it. Only sites that lower the held-out loss are "
+        "kept.",
     )
     calibration: tuple[str, ...] = option(
         (DEFAULT_CALIBRATION,),
@@ -110,7 +112,7 @@ class PruneMethod:
     seq_len: int = option(512, "Tokens per sequence.")
     eval_rows: int = option(12, "Held-out sequences per evaluation text.")
     dtype: DType = option("auto", "Dtype of the written weights. auto: that of the original.")
-    seed: int = option(0, "Seed of the choice of sequences.")
+    seed: int = option(0, "Random seed for the choice of sequences and for text that the original writes.")
     low_memory: bool = option(
         False,
         "Stream the weights from disk layer by layer, forward and backward: about three layers in memory at any depth. "
@@ -159,30 +161,31 @@ class PruneMethod:
             raise UsageError("--low-memory computes on the CPU; leave out --device cuda.")
         parse_budget(self.heal)
         if SELF in (*self.calibration, *self.heal_text) and self.low_memory:
-            raise UsageError("Text that the original writes needs it in memory; leave out --low-memory or that text.")
+            raise UsageError("The text `self` needs the original in memory; leave out --low-memory or `self`.")
         if SELF in self.eval_text:
-            raise UsageError("--eval-text takes no text that the original writes itself: it would favour the original.")
+            raise UsageError("--eval-text must not be `self`: text that the original writes would favour the original.")
         if not self.calibration:
             raise UsageError("--calibration needs at least one text.")
 
     @property
     def budget(self) -> Budget | None:
-        """How long to heal; None: not at all."""
+        """The parsed `heal`; None for no healing."""
         return parse_budget(self.heal)
 
     @property
     def scoring_rows(self) -> int:
-        """Sequences of the backward pass, which costs three forward passes each; its ranking converges early."""
+        """Number of sequences that score the layers, each in a backward pass, at the cost of three forward passes. The
+        ranking converges early."""
         return max(4, self.samples // 4) if self.samples >= 4 else self.samples
 
     @property
     def shift_rows(self) -> int:
-        """Sequences for the mean shift. It is a first moment, so a few are enough."""
+        """Number of sequences for the mean shift of the hidden states. It is a first moment, so a few are enough."""
         return max(2, self.scoring_rows // 2)
 
     @property
     def selection_rows(self) -> int:
-        """Held-out sequences that decide between candidates and between ridge strengths."""
+        """Number of held-out sequences that decide between candidate sets of layers and between ridge strengths."""
         return max(4, self.samples // 4)
 
     @property
@@ -197,7 +200,7 @@ class PruneConfig(PruneMethod):
     """How to prune, and how much: exactly one of `ratio`, `layers`, `drop`.
 
     Raises:
-        UsageError: a value outside its range, or several ways to say how much.
+        UsageError: a value outside its range, or not exactly one of the three.
     """
 
     ratio: float | None = option(None, "Share of the decoder layers to remove, between 0 and 1 (0.25 = a quarter).")
@@ -217,7 +220,7 @@ class PruneConfig(PruneMethod):
         super().__post_init__()
 
     def removals(self, layer_count: int) -> int:
-        """How many of `layer_count` layers to remove: round half up, at least one, at most all but one.
+        """How many of `layer_count` layers to remove; a ratio as in `removals_of_ratio`.
 
         Raises:
             UsageError: it would remove all layers, or a layer that the model does not have.
@@ -269,13 +272,14 @@ Method = TypeVar("Method", bound=PruneMethod)
 
 
 def paper_preset(config: Method) -> Method:
-    """The paper's setting: gradient ranking, one projection at the layer of the largest mean shift."""
+    """The settings of the GradMAP paper (arXiv 2602.14649): gradient ranking, and one projection at the layer of the
+    largest mean shift."""
     return dataclasses.replace(config, metric="gradient", compensation="projection", site="largest-shift")
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What must be unchanged for a run to reproduce an earlier one; None is not checked.
+    """What must be unchanged for a run to reproduce an earlier one. A field that is None is not checked.
 
     `commit`: of the original on the Hub. `weights_sha256`: of a local original. `rows_sha256`: of the token ids of the
     calibration sequences.
@@ -295,7 +299,7 @@ class PublishConfig:
     """Where and how to publish a finished model.
 
     Raises:
-        UsageError: a number outside its range.
+        UsageError: an unknown kind of Space, or a negative `wait_space`.
     """
 
     to: str | None = option(None, "Target repository OWNER/NAME; default: your account, name of the output folder.")
@@ -347,7 +351,8 @@ class PublishOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class PushConfig(PublishConfig):
-    """What to prune, and where to write and publish the result. `repeats`: what must be unchanged (`--from`)."""
+    """What to prune, and where to write and publish the result. `repeats`: what must match the run that `--from`
+    repeats; None without it."""
 
     model: str = option("", "A Hub id (org/model), a local folder, or a .gguf file.")
     prune: PruneConfig = field(default_factory=lambda: PruneConfig(ratio=0.25))
@@ -356,8 +361,8 @@ class PushConfig(PublishConfig):
     onnx: bool = option(True, "Export to ONNX with KV cache.")
     quantize: tuple[str, ...] = option(
         (),
-        "Further ONNX files, comma-separated: int8 (weights in 8 bits), int4, genai. Each is compared with PyTorch; a "
-        "file that raises perplexity by more than 2 % (int8) or 10 % (int4) is not published.",
+        "Further ONNX files, comma-separated: int8 (weights in 8 bits), int4, genai, fp16. Each is compared with "
+        "PyTorch; a file that raises perplexity by more than 2 % (int8) or 10 % (int4) is not published.",
     )
     resume: bool = option(False, "Continue an unfinished run in the output folder.")
     trust_remote_code: bool = option(False, "Not supported: models that need their own code are refused.")
@@ -374,10 +379,10 @@ class PushConfig(PublishConfig):
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """What is measured at which ratios, each pruned by the method `prune`.
+    """The model of a sweep, its ratios, and the method (`prune`) by which it is pruned at each.
 
     Raises:
-        UsageError: no ratio, a ratio that is not between 0 and 1, or a negative bound.
+        UsageError: no ratio, a ratio that is not between 0 and 1, or a negative `max_loss`.
     """
 
     model: str = option("", help_of(PushConfig, "model"))
@@ -404,7 +409,7 @@ class SweepConfig:
             raise UsageError(f"--max-loss takes a percentage, 0 or more; got {self.max_loss:g}.")
 
     def ratios_by_count(self, layer_count: int) -> dict[int, list[float]]:
-        """Number of removed layers of `layer_count`, ascending -> the ratios that round to it."""
+        """{number of layers to remove of `layer_count`: the ratios that round to it}, in ascending order."""
         found: dict[int, list[float]] = {}
         for ratio in sorted(set(self.ratios)):
             found.setdefault(removals_of_ratio(ratio, layer_count), []).append(ratio)
@@ -416,7 +421,7 @@ class SweepConfig:
         words += ["--revision", self.revision] if self.revision else []
         by_default = PruneMethod()
         paper = paper_preset(by_default)
-        if self.prune.site == paper.site:  # it has no option
+        if self.prune.site == paper.site:  # the site has no option of its own
             words += ["--preset", "paper"]
             by_default = paper
         for entry in dataclasses.fields(PruneMethod):

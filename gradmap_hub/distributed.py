@@ -26,7 +26,8 @@ def _launched() -> bool:
 
 
 def join() -> None:
-    """Meet the other processes, if there are any, with a patience for what the main one does alone."""
+    """Initialise the process group, if several processes were started. Its timeout allows for the hours in which the
+    main process works alone."""
     global _joined
     if _launched():
         from datetime import timedelta
@@ -39,14 +40,14 @@ def join() -> None:
 
 
 def leave() -> None:
-    """End the work together: the main process goes on alone."""
+    """Wait for all processes and end their joint work; the main process continues alone."""
     global _joined
     wait()
     _joined = False
 
 
 def wait() -> None:
-    """Wait until all processes are here."""
+    """Wait until all joined processes have reached this call."""
     if _joined:
         from accelerate import PartialState
 
@@ -54,7 +55,8 @@ def wait() -> None:
 
 
 def check_alone() -> None:
-    """
+    """Check that this process is the only one, or has joined the others.
+
     Raises:
         UsageError: several processes were started and have not joined: each would do the same work in the same folder.
     """
@@ -66,7 +68,7 @@ def check_alone() -> None:
 
 
 def main_first(compute: Callable[[], T]) -> T:
-    """The result of `compute` in each process; the main one computes first and leaves on disk what the others read."""
+    """Call `compute` in the main process, then in the others, which read the files that it wrote; return the result."""
     if not is_main():
         wait()
         return compute()

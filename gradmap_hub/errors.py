@@ -7,7 +7,7 @@ from __future__ import annotations
 
 
 class GradmapError(Exception):
-    """Base class of all expected failures (exit status 1)."""
+    """Base class of all expected failures (exit status 1). `message`: one line; `hint`: what to do next, if known."""
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message)
@@ -20,7 +20,7 @@ class UsageError(GradmapError):
 
 
 class SourceError(GradmapError):
-    """The model source does not exist or is not a model."""
+    """The model does not exist, is not a model, or cannot be used; also an unreadable record or compare.json."""
 
 
 class RepositoryNotFound(SourceError):
@@ -86,7 +86,7 @@ class OutputInUse(GradmapError):
     def __init__(self, output: str) -> None:
         super().__init__(
             f"Another run works on {output}.",
-            hint="Wait until it ends, or choose another folder with --output.",
+            hint="Wait until it ends, or choose another output folder.",
         )
 
 
@@ -100,7 +100,7 @@ class DiskTooSmall(GradmapError):
     def __init__(self, path: str, needed: int, free: int) -> None:
         super().__init__(
             f"Not enough disk space at {path}: about {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free.",
-            hint="Free some space, or choose another folder with --output (and HF_HOME for downloads).",
+            hint="Free some space, or choose another output folder (and HF_HOME for downloads).",
         )
         self.needed = needed
         self.free = free
@@ -135,7 +135,7 @@ class MemoryNotMeasured(GradmapError):
 
 
 class SpaceImpossible(GradmapError):
-    """No comparison Space is possible: there are no files of the two models that it can run."""
+    """No comparison Space is possible, because there are no files of both models that it can run or that fit."""
 
 
 class BrowserRuntimeMissing(GradmapError):

@@ -44,7 +44,8 @@ LOG_RANGE = 15.0
 
 
 def save_plot(draw: Callable[[Figure], None], path: Path, height: float = 5.2) -> None:
-    """Save a figure 12 inches wide as PNG. The same drawing gives the same bytes."""
+    """Draw a figure with `draw`, 12 inches wide and `height` inches high, and save it as PNG. The same drawing gives
+    the same bytes."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -88,7 +89,7 @@ def legend(axes: Axes, handles: Sequence[Artist]) -> None:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Two to nine round values within an axis."""
+    """Round tick values from `low` to `high` for a logarithmic axis, usually two to nine."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for digits in ((1, 1.5, 2, 3, 5, 7), (1, 2, 5), (1,)) if high > 2.5 * low else ():
         ticks = [digit * 10.0**decade for decade in decades for digit in digits]

@@ -1,4 +1,4 @@
-"""Reading JSON that somebody else wrote, and writing files that must be complete or absent."""
+"""Reads untrusted JSON, and writes files atomically."""
 
 from __future__ import annotations
 
@@ -10,40 +10,41 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-# Bytes of a JSON file that is read. The largest known index of weights has 9 MB; JSON takes some ten times its size in
-# memory.
+# Largest JSON file that is read, in bytes. The largest known index of weights has 9 MB; parsed JSON takes about ten
+# times its size in memory.
 MOST_BYTES = 64 << 20
-# Levels of lists and objects. The files of models have at most ten; many libraries copy JSON with one call per level.
+# Deepest nesting of lists and objects. The files of models have at most ten levels; many libraries copy JSON by
+# recursion.
 MOST_LEVELS = 64
-# Digits of an integer. A number of bytes or tokens has at most 20; arithmetic on longer ones takes quadratic time.
+# Most digits of an integer. A number of bytes or tokens has at most 20; arithmetic on longer ones takes quadratic time.
 _MOST_DIGITS = 40
 
 
 class InvalidJson(ValueError):
-    """The message is the reason, without the name of the file."""
+    """JSON that cannot be read. The message is the reason, without the file name."""
 
 
 def read_json(path: Path, most_bytes: int = MOST_BYTES, *, finite: bool = False) -> Any:
-    """The content of a JSON file from somebody else.
+    """The value of an untrusted JSON file; `finite` refuses NaN and Infinity.
 
     Raises:
         FileNotFoundError: there is no such file.
-        InvalidJson: it is not a file, such as a pipe, which would never end; not JSON, or larger than `most_bytes`.
+        InvalidJson: it is not a regular file (a pipe might never end), larger than `most_bytes`, or not valid JSON.
     """
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
-        raise InvalidJson("it is not a file")
+        raise InvalidJson("it is not a regular file")
     if status.st_size > most_bytes:
         raise InvalidJson(f"it has {status.st_size:,} bytes, and at most {most_bytes:,} are read")
     return parse_json(path.read_bytes(), finite=finite)
 
 
 def parse_json(content: bytes, *, finite: bool = False) -> Any:
-    """The value of JSON in UTF-8. Every text in it can be written as UTF-8 again. NaN and Infinity are accepted, as by
-    the libraries that write them, unless it has to be `finite`.
+    """The value of JSON in UTF-8. NaN and Infinity are accepted, because libraries write them, unless `finite`.
 
     Raises:
-        InvalidJson: it is not JSON, or nested too deeply.
+        InvalidJson: it is not JSON, is nested deeper than MOST_LEVELS, or has an integer of more than 40 digits or a
+            string that UTF-8 cannot encode (a lone surrogate).
     """
     try:
         value = json.loads(
@@ -69,7 +70,7 @@ def parse_json(content: bytes, *, finite: bool = False) -> Any:
 
 
 def shown(value: Any) -> str:
-    """A JSON value in an error: in ASCII, without line breaks and control characters, and short."""
+    """A JSON value for an error message: ASCII on one line, at most 60 characters."""
     try:
         text = json.dumps(value)
     except (TypeError, ValueError):
@@ -78,13 +79,13 @@ def shown(value: Any) -> str:
 
 
 def _refuse(name: str) -> Any:
-    raise InvalidJson(f"{name} is not a number of JSON")
+    raise InvalidJson(f"{name} is not a JSON number")
 
 
 def _finite(digits: str) -> float:
     number = float(digits)
     if math.isinf(number):
-        raise InvalidJson(f"{digits[:20]} is beyond the numbers of JSON")
+        raise InvalidJson(f"{digits[:20]} is too large for a float")
     return number
 
 
@@ -95,11 +96,11 @@ def _integer(digits: str) -> int:
 
 
 def _inside(value: Any) -> Iterator[Any]:
-    """The lists, objects and texts in a value, one level down. Texts are checked and left out."""
+    """The lists, objects and keys directly inside a value; a string has none, and is checked for lone surrogates."""
     if isinstance(value, str):
-        # A lone surrogate: an escape of half a character.
+        # A lone surrogate: half of an escaped pair.
         if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
-            raise InvalidJson(f"the text {shown(value)} in it is not Unicode")
+            raise InvalidJson(f"the string {shown(value)} in it is not Unicode")
     elif isinstance(value, dict):
         for key, inner in value.items():
             yield key
@@ -110,7 +111,7 @@ def _inside(value: Any) -> Iterator[Any]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text with line feeds, completely or not at all: beside the file, then renamed over it.
+    """Write UTF-8 text with line feeds atomically: to PATH.partial, which is then renamed to `path`.
 
     Raises:
         OSError: the text could not be written, such as on a full disk; an earlier file is unchanged.
@@ -128,7 +129,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def user_cache() -> Path:
-    """The folder for what this package keeps between runs: samples, environments, libraries."""
+    """The cache folder of this package, for samples, environments and libraries: below XDG_CACHE_HOME, or ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gradmap-hub"
 
 
@@ -154,7 +155,7 @@ def lock(path: Path) -> IO[bytes]:
 
 
 def usual_mode() -> int:
-    """The permissions of a new file of this user, for files that a library makes private."""
+    """The mode of a new file under this user's umask, for files that a library creates with mode 0600."""
     mask = os.umask(0o077)
     os.umask(mask)
     return 0o666 & ~mask

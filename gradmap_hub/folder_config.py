@@ -16,7 +16,7 @@ class EvaluateConfig:
     """What to measure on a pruned model and its original.
 
     Raises:
-        UsageError: a value outside its range.
+        UsageError: a value outside its range, no text, or `tasks_from` or `limit` without `tasks`.
     """
 
     against: str | None = option(None, "The original: a Hub id or a folder. Default: the recorded one.")
@@ -58,8 +58,8 @@ class HealConfig:
         UsageError: a value outside its range, or not exactly one of `tokens` and `time`.
     """
 
-    tokens: str | None = option(None, "How many tokens to train on: 500k, 10M, or a number.")
-    time: str | None = option(None, "How long to train, about: 90s, 30m, 2h.")
+    tokens: str | None = option(None, "Number of tokens to train on, such as 500k, 10M or 500000.")
+    time: str | None = option(None, "Approximate duration of the training: 90s, 30m, 2h.")
     text: tuple[str, ...] = option((), help_of(PruneMethod, "heal_text"))
     part: str = option("auto", help_of(PruneMethod, "heal_part"))
     against: str | None = option(None, "The original: a Hub id or a folder. Default: the recorded one.")
@@ -81,7 +81,7 @@ class HealConfig:
 
     @property
     def budget(self) -> str:
-        """As `PruneMethod.heal` takes it."""
+        """The budget in the form that `PruneMethod.heal` takes."""
         if self.tokens is None:
             return str(self.time)
         return f"{Decimal(self.tokens) / 1000}k" if self.tokens.isascii() and self.tokens.isdigit() else self.tokens

@@ -1,4 +1,4 @@
-"""The table of export formats: one row each. All other code reads its knowledge of formats from here.
+"""The table of export formats, one row per format; the only place that describes them.
 
 docs/extending.md shows how to add a format: a row, a writer in exporters/ and a test case.
 """
@@ -11,7 +11,7 @@ from typing import Literal
 
 # Optimum's graph. Every export includes it; the other formats are optional.
 ONNX = "onnx"
-# Bytes that the files of two models may have together, for one browser to hold them.
+# Largest size of both models' files together that one browser can hold, in bytes.
 BROWSER_BYTES = 1_500_000_000
 # The folder of exported files in a model folder.
 ONNX_FOLDER = "onnx"
@@ -22,8 +22,8 @@ class Limits:
     """The largest allowed difference between a graph and its checkpoint.
 
     Attributes:
-        perplexity: Largest ratio of perplexities.
-        logits: Largest absolute difference; None: no limit.
+        perplexity: Largest ratio of the graph's perplexity to the checkpoint's.
+        logits: Largest absolute difference of logits; None: no limit.
         greedy: Whether every greedy token must be equal.
     """
 
@@ -48,8 +48,8 @@ class Format:
         title: Title of the export stage in the progress output.
         precision: Precision of the weights; the name in compare.json if `in_space`. Default: `name`.
         artifact: Name in `--artifact`, `generate` and `serve`. Default: `name`.
-        base: What it is made from: Optimum's float32 graph, GenAI's, either (GenAI's if its builder supports the model,
-            else Optimum's), or the checkpoint.
+        base: What the file is made from: Optimum's float32 graph, GenAI's, either (GenAI's if its builder supports the
+            model, else Optimum's), or the checkpoint.
         limits: Limits of the check. None: not an ONNX graph; the file is neither checked nor run by the runtime.
         least_share, most_share: Smallest and largest size of the file, as a share of the float32 weights.
         in_space: Whether a comparison Space may run it.
@@ -148,7 +148,7 @@ def in_space() -> list[Format]:
 
 
 def of_precision(precision: str) -> Format:
-    """The format that a Space runs in this precision.
+    """The format that a Space uses for a precision, such as "float32".
 
     Raises:
         KeyError: no such format.
@@ -157,7 +157,7 @@ def of_precision(precision: str) -> Format:
 
 
 def graph_path(row: Format) -> str:
-    """The path of the file within a model folder, with forward slashes."""
+    """The path of a format's file within a model folder, with forward slashes."""
     return f"{ONNX_FOLDER}/{row.file}"
 
 

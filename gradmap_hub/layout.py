@@ -19,7 +19,7 @@ from gradmap_hub.record import (
 
 def check_output(output: Path, resume: bool, mark: Path | None = None) -> None:
     """Refuse a non-empty output folder, because its other files would be published. With `resume`, a folder that an
-    earlier run created is accepted; it is recognised by the folder `mark` or a record.
+    earlier run created is accepted; it is recognised by the folder `mark` (default: its work folder) or a record.
 
     Raises:
         OutputExists: the folder is refused.
@@ -40,7 +40,11 @@ def check_output(output: Path, resume: bool, mark: Path | None = None) -> None:
 
 
 def check_disk(output: Path, needed: int) -> None:
-    """Raises DiskTooSmall: the file system of `output` has less than `needed` bytes free."""
+    """Check that the file system of `output` has `needed` bytes free.
+
+    Raises:
+        DiskTooSmall: it has less.
+    """
     free = free_bytes(output)
     if free < needed:
         raise DiskTooSmall(str(_existing(output)), needed, free)
@@ -64,7 +68,8 @@ def _existing(path: Path) -> Path:
 
 
 def default_output(model: str, config: PruneConfig) -> Path:
-    """NAME-gradmap-25 in the current folder, or beside it if it is the model."""
+    """NAME-gradmap-25 (PERCENT) or NAME-gradmap-8layers in the current folder, or beside the current folder if that is
+    the model."""
     path, folder = Path(model), Path()
     if not path.name or path.name == "..":  # ".", "..", "/"
         path = path.resolve()
@@ -78,6 +83,7 @@ def default_output(model: str, config: PruneConfig) -> Path:
 
 
 def work_folder(output: Path) -> Path:
+    """OUTPUT.work beside the output folder: the results of finished stages."""
     return output.with_name(output.name + ".work")
 
 
@@ -146,7 +152,8 @@ def legal_texts(names: Iterable[str]) -> list[str]:
 
 
 def is_companion(name: str) -> bool:
-    """Whether a file of a model folder is copied into a result: of the tokenizer, generation config or legal texts."""
+    """Whether a file of the original is copied into the result: a tokenizer file, chat template, generation config or
+    legal text."""
     folder, _, file = name.rpartition("/")
     return (
         name in COMPANION_FILES
@@ -156,8 +163,8 @@ def is_companion(name: str) -> bool:
 
 
 def extra_templates(folder: Path) -> list[str]:
-    """The further chat templates of a model folder, relative to it. A link to another folder is not followed: what is
-    in it is not checked as the files of the model are."""
+    """The paths of the further chat templates of a model folder, relative to it. A link to another folder is not
+    followed, because its files are not checked like those of the model."""
     if (folder / TEMPLATES_FOLDER).is_symlink():
         return []
     return [f"{TEMPLATES_FOLDER}/{path.name}" for path in sorted((folder / TEMPLATES_FOLDER).glob("?*.jinja"))]
@@ -173,7 +180,7 @@ def folder_sizes(folder: Path) -> dict[str, int]:
 
 
 def weights_sha256(paths: Iterable[Path]) -> str:
-    """One hash over weight files, independent of their names."""
+    """One hex sha256 over the contents of weight files, independent of their names and order."""
     return hashlib.sha256("\n".join(sorted(map(sha256_of, paths))).encode()).hexdigest()
 
 

@@ -22,8 +22,8 @@ _VERSIONED = (
 
 
 def cpu_count() -> int:
-    """The number of processors this process may use, in a container often fewer than the machine has. macOS and
-    Windows report only the number of the machine."""
+    """The number of processors that this process may use; in a container often fewer than the machine has. On macOS and
+    Windows, all processors of the machine."""
     affinity = getattr(os, "sched_getaffinity", None)
     count = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
     try:

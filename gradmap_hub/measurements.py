@@ -11,6 +11,8 @@ from gradmap_hub.reading import Count, Interval, NotNegative, OptionalInterval, 
 
 @dataclass(frozen=True)
 class BeforeAfter:
+    """A count for the original (`before`) and for the result (`after`), such as parameters or bytes."""
+
     before: Some
     after: Count
 
@@ -18,7 +20,8 @@ class BeforeAfter:
 @dataclass(frozen=True)
 class Contamination:
     """Sequences of an evaluation text with a 13-gram overlap (lower-cased words) with a calibration sequence. `rows`:
-    how many of `of`; None: not checked, for `reason`. `texts`: the calibration texts they overlap with."""
+    the number of such sequences among `of`; None if not checked, with the `reason`. `texts`: the calibration texts that
+    they overlap with."""
 
     rows: Count | None
     of: Some
@@ -77,8 +80,8 @@ class MeasuredText:
 @dataclass(frozen=True)
 class MeasuredMetric:
     """One metric of one task. `interval`: 95% bootstrap interval over documents of pruned - original, empty for
-    metrics that are not a mean over documents; `retention`: 100 pruned / original, None for those or if original is
-    0."""
+    metrics that are not a mean over documents; `retention`: pruned in percent of original, None for those metrics
+    or if original is 0."""
 
     name: str
     original: float
@@ -91,7 +94,7 @@ class MeasuredMetric:
 class MeasuredTask:
     """Both models on the same documents of one task of lm-evaluation-harness, zero-shot. `sha256`: of the documents,
     prompts and targets in order; `dataset` and `config`: the harness' source; `source`: the source of these documents;
-    `documents` of `total`: fewer with a limit; `main`: name of the main metric."""
+    `documents`: the number used of `total`; `main`: name of the main metric."""
 
     name: str
     version: str
@@ -110,15 +113,15 @@ class MeasuredTask:
         return next(metric for metric in self.metrics if metric.name == self.main)
 
     def problems(self) -> Iterator[tuple[str, str]]:
-        """Field and reason, where fields contradict each other."""
+        """Yield (field, reason) for each contradiction between fields."""
         if self.main not in [metric.name for metric in self.metrics]:
             yield "main", "names no metric of the task"
 
 
 @dataclass(frozen=True)
 class FilePerplexity:
-    """Perplexity of an ONNX file on the sequences of the `MeasuredText` of that name. `interval`: of its ratio to the
-    checkpoint's."""
+    """Perplexity of an ONNX file on the sequences of the `MeasuredText` of that name. `interval`:
+    95% bootstrap interval of its ratio to the checkpoint's perplexity."""
 
     text: str
     perplexity: Positive
@@ -170,7 +173,7 @@ class Sample:
 
 
 def repeated_share(text: str, n: int = 4) -> float:
-    """Share of the `n`-grams of words that occurred before in the text; 0 for a text without any."""
+    """Share of the `n`-grams of words that occurred earlier in the text; 0 for a text of fewer than `n` words."""
     words = text.lower().split()
     grams = [tuple(words[start : start + n]) for start in range(len(words) - n + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
@@ -200,7 +203,7 @@ class Measured:
     hardware: str = ""
 
     def problems(self) -> Iterator[tuple[str, str]]:
-        """Field and reason, where fields contradict each other."""
+        """Yield (field, reason) for each contradiction between fields."""
         if not self.texts:
             yield "texts", "is empty"
         elif len({len(text.metrics) for text in self.texts}) > 1:

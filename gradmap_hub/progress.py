@@ -13,11 +13,11 @@ class Reporter(Protocol):
         ...
 
     def total(self, steps: int, *, unit: str = "") -> None:
-        """The running stage has this many steps; `unit` is "bytes" or "tokens" if the steps are such."""
+        """The running stage has `steps` steps; `unit`: "bytes" or "tokens" if these are what it counts."""
         ...
 
     def advance(self, steps: int = 1) -> None:
-        """This many further steps of the running stage are done."""
+        """Another `steps` steps of the running stage are done."""
         ...
 
     def finish(self, note: str = "", *, reused: bool = False) -> None:
@@ -30,7 +30,7 @@ class Reporter(Protocol):
 
 
 class SilentReporter:
-    """The default for library use."""
+    """A `Reporter` that prints nothing; the default of the Python API."""
 
     def start(self, title: str) -> None: ...
 

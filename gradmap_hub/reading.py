@@ -1,8 +1,8 @@
 """Decoded JSON as a dataclass: every type and range is checked, and an error names the field.
 
-The dataclass is the schema. A field may narrow its type with `Annotated` and one of the limits here; a class with a
-method `problems` is asked, once its fields are read, whether they agree. The JSON is that of `files.read_json`, which
-checks its size, its depth and its texts.
+The dataclass is the schema. A field may narrow its type with `Annotated` and one of the limits here; the method
+`problems` of a class, if any, then yields the fields that contradict each other. The JSON comes from
+`files.read_json`, which checks its size, its depth and its strings.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ NUMBER_LIMIT = 1e100
 
 @dataclass(frozen=True)
 class Range:
-    """A number from `low` to `high`."""
+    """A number from `low` to `high`. `words`: the expected value, in an error."""
 
     low: float
     high: float
@@ -48,7 +48,7 @@ class Inside:
 
 @dataclass(frozen=True)
 class Length:
-    """A list of one of these lengths."""
+    """A list with one of these lengths."""
 
     lengths: tuple[int, ...]
     words: str
@@ -57,26 +57,26 @@ class Length:
         return len(value) in self.lengths
 
 
-Count = Annotated[int, Range(0, INTEGER_LIMIT, "a whole number from 0")]
-# What something is divided by.
-Some = Annotated[int, Range(1, INTEGER_LIMIT, "a whole number from 1")]
-# What something is divided by, or its logarithm is taken.
+Count = Annotated[int, Range(0, INTEGER_LIMIT, "an integer, 0 or more,")]
+# A divisor.
+Some = Annotated[int, Range(1, INTEGER_LIMIT, "an integer, 1 or more,")]
+# A divisor, or the argument of a logarithm.
 Positive = Annotated[float, Range(1 / NUMBER_LIMIT, NUMBER_LIMIT, "a number above 0")]
-NotNegative = Annotated[float, Range(0, NUMBER_LIMIT, "a number from 0")]
+NotNegative = Annotated[float, Range(0, NUMBER_LIMIT, "a number, 0 or more,")]
 PathInside = Annotated[str, Inside()]
 Interval = Annotated[list[float], Length((2,), "a list of two numbers")]
 OptionalInterval = Annotated[list[float], Length((0, 2), "a list of two numbers, or an empty one")]
 
 
 class FieldError(ValueError):
-    """What is wrong with which field, in words that follow the name of a file and a colon."""
+    """A missing or invalid field. The message names field, value and expected type; the file name precedes it."""
 
     def __init__(self, where: str, found: str, expected: str) -> None:
         super().__init__(f"{where or 'its content'} is {found}; {expected} is expected")
 
 
 def from_json(kind: type[T], data: Any) -> T:
-    """A (nested) dataclass from decoded JSON; unknown keys, as of newer versions, are ignored.
+    """A (nested) dataclass from decoded JSON; unknown keys, such as those of newer versions, are ignored.
 
     Raises:
         ValueError: a field is missing, of another type or out of range, or fields contradict each other.
@@ -85,10 +85,11 @@ def from_json(kind: type[T], data: Any) -> T:
 
 
 def check_fields(kind: Any, data: Mapping[str, Any], where: str) -> None:
-    """Check those values of an object that are fields of a dataclass; further ones and missing ones are ignored.
+    """Check the values in `data` that are fields of the dataclass `kind`; other and missing keys are ignored. `where`:
+    the path of the object, for errors.
 
     Raises:
-        ValueError: one is of another type or out of range.
+        ValueError: a value is of another type or out of range.
     """
     hints = typing.get_type_hints(kind, include_extras=True)
     for name, value in data.items():
@@ -159,11 +160,11 @@ def _fits(kind: Any, value: Any) -> bool:
 
 
 def found(value: Any) -> str:
-    """A decoded value as an error names it: short, on one line and printable."""
+    """A decoded value for an error message: short, printable, on one line."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, dict | list):
-        return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value):,}"
+        return f"{'an object' if isinstance(value, dict) else 'a list'} of length {len(value):,}"
     if isinstance(value, str):
         return ascii(value[:40]) if not value.isprintable() else repr(value[:40])
     if isinstance(value, int) and abs(value) > INTEGER_LIMIT:
@@ -171,11 +172,11 @@ def found(value: Any) -> str:
     return repr(value)
 
 
-_WORDS = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", dict: "an object"}
+_WORDS = {str: "a string", int: "an integer", float: "a number", bool: "true or false", dict: "an object"}
 
 
 def _expected(hint: Any) -> str:
-    """The words for a type."""
+    """The expected type in an error message, such as "a string"."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         return str(arguments[1].words)

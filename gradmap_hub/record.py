@@ -60,7 +60,8 @@ class Base:
 
 @dataclass(frozen=True)
 class LayerDecision:
-    """One decoder layer: `score` is its gradient L1 norm (see `pruning.scoring`), also if another ranking won."""
+    """One decoder layer. `score`: its gradient L1 norm, even if another ranking won; its gate gradient if no weight
+    gradients were computed (see `pruning.scoring`)."""
 
     index: Count
     score: float
@@ -68,15 +69,15 @@ class LayerDecision:
     reason: str
 
 
-# Suffixes of the names of sets that the search derived from another set.
+# Suffixes of the names of candidate sets that the search derived from another set.
 SWAPPED = ", swapped"
 GROWN = " and one more"
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One set of layers that was tried on held-out sequences. `loss` in nats per token without compensation;
-    `corrected`: with it, for the sets for which it was fitted."""
+    """One set of layers whose removal was tried on held-out sequences. `loss`: in nats per token, without compensation;
+    `corrected`: with compensation, for the sets for which it was fitted."""
 
     name: str
     removed: list[int]
@@ -86,7 +87,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class TextSource:
-    """A calibration text: number of sequences (`rows`) used; sha256 of the whole text read."""
+    """A text of a run: the sha256 of the whole text, and the number of its sequences used (`rows`)."""
 
     name: str
     sha256: str
@@ -95,7 +96,7 @@ class TextSource:
 
 @dataclass(frozen=True)
 class CalibrationRecord:
-    """The calibration text. `samples` sequences of `sequence_length` tokens; `sha256` of their token ids."""
+    """The calibration sequences: `samples` of them, of `sequence_length` tokens each; `sha256`: of their token ids."""
 
     source: str
     samples: Count
@@ -109,8 +110,8 @@ class CalibrationRecord:
 
 @dataclass(frozen=True)
 class Trial:
-    """One tried compensation. `site`: the layer (original index); `strength`: lambda over the mean Gram diagonal;
-    `loss`: on held-out sequences, in nats per token."""
+    """One tried compensation. `site`: the layer (original index); `strength`: the ridge parameter lambda divided by the
+    mean diagonal of the Gram matrix; `loss`: on held-out sequences, in nats per token."""
 
     site: int
     kind: str
@@ -121,7 +122,8 @@ class Trial:
 
 @dataclass(frozen=True)
 class SiteCompensation:
-    """One applied compensation, at the attention or MLP output (`part`) of a layer (original index)."""
+    """One applied compensation, at the attention or MLP output (`part`) of a layer (original index). `strength`: see
+    `Trial`; `ridge`: lambda itself; losses: on held-out sequences, in nats per token."""
 
     layer: int
     part: str
@@ -134,9 +136,10 @@ class SiteCompensation:
 
 @dataclass(frozen=True)
 class CompensationRecord:
-    """Stage 2. `kind`, `site`, `strength` and `ridge` are those of the site that gained most; `corrections` has all
-    applied sites in the order of the stream. `shift` and `relative_shift` are indexed like `shift_layers` (original
-    indices of kept layers)."""
+    """The compensation (stage 2 of docs/method.md). `kind`, `site`, `strength` and `ridge` are those of the site that
+    lowered the loss most; `corrections` lists all applied sites in the order of the stream. `shift`: the L2 norm of
+    the change of the mean hidden state after each of `shift_layers` (original indices of kept layers);
+    `relative_shift`: the same divided by the norm of the original mean."""
 
     applied: bool
     kind: str | None = None
@@ -153,7 +156,7 @@ class CompensationRecord:
     corrections: list[SiteCompensation] = field(default_factory=list)
 
     def problems(self) -> Iterator[tuple[str, str]]:
-        """Field and reason, where fields contradict each other."""
+        """Yield (field, reason) for each contradiction between fields."""
         if not len(self.shift_layers) == len(self.shift) == len(self.relative_shift):
             yield "shift_layers", "is not as long as shift and relative_shift"
         if len(self.corrections) > 1 and (self.loss_before is None or self.loss_after is None):
@@ -162,9 +165,9 @@ class CompensationRecord:
 
 @dataclass(frozen=True)
 class HealCheck:
-    """A look at the held-out sequences after `step` steps and `tokens` tokens: `loss`, the mean NLL, and `held_out`,
-    the mean KL(original || pruned). `divergence`: the mean of the training objective since the last check. All in nats
-    per token; None before version 0.2."""
+    """An evaluation after `step` steps and `tokens` tokens. `loss`: mean NLL on the held-out sequences; `held_out`:
+    mean KL(original || pruned) on them, None in records before version 0.2; `divergence`: mean of the training
+    objective since the last check. All in nats per token."""
 
     step: Count
     divergence: float
@@ -177,11 +180,11 @@ class HealCheck:
 class HealRecord:
     """The distillation after stage 2.
 
-    `rate`: peak learning rate. Losses (mean NLL) and divergences (mean KL from the original) are of the `held_out`
-    sequences, in nats per token. `layers`: the trained ones (original indices), empty if the result was discarded.
-    `part`: all, gaps or lora (see `healing.parts`). `tokens` trained on, from `texts`, which were read `repeats` times;
-    `seconds` of training. `self_text`: of the text that the original wrote, its tokens, how many samples were drawn and
-    dropped by which filter, and the `recipe` of sampling and filtering."""
+    `rate`: peak learning rate. Losses (mean NLL) and divergences (mean KL(original || pruned)) are measured on the
+    `held_out` texts, in nats per token. `layers`: the trained ones (original indices), empty if the result was
+    discarded. `part`: all, gaps or lora (see `healing.parts`). `tokens`: number trained on, from `texts`, which were
+    read `repeats` times; `seconds`: of training. `self_text`: for text that the original wrote, its tokens, the numbers
+    of samples drawn and dropped by each filter, and the `recipe` of sampling and filtering; else None."""
 
     applied: bool
     steps: Count
@@ -202,7 +205,7 @@ class HealRecord:
     self_text: dict[str, Any] | None = None
 
     def problems(self) -> Iterator[tuple[str, str]]:
-        """Field and reason, where fields contradict each other."""
+        """Yield (field, reason) for each contradiction between fields."""
         if self.applied and not self.layers:
             yield "layers", "is empty, though the healing was applied"
         if self.applied and self.tokens and (self.divergence_before is None or self.divergence_after is None):
@@ -213,7 +216,9 @@ class HealRecord:
 
 @dataclass(frozen=True)
 class VerificationRecord:
-    """The saved folder, loaded again with plain transformers."""
+    """The saved folder, loaded again with plain transformers, compared with the model in memory.
+    `max_logit_difference`: absolute, on a probe of `tokens` tokens; `generation_matches`: whether decoding with KV
+    cache equals a pass without."""
 
     keys_match: bool
     max_logit_difference: float
@@ -242,6 +247,9 @@ class TextPerplexity:
 
 @dataclass(frozen=True)
 class EvaluationRecord:
+    """Perplexities of the run. `before` (original), `after` (result) and `uncompensated` (pruned, before compensation)
+    are those of the first of `texts`, named in `data`."""
+
     metric: str
     before: Positive
     after: Positive
@@ -252,7 +260,8 @@ class EvaluationRecord:
 
 @dataclass(frozen=True)
 class Parity:
-    """An export compared with PyTorch: largest absolute logit differences, and whether greedy tokens are equal."""
+    """An export compared with PyTorch: largest absolute logit differences, without and with past keys and values, and
+    whether all `greedy_tokens` tokens of greedy decoding are equal."""
 
     max_logit_difference: float
     max_logit_difference_with_past: float
@@ -279,6 +288,8 @@ class Quality:
 
 @dataclass(frozen=True)
 class Artifact:
+    """A file of the model folder. `path`: relative to it; `format`: safetensors, or a name in `formats.FORMATS`."""
+
     path: PathInside
     bytes: Count
     sha256: str
@@ -289,10 +300,10 @@ class Artifact:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """The contract between stages and with readers of the published repository.
+    """All decisions and measurements of a run: what its stages pass on, and what the published repository states.
 
     `settings`: the fields of PruneConfig as the run used them, with "auto" resolved and texts by their recorded names;
-    None in records of version 1. `--from` needs only `settings` and `base`."""
+    None in records of schema version 1. `--from` needs only `settings` and `base`."""
 
     schema_version: int
     gradmap_hub: str
@@ -336,12 +347,12 @@ class RunRecord:
         return len(self.layers) - len(self.removed)
 
     def problems(self) -> Iterator[tuple[str, str]]:
-        """Field and reason, where fields contradict each other."""
+        """Yield (field, reason) for each contradiction between fields."""
         if [layer.index for layer in self.layers] != list(range(len(self.layers))):
             yield "layers", "are not numbered from 0"
         gone = set(self.removed)
         if len(gone) != len(self.removed) or not gone < set(range(len(self.layers))):
-            yield "removed", "does not name some of the layers once each"
+            yield "removed", "repeats a layer, names one that does not exist, or names all of them"
         if any(layer.kept == (layer.index in gone) for layer in self.layers):
             yield "layers", "disagree with removed"
         corrected = {entry.layer for entry in self.compensation.corrections} | {self.compensation.site or 0}
@@ -350,7 +361,7 @@ class RunRecord:
             yield "compensation", "or heal names a layer that does not exist"
         paths = [entry.path for entry in self.artifacts]
         if len(set(paths)) != len(paths):
-            yield "artifacts", "have a path twice"
+            yield "artifacts", "list a path twice"
         settings = self.settings or {}
         if isinstance(settings.get("heal"), int):  # steps were a number
             settings = settings | {"heal": str(settings["heal"])}
@@ -365,14 +376,15 @@ class RunRecord:
         """Read `folder`/gradmap.json.
 
         Raises:
-            SourceError: it is missing or is not a record.
+            SourceError: the file is missing or is not a record.
         """
         try:
             return read_record(folder / FILE_NAME)
         except FileNotFoundError:
             raise SourceError(
-                f"{folder} has no {FILE_NAME}: it was not made by gradmap-hub.",
-                hint="Make it with `gradmap-hub prune MODEL OUTPUT` or `gradmap-hub push MODEL`.",
+                f"{folder} has no {FILE_NAME}: it is not a finished folder of gradmap-hub.",
+                hint="Make one with `gradmap-hub prune MODEL OUTPUT` or `gradmap-hub push MODEL`, or finish its run "
+                "with --resume.",
             ) from None
 
 
@@ -392,7 +404,7 @@ def read_record(path: Path) -> RunRecord:
 
 
 def parse_record(content: bytes, name: str) -> RunRecord:
-    """The record in a file's content; `name` is what an error calls it.
+    """The record in a file's content; `name`: of the file, for errors.
 
     Raises:
         SourceError: it is not a record; the error names the field.
@@ -406,7 +418,8 @@ def parse_record(content: bytes, name: str) -> RunRecord:
 def _not_a_record(name: str, error: Exception) -> SourceError:
     return SourceError(
         f"{name} cannot be read as a record of gradmap-hub: {error}.",
-        hint="It was edited or damaged: restore the file, or make the folder again.",
+        hint="The file may be edited, damaged or unreadable. Restore it, or recreate the folder with `gradmap-hub "
+        "prune` or `push`; if it comes from somebody else's Hub repository, ask its owner to publish it again.",
     )
 
 
@@ -420,5 +433,5 @@ def to_json(value: Any) -> str:
 
 
 def as_data(value: Any) -> dict[str, Any]:
-    """A dataclass as plain data. The key `further` is left out if it is empty."""
+    """A dataclass as JSON-ready data. The key `further` is left out where it is empty."""
     return dataclasses.asdict(value, dict_factory=lambda pairs: {k: v for k, v in pairs if v or k != "further"})

@@ -32,7 +32,8 @@ _LONG_ENOUGH = 1.0
 
 
 class Stages:
-    """The stages of one run, in order. `timings`: seconds each took when it was computed."""
+    """The stages of one run, in order. `folder`: where their results are stored; `identity`: what all of them depend
+    on, such as the model; `timings`: the seconds that each stage took when it was computed."""
 
     def __init__(self, folder: Path, reporter: Reporter, identity: Mapping[str, Any]) -> None:
         self.folder = folder
@@ -44,12 +45,12 @@ class Stages:
 
     @property
     def key(self) -> str:
-        """The key of the stages so far."""
+        """The hash of the inputs of all stages so far."""
         return self._key
 
     @property
     def label(self) -> str:
-        """What the titles of the stages begin with."""
+        """The prefix of the titles of the stages."""
         return self._label
 
     def branch(self, name: str = "", label: str = "") -> Stages:
@@ -76,10 +77,17 @@ class Stages:
     ) -> T:
         """Return the stored result of stage `name`, or compute and store it.
 
-        Of several processes the main one computes, or all of them if `together`; the result of the main one holds.
-
         Args:
+            title: The title for the reporter.
+            kind: The dataclass of the result.
+            compute: Computes the result.
+            inputs: What the result depends on besides the stages before; must be JSON.
             files: The files that the stage writes; if one is missing or has another size, it is computed again.
+            describe: A note on the result for the reporter.
+            together: Of several processes, all compute; by default only the main one. All return the main one's result.
+
+        Raises:
+            GradmapError: the stored result is damaged, or the main process stored none.
         """
         self._key = _digest({"before": self._key, "stage": name, "inputs": dict(inputs or {})})
         self.reporter.start(f"{self._label}{title}")
@@ -130,7 +138,7 @@ class Stages:
         return result
 
     def _stored(self, name: str, files: Callable[[], Sequence[Path]]) -> dict[str, Any] | None:
-        """The stored result, if its files are there."""
+        """The stored result, if the files of the stage exist and have the stored sizes."""
         stored = self._read(name)
         return stored if stored is not None and stored["files"] == _sizes(files()) else None
 

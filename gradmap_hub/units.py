@@ -1,4 +1,4 @@
-"""Human-readable numbers, and text of others made safe to show."""
+"""Human-readable numbers, and untrusted text made safe to show."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def duration(seconds: float) -> str:
 
 
 def printable(text: str, keep: str = "") -> str:
-    """Text for a terminal or an error: characters that are not printable are written as escapes, such as `\\x1b`, but
-    those in `keep`. A name may come from anybody; the codes in it would change the terminal's title or clipboard."""
+    """Text for a terminal or an error: unprintable characters are written as escapes, such as `\\x1b`, except those in
+    `keep`. Untrusted names may contain codes that change the terminal's title or clipboard."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() or c in keep or _is_space(c) else ascii(c)[1:-1] for c in text)
@@ -54,7 +54,7 @@ def plain(text: str) -> str:
 
 
 def printable_json(document: str) -> str:
-    """A JSON document with every character that is not printable as a JSON escape; its line feeds stay."""
+    """A JSON document with every unprintable character except line feeds written as a JSON escape."""
     if document.isascii():
         return document.replace("\x7f", "\\u007f")  # all others below 128 are escapes already
     return "".join(c if c.isprintable() or c == "\n" else _json_escape(c) for c in document)
@@ -73,9 +73,10 @@ def one_line(text: str) -> str:
 
 
 def reason_of(cause: BaseException | str, most: int = 200) -> str:
-    """What an exception of a library says, or words, as one printable line of at most `most` characters.
+    """The message of a library's exception, or a text, as one printable line of at most `most` characters.
 
-    That is the first line, and those that follow a colon; the type is named where the text alone says little."""
+    It has the first line, and each further line as long as the one before ends with a colon. The exception's type is
+    added where the message alone says little."""
     lines = [line.strip() for line in str(cause).strip().splitlines() if line.strip()]
     last = next((place for place, line in enumerate(lines) if not line.endswith(":")), len(lines))
     text = one_line(" ".join(lines[: last + 1]))

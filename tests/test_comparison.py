@@ -36,13 +36,13 @@ def test_what_it_tells(tmp_path: Path) -> None:
         (None, "it is missing"),
         ("[" * 10_000, "nested too deeply"),
         ("{", "Expecting property name"),
-        ("[]", "its content is a list of 0; an object is expected"),
+        ("[]", "its content is a list of length 0; an object is expected"),
         ("{}", "original is missing; an object is expected"),
         (FACTS | {"original": "acme/tiny"}, "original is 'acme/tiny'; an object is expected"),
-        (FACTS | {"pruned": {"name": "a", "repo_id": 7}}, r"pruned.repo_id is 7; a text is expected"),
+        (FACTS | {"pruned": {"name": "a", "repo_id": 7}}, r"pruned.repo_id is 7; a string is expected"),
         (FACTS | {"precisions": [{"name": "int8"}]}, r"precisions\[0\].original is missing"),
         (FACTS | {"precisions": 3}, "precisions is 3; a list is expected"),
-        (FACTS | {"runtime": ["onnx"]}, "runtime is a list of 1; a text is expected"),
+        (FACTS | {"runtime": ["onnx"]}, "runtime is a list of length 1; a string is expected"),
     ],
 )
 def test_what_is_refused(content: Any, words: str, tmp_path: Path) -> None:

@@ -186,7 +186,7 @@ def test_not_a_number_is_refused(value: float, full: RunRecord, tmp_path: Path) 
 
 
 def test_missing_says_how_to_make_one(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match="not made by gradmap-hub") as caught:
+    with pytest.raises(SourceError, match="is not a finished folder of gradmap-hub") as caught:
         RunRecord.read(tmp_path)
     assert "gradmap-hub prune" in (caught.value.hint or "")
 
@@ -219,47 +219,47 @@ def test_what_is_not_a_record_is_refused(damage: Any, full: RunRecord, tmp_path:
 
 NESTED = "[" * 10_000 + "]" * 10_000
 FIELDS: dict[str, tuple[str, Any, str]] = {
-    "name": ("name", 5, "name is 5; a text is expected"),
-    "command": ("command", None, "command is null; a text is expected"),
-    "metric": ("metric", ["gradient"], "metric is a list of 1; a text is expected"),
+    "name": ("name", 5, "name is 5; a string is expected"),
+    "command": ("command", None, "command is null; a string is expected"),
+    "metric": ("metric", ["gradient"], "metric is a list of length 1; a string is expected"),
     "parameters": ("parameters", None, "parameters is null; an object is expected"),
-    "nothing to divide by": ("parameters.before", 0, "parameters.before is 0; a whole number from 1 is expected"),
-    "negative": ("bytes.after", -1, "bytes.after is -1; a whole number from 0"),
-    "fraction": ("bytes.after", 1.5, "bytes.after is 1.5; a whole number from 0"),
-    "true": ("seed", True, "seed is true; a whole number is expected"),
+    "nothing to divide by": ("parameters.before", 0, "parameters.before is 0; an integer, 1 or more, is expected"),
+    "negative": ("bytes.after", -1, "bytes.after is -1; an integer, 0 or more"),
+    "fraction": ("bytes.after", 1.5, "bytes.after is 1.5; an integer, 0 or more"),
+    "true": ("seed", True, "seed is true; an integer is expected"),
     "10^400": ("bytes.before", 10**400, "an integer in it has 401 digits"),
     "layers": ("layers", None, "layers is null; a list is expected"),
     "layer": ("layers.0.score", "high", r"layers\[0\].score is 'high'; a number is expected"),
     "calibration": ("calibration", None, "calibration is null; an object is expected"),
-    "tokens": ("calibration.tokens", "x", "calibration.tokens is 'x'; a whole number from 0 is expected"),
+    "tokens": ("calibration.tokens", "x", "calibration.tokens is 'x'; an integer, 0 or more, is expected"),
     "perplexity 0": ("evaluation.texts.0.original", 0, r"evaluation.texts\[0\].original is 0; a number above 0"),
-    "perplexity of a file": ("artifacts.1.parity", [], r"artifacts\[1\].parity is a list of 0; an object"),
-    "1e999": ("evaluation.after", math.inf, "Infinity is not a number of JSON"),
-    "NaN": ("ratio", math.nan, "NaN is not a number of JSON"),
+    "perplexity of a file": ("artifacts.1.parity", [], r"artifacts\[1\].parity is a list of length 0; an object"),
+    "1e999": ("evaluation.after", math.inf, "Infinity is not a JSON number"),
+    "NaN": ("ratio", math.nan, "NaN is not a JSON number"),
     "half a character": ("name", "a\ud800", "is not Unicode"),
     "half a character in settings": ("settings.calibration", ["\udfff"], "is not Unicode"),
-    "settings": ("settings", [], "settings is a list of 0; an object is expected"),
+    "settings": ("settings", [], "settings is a list of length 0; an object is expected"),
     "settings of texts": ("settings.calibration", 7, "settings.calibration is 7; a list is expected"),
-    "settings of a number": ("settings.seed", "7", "settings.seed is '7'; a whole number is expected"),
+    "settings of a number": ("settings.seed", "7", "settings.seed is '7'; an integer is expected"),
     "settings of a choice": ("settings.schedule", "never", "is 'never'; one of oneshot, iterative is expected"),
     "path above": ("artifacts.0.path", "../x", r"artifacts\[0\].path is '../x'; a path inside the folder"),
     "path in the middle": ("artifacts.0.path", "onnx/../../x", "a path inside the folder is expected"),
     "absolute": ("artifacts.0.path", "/etc/passwd", "a path inside the folder is expected"),
     "path of Windows": ("artifacts.0.path", "C:\\x", "a path inside the folder is expected"),
     "path with a line feed": ("artifacts.0.path", "a\nb", "a path inside the folder is expected"),
-    "path twice": ("artifacts.0.path", "onnx/model.onnx", "artifacts have a path twice"),
+    "path twice": ("artifacts.0.path", "onnx/model.onnx", "artifacts list a path twice"),
     "measured path": ("measured.files.0.path", "../../x", r"measured.files\[0\].path is '../../x'"),
-    "interval": ("measured.texts.0.interval", [1.0], r"measured.texts\[0\].interval is a list of 1; a list of two"),
+    "interval": ("measured.texts.0.interval", [1.0], r"texts\[0\].interval is a list of length 1; a list of two"),
     "no metric": ("measured.tasks.0.main", "none", r"measured.tasks\[0\].main names no metric"),
     "no text": ("measured.texts", [], "measured.texts is empty"),
-    "all removed": ("removed", [0, 1, 2, 3, 4], "removed does not name some of the layers"),
-    "removed twice": ("removed", [1, 1], "removed does not name some of the layers"),
+    "all removed": ("removed", [0, 1, 2, 3, 4], "removed repeats a layer, names one that does not exist, or names all"),
+    "removed twice": ("removed", [1, 1], "removed repeats a layer, names one that does not exist, or names all"),
     "removed that is kept": ("removed", [1, 2], "layers disagree with removed"),
     "a layer that is not there": ("layers.4.index", 7, "layers are not numbered from 0"),
     "a site that is not there": ("compensation.site", 99, "names a layer that does not exist"),
     "shift": ("compensation.shift", [], "compensation.shift_layers is not as long"),
     "healed without layers": ("heal.layers", [], "heal.layers is empty"),
-    "versions": ("versions.torch", 2, "versions.torch is 2; a text is expected"),
+    "versions": ("versions.torch", 2, "versions.torch is 2; a string is expected"),
 }  # fmt: skip
 
 
@@ -284,7 +284,7 @@ def test_the_error_names_the_field(name: str, full: RunRecord, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("content", "words"),
     [(NESTED.encode(), "nested too deeply"), (b"\xff\xfe", "not UTF-8"), (b"1" * 5000, "cannot be read as a record"),
-     (b'{"name": "x"}', "schema_version is missing; a whole number is expected")],
+     (b'{"name": "x"}', "schema_version is missing; an integer is expected")],
     ids=["deep", "UTF-16", "long number", "one field"],
 )  # fmt: skip
 def test_no_json_or_no_record(content: bytes, words: str, tmp_path: Path) -> None:
@@ -306,10 +306,10 @@ def test_settings_nested_too_deeply(full: RunRecord, tmp_path: Path) -> None:
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs FIFOs")
 def test_a_record_that_is_no_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / FILE_NAME)
-    with pytest.raises(SourceError, match="it is not a file"):
+    with pytest.raises(SourceError, match="it is not a regular file"):
         RunRecord.read(tmp_path)
     (tmp_path / "folder" / FILE_NAME).mkdir(parents=True)
-    with pytest.raises(SourceError, match="it is not a file"):
+    with pytest.raises(SourceError, match="it is not a regular file"):
         RunRecord.read(tmp_path / "folder")
 
 

@@ -132,7 +132,7 @@ def test_a_stored_result_that_was_changed_is_named(script: Script) -> None:
     path = script.folder / "work" / "second.json"
     stored = json.loads(path.read_text())
     path.write_text(json.dumps(stored | {"result": {"value": "x", "items": []}}))
-    with pytest.raises(GradmapError, match=r"second.json is damaged: value is 'x'; a whole number is expected"):
+    with pytest.raises(GradmapError, match=r"second.json is damaged: value is 'x'; an integer is expected"):
         script.run()
 
 

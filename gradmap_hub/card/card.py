@@ -1,8 +1,8 @@
-"""RunRecord -> the model card: README.md with its YAML front matter, and its plots (drawn by `plots`).
+"""Makes the model card from a RunRecord: README.md with its YAML front matter, and its plots (drawn by `plots`).
 
 The card depends on the record alone, not on clock, network or weights: the same record gives the same bytes. Strings
-from users (model, licence and text names, the command) are escaped by default: the template only prints strings that
-were escaped, or that a filter marked as `Safe`.
+from users (model, licence and text names, the command) are escaped by default: the template prints a string unescaped
+only if it is marked as `Safe`.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def card_text(record: RunRecord) -> str:
 
 
 def front_matter(record: RunRecord) -> dict[str, Any]:
-    """The metadata of the card as plain data. Keys without a known value are left out."""
+    """The YAML header of the card as plain data. Keys without a known value are left out."""
     base = record.base
     data: dict[str, Any] = {}
     if base.repo_id:
@@ -214,8 +214,8 @@ def _onnx_files(record: RunRecord) -> list[Artifact]:
 
 
 def _transformers_js(record: RunRecord) -> str | None:
-    """The dtype by which transformers.js loads the smallest graph of this model that loses little; None if it knows no
-    graph of it, or if its model type has not been tried (tests/exporters/test_transformers_js.py)."""
+    """The `dtype` with which transformers.js loads the int8 graph of this model, else the float32 graph; None if there
+    is neither, or if its model type has not been tried (tests/exporters/test_transformers_js.py)."""
     row = ARCHITECTURES.get(record.base.model_type or "")
     paths = {graph.path for graph in _onnx_graphs(record)}
     if row is None or not row.genai:
@@ -224,7 +224,8 @@ def _transformers_js(record: RunRecord) -> str | None:
 
 
 def _too_large_for_browser(record: RunRecord) -> int | None:
-    """Bytes of the smallest graph and that of the original, scaled, if a browser cannot hold both; else None."""
+    """Bytes of the smallest graph and of the original's, estimated by the number of parameters, if a browser cannot
+    hold both; else None."""
     paths = {graph_path(row) for row in in_space()}
     sizes = {path: 0 for path in paths}
     for entry in record.artifacts:
@@ -239,7 +240,7 @@ def _too_large_for_browser(record: RunRecord) -> int | None:
 
 
 def _same_files(record: RunRecord) -> dict[str, str]:
-    """The paths of graphs whose content another one before them has, and the path of that one."""
+    """{path of a graph: path of an earlier graph with the same content}."""
     first: dict[str, str] = {}
     same: dict[str, str] = {}
     for graph in _onnx_graphs(record):
@@ -316,7 +317,7 @@ def _change_size(change: float) -> str:
 
 
 def has_healing_plot(record: RunRecord) -> bool:
-    """Whether a healing is shown by a curve: it needs two points beside its start."""
+    """Whether the card shows the healing as a curve, which needs two checks beside the start."""
     heal = record.heal
     return heal is not None and heal.applied and sum(check.held_out is not None for check in heal.checks) > 1
 
@@ -347,7 +348,7 @@ def _healed_part(record: RunRecord) -> str:
 
 
 def _finalize(value: Any) -> str:
-    """Applied to everything the template prints: escapes strings and refuses values that need a filter."""
+    """Applied to every value that the template prints: escapes strings and refuses types that need a filter."""
     if isinstance(value, Safe):
         return value
     if isinstance(value, str):

@@ -1,6 +1,6 @@
-"""The filters of the card template: numbers as words, and text of users as Markdown that shows it literally.
+"""The filters of the card template: numbers as text, and text of users as Markdown that shows it literally.
 
-Each is total, and none prints `None` or `nan`.
+Each accepts every value of its type; none prints `nan` or `inf`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def escape(text: str) -> Safe:
 
 
 def code(text: str) -> Safe:
-    """Inline code. A pipe ends a table cell even within backticks, so texts with special characters become HTML."""
+    """Inline code; as HTML if it has special characters, because a pipe ends a table cell even within backticks."""
     line = one_line(text)
     if re.fullmatch(r"[\w./:@=+,()<>\- ]+", line) and line.isascii():
         return Safe(f"`{line}`")
@@ -35,7 +35,7 @@ def code(text: str) -> Safe:
 
 
 def codes(texts: Sequence[str]) -> Safe:
-    """Inline code, separated by commas."""
+    """Several texts as inline code, separated by commas."""
     return Safe(", ".join(map(code, texts)))
 
 
@@ -60,7 +60,7 @@ def link(text: str, url: str) -> Safe:
 
 
 def number(value: float) -> str:
-    """Four significant digits, thousands separated; for scores and perplexities."""
+    """A score or perplexity: no decimals from 1000, two from 1, else three significant digits."""
     if not math.isfinite(value):
         return "not finite"
     if abs(value) >= 1000:
@@ -69,7 +69,7 @@ def number(value: float) -> str:
 
 
 def percent(value: float) -> str:
-    """A share with one decimal, such as 41.3%."""
+    """A share as a percentage with one decimal: 0.413 -> 41.3%."""
     return f"{100 * value:.1f}%" if math.isfinite(value) else "not finite"
 
 
@@ -79,7 +79,7 @@ def points(value: float) -> str:
 
 
 def rate(value: float) -> str:
-    """A speed in tokens per second."""
+    """A speed in tokens per second; one decimal below 100."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
 
 
@@ -116,7 +116,7 @@ def change(after: float, before: float) -> str:
 
 
 def less_than(after: int, before: int) -> str:
-    """A change, such as `21.1% fewer`."""
+    """The relative change of a count, such as `21.1% fewer`."""
     share = abs(1 - after / before) if before else 0.0
     return f"{share:.1%} {'fewer' if after <= before else 'more'}"
 

@@ -1,6 +1,7 @@
-"""The figures of the model card: score of each layer, and shift of the mean hidden state.
+"""The figures of the model card: the score of each layer, the shift of the mean hidden state, and the divergence during
+healing.
 
-matplotlib is imported when a figure is drawn.
+matplotlib is imported only when a figure is drawn.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ if TYPE_CHECKING:
 
 
 def scored_by_gates(record: RunRecord) -> bool:
-    """Whether the scores of the layers are gate gradients: where the gradients of the weights were not computed."""
+    """Whether the scores of the layers are gate gradients, because no weight gradients were computed."""
     return record.metric in WITHOUT_WEIGHTS
 
 
 def layers_plot(record: RunRecord, figure: Figure) -> None:
-    """One bar per decoder layer: its gradient score, and whether it was removed."""
+    """Draw one bar per decoder layer: its gradient score, and whether it was removed."""
     axes = figure.add_subplot()
     scores = [layer.score for layer in record.layers]
     indices = [layer.index for layer in record.layers]
@@ -53,7 +54,8 @@ def layers_plot(record: RunRecord, figure: Figure) -> None:
 
 
 def shift_plot(record: RunRecord, figure: Figure) -> None:
-    """Relative mean shift after each kept layer, before compensation; removed layers are shaded gaps."""
+    """Draw the relative shift of the mean hidden state after each kept layer, before compensation; removed layers are
+    shaded gaps."""
     compensation = record.compensation
     axes = figure.add_subplot()
     percents = [100 * value for value in compensation.relative_shift]
@@ -71,7 +73,7 @@ def shift_plot(record: RunRecord, figure: Figure) -> None:
 
 
 def healing_plot(record: RunRecord, figure: Figure) -> None:
-    """Divergence from the original on held-out sequences, and of the training, against the tokens trained on."""
+    """Draw the divergence from the original, on held-out sequences and in training, against the tokens trained on."""
     heal = record.heal
     assert heal is not None
     axes = figure.add_subplot()
@@ -98,7 +100,7 @@ def corrected_layers(record: RunRecord) -> list[int]:
 
 
 def _mark_corrected(axes: Axes, record: RunRecord, heights: Mapping[int, float]) -> list[Artist]:
-    """A triangle above each corrected layer. Returns what the legend needs."""
+    """Draw a triangle above each corrected layer; returns the legend entry, if any."""
     from matplotlib.transforms import offset_copy
 
     layers = [layer for layer in corrected_layers(record) if layer in heights]

@@ -1,7 +1,7 @@
-"""Results of `evaluate` in the formats of the Hub: entries of the card's model index, and files in .eval_results/.
+"""The results of `evaluate` in the formats of the Hub: entries of the card's model index, and files in .eval_results/.
 
 The files follow https://huggingface.co/docs/hub/eval-results, which huggingface_hub 0.36 does not support. Only scores
-of the whole benchmark are written: all documents, from the source that the harness uses.
+of a whole benchmark are written to .eval_results/: all documents, from the source that the harness uses.
 """
 
 from __future__ import annotations
@@ -70,7 +70,8 @@ def _task_result(task: MeasuredTask) -> dict[str, Any]:
 
 
 def _dataset(name: str) -> dict[str, str]:
-    """{name, type}: the type is a Hub dataset id where the name is one (owner/name[:config[/split]]), else a slug."""
+    """The `dataset` of an entry: its `type` is the Hub dataset id if the name has one (owner/name[:config[/split]]),
+    else a slug of the name."""
     hub = re.fullmatch(r"([\w.-]+/[\w.-]+)(?::([\w.-]+)(?:/([\w.-]+))?)?(?:@[0-9a-f]{40})?", name)
     if hub and PurePosixPath(name).suffix not in (".txt", ".json", ".jsonl", ".parquet"):
         optional = {"config": hub[2], "split": hub[3]}
@@ -83,7 +84,7 @@ def _dataset(name: str) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class TaskMean:
-    """Unweighted mean of the main metrics of several tasks."""
+    """The unweighted mean of the main metrics of several tasks, for both models."""
 
     tasks: int
     original: float
@@ -116,7 +117,8 @@ def is_accuracy(metric: MeasuredMetric) -> bool:
 
 
 def write_results(record: RunRecord, folder: Path) -> list[Path]:
-    """Write .eval_results/TASK.yaml for every task measured as a benchmark; delete those of earlier evaluations."""
+    """Write .eval_results/TASK.yaml for every task measured as a whole benchmark, and delete those of earlier
+    evaluations. Returns the files."""
     place = folder / RESULTS_FOLDER
     wanted = {f"{task.name}.yaml": _benchmark(task, record) for task in _whole(record)}
     for path in place.glob("*.yaml"):
@@ -134,7 +136,7 @@ def write_results(record: RunRecord, folder: Path) -> list[Path]:
 
 
 def _whole(record: RunRecord) -> list[MeasuredTask]:
-    """The tasks that are benchmarks with an accuracy as main metric."""
+    """The tasks measured as whole benchmarks, with an accuracy as main metric."""
     tasks = record.measured.tasks if record.measured else []
     return [
         task

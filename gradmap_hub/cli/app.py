@@ -1,4 +1,4 @@
-"""The command line: registers the commands, and turns every expected failure into one line and an exit status."""
+"""Registers the commands, and turns every expected failure into one line on stderr and an exit status."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def main() -> NoReturn:
         reason = str(error.strerror or error).strip() or type(error).__name__
         status = _report(reason.splitlines()[0] + (f": {error.filename}" if error.filename else ""), None, 1)
     except BaseException as error:
-        # The panic of a library in Rust, such as tokenizers; it is no Exception, and has no importable class.
+        # A panic of a Rust library, such as tokenizers; it is not an Exception, and its class cannot be imported.
         if type(error).__name__ != "PanicException":
             raise
         _trace(debug)

@@ -36,7 +36,7 @@ def demo(
     ),
     ratio: Annotated[float, typer.Option("--ratio", "-r", help=help_of(PruneConfig, "ratio"))] = 0.25,
     heal: Annotated[
-        str, typer.Option(metavar="BUDGET", help="Heal on so many tokens (48k) or for so long (3m); 0: not at all.")
+        str, typer.Option(metavar="BUDGET", help="Budget of healing: tokens (48k) or time (3m); 0: none.")
     ] = HEAL,
     space: Annotated[bool, typer.Option("--space/--no-space", help="Build and publish the comparison Space.")] = True,
     onnx: Onnx = True,
@@ -45,7 +45,7 @@ def demo(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """The whole push on this machine, no account needed: a real 135M model, a real Hub client, an embedded Hub."""
+    """Run the whole push on this machine, without an account: a real 135M model, a real Hub client, an embedded Hub."""
     from gradmap_hub.pipeline.demo import run_demo
 
     PruneConfig(ratio=ratio, heal=heal)  # refuse a bad ratio or budget before anything is downloaded

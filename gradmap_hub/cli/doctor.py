@@ -1,4 +1,4 @@
-"""`gradmap-hub doctor`: this installation, this machine and the Hub; the first thing to see when something fails."""
+"""`gradmap-hub doctor`: checks this installation, this machine and the Hub; the first command when something fails."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def doctor(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Show what is installed, what this machine can run and whether the Hub answers, and how to mend what is wrong.
+    """Show what is installed, what this machine can run and whether the Hub answers, and how to fix what is wrong.
 
     Exit status 1 if something is wrong. No token is shown.
     """

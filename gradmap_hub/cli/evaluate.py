@@ -62,7 +62,7 @@ def evaluate(
 
 
 def evaluation_json(record: RunRecord, folder: Path) -> dict[str, Any]:
-    """The JSON answer. `perplexity` and `data` are of the first text; `texts` has all."""
+    """The JSON output of the command. `perplexity` and `data` are those of the first text; `texts` has all."""
     measured = record.measured
     if measured is None:  # the files changed during the evaluation
         return {"folder": str(folder), "perplexity": None, "tasks": {}, "data": None, "reason": record.measured_note}
@@ -97,7 +97,7 @@ def evaluation_json(record: RunRecord, folder: Path) -> dict[str, Any]:
 
 
 def _task_json(task: MeasuredTask) -> dict[str, Any]:
-    """A task in the JSON answer. `interval`: of pruned - original in the main metric."""
+    """A task in the JSON output. `interval`: 95% bootstrap interval of pruned - original in the main metric."""
     return {
         "original": {metric.name: metric.original for metric in task.metrics},
         "pruned": {metric.name: metric.pruned for metric in task.metrics},

@@ -1,4 +1,4 @@
-"""`gradmap-hub export`: the ONNX files of a finished folder."""
+"""`gradmap-hub export`: export a finished folder to ONNX files."""
 
 from __future__ import annotations
 

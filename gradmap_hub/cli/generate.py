@@ -54,7 +54,9 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option("--stop", help="Stop where this text appears; repeatable.")] = None,
     artifact: Annotated[str, typer.Option("--artifact", help="auto, int8, fp32, int4 or a file name.")] = "auto",
     provider: Annotated[str, typer.Option("--provider", help="Execution provider: auto, cpu or cuda.")] = "auto",
-    threads: Annotated[int | None, typer.Option("--threads", help="Default: all processors.")] = None,
+    threads: Annotated[
+        int | None, typer.Option("--threads", help="Threads of ONNX Runtime; default: all processors.")
+    ] = None,
     context: Annotated[
         int | None, typer.Option("--context", help="Maximum number of tokens of prompt and answer.")
     ] = None,
@@ -107,8 +109,12 @@ def _standard_input() -> str:
 
 
 def _check_unicode(text: str, what: str) -> None:
-    """Raises UsageError: bytes of the text were not in the encoding of the terminal; Python keeps them as half of a
-    surrogate pair."""
+    """Check that a text from the terminal is Unicode. Python keeps bytes that are invalid in the terminal's encoding as
+    lone surrogates.
+
+    Raises:
+        UsageError: the text has such bytes.
+    """
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -135,8 +141,8 @@ def _messages(system: str | None) -> list[dict[str, str]]:
 
 
 def _stream(answer: Generation) -> None:
-    """Print the text as it is generated; Ctrl-C ends the answer and the line. A terminal would obey the escape codes
-    that a model may write; a file or pipe gets them as they are."""
+    """Print the text as it is generated; Ctrl-C ends the answer and the line. On a terminal, control characters are
+    removed, because a model may write escape codes; a file or pipe gets the text unchanged."""
     shown = plain if sys.stdout.isatty() else str
     try:
         for piece in answer:

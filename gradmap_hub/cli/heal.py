@@ -1,4 +1,4 @@
-"""`gradmap-hub heal`: a finished folder, trained further with its original as the teacher."""
+"""`gradmap-hub heal`: train a finished folder further, with its original as the teacher."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def heal(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Train a pruned folder to predict what its original predicts. Renews weights, exports, record and card.
+    """Distil the original into a pruned folder, and rewrite its weights, exports, record and card.
 
-    An interrupted run goes on where it was when the same command is given again. On several GPUs:
+    Run the same command again to resume an interrupted run. On several GPUs:
     accelerate launch -m gradmap_hub heal small --tokens 100M
     """
     from gradmap_hub.pipeline.heal_folder import heal_folder

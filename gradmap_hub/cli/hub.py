@@ -32,7 +32,7 @@ def hub(
     ] = 0,
     user: Annotated[str, typer.Option("--user", help="User to create if missing; its token is printed.")] = "local",
 ) -> None:
-    """Run the embedded Hub alone, for rehearsal and air-gapped use. It stops on Ctrl-C."""
+    """Run the embedded Hub as a server, for rehearsal and air-gapped use. It stops on Ctrl-C."""
     from gradmap_hub.local_hub import LocalHub
 
     try:

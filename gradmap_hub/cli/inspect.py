@@ -1,4 +1,4 @@
-"""`gradmap-hub inspect`: the scores of a model's layers, and the layers that each ratio would remove."""
+"""`gradmap-hub inspect`: score the layers of a model, and show the layers that each ratio would remove."""
 
 from __future__ import annotations
 
@@ -33,8 +33,10 @@ def inspect(
     *,
     options: PruneOptions,
     revision: Revision = None,
-    ratios: Annotated[str, typer.Option("--ratios", help="Ratios to show the removed layers for.")] = "0.1,0.25",
-    plot: Annotated[Path | None, typer.Option("--plot", help="Also plot the scores into this PNG or SVG.")] = None,
+    ratios: Annotated[
+        str, typer.Option("--ratios", help="Ratios for which to show the layers to remove, comma-separated.")
+    ] = "0.1,0.25",
+    plot: Annotated[Path | None, typer.Option("--plot", help="Also plot the scores to this .png or .svg file.")] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:

@@ -1,4 +1,4 @@
-"""`gradmap-hub list` and `gradmap-hub clean`: runs below a folder, and what they leave beside their results."""
+"""`gradmap-hub list` and `gradmap-hub clean`: show the runs below a folder, and delete their work folders."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def list_runs(folder: Root = Path(), as_json: Json = False) -> None:
 def clean(
     folder: Root = Path(),
     unfinished: Annotated[
-        bool, typer.Option("--unfinished", help="Also of what did not finish; it then begins anew.")
+        bool, typer.Option("--unfinished", help="Also those of unfinished runs, which then start from the beginning.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be deleted.")] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
@@ -59,7 +59,7 @@ def clean(
             stderr.print(f"{escape(str(run.work))}  {size(run.work_bytes)}", highlight=False)
     if found and not (dry_run or yes):
         if as_json:
-            raise UsageError("--json deletes nothing without --yes.")
+            raise UsageError("--json needs --yes to delete anything, or --dry-run.")
         typer.confirm(f"Delete {len(found)} folders, {size(total)}?", abort=True, err=True)
     kept = {} if dry_run else {str(run.work): why for run, why in remove_work(found) if why}
     gone = [] if dry_run else [str(run.work) for run in found if str(run.work) not in kept]

@@ -62,7 +62,7 @@ _PRESET = typer.Option("--preset", help="default, or paper: the settings of the 
 
 @dataclass(frozen=True)
 class PruneOptions:
-    """The options as typed: `values` by field of PruneConfig, and the preset."""
+    """The options as given on the command line: `values` by field of PruneConfig, and the preset."""
 
     values: dict[str, Any] = field(default_factory=dict)
     preset: str = "default"
@@ -76,7 +76,7 @@ class PruneOptions:
         return self.with_preset(PruneConfig(**(self.values | further)))
 
     def method(self) -> PruneMethod:
-        """How to prune, for a command that does not say how much.
+        """The configuration for a command without --ratio, --layers and --drop.
 
         Raises:
             UsageError: an invalid value.
@@ -191,7 +191,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stder
 
 
 def given_names(context: typer.Context) -> set[str]:
-    """The parameters of the command whose options are on the command line."""
+    """The names of the command's parameters that are given on the command line."""
     sources = {name: context.get_parameter_source(name) for name in context.params}
     return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
 
@@ -205,7 +205,7 @@ def repeat_record(
     hub: Hub,
     reporter: Reporter,
 ) -> Repeat:
-    """The run that `--from record` repeats, with the options on the command line; its remarks go to `reporter`.
+    """The run that `--from RECORD` repeats, with the options on the command line; its remarks are noted to `reporter`.
 
     Raises:
         GradmapError: see `pipeline.reproduce.repeat`.
@@ -221,12 +221,12 @@ def repeat_record(
 
 
 def kind_of_space(space: str, without: bool) -> str:
-    """The kind of Space of --space and --no-space."""
+    """The kind of Space that --space and --no-space select; `without`: whether --no-space is given."""
     return "none" if without else space
 
 
 def with_kind(arguments: Sequence[str]) -> list[str]:
-    """The arguments, with auto after a --space that has no kind: it was a flag in earlier versions."""
+    """The arguments, with `auto` for a --space without a kind, which was a flag in earlier versions."""
     found: list[str] = []
     for argument, following in itertools.zip_longest(arguments, arguments[1:], fillvalue="--"):
         bare = argument == "--space" and arguments[0] in ("push", "publish") and following.startswith("-")
@@ -243,7 +243,7 @@ def parse_ratios(text: str) -> tuple[float, ...]:
     """0.1,0.25 -> (0.1, 0.25).
 
     Raises:
-        UsageError: no number, or one outside (0, 1).
+        UsageError: not a list of numbers, or one is outside (0, 1).
     """
     try:
         ratios = tuple(float(part) for part in text.split(",") if part.strip())
@@ -255,9 +255,9 @@ def parse_ratios(text: str) -> tuple[float, ...]:
 
 
 def command_line() -> str:
-    """The command for the record, which is published: paths are reduced to their last part.
+    """The command line for the record. The record is published, so paths are reduced to their last part.
 
-    Options without influence on the result are left out, so that --resume publishes the same record.
+    Options without influence on the result are left out, so that a run with --resume writes the same record.
     """
     words: list[str] = []
     before = ""

@@ -19,8 +19,8 @@ from gradmap_hub.units import printable, printable_json
 
 
 class SafeConsole(Console):
-    """A console whose text has no escape codes but those of its own styles. Every line, table and bar passes `render`,
-    and with it every name of a folder, model or licence."""
+    """A console that writes no escape codes except those of its own styles. All output passes `render`, which escapes
+    unprintable characters in names of folders, models and licences."""
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         for segment in super().render(renderable, options):
@@ -36,8 +36,8 @@ stderr = SafeConsole(stderr=True, soft_wrap=True, emoji=False)
 
 
 def escape_unknown_characters() -> None:
-    """Let stdout and stderr write a character that their encoding lacks (cp1252, ascii) as \\uXXXX, which JSON reads
-    too, instead of failing after all work."""
+    """Make stdout and stderr write a character that their encoding (cp1252, ascii) lacks as \\uXXXX, which is valid in
+    JSON too, instead of failing at the end of a run."""
 
     def escaped(error: UnicodeError) -> tuple[str, int]:
         if not isinstance(error, UnicodeEncodeError):
@@ -60,7 +60,7 @@ def escape_logs() -> None:
         made = plain_record(*args, **options)
         try:
             made.msg, made.args = printable(made.getMessage(), keep="\n\t"), None
-        except Exception:  # the library's own mistake in its arguments; logging reports it
+        except Exception:  # the library passed wrong arguments; logging reports it
             return made
         return made
 
@@ -72,7 +72,7 @@ def escape_logs() -> None:
 
 
 class LogLines(logging.Formatter):
-    """One line for each log record, whatever is in it, and the lines of an exception."""
+    """Formats each log record as one line without control characters, then the lines of its exception, if any."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         return printable(super().formatMessage(record))
@@ -83,7 +83,7 @@ class LogLines(logging.Formatter):
 
 @dataclass(frozen=True)
 class Result:
-    """What a command returns.
+    """What a command prints.
 
     `json`: the object that --json prints. `view`: lines of rich markup and tables for a reader, printed in order; a
     generator is only run if they are printed. External text in it is escaped.

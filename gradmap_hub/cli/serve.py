@@ -29,7 +29,7 @@ def serve(
     ],
     host: Annotated[str, typer.Option("--host", help="Address to bind to.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", help="Port; 0 takes any free one.", min=0, max=65535)] = 8000,
-    slots: Annotated[int, typer.Option("--slots", help="Generations decoded at the same time.", min=1)] = 8,
+    slots: Annotated[int, typer.Option("--slots", help="Generations decoded concurrently.", min=1)] = 8,
     queue: Annotated[
         int, typer.Option("--queue", help="Requests that may wait for a slot; further ones get 429.", min=0)
     ] = 64,

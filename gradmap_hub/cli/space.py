@@ -1,4 +1,4 @@
-"""`gradmap-hub space` and `compare`: the comparison app as a Space folder, or run on this machine."""
+"""`gradmap-hub space` and `compare`: write the comparison app as a Space folder, or run it on this machine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from gradmap_hub.config import DEFAULT_CALIBRATION
 from gradmap_hub.errors import UsageError
 from gradmap_hub.space.kinds import Kind
 
-Against = Annotated[str | None, typer.Option("--against", help="The original; default: as recorded.")]
+Against = Annotated[
+    str | None, typer.Option("--against", help="The original: a Hub id or a folder. Default: the recorded one.")
+]
 SpaceText = Annotated[
     str,
     typer.Option(
@@ -31,7 +33,7 @@ SpaceKind = Annotated[
     typer.Option(
         "--space",
         metavar="KIND",
-        help="gradio, browser or zero, as for push. `publish` rewrites it if the account may not have it.",
+        help="gradio, browser or zero, as for push. `publish` takes another kind if the account may not have it.",
     ),
 ]
 In = Annotated[

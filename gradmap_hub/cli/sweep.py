@@ -1,4 +1,4 @@
-"""`gradmap-hub sweep`: quality against size and speed at several ratios."""
+"""`gradmap-hub sweep`: measure quality, size and speed at several ratios."""
 
 from __future__ import annotations
 

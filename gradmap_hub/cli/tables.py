@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def record_json(record: RunRecord, folder: Path) -> dict[str, Any]:
-    """The part of the JSON object that prune, push, publish and demo share."""
+    """The part of the JSON output that prune, heal, list, push, publish and demo share."""
     evaluation = record.evaluation
     return {
         "folder": str(folder),
@@ -44,7 +44,7 @@ def record_json(record: RunRecord, folder: Path) -> dict[str, Any]:
 
 
 def push_json(result: PushResult) -> dict[str, Any]:
-    """The JSON object of push and publish."""
+    """The JSON output of push and publish."""
     space: dict[str, Any] = {"reason": result.space_reason}
     if result.space is not None:
         space = {"repo_id": result.space.repo_id, "commit": result.space.commit, "url": result.space.url}
@@ -105,7 +105,7 @@ def record_view(record: RunRecord) -> Iterator[RenderableType]:
 
 def _record_table(record: RunRecord) -> Table:
     healed = record.heal is not None and record.heal.applied
-    compensated = record.compensation.applied or not healed  # the column is there even if nothing was done
+    compensated = record.compensation.applied or not healed  # the column exists even if nothing was applied
     result = "pruned" + " + compensated" * compensated + " + healed" * healed
     table = Table("", "original", "pruned", result, title_justify="left", title=escape(record.base.name))
     table.add_row("layers", str(record.layers_before), str(record.layers_after), str(record.layers_after))
@@ -123,8 +123,8 @@ def _record_table(record: RunRecord) -> Table:
 
 
 def next_view(result: PushResult, *, quiet: bool) -> Iterator[RenderableType]:
-    """What a person does next: scan the Space's address with a phone, or run the comparison here. Without the code if
-    `quiet`, or if nobody looks at a terminal."""
+    """What a person can do next: scan the Space's address as a QR code, or run the comparison here. No QR code if
+    `quiet` or if stdout is not a terminal."""
     if result.space is not None and not quiet and stdout.is_terminal:
         yield ""
         yield Text(qr_code(result.space.url), style="#ffffff on #000000")  # light and dark as scanners want it
@@ -133,7 +133,7 @@ def next_view(result: PushResult, *, quiet: bool) -> Iterator[RenderableType]:
 
 
 def qr_code(text: str) -> str:
-    """A QR code in half blocks; its light modules are drawn."""
+    """A QR code of the text in half-block characters, which draw its light modules."""
     import segno
 
     out = io.StringIO()
@@ -160,6 +160,6 @@ def published_view(result: PushResult) -> Iterator[str]:
 
 
 def healing_text(heal: HealRecord) -> str:
-    """with 500,000 tokens in 21 min, layers 0-11: held-out loss 3.4 -> 2.9."""
+    """Such as "with 500,000 tokens in 21 min, layers 0-11: held-out loss 3.412 -> 2.934"."""
     spent = f"with {heal.tokens:,} tokens in {duration(heal.seconds)}" if heal.tokens else f"in {heal.steps} steps"
     return f"{spent}, layers {ranges(heal.layers)}: held-out loss {heal.loss_before:.3f} -> {heal.loss_after:.3f}"

@@ -34,7 +34,7 @@ class TokenSpeed(ProgressColumn):
 
 
 class TerminalReporter:
-    """A `Reporter` that prints to a console; `with` removes its live bar however the block ends.
+    """A `Reporter` that prints to a console. As a context manager, it removes its live bar at the end.
 
     `quiet`: print nothing. Errors are printed by the caller.
     """

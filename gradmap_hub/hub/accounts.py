@@ -1,4 +1,4 @@
-"""The account of a token and its permissions, as the Hub reports them; checked before any work."""
+"""Reads the account of a token and its permissions, as the Hub reports them, and checks them before any work."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Account:
         )
 
     def covers_owner(self, owner: str, permission: str) -> bool:
-        """Whether the scopes cover a whole namespace, which creating a repository requires."""
+        """Whether the scopes allow `permission` in a whole namespace, which creating a repository requires."""
         return self.scopes is None or any(
             permission in scope.permissions
             for scope in self.scopes
@@ -59,7 +59,7 @@ class Account:
 
 
 def account_of(answer: Mapping[str, Any]) -> Account:
-    """The account in an answer of /api/whoami-v2."""
+    """Parse an answer of /api/whoami-v2."""
     token = answer.get("auth", {}).get("accessToken", {})
     organizations = answer.get("orgs", [])
     read_only = tuple(entry["name"] for entry in organizations if entry.get("roleInOrg") == "read")
@@ -83,7 +83,11 @@ def account_of(answer: Mapping[str, Any]) -> Account:
 
 
 def check_owner(repo_id: str, owner: str, account: Account) -> None:
-    """Raises NotAllowed: the account may not write to the namespace."""
+    """Check that the account may write to the namespace `owner`.
+
+    Raises:
+        NotAllowed: it may not write there.
+    """
     name = repo_id.partition("/")[2]
     if owner in account.read_only:
         raise NotAllowed(
@@ -100,7 +104,19 @@ def check_owner(repo_id: str, owner: str, account: Account) -> None:
 def check_scopes(
     repo_id: str, owner: str, account: Account, repo_type: str, *, exists: bool, pull_request: bool
 ) -> None:
-    """Raises NotAllowed: the fine-grained token does not cover the repository. `exists`: whether it exists already."""
+    """Check that a fine-grained token covers the repository.
+
+    Args:
+        repo_id: The repository.
+        owner: Its namespace.
+        account: The account of the token.
+        repo_type: "model" or "space".
+        exists: Whether the repository exists; creating one needs access to the whole namespace.
+        pull_request: Whether the files go to a pull request.
+
+    Raises:
+        NotAllowed: the token does not cover it.
+    """
     if pull_request:
         covered = any(account.covers(repo_id, repo_type, what) for what in ("discussion.write", "repo.write"))
         needed = f"the permission to open pull requests in {repo_id} (discussion.write)"

@@ -1,5 +1,5 @@
-"""Checks the YAML header of a README.md locally: with the parser of huggingface_hub, the rules of the embedded Hub (the
-known ones of the real Hub), and our own."""
+"""Checks the YAML header of a README.md locally: with the parser of huggingface_hub, the rules of the embedded Hub
+(those that are known of the real Hub), and our own."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def check_card(text: str, kind: str, *, shown_as: str = CARD, accepted: Collecti
         accepted: Licence ids outside our list that the Hub accepts.
 
     Raises:
-        CardInvalid: lists all problems.
+        CardInvalid: the header is missing or invalid; `problems` lists all problems.
     """
     from gradmap_hub.local_hub.cards import parse_front_matter, validate_card
 

@@ -83,7 +83,11 @@ class RepoState:
 
 
 class Hub:
-    """A thin, typed wrapper of HfApi. The token is never shown."""
+    """A thin, typed wrapper of HfApi. No message shows the token.
+
+    `endpoint`, `token`: by default those of huggingface_hub (HF_ENDPOINT, HF_TOKEN, `hf auth login`). `patience`:
+    limits of retries.
+    """
 
     def __init__(
         self, endpoint: str | None = None, token: str | None = None, *, patience: Patience | None = None
@@ -125,7 +129,7 @@ class Hub:
         return persist(once, self._brief if brief else self.patience, worth_retrying, self._note)
 
     def check_answers(self) -> None:
-        """Ask for the models of nobody, which needs no token.
+        """Check that the Hub answers, with a request that needs no token.
 
         Raises:
             HubError: the Hub cannot be reached, or does not answer.
@@ -186,8 +190,9 @@ class Hub:
     def download_once(
         self, repo_id: str, repo_type: str, commit: str, names: Sequence[str], cache: str | None = None
     ) -> Path:
-        """As `fetch`, without retries and with the client's exceptions: for use within `attempt`. One file after the
-        other: the client's `snapshot_download` uses threads, and what `attempt` guards is this thread's session."""
+        """As `fetch`, but without retries and with the client's exceptions: for use within `attempt`. Downloads one
+        file after the other, because `attempt` guards the session of this thread only, and `snapshot_download` uses
+        threads. `cache`: the cache folder, by default that of huggingface_hub."""
         folder = Path(constants.HF_HUB_CACHE if cache is None else cache)
         for name in names:
             path = self.api.hf_hub_download(repo_id, name, repo_type=repo_type, revision=commit, cache_dir=cache)
@@ -195,7 +200,7 @@ class Hub:
         return folder
 
     def tensor_dtypes(self, repo_id: str, commit: str, name: str) -> dict[str, str]:
-        """The dtypes in a safetensors file that is not in the cache, as far as they are known (see `read_dtypes`).
+        """{tensor: dtype} of a safetensors file that is not in the cache, see `read_dtypes`; empty if offline.
 
         Raises:
             As `fetch`.
@@ -236,7 +241,7 @@ class Hub:
         return paths, f"{source}@{commit}"
 
     def check_license(self, license_id: str) -> None:
-        """Ask the Hub whether it accepts a licence id; it rejects a card with any other.
+        """Ask the Hub whether it accepts a licence id; it rejects a card with an id that it does not know.
 
         Raises:
             UsageError: the Hub does not accept it.
@@ -262,7 +267,8 @@ class Hub:
     def state(
         self, repo_id: str, repo_type: str, revision: str | None = None, *, brief: bool = False
     ) -> RepoState | None:
-        """The repository, read in one request; None if it does not exist or is not visible to us.
+        """The repository at its head or at `revision`; None if it does not exist or the token cannot see it. `brief`:
+        retry less.
 
         Raises:
             NotAllowed, NotLoggedIn, RevisionNotFound, RateLimited, HubError
@@ -282,7 +288,7 @@ class Hub:
             return None
 
     def state_once(self, repo_id: str, repo_type: str, revision: str | None = None) -> RepoState:
-        """As `state`, without retries and with the client's exceptions: for use within `attempt`."""
+        """As `state`, but without retries and with the client's exceptions: for use within `attempt`."""
         info = self.api.repo_info(repo_id, revision=revision, repo_type=repo_type, files_metadata=True)
         commit = self._commit(repo_id, info.sha)
         files = {
@@ -293,10 +299,10 @@ class Hub:
         return RepoState(commit, bool(info.private), files, hardware, getattr(info, "sdk", None))
 
     def _commit(self, repo_id: str, sha: str | None) -> str:
-        """The commit in an answer, which becomes a folder of the cache.
+        """Check the commit id of an answer, because it becomes a folder name in the cache.
 
         Raises:
-            HubError: it is none.
+            HubError: it is missing, or is not a commit id.
         """
         if sha is None or not _COMMIT.fullmatch(sha):
             raise HubError(f"{self.endpoint} returned no commit for {repo_id}.")
@@ -343,8 +349,8 @@ class Hub:
 
 
 def _cached(repo_id: str, revision: str) -> RemoteModel | None:
-    """A model as the cache has it, with the files that were fetched; None if it has none, or several and none of this
-    name. What the Hub knows beside the files is unknown."""
+    """A model from the local cache, with the files that were downloaded; None if the cache does not have this revision.
+    Without a name in the cache, the only snapshot is taken for `main`. Card, gating and visibility are unknown."""
     folder = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repo_id, repo_type="model"))
     try:
         commit = folder.joinpath("refs", *revision.split("/")).read_text(encoding="utf-8").strip()

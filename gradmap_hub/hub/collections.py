@@ -27,7 +27,7 @@ class CollectionLink:
 
 @dataclass(frozen=True)
 class CollectionName:
-    """A collection as the user names it: the last part of its slug, or its title."""
+    """A collection as the user names it. `name`: the last part of its slug, or its title."""
 
     owner: str
     name: str
@@ -67,7 +67,7 @@ def parse_collection(text: str, account: Account) -> CollectionName:
 
 
 def check_collection(hub: Hub, text: str, account: Account) -> str:
-    """Look for the collection before any work; returns its slug, or a note that it will be created.
+    """Look for the collection before any work; returns its slug, or a sentence that it does not exist yet.
 
     Raises:
         UsageError, NotAllowed: see `parse_collection`.
@@ -85,7 +85,9 @@ def add_to_collection(
     """Add repositories to the collection, created private if missing; existing items stay.
 
     Raises:
-        UsageError, NotAllowed, CollectionNotFound, RateLimited, HubError
+        UsageError, NotAllowed: see `parse_collection`.
+        CollectionNotFound: the slug does not exist.
+        RateLimited, HubError
     """
     collection = parse_collection(text, account)
     slug = _find(hub, collection)

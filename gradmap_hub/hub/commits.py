@@ -1,4 +1,4 @@
-"""Commits exactly once, on the main branch or in a pull request, also when the answer to the commit is lost."""
+"""Commits exactly once, on the main branch or in a pull request, even if the answer to the commit is lost."""
 
 from __future__ import annotations
 
@@ -46,6 +46,9 @@ class Committer:
         """Commit on top of `state.head`.
 
         Args:
+            additions: The files to add.
+            deletions: The files to delete.
+            message: The commit message.
             state: The repository as it was checked.
             files: All files that the repository holds after the commit: {path in the repository: local file}.
 
@@ -54,11 +57,12 @@ class Committer:
 
         Raises:
             TargetChanged: somebody else committed after the check.
-            PublishInterrupted, NotLoggedIn, NotAllowed, PaymentRequired, TargetGone, HubConflict, RateLimited, HubError
+            PublishInterrupted, NotLoggedIn, NotAllowed, PaymentRequired, TargetGone, HubConflict, RateLimited,
+                HubError: see `refusals.refusal`.
         """
 
         def find() -> str | None:
-            """The head if it holds the files; None if it is still the checked one."""
+            """The head if it holds the files; None if it is still the head that was checked."""
             now = self.hub.state_once(self.repo_id, self.kind)
             if same_content(files, now.files):
                 return now.head
@@ -83,14 +87,18 @@ class Committer:
         """Commit in a new pull request.
 
         Args:
-            files: The files that it proposes.
+            additions: The files to add.
+            message: The commit message, which becomes the title.
+            state: The repository as it was checked.
+            files: The same files: {path in the repository: local file}.
             known: Numbers of the pull requests that existed before.
 
         Returns:
             The number of the pull request and the id of its commit.
 
         Raises:
-            PublishInterrupted, NotLoggedIn, NotAllowed, PaymentRequired, TargetGone, HubConflict, RateLimited, HubError
+            PublishInterrupted, NotLoggedIn, NotAllowed, PaymentRequired, TargetGone, HubConflict, RateLimited,
+                HubError: see `refusals.refusal`.
         """
 
         def find() -> tuple[int, str] | None:
@@ -106,10 +114,11 @@ class Committer:
         return self._once(commit, find)
 
     def pull_requests(self) -> dict[int, str]:
-        """The newest pull requests, open or not: {number: commit}.
+        """The newest 20 pull requests, open or not: {number: commit}.
 
         Raises:
-            PublishInterrupted, NotLoggedIn, NotAllowed, PaymentRequired, TargetGone, HubConflict, RateLimited, HubError
+            PublishInterrupted, NotLoggedIn, NotAllowed, PaymentRequired, TargetGone, HubConflict, RateLimited,
+                HubError: see `refusals.refusal`.
         """
         return self._read(self._pull_requests)
 
@@ -118,7 +127,8 @@ class Committer:
         or withdrawn and is ignored.
 
         Raises:
-            PublishInterrupted, NotLoggedIn, NotAllowed, PaymentRequired, TargetGone, HubConflict, RateLimited, HubError
+            PublishInterrupted, NotLoggedIn, NotAllowed, PaymentRequired, TargetGone, HubConflict, RateLimited,
+                HubError: see `refusals.refusal`.
         """
         open_ = self._read(self._open_numbers) if known else set[int]()
         for number, commit in known.items():

@@ -10,7 +10,7 @@ from gradmap_hub.layout import CARD, sha256_of
 
 # Files that the Hub itself creates and edits.
 HUB_OWN_FILES = frozenset({".gitattributes"})
-# Files of a repository without content: the Hub also gives a new Space a README.md.
+# Files of a repository that is otherwise empty: the Hub also gives a new Space a README.md.
 PLACEHOLDERS = {"model": HUB_OWN_FILES, "space": HUB_OWN_FILES | {CARD}}
 
 
@@ -20,7 +20,7 @@ def same_content(local: Mapping[str, Path], remote: Mapping[str, str]) -> bool:
 
 
 def holds(local: Mapping[str, Path], remote: Mapping[str, str]) -> bool:
-    """Whether a repository holds these files, and perhaps others."""
+    """Whether a repository holds these files, possibly among others."""
     return set(local) <= set(remote) and all(
         remote[name] == (sha256_of(path) if len(remote[name]) == 64 else _git_blob_id(path))
         for name, path in local.items()

@@ -1,4 +1,4 @@
-"""What a failure of the Hub's client means: worth a retry, which status, and our exception for it."""
+"""Interprets failures of the Hub's client: whether to retry, the HTTP status, and our exception for them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def chain_of(error: BaseException) -> Iterator[BaseException]:
 
 
 def response_of(error: BaseException) -> Any:
-    """The response of the Hub in an exception or its causes, if any."""
+    """The response of the Hub in an exception or its causes; None if there is none."""
     return next((found for cause in chain_of(error) if (found := getattr(cause, "response", None)) is not None), None)
 
 

@@ -35,6 +35,10 @@ class Guard:
         """Check before any work that we may write to a repository; returns a description of its state.
 
         Args:
+            repo_id: The repository.
+            account: The account of the token.
+            repo_type: "model" or "space".
+            terms: What the user allows.
             resuming: The repository may already hold the commit of this push; `Publisher.publish` compares the content.
             pull_request: The files go to a pull request.
 
@@ -43,7 +47,7 @@ class Guard:
             NotAllowed: the token cannot write, or not to this namespace.
             RepositoryNotFound: a pull request to a repository that does not exist.
             TargetExists: the repository already holds files.
-            TargetPublic: the repository exists, empty and public.
+            TargetPublic: the repository is public, without --public.
         """
         owner = check_name(repo_id)
         if account.role == "read":
@@ -72,7 +76,11 @@ class Guard:
         return f"{repo_id} holds {count} files, {visibility}; the push continues only if they equal its own"
 
     def check_visibility(self, repo_id: str, state: RepoState, terms: Terms) -> None:
-        """Raises TargetPublic: the upload would be visible at once, without --public."""
+        """Check that the upload is not visible at once against the user's will.
+
+        Raises:
+            TargetPublic: the repository is public, without --public.
+        """
         if not state.private and not terms.public:
             raise TargetPublic(repo_id)
 
@@ -101,7 +109,7 @@ class Guard:
     def check_replaceable(
         self, repo_id: str, kind: str, state: RepoState, terms: Terms, local: Collection[str]
     ) -> list[str]:
-        """The files that an update with `local` removes.
+        """The files of the repository that an update to the files `local` removes.
 
         Raises:
             TargetExists: the repository is not an earlier push of the same model, or holds files of others.
@@ -123,7 +131,7 @@ class Guard:
 
 
 def check_name(repo_id: str) -> str:
-    """The owner in OWNER/NAME.
+    """Check a repository id OWNER/NAME; returns the owner.
 
     Raises:
         UsageError: `repo_id` is not a valid name of a repository.

@@ -1,4 +1,4 @@
-"""Reads the header of a safetensors file on the Hub, by a request for its first 100 kB."""
+"""Reads the header of a safetensors file on the Hub without downloading the file."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from huggingface_hub.errors import SafetensorsParsingError
 
 
 def read_dtypes(api: HfApi, repo_id: str, commit: str, name: str) -> dict[str, str]:
-    """{tensor: safetensors' name of its dtype}; empty if the file is in the cache, where it is read anyway, or if its
-    header is none, which is told precisely once the file is here.
+    """{tensor: dtype as safetensors names it, such as "BF16"}. Empty if the file is in the cache, where it is read
+    anyway, or if its header is invalid, which is reported once the file is downloaded.
 
-    Raises:
-        The client's exceptions.
+    Raises the client's exceptions.
     """
     if isinstance(try_to_load_from_cache(repo_id, name, revision=commit), str):
         return {}

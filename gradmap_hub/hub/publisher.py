@@ -1,7 +1,7 @@
 """Writes to the Hub: a folder becomes one commit, and a failure on the way loses nothing and sends nothing twice.
 
-In this order: read the target, create it private if it does not exist, upload the large files (uploads.py), commit on
-top of the head that was read (commits.py), download the result and compare it, change the visibility.
+The steps: read the target, create it private if it does not exist, upload the large files (uploads.py), commit on top
+of the head that was read (commits.py), download the result and compare it, change the visibility.
 """
 
 from __future__ import annotations
@@ -92,11 +92,18 @@ class Publisher:
         accepted_licenses: Collection[str] = (),
         card: str | None = None,
     ) -> ScreenedFolder:
-        """Check every file in `folder` before anything is uploaded. `card`: the future README.md, if it is not written
-        yet.
+        """Check every file in `folder` before anything is uploaded.
+
+        Args:
+            folder: The folder to upload.
+            repo_type: "model" or "space".
+            private: What no file may contain.
+            accepted_licenses: Licence ids outside our list that the Hub accepts.
+            card: The text of the README.md that will be written, if it is not on disk yet.
 
         Raises:
-            UnsafeToPublish, CardInvalid
+            UnsafeToPublish: a file is private, or of a type that is not published.
+            CardInvalid: the header of README.md is not valid.
         """
         screen(folder, repo_type, private)
         files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
@@ -120,6 +127,10 @@ class Publisher:
         Idempotent: equal content makes no second commit, and bytes that the Hub has are not sent again.
 
         Args:
+            screened: The checked folder.
+            repo_id: The repository.
+            terms: What the user allows.
+            message: The commit message.
             variables: Variables of a Space.
             hardware: Hardware of a new Space; None leaves the choice to the Hub, which takes a CPU.
             sdk: Of a new Space: gradio or static.
@@ -163,6 +174,11 @@ class Publisher:
 
         If an open pull request already proposes the same files, it is returned instead.
 
+        Args:
+            screened: The checked folder.
+            repo_id: The repository of somebody else.
+            message: The commit message and title.
+
         Raises:
             RepositoryNotFound: the repository does not exist.
             PublishInterrupted, NotLoggedIn, NotAllowed, HubConflict, RateLimited, HubError
@@ -187,7 +203,8 @@ class Publisher:
         return self._report(screened, Published(repo_id, commit, url, pull_request=f"{url}/discussions/{number}"))
 
     def verify(self, published: Published, screened: ScreenedFolder) -> int:
-        """Download every file at the published commit into a fresh cache and compare sha256; returns the bytes.
+        """Download every file at the published commit into a fresh cache and compare sha256; returns the bytes
+        compared.
 
         Raises:
             VerificationError: a file is missing, differs, or was not uploaded.

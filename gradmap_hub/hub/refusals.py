@@ -1,4 +1,4 @@
-"""Maps failed writes to exceptions: one class per cause, with the known state of the repository."""
+"""Maps failed requests to exceptions: one class per cause; the message states what is known of the repository."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from gradmap_hub.hub.transport import HttpFailure, Watch, is_http
 
 T = TypeVar("T")
 
-# Exceptions of the client: those of its HTTP library, RuntimeError for a failed upload, the others for an unexpected
-# answer or a rejected README.md.
+# Exceptions of the client: those of its HTTP library and OSError; RuntimeError for a failed upload; ValueError and
+# KeyError for an unexpected answer or a rejected README.md.
 CLIENT_ERRORS = (HttpFailure, OSError, RuntimeError, ValueError, KeyError)
 ON_DISK = "All results are on disk"
 AGAIN = f"{ON_DISK}. Run the same command again (push: with --resume); files already on the Hub are not sent again."
@@ -33,11 +33,16 @@ def step(
     """Run `action` with retries; raises our exception if it fails.
 
     Args:
-        doing: The action as a verb phrase before `repo_id`, such as "upload to".
-        known: The state of the repository after a failure, for the error message.
+        hub: The Hub.
+        doing: The action as a verb phrase before `repo_id`, such as "upload to", for the error message.
+        repo_id: The repository.
+        action: The call of the client.
+        known: What is known of the repository after a failure, for the error message.
+        watch: Counts uploaded bytes.
 
     Raises:
-        PublishInterrupted, NotLoggedIn, NotAllowed, PaymentRequired, TargetGone, HubConflict, RateLimited, HubError
+        PublishInterrupted, NotLoggedIn, NotAllowed, PaymentRequired, TargetGone, HubConflict, RateLimited, HubError:
+            see `refusal`.
     """
     try:
         return hub.attempt(action, watch=watch)
@@ -46,7 +51,10 @@ def step(
 
 
 def refusal(endpoint: str, doing: str, repo_id: str, known: str, error: Exception) -> Exception:
-    """Our exception for a failed write; an error that is not from the Hub is returned unchanged."""
+    """Our exception for a failed request; an error that is not from the Hub is returned unchanged.
+
+    By status: 401 NotLoggedIn, 402 PaymentRequired, 403 NotAllowed, 404 TargetGone, 409 and 412 HubConflict, 429
+    RateLimited, other rejections HubError; no answer or a server error PublishInterrupted."""
     status, said = status_of(error), said_by(error)
     known = f" {known}." if known else ""
     if status is None and not isinstance(error, ValueError | KeyError):

@@ -56,8 +56,8 @@ def persist(
     judge: Callable[[Exception], Retry | None],
     say: Callable[[str], None],
 ) -> T:
-    """Call `action` until it succeeds, fails permanently (`judge` returns None) or `patience` is used up; the last
-    exception is raised unchanged. `say` gets a line before every wait."""
+    """Call `action` until it succeeds, fails permanently (`judge` returns None) or `patience` is used up; then raise
+    the last exception unchanged. `say` gets a line before every wait."""
     waited = 0.0
     for number in range(1, patience.tries + 1):
         try:

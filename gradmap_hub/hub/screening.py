@@ -38,7 +38,8 @@ _OUR_WORDS = ("gradmap-hub", "transformers", "safetensors", "onnxruntime", "hugg
 
 @dataclass(frozen=True)
 class Private:
-    """What must not be published: the token, local paths by description ("your home folder"), the host name."""
+    """What must not be published. `token`: the user's; `places`: {description, such as "your home folder": path};
+    `host`: the name of this machine."""
 
     token: str | None = None
     places: Mapping[str, Path] | None = None
@@ -46,7 +47,8 @@ class Private:
 
 
 def this_machine(token: str | None, places: Mapping[str, Path], known: Iterable[str] = ()) -> Private:
-    """What is private on this machine. `known`: names that are published; a host name within them is not private."""
+    """What is private on this machine. `places`: further {description: path}; `known`: published names, in which the
+    host name may occur."""
     host = socket.gethostname()
     if not _is_distinctive(host) or any(host.lower() in name.lower() for name in (*known, *_OUR_WORDS)):
         host = None
@@ -92,12 +94,12 @@ def screen_files(files: Mapping[str, Path], kind: str, private: Private) -> None
                 raise UnsafeToPublish(
                     name,
                     f"contains {what}",
-                    hint="Remove it, or create the folder again; published data cannot be recalled.",
+                    hint="Remove it from the file, or recreate the folder; published data cannot be recalled.",
                 )
 
 
 def publishable(name: str, kind: str) -> bool:
-    """Whether a file of this name has an expected type."""
+    """Whether a file of this name has a type that is published. `kind`: "model" or "space"."""
     path = PurePosixPath(name)
     if path.parts[0] == RESULTS_FOLDER:  # the only hidden folder that the Hub reads
         return kind == "model" and len(path.parts) == 2 and path.suffix == ".yaml" and not path.stem.startswith(".")
@@ -106,7 +108,11 @@ def publishable(name: str, kind: str) -> bool:
 
 
 def check_kind(name: str, kind: str) -> None:
-    """Raises UnsafeToPublish: a file of this name may run code, or has a type that is not published."""
+    """Check the type of a file by its name. `kind`: "model" or "space".
+
+    Raises:
+        UnsafeToPublish: it may run code when loaded, or has a type that is not published.
+    """
     suffix = PurePosixPath(name).suffix.lower()
     if suffix in _PICKLES:
         raise UnsafeToPublish(

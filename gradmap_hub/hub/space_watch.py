@@ -36,7 +36,11 @@ def watch_space(hub: Hub, repo_id: str, commit: str, seconds: float, reporter: R
     the Space is already published.
 
     Args:
+        hub: The Hub.
+        repo_id: The Space.
         commit: The published commit; the state of an earlier one is ignored.
+        seconds: The longest wait.
+        reporter: Receives the state.
     """
     reporter.start("Waiting for the Space to start")
     started, waited, pause = time.monotonic(), 0.0, _FIRST

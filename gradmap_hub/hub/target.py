@@ -19,7 +19,7 @@ from gradmap_hub.layout import (
 )
 from gradmap_hub.record import FILE_NAME, parse_record
 
-# The names of our files; a repository with other names also holds files of somebody else.
+# Patterns of the names of our files. A file with another name is from somebody else.
 _OURS = {
     "model": (
         f"{TEMPLATES_FOLDER}/*.jinja",

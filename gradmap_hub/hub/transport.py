@@ -28,7 +28,7 @@ from gradmap_hub.units import reason_of
 
 # Base class of the exceptions of the client's HTTP library: requests.RequestException or httpx.HTTPError.
 HttpFailure: type[Exception] = [base for base in HfHubHTTPError.__mro__ if base.__module__ != "builtins"][-1]
-# Transient failures; 501 and 505 are permanent.
+# Status codes of transient failures; 501 and 505 are permanent.
 PASSING = frozenset({408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529})
 # Seconds to connect, and between two pieces of an answer. The client has no limit of its own.
 TIMEOUTS = (30.0, 300.0)
@@ -37,8 +37,8 @@ _NEVER_MADE = ("InvalidURL", "UnsupportedProtocol", "LocalProtocolError")
 _BATCH = "/info/lfs/objects/batch"
 
 
-# What stands in the headers that the client (0.36, 2.4) makes paths in its cache of, as they are: a commit, and the git
-# or LFS hash of the file, or that of a CDN.
+# Valid values of the headers that the client (0.36, 2.4) uses unchanged as file names in its cache: a commit id, and
+# the git or LFS hash of the file, or the ETag of a CDN.
 _PLAIN_NAME = re.compile(r'(?:W/)?"?[0-9A-Za-z][0-9A-Za-z_.-]{0,199}"?')
 
 
@@ -73,7 +73,8 @@ class Watch:
 
     `told` is called with the bytes of every piece sent; with xet, with the bytes processed, of which fewer are sent.
     `sent`: bytes; `seconds`: without the waits between attempts; `asked`: whether the Hub was asked about the file;
-    `stored_before`: whether the Hub had it; `in_parts`: whether it is sent in several parts.
+    `stored_before`: whether the Hub had it; `in_parts`: whether it is sent in several parts; `by_xet`: whether xet
+    sends it.
     """
 
     told: Callable[[int], None]
@@ -104,7 +105,7 @@ class Watch:
 
 @contextmanager
 def guarded(watch: Watch | None = None) -> Iterator[None]:
-    """Within this context, requests have timeouts and are made once; `watch` counts uploads."""
+    """In this context, the client's requests have timeouts and are made once; `watch` counts uploads."""
     session = get_session()
     plain = session.request
     plain_stream: Any = getattr(session, "stream", None)
@@ -159,7 +160,11 @@ def _once(call: Callable[[], Any]) -> Any:
 
 
 def _check_names(response: Any) -> None:
-    """Raises HubError: a header about a file that becomes the name of one in the client's cache is none."""
+    """Check the headers that the client uses as file names in its cache.
+
+    Raises:
+        HubError: one is not a plain name.
+    """
     headers = response.headers
     named = {"X-Repo-Commit": headers.get("X-Repo-Commit")}
     # The answers of errors, and of a repository's new name, which the client follows, have hashes of their own.

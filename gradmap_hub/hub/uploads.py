@@ -41,7 +41,8 @@ class Uploader:
             files: {path in the repository: local file}.
 
         Raises:
-            PublishInterrupted, NotLoggedIn, NotAllowed, PaymentRequired, TargetGone, HubConflict, RateLimited, HubError
+            PublishInterrupted, NotLoggedIn, NotAllowed, PaymentRequired, TargetGone, HubConflict, RateLimited,
+                HubError: see `refusals.refusal`.
         """
         additions = {name: CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in files.items()}
         large = [name for name, path in files.items() if _is_large(path)]

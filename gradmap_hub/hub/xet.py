@@ -1,4 +1,4 @@
-"""Uploads with xet, which sends only the pieces that the Hub does not have: decides when to use it, reports progress.
+"""Uploads with xet, which sends only the chunks that the Hub does not have: decides when to use it, reports progress.
 
 The client up to 0.36 asks the Hub for each file whether it offers xet. Later versions use xet whenever it is installed,
 and fail at a Hub without it. Therefore this module asks the Hub, for all versions alike, and switches the client.
@@ -30,8 +30,8 @@ _DISPLAYS = ("XetUploadProgressReporter", "XetProgressReporter")
 
 
 def offered(hub: Hub, repo_id: str, repo_type: str, *, pull_request: bool) -> bool:
-    """Whether the Hub grants a xet upload and the client supports it. Without retries and with the client's exceptions:
-    for use within `attempt`."""
+    """Whether the Hub grants a xet upload and the client supports it. One request, without retries and with
+    the client's exceptions: for use within `attempt`."""
     if constants.HF_HUB_DISABLE_XET or find_spec("hf_xet") is None:
         return False
     answer = get_session().get(
@@ -48,8 +48,8 @@ def offered(hub: Hub, repo_id: str, repo_type: str, *, pull_request: bool) -> bo
 
 
 def stored(hub: Hub, repo_id: str, repo_type: str, addition: CommitOperationAdd, *, pull_request: bool) -> bool:
-    """Whether the Hub has the whole file; xet itself would look for its pieces. As `offered`, for use within
-    `attempt`."""
+    """Whether the Hub has the whole file, so that xet need not look for its chunks. For use within `attempt`, like
+    `offered`."""
     answers, _, _ = post_lfs_batch_info(
         [addition.upload_info],
         token=None,
@@ -65,7 +65,7 @@ def stored(hub: Hub, repo_id: str, repo_type: str, addition: CommitOperationAdd,
 
 @contextmanager
 def switched(on: bool) -> Iterator[None]:
-    """Within this context, the client uses xet only if `on`; HF_HUB_DISABLE_XET of the user overrides it."""
+    """Within this context, the client uses xet only if `on`; if the user sets HF_HUB_DISABLE_XET, never."""
     before = constants.HF_HUB_DISABLE_XET
     constants.HF_HUB_DISABLE_XET = before or not on
     try:
@@ -76,7 +76,7 @@ def switched(on: bool) -> Iterator[None]:
 
 @contextmanager
 def watched(watch: Watch, repo_id: str) -> Iterator[None]:
-    """Counts the bytes of a xet upload and raises our exception if the storage rejects it.
+    """Count the bytes of a xet upload.
 
     Raises:
         NotAllowed: the storage rejects the token that the Hub granted.

@@ -27,7 +27,7 @@ class Targets:
     """The repositories of model and Space, and what the user allows for them.
 
     `space` is None if no Space is published; `space_reason` then says why, if one was requested. `wanted`: the kind of
-    Space that the user asks for, or auto; `paid`: whether its owner has a paid plan.
+    Space that the user asks for, or auto; `paid`: whether the owner of the target has a paid plan.
     """
 
     target: str
@@ -54,7 +54,7 @@ class Targets:
         found = found if space is None else found.with_space(space)
         if found.space_reason and found.wanted != "auto":
             raise SpaceImpossible(
-                f"--space {found.wanted}: {found.space_reason}.", hint="Or use --space auto, or none."
+                f"--space {found.wanted}: {found.space_reason}.", hint="Use --space auto or --space none."
             )
         return found
 
@@ -115,11 +115,11 @@ class Checks:
         return tuple(self._found)
 
     def licensed(self, base: Base) -> Base:
-        """The base with the licence to state, see `state_license`.
+        """`base` with the licence that the card states, see `state_license`.
 
         Raises:
             LicenseUnknown: the original states no licence, and none was given.
-            UsageError: the given licence is invalid or differs; or --public with a gated original.
+            UsageError: the given licence is invalid or differs from the original's; or --public with a gated original.
         """
         base = state_license(base, self._config, self._publisher)
         if self._config.public and base.gated:
@@ -130,6 +130,7 @@ class Checks:
         """Check that the targets may be written to.
 
         Args:
+            targets: The repositories.
             base_name: The name of the original.
             resuming: Whether the model, and the Space, may exist already from an earlier run of the same push.
 
@@ -158,6 +159,7 @@ class Checks:
         """Check the disk space at `place`.
 
         Args:
+            place: A path on the file system, which need not exist.
             needed: Bytes needed.
             upload: Upper bound of the bytes to upload; only reported.
 
@@ -172,7 +174,11 @@ class Checks:
 
 
 def check_pull_request(config: PublishConfig) -> None:
-    """Raises UsageError: --create-pr without --to, or with an option that it excludes."""
+    """Check the options of a pull request.
+
+    Raises:
+        UsageError: --create-pr without --to, or with an option that it excludes.
+    """
     if not config.create_pr:
         return
     if config.to is None:
@@ -186,11 +192,11 @@ def check_pull_request(config: PublishConfig) -> None:
 
 
 def state_license(base: Base, config: PublishConfig, publisher: Publisher) -> Base:
-    """The base with the licence to state: its own, or the given one if the original states none.
+    """`base` with the licence that the card states: its own, or --license if the original states none.
 
     Raises:
-        LicenseUnknown: neither exists.
-        UsageError: both exist and differ, or the Hub does not know the given id.
+        LicenseUnknown: neither is known.
+        UsageError: both are known and differ, or the Hub does not accept the given id.
     """
     from gradmap_hub.hub.card_check import is_known_license
 

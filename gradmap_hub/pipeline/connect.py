@@ -12,14 +12,17 @@ if TYPE_CHECKING:
 
 
 def connect(hub: Hub | None, reporter: Reporter | None) -> tuple[Hub, Reporter]:
-    """The given Hub and reporter; by default the Hub of the environment and a silent reporter. Commands
-    begin here.
+    """The Hub and the reporter of a command; every command that may use the Hub calls this first.
+
+    Args:
+        hub: By default the Hub of the environment (HF_ENDPOINT, HF_TOKEN).
+        reporter: By default a silent one.
 
     Returns:
-        The Hub, which reports its waits, and the reporter.
+        The Hub, which notes its waits to the reporter, and the reporter.
 
     Raises:
-        UsageError: several processes were started for the work of one.
+        UsageError: several processes were started for a command that runs in one.
     """
     from gradmap_hub.hub.client import Hub
 

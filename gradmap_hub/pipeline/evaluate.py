@@ -52,6 +52,10 @@ def evaluate_folder(
     """Measure a pruned folder and its original on the same text, tasks and machine. Record and card are rewritten once
     all results are known.
 
+    Args:
+        folder: A folder made by prune or push.
+        config: What to measure, on which texts and tasks.
+
     Raises:
         GradmapError: one of its subclasses says what is wrong; see errors.py.
     """
@@ -62,7 +66,7 @@ def evaluate_folder(
 
 
 def evaluate_stages(folder: Path, config: EvaluateConfig, *, reporter: Reporter, hub: Hub) -> RunRecord:
-    """The record of `folder` with the results; it is not written.
+    """Measure, and return the record of `folder` with the results; it is not written.
 
     Raises:
         GradmapError: one of its subclasses says what is wrong; see errors.py.
@@ -99,7 +103,7 @@ def evaluate_stages(folder: Path, config: EvaluateConfig, *, reporter: Reporter,
 
 
 def measure(context: Context) -> dict[str, list[Any]]:
-    """The result of every measurement under its name."""
+    """The results of all measurements, by name of the measurement."""
     steps = [step for measurement in MEASUREMENTS for step in measurement.steps(context)]
     found: dict[str, Any] = {}
     for loads in (ORIGINAL, PRUNED, None):  # all steps of one model, then those of the other: one at a time in memory

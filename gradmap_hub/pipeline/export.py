@@ -44,15 +44,18 @@ def export_checked(
     fit: Tensor | None = None,
     keep_failing: bool = False,
 ) -> RunRecord:
-    """Export `folder` to the formats `names`, checked; returns the record with the new artifacts.
-
-    Args:
-        names: Formats other than Optimum's graph.
-        rows: Held-out sequences on which perplexity is measured.
-        fit: Other sequences (sequences, tokens) on which the rounding is fitted.
-        keep_failing: Keep a file that fails its check.
+    """Export `folder` to the formats `names` and check the files; returns the record with the new artifacts.
 
     A file that fails its check is deleted. The run continues if the format allows it (`Format.may_fail`).
+
+    Args:
+        folder: The model folder.
+        record: Its record.
+        stages: The stages of the run, which cache the exports.
+        names: Formats other than Optimum's graph.
+        rows: Held-out sequences on which perplexity is measured.
+        fit: Other sequences on which the rounding is fitted: token ids, (sequences, tokens).
+        keep_failing: Keep a file that fails its check.
 
     Raises:
         VerificationError: an exporter failed, or a format that may not fail differs from PyTorch.
@@ -70,7 +73,7 @@ def export_checked(
             if not FORMATS[name].may_fail and not exported.check.passed:
                 raise VerificationError(
                     f"The {name} export differs from PyTorch: {exported.check.reason}.",
-                    hint="Leave this format out.",
+                    hint="Leave this format out of --to or --quantize.",
                 )
             artifacts += _artifacts(exported, folder, rows)
     finally:
@@ -81,7 +84,12 @@ def export_checked(
 def onnx_stage(stages: Stages, name: str, title: str, checkpoint: Path, destination: Path) -> Parity:
     """Export Optimum's float32 graph of a checkpoint and compare it with PyTorch, as a resumable stage.
 
-    `name`, `title`: of the stage.
+    Args:
+        stages: The stages of the run.
+        name: The name of the stage.
+        title: Its title for the reporter.
+        checkpoint: The folder of the checkpoint.
+        destination: The folder for the graph.
 
     Raises:
         VerificationError: the export failed, or it differs from PyTorch.
@@ -118,8 +126,16 @@ def export_original(
 ) -> dict[str, Quality]:
     """Export the original to the formats `names`, for the comparison Space.
 
-    Returns the cost of each format that passed its check; the others leave no file. `work`: a cache that the formats
-    share; removed at the end. `rows`, `fit`: see `export_checked`.
+    Args:
+        checkpoint: The folder of the original.
+        destination: The folder for the files.
+        stages: The stages of the run, which cache the exports.
+        names: Formats other than Optimum's graph.
+        rows, fit: See `export_checked`.
+        work: A cache folder that the formats share; removed at the end.
+
+    Returns:
+        The cost of each format that passed its check, by format; the others leave no file.
 
     Raises:
         VerificationError: an exporter failed.
@@ -193,7 +209,7 @@ def _files(destination: Path, name: str) -> list[Path]:
 
 
 def remove_exports(folder: Path, names: Sequence[str]) -> None:
-    """Remove the files of formats that this run does not export; an earlier run may have exported other layers."""
+    """Remove the files of formats that this run does not export: they may be of an earlier run with other layers."""
     from gradmap_hub.exporters import export, genai
 
     for name in names:
@@ -248,6 +264,8 @@ def export_folder(
     """Export a pruned folder to `formats` and update its record and card.
 
     Args:
+        folder: A folder made by prune or push.
+        formats: Names in `formats.FORMATS`.
         text: Text on which the perplexity of formats other than `onnx` is measured: a file or a dataset of the Hub,
             preferably not the calibration text.
         keep_failing: Keep quantised files that fail their check.

@@ -43,7 +43,7 @@ _TEACHER = "teacher"
 _CHOSE = "calibration sequences that chose the layers"
 # Held-out sequences of a text that is not a calibration text.
 HELD_OUT = 8
-# Share of the tokens that a chat model writes itself if no text for healing is given: chat and other text alike.
+# Share of the healing tokens that a chat model writes itself if no --heal-text is given; the rest is calibration text.
 SELF_SHARE = 0.5
 _PARTS = {"all": "all layers", "gaps": "the layers around the gaps", "lora": "low-rank adapters"}
 # Training steps that are timed to turn a time into tokens.
@@ -52,7 +52,8 @@ _TIMED = 3
 
 @dataclass(frozen=True)
 class TimedBudget:
-    """The sequences that fit into a time, from the measured seconds per sequence of reading and of training."""
+    """The number of sequences that fit into a time, and the measured seconds per sequence: for the original's
+    predictions (`reading`) and for training."""
 
     sequences: int
     reading: float
@@ -60,7 +61,7 @@ class TimedBudget:
 
 
 def heal(run: Run, rows: CalibrationRows, chosen: Compensated) -> HealRecord | None:
-    """Distil the original into the compensated model; None if not requested.
+    """Distil the original into the compensated model; returns None if the run has no healing budget.
 
     Raises:
         CalibrationError: a text is too short to be held out.
@@ -79,7 +80,8 @@ def heal(run: Run, rows: CalibrationRows, chosen: Compensated) -> HealRecord | N
 
 
 def heal_stage(run: Run, rows: CalibrationRows, removed: Sequence[int], open_student: OpenStudent) -> HealRecord:
-    """Train what `open_student` gives; the trained weights are in the work folder, by original layer.
+    """Distil the original into the model of `open_student`, which lacks the layers `removed`. The trained weights are
+    written to HEALED_FILE in the work folder, by original layer index.
 
     Raises:
         CalibrationError: a text is too short to be held out.
@@ -144,12 +146,12 @@ def heal_stage(run: Run, rows: CalibrationRows, removed: Sequence[int], open_stu
 
 
 def forget_teacher(run: Run) -> None:
-    """Delete the original's predictions, once no healing of this run is to come."""
+    """Delete the stored predictions of the original; called when no further healing of this run needs them."""
     shutil.rmtree(run.shared / _TEACHER, ignore_errors=True)
 
 
 class _Told:
-    """Passes on the progress of a training."""
+    """Passes the progress of the training to a reporter."""
 
     def __init__(self, reporter: Reporter) -> None:
         self._reporter = reporter
@@ -177,10 +179,11 @@ def _summary(record: HealRecord) -> str:
 
 
 def _corpus(run: Run, rows: CalibrationRows, sequences: int, *, own: bool = True) -> tuple[Corpus, SelfTextFile | None]:
-    """The sequences to train on and to watch, and how the original's own text among them came about.
+    """The sequences to train on and to hold out, and the statistics of text that the original wrote, if any.
 
-    They are the calibration texts by their size, and SELF_SHARE of text that a chat model writes; or what --heal-text
-    names, in equal parts. `own`: with text that the original writes."""
+    Training uses the texts of --heal-text in equal parts. By default it uses the calibration texts in proportion to
+    their size and, for a chat model, a share SELF_SHARE of text that the original writes. `own`: whether to include
+    text that the original writes."""
     from gradmap_hub.data.rows import Rows, embedding_rows, tokenize
     from gradmap_hub.healing.corpus import make_corpus
 
@@ -207,7 +210,7 @@ def _corpus(run: Run, rows: CalibrationRows, sequences: int, *, own: bool = True
         if len(cut.ids) < 2 * HELD_OUT:
             raise CalibrationError(
                 f"The text {text.name} is too short to heal on: {cut.ids.numel():,} tokens; at least "
-                f"{2 * HELD_OUT * run.method.seq_len:,} needed, a part of which is held out.",
+                f"{2 * HELD_OUT * run.method.seq_len:,} are needed, of which a part is held out.",
                 hint="Give a longer text, or shorter sequences with --seq-len.",
             )
         sources.append((Rows(cut.name, cut.sha256, cut.ids[:-HELD_OUT]), share))
@@ -215,7 +218,7 @@ def _corpus(run: Run, rows: CalibrationRows, sequences: int, *, own: bool = True
     corpus = make_corpus(sources, held_out, sequences, run.method.seed)
     if corpus.repeats > 1 and own:
         run.reporter.note(
-            f"The text for healing is shorter than the budget: its {corpus.ids.numel():,} tokens are read "
+            f"The text for healing is shorter than the budget: its {corpus.ids.numel():,} tokens are used "
             f"{corpus.repeats:.1f} times."
         )
     return corpus, written
@@ -225,7 +228,7 @@ def _corpus(run: Run, rows: CalibrationRows, sequences: int, *, own: bool = True
 
 
 def recipe_of(run: Run) -> Recipe:
-    """How this machine trains the model."""
+    """The training recipe: learning rate, sequences per step, and bfloat16 autocast if this machine is fast at it."""
     from gradmap_hub.healing.training import RATE, TOKENS_PER_STEP, Recipe
     from gradmap_hub.models.decoder import fast_bfloat16
 
@@ -235,7 +238,7 @@ def recipe_of(run: Run) -> Recipe:
 
 
 def _teacher(run: Run, corpus: Corpus) -> Teacher:
-    """The original's predictions for the corpus, computed as far as they are missing."""
+    """The original's predictions for the corpus; missing ones are computed and stored."""
     from gradmap_hub.healing.heal import Teacher
 
     tokens = run.method.seq_len
@@ -252,7 +255,7 @@ def _teacher(run: Run, corpus: Corpus) -> Teacher:
 
 
 def open_float32(run: Run, folder: Path) -> Decoder:
-    """A checkpoint in memory, with float32 weights whatever it stores."""
+    """Open a checkpoint in memory with float32 weights, whatever its stored dtype."""
     import torch
 
     return open_decoder(
@@ -263,7 +266,8 @@ def open_float32(run: Run, folder: Path) -> Decoder:
 def _timed(
     run: Run, rows: CalibrationRows, student: Callable[[], tuple[Student, Part]], recipe: Recipe, seconds: int
 ) -> TimedBudget:
-    """How much fits into `seconds`: a few sequences are read by the original and trained on, and forgotten."""
+    """How many sequences fit into `seconds`, measured on a few: the original predicts them, and the student trains on
+    them. The trained weights are discarded."""
 
     def compute() -> TimedBudget:
         from gradmap_hub.healing.heal import heal_model

@@ -1,4 +1,4 @@
-"""`heal`: train a finished folder further, with its original as the teacher, and renew what depends on the weights."""
+"""`heal`: trains a finished folder further, with its original as the teacher, and updates exports, record and card."""
 
 from __future__ import annotations
 
@@ -79,15 +79,15 @@ def heal_folder(
     reporter: Reporter | None = None,
     hub: Hub | None = None,
 ) -> RunRecord:
-    """Heal a finished folder: weights, record, card and the exports of the weights are renewed together.
+    """Heal a finished folder: replace its weights, exports, record and card together.
 
-    Started by `accelerate launch`, all processes train together, and the main one does everything else.
-    A run that was interrupted goes on where it was. Nothing in the folder changes before the training has ended and
-    has clearly helped.
+    The folder stays unchanged until the training has ended and has clearly lowered the held-out divergence. An
+    interrupted run is resumed. With `accelerate launch`, all processes train together and the main one does everything
+    else.
 
     Args:
         folder: A folder made by prune or push.
-        config: How long, on what, and with which original.
+        config: The budget, the texts, the part of the weights, and the original.
 
     Raises:
         GradmapError: one of its subclasses says what is wrong; see errors.py.
@@ -95,7 +95,7 @@ def heal_folder(
     distributed.join()
     hub, reporter = connect(hub, reporter)
     folder = folder if folder.name else folder.resolve()  # "." has no folder beside it
-    read_folder(folder)  # before anything is written beside what is no result
+    read_folder(folder)  # raises before anything is written beside a folder that is not a result
     with no_empty_folders(folder), exclusive(folder) if distributed.is_main() else nullcontext():
         return _heal(folder, config, reporter, hub)
 
@@ -136,14 +136,14 @@ def _heal(folder: Path, config: HealConfig, reporter: Reporter, hub: Hub) -> Run
 
 
 def _finish_earlier(folder: Path) -> None:
-    """Move the files of a healing that was interrupted while it moved them."""
+    """Finish a healing that was interrupted while it moved its files into the folder."""
     pending = work_folder(folder) / _STAGES / _PENDING
     if pending.is_file():
         _install(folder, read_record(pending), SilentReporter())
 
 
 def _install(folder: Path, record: RunRecord, reporter: Reporter) -> RunRecord:
-    """Move the new files into the folder, remove those that have none, and write record and card."""
+    """Move the new files into the folder, remove recorded files without a new version, and write record and card."""
     work = work_folder(folder) / _STAGES
     built = work / _BUILT
     for path in sorted(built.rglob("*")) if built.is_dir() else []:
@@ -162,10 +162,10 @@ def _install(folder: Path, record: RunRecord, reporter: Reporter) -> RunRecord:
 
 
 def _check_unchanged(record: RunRecord, folder: Path) -> list[str]:
-    """The checksums of the weights.
+    """The sha256 of each weight file, checked against the record.
 
     Raises:
-        SourceError: they are not those of the record.
+        SourceError: a file is missing or differs from the record.
     """
     weights = [entry for entry in record.artifacts if entry.format == "safetensors"]
     for entry in weights:
@@ -173,7 +173,7 @@ def _check_unchanged(record: RunRecord, folder: Path) -> list[str]:
         if not path.is_file() or sha256_of(path) != entry.sha256:
             raise SourceError(
                 f"{entry.path} in {folder} is not the file that {FILE_NAME} describes.",
-                hint="Make the folder again with `gradmap-hub prune`, or finish its run with --resume.",
+                hint="Recreate the folder with `gradmap-hub prune`, or finish its run with --resume.",
             )
     return [entry.sha256 for entry in weights]
 
@@ -211,7 +211,7 @@ def _open_folder(run: Run, folder: Path) -> tuple[nn.Module, Callable[[Tensor], 
 
 
 def _losses(run: Run, folder: Path, texts: Sequence[Rows]) -> _Losses:
-    """Measured before the weights change."""
+    """The losses of the original and of the folder, measured before the weights change."""
 
     def compute() -> _Losses:
         run.reporter.total(2 * sum(len(text.ids) for text in texts))
@@ -312,7 +312,7 @@ def _measured(run: Run, record: RunRecord, texts: Sequence[EvaluationText], loss
 
 
 def _export_again(run: Run, record: RunRecord, rows: CalibrationRows, extra: Sequence[Rows], built: Path) -> RunRecord:
-    """Export the formats that the folder has: their files are of the earlier weights."""
+    """Export the formats of the folder again, because its files come from the earlier weights."""
     formats = list(dict.fromkeys(entry.format for entry in record.artifacts if entry.format != "safetensors"))
     if ONNX in formats:
         record = export_optimum(built, record, run.stages)

@@ -1,4 +1,4 @@
-"""`inspect`: scores the layers of a model and shows which ones would be removed; keeps no files."""
+"""`inspect`: scores the layers of a model and chooses the ones to remove at each ratio; writes no result files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ if TYPE_CHECKING:  # torch is only imported once there is something to compute
 
 @dataclass(frozen=True)
 class Inspection:
-    """Scores of all layers. `choices`: per ratio, the layers that a cheap ranking removes, and their loss."""
+    """Scores of all layers. `choices`: ratio -> the layers that the better of two cheap rankings removes, with the
+    held-out loss without them."""
 
     scores: LayerScores
     choices: dict[float, Candidate]
@@ -44,7 +45,7 @@ def inspect(
     Args:
         model: A Hub id, a local folder or a .gguf file.
         method: How to calibrate and score.
-        ratios: Shares of the layers to remove.
+        ratios: Shares of the layers to remove, each between 0 and 1.
         revision: Branch, tag or commit of the model.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Opens a finished folder once as whoever downloads it does, before it is published."""
+"""Opens a finished folder before it is published, as a user who downloads it would."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from gradmap_hub.models.tokenizer_trial import TOKENIZER, try_tokenizer
 from gradmap_hub.units import reason_of
 
 _PROMPT = "Hello"
-# Tokens of context: a cache is allocated for them.
+# Tokens of context, for which the KV cache is allocated.
 _CONTEXT = 64
 
 
 def check_opens(folder: Path) -> str:
-    """Open a folder with the runtime and write one token with its smallest ONNX file; without ONNX files, or without
-    memory for one, only its tokenizer and chat template are opened. Returns what was opened.
+    """Open a folder with the runtime and generate one token with its smallest ONNX file. Without ONNX files, ONNX
+    Runtime or enough memory, open only its tokenizer and chat template. Returns the name of the opened file.
 
     Raises:
-        VerificationError: that fails, so that nobody could use the folder.
+        VerificationError: the folder cannot be opened, or generates no token.
     """
     from gradmap_hub.runtime.artifacts import available_artifacts, free_memory, memory_needed
 
@@ -61,6 +61,6 @@ def _open_text(folder: Path) -> str:
 
 def _unusable(folder: Path, reason: str) -> VerificationError:
     return VerificationError(
-        f"{folder} cannot be used by whoever downloads it: {reason.rstrip('.')}. Nothing was uploaded.",
-        hint="Make its exports again with `gradmap-hub export`, or the folder with `gradmap-hub prune`.",
+        f"{folder} cannot be opened as a user would open it: {reason.rstrip('.')}. Nothing was uploaded.",
+        hint="Export it again with `gradmap-hub export`, or recreate the folder with `gradmap-hub prune`.",
     )

@@ -45,8 +45,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PushPlan:
-    """What is known before any work. `source.base` has the licence to state; `disk_bytes` and `upload_bytes` are upper
-    bounds; `removals`: number of layers to remove."""
+    """What is known before any work. `source.base` has the licence that the card states; `disk_bytes` and
+    `upload_bytes` are upper bounds; `removals`: number of layers to remove."""
 
     targets: Targets
     source: Source
@@ -60,8 +60,8 @@ class PushPlan:
 
 @dataclass(frozen=True)
 class PublishPlan:
-    """What will be published. `record`: the future record of the folder, with licence and target; `rewrites`: whether
-    it differs from the current one. `space_folder`: None if no Space is published."""
+    """What will be published. `record`: the record that the folder will have, with licence and target; `rewrites`:
+    whether it differs from the current one. `space_folder`: None if no Space is published."""
 
     targets: Targets
     folder: Path
@@ -81,7 +81,9 @@ def make_plan(config: PushConfig, hub: Hub) -> PushPlan:
     from gradmap_hub.hub.publisher import Publisher
 
     if config.trust_remote_code:
-        raise UsageError("--trust-remote-code is not available yet: models that need their own code are not supported.")
+        raise UsageError(
+            "--trust-remote-code is not supported: models that need Python code from their repository cannot be pruned."
+        )
     output = config.output or default_output(config.model, config.prune)
     check_output(output, config.resume)
     check_texts(config.prune)
@@ -167,7 +169,7 @@ def _access(source: Source) -> str:
 
 
 def _card_summary(source: Source, removals: int, targets: Targets) -> str:
-    """Build the future header of the card, without measurements, and check it.
+    """Build the header that the card will have, without measurements, and check it; returns a description.
 
     Raises:
         CardInvalid: the header is not valid.
@@ -250,7 +252,7 @@ def plan_publish(folder: Path, config: PublishConfig, hub: Hub) -> PublishPlan:
 
 
 def published_models(folder: Path, space_folder: Path | None) -> list[Path]:
-    """The model folders in what is published: the model, and the original that a Space has."""
+    """The model folders that are published: the model, and the original's export in the Space folder, if any."""
     stored = None if space_folder is None else space_folder / ORIGINAL_FOLDER
     return [folder, stored] if stored is not None and stored.is_dir() else [folder]
 
@@ -261,8 +263,12 @@ def look_through(
     """Check that every file of a folder may be published and that its card is valid.
 
     Args:
+        folder: The model folder or the Space folder.
         kind: "model" or "space".
-        card: The future README.md, if it is not written yet.
+        record: The record of the model.
+        targets: The repositories; their names are not private.
+        publisher: Knows the token, which no file may contain.
+        card: The text of the README.md that will be written, if it is not on disk yet.
 
     Raises:
         UnsafeToPublish: a file is private, or of an unexpected type.
@@ -280,7 +286,9 @@ def check_companions(source: Source, folder: Path, hub: Hub) -> None:
     """Check the files that are copied from the original into the result, before any work.
 
     Args:
-        folder: Where they are.
+        source: The original.
+        folder: The folder of its files.
+        hub: Knows the token, which no file may contain.
 
     Raises:
         UnsafeToPublish: one contains something private, such as a token.
@@ -290,8 +298,11 @@ def check_companions(source: Source, folder: Path, hub: Hub) -> None:
 
 
 def check_space_code(folder: Path) -> None:
-    """Raises UnsafeToPublish: the folder contains code that is not of the installed app; it would run under the user's
-    account."""
+    """Check that a Space folder has no code except the installed app, because it would run under the user's account.
+
+    Raises:
+        UnsafeToPublish: it has other code.
+    """
     from gradmap_hub.space.integrity import foreign_code
 
     found = foreign_code(folder)
@@ -304,7 +315,11 @@ def check_space_code(folder: Path) -> None:
 
 
 def check_space_entries(folder: Path) -> None:
-    """Raises UnsafeToPublish: the folder to write the app into has something else to run in it."""
+    """Check that the folder into which the app is written has no other code.
+
+    Raises:
+        UnsafeToPublish: it has other code.
+    """
     from gradmap_hub.space.integrity import foreign_entry
 
     found = foreign_entry(folder)
@@ -315,8 +330,12 @@ def check_space_entries(folder: Path) -> None:
 
 
 def check_space_folder(folder: Path, base: Base) -> None:
-    """Raises UnsafeToPublish: the folder contains an export of an original that must not be redistributed, made for
-    local use or under other terms."""
+    """Check that a Space folder has no export of an original that must not be redistributed, such as one made for
+    local use or under earlier terms.
+
+    Raises:
+        UnsafeToPublish: it has such an export.
+    """
     if may_be_stored(base):
         return
     for file in (row.file for row in in_space()):
@@ -330,7 +349,11 @@ def check_space_folder(folder: Path, base: Base) -> None:
 
 
 def _check_artifacts(record: RunRecord, folder: Path) -> None:
-    """Raises SourceError: a file is missing, or its size differs from the record."""
+    """Check that the recorded files exist with the recorded sizes.
+
+    Raises:
+        SourceError: a file is missing, or its size differs.
+    """
     for entry in record.artifacts:
         path = folder / entry.path
         if not path.is_file() or path.stat().st_size != entry.bytes:

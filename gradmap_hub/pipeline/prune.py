@@ -57,6 +57,7 @@ def prune(
     Args:
         model: A Hub id, a local folder or a .gguf file.
         output: Folder for the result; new or empty.
+        config: How to prune, and how much.
         revision: Branch, tag or commit of the original.
         resume: Continue an unfinished run in `output`.
         command: The command line, for the record.
@@ -83,8 +84,8 @@ def prune(
 
 @dataclass(frozen=True)
 class _BothLosses:
-    """Per evaluation text, the mean NLL of each sequence in nats per token: the original, and pruned before
-    compensation."""
+    """Per evaluation text, the mean NLL of each sequence in nats per token: of the original, and of the pruned model
+    before compensation."""
 
     original: list[list[float]]
     pruned: list[list[float]]
@@ -94,6 +95,8 @@ def prune_stages(run: Run, config: PruneConfig, *, target: str | None = None, li
     """Run the stages of pruning in order; the result of each is on disk before the next begins.
 
     Args:
+        run: The context of the run.
+        config: How to prune, and how much.
         target: The repository to publish to, if known.
         license: The licence stated by the publisher, for an original that states none.
 
@@ -180,7 +183,7 @@ def _evaluate_written(run: Run, texts: Sequence[Rows]) -> RowLosses:
 
 
 def settings_of(run: Run, config: PruneMethod, rows: CalibrationRows, extra: Sequence[Rows]) -> dict[str, Any]:
-    """All options of the run, for `--from`: texts by their published names, "auto" resolved."""
+    """All options of the run as the record has them, for `--from`: texts by their published names, "auto" resolved."""
     dtype, device = run.precision()
     settings = dataclasses.asdict(config) | {
         "calibration": [text.name for text in rows.sources],

@@ -1,4 +1,4 @@
-"""`publish`: uploads finished folders, first the model, then the Space; then collection and visibility.
+"""`publish`: uploads the model folder, then the Space folder; then updates the collection and the visibility.
 
 Nothing is computed again. The published files are downloaded and compared.
 """
@@ -39,6 +39,9 @@ def publish_folder(
     Args:
         folder: The model folder.
         config: Where and how to publish; by default private, in the user's own account.
+
+    Returns:
+        The record, and the URLs and commits of model and Space.
 
     Raises:
         GradmapError: one of its subclasses says what is wrong; see errors.py.
@@ -91,6 +94,8 @@ def publish_both(
         folder: The model folder; `record` describes it.
         space_folder: The folder of the Space, or None.
         targets: The repositories.
+        config: The collection, and how long to wait for the Space.
+        publisher: Writes to the Hub.
 
     Raises:
         GradmapError: see `look_through`, `Publisher.publish`, `Publisher.propose` and `Publisher.verify`.
@@ -156,7 +161,8 @@ def _collect(result: PushResult, collection: str, publisher: Publisher) -> PushR
     except HubError as error:
         reporter.finish("failed")
         reporter.note(
-            f"The collection: {error.message} The repositories are published; add them by hand, or run again."
+            f"The collection was not updated: {error.message} The repositories are published; add them "
+            "by hand, or run again."
         )
         return dataclasses.replace(result, collection_reason=error.message)
     reporter.finish(collected.url)
@@ -166,11 +172,11 @@ def _collect(result: PushResult, collection: str, publisher: Publisher) -> PushR
 def _publish_space(
     folder: Path, record: RunRecord, targets: Targets, model: Published, model_folder: Path, publisher: Publisher
 ) -> Published:
-    """Publish the Space: one that exists in its kind, unless another is asked for; a new one in the first kind of the
-    plan that the account may have.
+    """Publish the Space. An existing one keeps its kind unless --space names another; a new one gets the first kind of
+    the plan that the account may have.
 
     Raises:
-        SpaceRefused: the account may have none of them.
+        SpaceRefused: the account may have none of the kinds.
         GradmapError: see `Publisher.publish`.
     """
     from gradmap_hub.hub.publisher import SpaceNeedsPlan, SpaceRefused
@@ -194,11 +200,11 @@ def _publish_space(
             if following is not None:
                 publisher.reporter.note(f"{error.message} Trying {following}: {_WHY[following]}.")
     assert refused is not None
-    if before != "browser":  # a browser Space has fewer precisions, so the way back is another
+    if before != "browser":  # rewriting it for the browser would remove precisions
         set_kind(folder, before)
     if len(order) > 1 and isinstance(refused, SpaceNeedsPlan):
         raise SpaceRefused(
-            f"The Hub does not let this account create the Space {targets.space_target}, as none of: "
+            f"The Hub does not let this account create the Space {targets.space_target} as any of: "
             f"{', '.join(order)} (status 402).",
             hint=refused.hint,
         ) from refused
@@ -231,10 +237,12 @@ def _publish_space_as(
 
     assert targets.space is not None
     page = browser_page(model_folder, record, publisher.hub.endpoint) if kind == "browser" else None
-    if kind == "browser" and page is None:  # the Space is one, from an earlier and smaller model
+    if kind == "browser" and page is None:  # the existing Space is one, made for an earlier and smaller model
         raise SpaceRefused(
-            f"{targets.space_target} is a page for browsers, and {plan_browser(targets.space).problem}.",
-            hint="Delete it on the Hub, or choose another kind with --space.",
+            f"The Space {targets.space_target} is a static Space (kind 'browser'), and "
+            f"{plan_browser(targets.space).problem}.",
+            hint="Delete that Space on the Hub and run the command again, or convert it with --space gradio, which "
+            "needs a paid plan.",
         )
     set_kind(folder, kind, page, publisher.reporter)
     if kind == "browser":
@@ -268,6 +276,6 @@ def _publish(publish: Callable[[], Published], files: ScreenedFolder, publisher:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the partial files of a killed export."""
+    """Remove the partial folders that a killed export left."""
     for leftover in folder.glob("*.partial"):
         shutil.rmtree(leftover, ignore_errors=True)

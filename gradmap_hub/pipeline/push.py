@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _ExportText:
-    """Sequences to measure exports on (`held_out`) and to fit them on (`fit`, (sequences, tokens)), if needed."""
+    """Sequences to measure exports on (`held_out`) and token ids to fit them on (`fit`, (sequences, tokens)); None if
+    no export needs them."""
 
     held_out: Rows | None = None
     fit: Tensor | None = None
@@ -62,7 +63,7 @@ def push(
     hub, reporter = connect(hub, reporter)
     plan = make_plan(config, hub)
     if config.onnx:
-        environment.prepare(reporter)  # fails before the work, if at all
+        environment.prepare(reporter)  # now, so that a failure costs no work
     if plan.targets.kinds.order[:1] == ("browser",):
         vendor.fetch(reporter)  # as above
     with no_empty_folders(plan.output), exclusive(plan.output):

@@ -1,4 +1,4 @@
-"""What a finished folder was made from, by its record: the original, and the calibration sequences drawn again."""
+"""Finds what a finished folder was made from, by its record: the original, and the calibration sequences."""
 
 from __future__ import annotations
 
@@ -37,12 +37,15 @@ def compare_with_calibration(
     reporter: Reporter,
     hub: Hub,
 ) -> list[Contamination]:
-    """Per text, the sequences that have a 13-gram overlap with calibration sequences, or why this was not checked.
+    """For each text, the number of sequences with a 13-gram overlap with calibration sequences, or why it is unknown.
 
-    The calibration texts are searched in `folder`, in the working folder and next to each text; on the Hub only if the
+    The calibration texts are searched in `folder`, in the current folder and next to each text; on the Hub only if the
     original or a text comes from there.
 
     Args:
+        folder: The pruned folder.
+        record: Its record.
+        original: The original, whose tokenizer is used.
         texts: Sequences of each text.
         names: The texts as given on the command line.
     """
@@ -89,8 +92,8 @@ def _find_contamination(
 def _calibration(
     record: RunRecord, tokenizer: Any, places: Sequence[Path], *, hub: Hub, online: bool
 ) -> dict[str, Tensor] | None:
-    """The calibration sequences by text, and under one further name those that chose the layers, drawn from all texts.
-    None if they differ from the recorded ones.
+    """The calibration sequences by text name, drawn again, with one more entry for those that chose the layers. None if
+    they differ from the recorded ones.
 
     Raises:
         GradmapError: the texts are not available, or differ from the recorded ones.
@@ -124,10 +127,11 @@ def _calibration(
 
 
 def find_original(folder: Path, record: RunRecord, against: str | None, hub: Hub) -> Source:
-    """The model `against`, given with --against, else the recorded one.
+    """The original: the model `against` (--against), else the recorded one.
 
     Raises:
-        SourceError: the recorded one was local, or the model has another number of layers than recorded.
+        SourceError: the recorded one was local and `against` is None, or the model does not have the recorded number of
+            layers.
     """
     model = against or record.base.repo_id
     if model is None:

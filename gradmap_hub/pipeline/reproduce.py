@@ -1,7 +1,7 @@
 """Repeats a run from its record (`--from`): the same original at the same commit, the same settings and texts.
 
 Differences raise an error before the download; package versions that may change the last bits are reported. Records are
-untrusted: they contain file names without folders, and a text is used only if it has the recorded sha256.
+untrusted: a text is searched by file name only, and used only if it has the recorded sha256.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def repeat(where: str, *, model: str | None, revision: str | None, given: Mappin
         SourceError: the record is missing or lacks a setting.
         CalibrationError: a text is missing, or differs from the recorded one.
         UsageError: a value is invalid, or the original was local and `model` is None.
-        RepositoryNotFound, GatedRepository, RateLimited, HubError
+        RepositoryNotFound, GatedRepository, RateLimited, HubError: the record cannot be read from the Hub.
     """
     record, folder = _find(where, hub)
     settings = _settings(record, where, given)
@@ -80,7 +80,7 @@ def repeat(where: str, *, model: str | None, revision: str | None, given: Mappin
     base = record.base
     if model is None:
         if base.repo_id is None:
-            raise UsageError(f"{where} was made from a local model, {base.name}: say where it is, as MODEL.")
+            raise UsageError(f"{where} was made from a local model, {base.name}; give its path as MODEL.")
         if not _HUB_ID.fullmatch(base.repo_id):
             raise SourceError(f"{where} names an original that is not a valid Hub id.")
     same = model in (None, base.repo_id) or base.repo_id is None
@@ -144,7 +144,7 @@ def find_calibration(record: RunRecord, places: Sequence[Path]) -> tuple[str, ..
 
 
 def find_evaluation(record: RunRecord, places: Sequence[Path]) -> tuple[str, ...]:
-    """The --eval-text of a record, as `find_calibration`.
+    """The --eval-text sources of a record, found like those of `find_calibration`.
 
     Raises:
         SourceError: the record lacks settings or checksums.
@@ -155,7 +155,11 @@ def find_evaluation(record: RunRecord, places: Sequence[Path]) -> tuple[str, ...
 
 
 def check_expected(source: Source, expected: Expected | None) -> None:
-    """Raises SourceError: the commit of the original differs from the recorded one."""
+    """Check that the original has the recorded commit.
+
+    Raises:
+        SourceError: it has another commit.
+    """
     if expected is not None and expected.commit not in (None, source.base.commit):
         raise SourceError(
             f"{source.base.name} is not the recorded original, which is commit {expected.commit} on the Hub.",
@@ -164,7 +168,7 @@ def check_expected(source: Source, expected: Expected | None) -> None:
 
 
 def _find(where: str, hub: Hub) -> tuple[RunRecord, Path]:
-    """The record, and the folder in which to search its texts."""
+    """The record, and the folder in which its texts are searched."""
     path = Path(where).expanduser()
     if path.is_dir():
         return RunRecord.read(path), path
@@ -177,7 +181,7 @@ def _find(where: str, hub: Hub) -> tuple[RunRecord, Path]:
         )
     remote = hub.model(where, None)
     if FILE_NAME not in remote.files:
-        raise SourceError(f"{where} has no {FILE_NAME}: it was not made by gradmap-hub.")
+        raise SourceError(f"{where} has no {FILE_NAME}: it is not a model of gradmap-hub.")
     folder = hub.fetch(where, remote.commit, [FILE_NAME])
     return read_record(folder / FILE_NAME), folder
 
@@ -258,7 +262,7 @@ def _texts(
     left = {name: list(values) for name, values in sums.items()}
     found: list[str] = []
     for name in names:
-        if _PINNED.fullmatch(name) or name == SELF:  # that is written again
+        if _PINNED.fullmatch(name) or name == SELF:  # the original writes that text again
             found.append(name)
             continue
         if not left.get(name):
@@ -268,7 +272,7 @@ def _texts(
 
 
 def _heal_texts(record: RunRecord, names: Sequence[str], places: Sequence[Path]) -> tuple[str, ...]:
-    """The recorded texts for healing: files in `places` with the recorded sha256; others stay as they are named."""
+    """The recorded texts for healing: files in `places` with the recorded sha256; other texts by their names."""
     sums = _by_name([(text.name, text.sha256) for text in record.heal.texts]) if record.heal is not None else {}
     sum_of = _reader()
     return tuple(
@@ -334,7 +338,7 @@ def _locate(
         raise _changed(changed)
     raise CalibrationError(
         f"The text {name} of the record is neither next to the record nor in this folder.",
-        hint=f"Copy it there, or say where it is with --{option} FILE if the command has it; its sha256 is {sha256}.",
+        hint=f"Copy it there, or give its path with --{option} FILE if the command has it; its sha256 is {sha256}.",
     )
 
 

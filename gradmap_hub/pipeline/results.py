@@ -1,4 +1,4 @@
-"""Writes record, card and the data of the Space together."""
+"""Reads the record of a model folder; writes record, card and compare.json together."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from gradmap_hub.record import RunRecord
 
 
 def read_folder(folder: Path) -> RunRecord:
-    """The record of a model folder. The data of its Space, which `write_results` brings up to date, is checked too, so
-    that it is not refused after the work.
+    """The record of a model folder. The compare.json of its Space folder, if any, is checked too, because
+    `write_results` rewrites it after the work.
 
     Raises:
-        SourceError: one of them is missing or invalid, and the error names the field; or an adapter is in the folder,
-            which transformers, here and wherever the folder is used, loads on top of the model.
+        SourceError: the record is missing, or one of the two is invalid (the error names the field); or the folder has
+            an adapter, which transformers would load on top of the model.
     """
     record = RunRecord.read(folder)
     if (folder / ADAPTER_CONFIG).exists():
@@ -33,7 +33,8 @@ def read_folder(folder: Path) -> RunRecord:
 
 
 def write_results(record: RunRecord, folder: Path, reporter: Reporter | None = None) -> RunRecord:
-    """Write record, card and the data of the Space next to the folder, without measurements of changed files.
+    """Drop measurements of files that have changed, then write record and card into `folder` and update compare.json in
+    its Space folder, if there is one. A dropped measurement is noted to `reporter`.
 
     Returns:
         The record as written.

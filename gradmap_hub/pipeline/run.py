@@ -32,7 +32,7 @@ def exclusive(output: Path) -> Iterator[None]:
     """Keep other processes from working on the folder `output`.
 
     Raises:
-        OutputInUse: another one does.
+        OutputInUse: another process works on it.
     """
     work = work_folder(output)
     work.mkdir(parents=True, exist_ok=True)
@@ -44,7 +44,7 @@ def exclusive(output: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        with suppress(OSError):  # Windows removes no open file; an unlocked one is no obstacle
+        with suppress(OSError):  # Windows cannot delete an open file; an unlocked file left behind is harmless
             file.unlink()
         held.close()
 
@@ -66,14 +66,18 @@ def no_empty_folders(output: Path) -> Iterator[None]:
 
 
 class Run:
-    """The state that the stages of `prune`, `inspect` and `sweep` share.
+    """The state that the stages of `prune`, `heal`, `inspect` and `sweep` share.
 
     Args:
+        source: The original.
+        method: How to prune.
         output: The folder of the result; the work folder is next to it.
+        hub: For downloads.
+        reporter: Receives the stages.
         command: The command line, for the record.
         kind: The command; cached stages of another command are not reused.
         expected: Commit and checksums of an earlier run that must match.
-        of: What else the run depends on; cached stages of another one are not reused.
+        of: A further input of all stages, as JSON data; cached stages with another one are not reused.
     """
 
     def __init__(
@@ -100,7 +104,7 @@ class Run:
         self.original = OriginalModel(source, hub, self.work, reporter.note)
         depends = {"version": __version__, "what": kind, "base": identity(source)}
         self.stages = Stages(self.work, reporter, depends if of is None else depends | {"of": of})
-        # What does not depend on the stages so far, such as what the original writes or predicts: shared by branches.
+        # For stages that depend on no other, such as the original's text and predictions; shared by branches.
         self.shared, self.independent = self.work, self.stages.branch()
         self._opened: list[Decoder] = []  # at most one; shared with branches
 

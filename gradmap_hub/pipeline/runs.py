@@ -1,4 +1,4 @@
-"""`list` and `clean`: the runs below a folder, by their records, and the work folders that they leave."""
+"""`list` and `clean`: find the runs below a folder by their records, and delete the work folders that they leave."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from gradmap_hub.layout import work_folder
 from gradmap_hub.pipeline.run import exclusive
 from gradmap_hub.record import FILE_NAME, RunRecord
 
-# Folders below the given one that are searched. Deeper ones are hardly results, and a home folder has many.
+# Levels of folders that are searched below the given one. Results are rarely deeper, and a home folder has many levels.
 DEPTH = 3
 _WORK = ".work"
-# Files of which a work folder has at least one, so that a folder that is only named like one is not taken for it.
+# A work folder has at least one of these files; another folder whose name ends with .work has none.
 _STAGES = ("pull.json", "write.json", "score.json", "lock", "heal", "self-text.json", "evaluate-memory.json")
 _HEALING = "heal"
 
@@ -25,9 +25,9 @@ _HEALING = "heal"
 class Found:
     """A run.
 
-    `record`: None of a run that did not finish, or whose record cannot be read; `problem` says why. `bytes`: of the
-    result. `work`: its work folder, None without one; `work_bytes`: what is in it; `healing`: whether that holds the
-    state of a healing that did not finish.
+    `record`: None if the run did not finish or its record cannot be read; `problem` says which. `bytes`: size of the
+    result. `work`: its work folder, or None; `work_bytes`: size of that; `healing`: whether it holds the state of a
+    healing that did not finish.
     """
 
     folder: Path
@@ -44,7 +44,7 @@ class Found:
 
 
 def find_runs(root: Path) -> list[Found]:
-    """The runs in `root` and in the folders below it, by path. Links are not followed.
+    """The runs in `root` and in the folders below it, sorted by path. Links are not followed.
 
     Raises:
         UsageError: there is no such folder.
@@ -72,7 +72,7 @@ def _runs(folder: Path, depth: int) -> Iterator[Found]:
 
 
 def is_work_folder(path: Path) -> bool:
-    """Whether a run made this folder beside its result."""
+    """Whether this is the work folder of a run."""
     return path.name.endswith(_WORK) and any((path / name).exists() for name in _STAGES)
 
 
@@ -90,14 +90,14 @@ def _run(folder: Path) -> Found:
 
 
 def _size(folder: Path) -> int:
-    """Bytes of the files below a folder; links count as nothing."""
+    """Bytes of the files below a folder; links are ignored."""
     return sum(
         entry.stat().st_size for entry in folder.rglob("*") if entry.is_file() and not entry.is_symlink()
     )  # 0 if there is no such folder
 
 
 def remove_work(runs: Sequence[Found]) -> Iterator[tuple[Found, str]]:
-    """Delete the work folder of each run; yields it with the reason why it was kept, "" if it is gone."""
+    """Delete the work folder of each run. Yields each run that has one, with the reason why it was kept, or ""."""
     for run in runs:
         if run.work is None:
             continue

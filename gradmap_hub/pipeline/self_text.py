@@ -1,4 +1,4 @@
-"""Text that the original of a run writes itself, to calibrate or to heal on."""
+"""Generates text with the original of a run, for calibration or healing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # torch is only imported once there is something to compute
     from gradmap_hub.pipeline.run import Run
 
 Use: TypeAlias = Literal["calibration", "healing"]
-# Of each use: the stage, the file in the work folder, and what is added to the seed of the run.
+# For each use: the stage, the file in the work folder, and an offset to the seed of the run.
 _USES: dict[Use, tuple[str, str, int]] = {
     "calibration": ("calibration-text", "calibration-self.jsonl", 1),
     "healing": ("self-text", "self.jsonl", 0),
@@ -27,7 +27,8 @@ _USES: dict[Use, tuple[str, str, int]] = {
 
 @dataclass(frozen=True)
 class SelfTextFile:
-    """The text that the original wrote: its file in the work folder, and how it came about."""
+    """Statistics of text that the original wrote: its `sha256` and `tokens`, the numbers of samples `drawn` and of
+    those dropped as `repetitive`, `short` or near `duplicates`, and the `recipe` of sampling and filtering."""
 
     sha256: str
     tokens: int
@@ -39,11 +40,11 @@ class SelfTextFile:
 
 
 def self_text(run: Run, tokens: int, use: Use) -> tuple[Text, SelfTextFile]:
-    """About `tokens` tokens that the original writes itself, another text for each use, kept in the work folder (see
-    `healing.self_text`).
+    """About `tokens` tokens of text that the original writes itself (see `healing.self_text`), stored in the work
+    folder. Each use has a text of its own.
 
     Raises:
-        CalibrationError: the file has changed since it was written, or hardly anything of what is written can be used.
+        CalibrationError: the file has changed since it was written, or the filters drop nearly all samples.
     """
     from gradmap_hub.healing.self_text import SelfTextRecipe
 
@@ -85,8 +86,8 @@ def self_text(run: Run, tokens: int, use: Use) -> tuple[Text, SelfTextFile]:
 
 
 def open_reader(run: Run) -> Decoder:
-    """The original to predict and to write text: in bfloat16 where the machine multiplies it faster, even if its
-    weights are stored in float32, because a distribution needs no more."""
+    """The original, opened for predictions and for writing text. In bfloat16 where the machine is fast at it, even if
+    the weights are stored in float32: output distributions need no more precision."""
     import torch
 
     from gradmap_hub.models.decoder import fast_bfloat16

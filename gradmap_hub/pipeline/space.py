@@ -1,4 +1,4 @@
-"""The Space folder of a finished run: exports of the original, where the Space stores them, and the app."""
+"""Writes the Space folder of a finished run: the app, and exports of the original if the Space stores them."""
 
 from __future__ import annotations
 
@@ -53,12 +53,17 @@ def write_space_folder(
     """Write the Space of `plan` into `destination`.
 
     Args:
+        original: The original model.
+        stages: The stages of the run, which cache the exports.
+        record: The record of the pruned model.
+        plan: What the Space runs.
+        destination: The Space folder.
         target: Repository of the pruned model; None if it is not published.
         rows: Held-out sequences on which quantised files of the original are measured. Without them, the original is
             exported in float32 only.
-        fit: Other sequences (sequences, tokens) on which the rounding is fitted.
+        fit: Other sequences on which the rounding is fitted: token ids, (sequences, tokens).
         kind: The kind of Space.
-        page: For a browser Space, what it is made from.
+        page: What a browser Space is made from; required for that kind.
 
     Returns:
         The plan without the precisions in which the original could not be exported. If none is left, nothing is
@@ -105,7 +110,8 @@ def write_space_folder(
 def _export(
     stages: Stages, plan: SpacePlan, checkpoint: Path, stored: Path, rows: Rows | None, fit: Tensor | None
 ) -> dict[str, Quality]:
-    """Export the original in the stored precisions; returns the cost by precision of all but Optimum's graph."""
+    """Export the original in the precisions that the Space stores; returns the cost of each by precision, except of
+    Optimum's graph."""
     formats = {of_precision(name).name: name for name in plan.stored}
     if formats.pop(ONNX, None):
         onnx_stage(stages, "onnx-original", "Exporting the original for the Space", checkpoint, stored)
@@ -147,12 +153,12 @@ def local_page(folder: Path, endpoint: str) -> BrowserPage:
     if page is None:
         pairs = pairs_of(record)
         problem = plan_browser(SpacePlan("space", "", tuple(pairs), pairs=pairs)).problem if pairs else "no ONNX file"
-        raise SpaceImpossible(f"No page for a browser: {problem}.")
+        raise SpaceImpossible(f"A page for the browser is not possible: {problem}.")
     return page
 
 
 def browser_precisions(record: RunRecord) -> tuple[str, ...]:
-    """The precisions of a finished run's files that fit into a browser beside the original's."""
+    """The precisions of a finished run in which the files of both models fit into a browser."""
     pairs = pairs_of(record)
     return plan_browser(SpacePlan("space", "", tuple(pairs), pairs=pairs)).precisions if pairs else ()
 
@@ -177,8 +183,8 @@ def prompt_text(folder: Path) -> PromptText:
 
 
 def finished_space(folder: Path, record: RunRecord, precisions: Collection[str], *, app: bool = True) -> Path | None:
-    """The existing Space folder of a model folder, else None: if it is for the same original, has all precisions, and
-    contains no code but that of the installed app. `app`: whether it must hold the Gradio app."""
+    """The existing Space folder of a model folder if it can be run as it is: it has the same original and all
+    `precisions`, and no code except the installed app; else None. `app`: whether it must have the Gradio app."""
     from gradmap_hub.space.integrity import foreign_code
 
     space = space_folder_of(folder)
@@ -198,8 +204,8 @@ def finished_space(folder: Path, record: RunRecord, precisions: Collection[str],
 
 
 def remove_space(space: Path, record: RunRecord) -> bool:
-    """Remove the Space folder of an earlier run of the same push, which `publish` would publish. Returns whether it
-    existed. A folder of another run or origin is kept."""
+    """Remove the Space folder of an earlier run of the same push, because `publish` would publish it. Returns whether
+    it was removed; a folder of another run or origin is kept."""
     try:
         facts = read_comparison(space)
     except SourceError:
@@ -236,8 +242,8 @@ def _without(plan: SpacePlan, names: set[str]) -> SpacePlan:
 
 
 def terms_of(record: RunRecord, source: Source) -> Base:
-    """The terms that decide whether the original may be stored with a Space: the stricter of the record's and those of
-    its repository now."""
+    """The terms that decide whether a Space may store the original: of the recorded and the present terms, the
+    stricter."""
     recorded, found = record.base, source.base
     if found.repo_id is None:  # a local copy has no terms of its own
         return recorded
@@ -259,14 +265,15 @@ def build_space(
     reporter: Reporter | None = None,
     hub: Hub | None = None,
 ) -> Path:
-    """Write the comparison app of a pruned folder, after missing exports; returns the app's folder.
+    """Write the comparison app of a pruned folder, exporting what is missing; returns the app's folder.
 
     Args:
-        against: The original: a Hub id or a folder. Default: as recorded.
+        folder: A folder made by prune or push.
+        against: The original: a Hub id or a folder. Default: the recorded one.
         local: Write an app for this machine only, into the work folder, from which nothing is published. It may hold
             an export of any original, even one that must not be redistributed. If the Space folder next to `folder`
             has everything, it is returned instead. By default, write that Space folder.
-        kind: The kind of Space. A local one for a browser is served from the Space folder of either kind.
+        kind: The kind of Space. `compare --in browser` serves its page from a Space folder of any kind.
         text: Text on which the perplexity of the original's quantised files is measured. If it cannot be read, the app
             has no quantised files.
 
@@ -278,7 +285,7 @@ def build_space(
     model = against or record.base.repo_id
     if model is None:
         raise SourceError(
-            f"{folder} was made from a local model, {record.base.name}.", hint="Name its folder with --against."
+            f"{folder} was made from a local model, {record.base.name}.", hint="Give its path with --against."
         )
     names = tuple(precisions_of(record))
     if local and against is None and names:
@@ -304,7 +311,9 @@ def build_space(
         try:
             rows = held_out_rows(folder, text, hub)
         except GradmapError as error:
-            reporter.note(f"Without quantised files of the original: the text cannot be read: {error.message}")
+            reporter.note(
+                f"The Space gets no quantised files of the original, because the text cannot be read: {error.message}"
+            )
     destination = work_folder(folder) / "compare" if local else space_folder_of(folder)
     page = local_page(folder, hub.endpoint) if kind == "browser" else None
     if page is not None:
@@ -313,5 +322,5 @@ def build_space(
         original, stages, record, plan, destination, record.target, rows, kind="gradio" if local else kind, page=page
     )
     if not made.precisions:
-        raise SpaceImpossible(f"{made.reason}.", hint="Name a text file with --text.")
+        raise SpaceImpossible(f"{made.reason}.", hint="Give a text file with --text.")
     return destination

@@ -1,4 +1,4 @@
-"""The pruning stages that `prune`, `inspect` and `sweep` share; finished ones are loaded from disk."""
+"""The stages that `prune`, `heal`, `inspect` and `sweep` share; finished ones are loaded from disk."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ if TYPE_CHECKING:  # torch is only imported once there is something to compute
 
 # Files in the work folder with changed weights; the keys are "layer:parameter name within the layer".
 COMPENSATION_FILE, HEALED_FILE = "correction.safetensors", "healed.safetensors"
-# Names that a record lists; a checkpoint may have any number of them.
+# Most unused tensors that a record names; a checkpoint may have any number of them.
 MOST_UNUSED = 1000
 
 
 @dataclass(frozen=True)
 class OriginalWeights:
-    """Bytes of the original's weights; `sha256` only for local weights, which have no commit. `unused`: at most
-    MOST_UNUSED names of tensors that its model does not have."""
+    """Size of the original's weight files; `sha256`: only of local weights, which have no commit; `unused`: names of
+    checkpoint tensors that its model class does not have, at most MOST_UNUSED."""
 
     bytes: int
     sha256: str | None = None
@@ -73,8 +73,8 @@ def fetch_weights(run: Run) -> OriginalWeights:
 
 
 def score(run: Run, rows: CalibrationRows, *, every: bool = False) -> LayerScores:
-    """Score all layers on the first `scoring_rows` calibration sequences. `every`: by gradients of the weights even if
-    the metric of the run needs none."""
+    """Score all layers on the first `scoring_rows` calibration sequences. `every`: compute the weight gradients even if
+    the metric of the run does not need them."""
     from gradmap_hub.pruning.scores import LayerScores
     from gradmap_hub.pruning.scoring import score_layers
 
@@ -104,7 +104,7 @@ def score(run: Run, rows: CalibrationRows, *, every: bool = False) -> LayerScore
 def select(
     run: Run, rows: CalibrationRows, scores: LayerScores, removals: int, drop: Sequence[int] | None = None
 ) -> Selected:
-    """Measure candidate sets of `removals` layers on held-out sequences; `drop` fixes the layers instead."""
+    """Measure candidate sets of `removals` layers on held-out sequences. `drop`: the user's choice of layers."""
     from gradmap_hub.data.rows import sha256_of_ids
 
     method = run.method
@@ -126,7 +126,7 @@ def select(
 
 
 def compensate(run: Run, rows: CalibrationRows, selected: Selected) -> Compensated:
-    """Fit the compensation of the best few sets and choose the set with the lowest held-out loss afterwards."""
+    """Fit the compensation for the best few sets of layers, and choose the set with the lowest loss after it."""
     file = run.work / COMPENSATION_FILE
 
     def compute() -> Compensated:

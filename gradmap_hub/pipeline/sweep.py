@@ -69,7 +69,7 @@ class _Pruned:
 
 @dataclass(frozen=True)
 class _Size:
-    """Before and after. `bytes`: the files of the original, and the tensors of the checkpoint that is not written."""
+    """Sizes before and after. `bytes`: of the original's files, and of the tensors of the unwritten checkpoint."""
 
     parameters: BeforeAfter
     bytes: BeforeAfter
@@ -86,12 +86,16 @@ class _Shared:
 
 
 def default_sweep_output(model: str) -> Path:
-    """NAME-sweep in the current folder."""
+    """The default output folder: NAME-sweep in the current folder."""
     return Path(f"{Path(model).stem if model.endswith('.gguf') else Path(model).name}-sweep")
 
 
 def check_sweep_output(output: Path, source: Source) -> None:
-    """Raises OutputExists: the folder contains other files than a sweep, or a sweep of another model."""
+    """Check that the folder is new, empty, or has a sweep of the same model.
+
+    Raises:
+        OutputExists: it has other files, or a sweep of another model.
+    """
     if output.exists() and not output.is_dir():
         raise OutputExists(f"{output} is a file.", hint="Choose another folder.")
     if not output.exists() or not any(output.iterdir()):
@@ -140,7 +144,7 @@ def sweep(
 
 
 def sweep_stages(run: Run, config: SweepConfig) -> Iterator[SweepRecord]:
-    """Measure one number of layers after another, in ascending order; yields the record after each.
+    """Measure each number of removed layers, in ascending order; yields the record so far after each.
 
     Raises:
         GradmapError: one of its subclasses says what is wrong; see errors.py.

@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # torch is only imported once there is something to compute
     from gradmap_hub.data.rows import CalibrationRows, Rows
     from gradmap_hub.pipeline.run import Run
 
-# Sequences that are written beyond those needed: the shares of the texts are rounded.
+# Extra sequences that the original writes, because the shares of the texts are rounded.
 _SPARE = 3
 
 
@@ -37,7 +37,7 @@ class EvaluationText:
 
 def calibrate(run: Run) -> tuple[CalibrationRows, list[Rows]]:
     """Tokenise and split the texts. This is cheap, so every run repeats it, before the weights are fetched. Only the
-    text `self` needs them; it is written once.
+    text `self` needs the weights; it is written once and stored.
 
     Returns:
         The calibration sequences, and those of each --eval-text.
@@ -132,8 +132,8 @@ def _check_contamination(run: Run, rows: CalibrationRows, extra: Sequence[Rows])
 
 
 def export_rows(run: Run) -> tuple[Rows, Tensor]:
-    """Sequences for exports: those to measure on, from an --eval-text if given, else held out of the first calibration
-    text; and those to fit on, (sequences, tokens)."""
+    """Sequences for exports: those to measure on, from the first --eval-text if any, else held out from the first
+    calibration text; and token ids to fit on, (sequences, tokens)."""
     rows, extra = calibrate(run)
     return (extra or rows.held_out)[0], rows.fit
 

@@ -23,7 +23,8 @@ if TYPE_CHECKING:  # torch is only imported once there is something to compute
 
 @dataclass(frozen=True)
 class WrittenModel:
-    """A written checkpoint. `parameters`: numbers of them; `dtype`: of the stored weights."""
+    """A written checkpoint. `parameters`, `bytes`: numbers of parameters and sizes of the weight files of the original
+    and the result; `dtype`: of the stored weights."""
 
     verification: VerificationRecord
     parameters: BeforeAfter
@@ -97,7 +98,7 @@ def _write_from_memory(
 def _write_streamed(
     run: Run, removed: Sequence[int], overrides: Mapping[tuple[int, str], Any], dtype: Any
 ) -> tuple[VerificationRecord, BeforeAfter]:
-    """As `_write_from_memory`, layer by layer from file to file, with both models streamed for the comparison."""
+    """Like `_write_from_memory`, but layer by layer from file to file, with both models streamed for the comparison."""
     from gradmap_hub.models.streaming import key_report, open_streamed, pruned_logits
     from gradmap_hub.pruning.removal import parameter_count
     from gradmap_hub.pruning.verification import probe_ids, verify

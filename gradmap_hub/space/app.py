@@ -27,7 +27,7 @@ EXAMPLES = (
     "Explain gravity to a child in two sentences.",
     "List three uses for a paper clip.",
 )
-# Modules of this package that the app uses too; they import nothing of this package.
+# Modules of this package that are copied into the app; they import nothing else of this package.
 STANDALONE = tuple(Path(__file__).parents[1] / name for name in ("runtime/prompting.py", "models/tokenizer_worker.py"))
 # Only for Spaces on ZeroGPU; zerogpu.py adds it.
 ZERO_GPU_MODULE = "zero_gpu.py"
@@ -44,13 +44,13 @@ class ModelFiles:
 
 
 def content_folder() -> Path:
-    """The folder of the app's files: in the installed package, or in the source checkout."""
+    """The folder spaces/ with the app's files: in the installed package, or in a source checkout."""
     installed = Path(__file__).parents[1] / "spaces"
     return installed if installed.is_dir() else Path(__file__).parents[2] / "spaces"
 
 
 def variables(record: RunRecord, pruned_repo: str, pruned_commit: str, plan: SpacePlan) -> dict[str, str]:
-    """The Space variables. A duplicate of the Space compares other models by changing them."""
+    """The variables of the Space, which name the models at their commits. A duplicate of the Space can set others."""
     values = {"PRUNED_MODEL": pruned_repo, "PRUNED_REVISION": pruned_commit}
     if plan.original != "space" and record.base.repo_id and record.base.commit:
         values |= {"ORIGINAL_MODEL": record.base.repo_id, "ORIGINAL_REVISION": record.base.commit}
@@ -80,6 +80,9 @@ def write_space(
     """Write app, requirements, README and compare.json into `destination`; returns the files written.
 
     Args:
+        record: The record of the pruned model.
+        plan: What the Space runs.
+        destination: The Space folder.
         pruned_repo: Repository of the pruned model; None if it is not published.
         companions: Config and tokenizer files of the original, name -> path; copied next to a stored original.
         originals: The original's files, precision -> files, where known.
@@ -115,19 +118,19 @@ def write_app(destination: Path, facts: Mapping[str, Any]) -> list[Path]:
 
 
 def remove_app(folder: Path) -> None:
-    """Remove the app from a Space folder, but for its style sheet, compare.json and README.md."""
+    """Remove the app from a Space folder, except its style sheet, compare.json and README.md."""
     for path in [*content_folder().glob("*.py"), *STANDALONE, Path(REQUIREMENTS)]:
         (folder / path.name).unlink(missing_ok=True)
     shutil.rmtree(folder / "__pycache__", ignore_errors=True)
 
 
 def compare_text(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Write compare.json."""
+    """Write `facts` as compare.json."""
     write_text(folder / COMPARE, json.dumps(facts, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def install(source: Path, target: Path) -> Path:
-    """Copy a file over another one; over a link, not over what it leads to."""
+    """Copy a file over another one. If `target` is a symbolic link, the link is replaced, not the file behind it."""
     if target.is_symlink():
         target.unlink()
     shutil.copyfile(source, target)
@@ -169,7 +172,7 @@ def _compare(
 
 
 def _healed(record: RunRecord) -> dict[str, object] | None:
-    """How long the pruned model was healed; None if it was not."""
+    """Tokens and seconds of the healing; None if the model was not healed."""
     heal = record.heal
     return {"tokens": heal.tokens, "seconds": heal.seconds} if heal is not None and heal.applied else None
 
@@ -185,10 +188,10 @@ def _perplexity(record: RunRecord) -> list[dict[str, object]]:
 
 
 def refresh_compare(record: RunRecord, folder: Path) -> None:
-    """Write the perplexities of this record, and its healing, into compare.json, if `folder` has one.
+    """Update the perplexities and the healing in the compare.json of `folder`, if it has one.
 
     Raises:
-        SourceError: it is invalid.
+        SourceError: compare.json is invalid.
     """
     facts = folder / COMPARE
     if not facts.is_file():
@@ -200,7 +203,7 @@ def refresh_compare(record: RunRecord, folder: Path) -> None:
 
 
 def _precision(record: RunRecord, plan: SpacePlan, name: str, original: ModelFiles) -> dict[str, object]:
-    """One entry of `precisions`: the file, and for each model its location, size and cost of quantisation."""
+    """One entry of `precisions`: the file name, and for each model the location, size and cost of quantisation."""
     size, graph = graph_of(record, name) if plan.runtime == "onnx" else (None, None)
     pruned = ModelFiles(size, graph.quality if graph is not None else None)
     stored = name in plan.stored
@@ -235,11 +238,11 @@ def render_readme(folder: Path, facts: Mapping[str, Any], template: str, **furth
 
 
 def readme_text(facts: Mapping[str, Any], template: str, **further: object) -> str:
-    """README.md of a Space.
+    """The README.md of a Space.
 
     Args:
         facts: Content of compare.json.
-        template: Its path in the app's content.
+        template: The path of the template in `content_folder`.
         further: Further variables of the template.
     """
     environment = Environment(

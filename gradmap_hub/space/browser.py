@@ -1,6 +1,6 @@
-"""The browser Space: a static page, the libraries it uses, and what it must know about the models.
+"""Writes a browser Space: a static page, its libraries, and what it must know about the models.
 
-A Space folder of either kind has the same compare.json; for the page, it also has a section `browser`.
+Every Space folder has a compare.json; that of a browser Space has an additional section `browser`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SHARED_STYLE = "style.css"
 TOKENIZER = "tokenizer.json"
 # Folder of the pruned model's files in a Space whose model is private: the page has no token to fetch them with.
 PRUNED_FOLDER = "pruned"
-# What a static site needs for threads in WebAssembly, as in its README.md.
+# Headers that a static site needs for threads in WebAssembly; a Space sets them in its README.md.
 HEADERS = {
     "cross-origin-embedder-policy": "require-corp",
     "cross-origin-opener-policy": "same-origin",
@@ -38,10 +38,10 @@ _VERSION_DIGITS = 16
 
 @dataclass(frozen=True)
 class PromptText:
-    """How the models are prompted; both in the same way, as the pruned one has the original's tokenizer.
+    """How both models are prompted: the pruned one has the original's tokenizer.
 
-    `special_tokens`: by name, such as bos_token; `end_ids`: the ids that end an answer; `context_length`: None if the
-    configuration does not state it.
+    `special_tokens`: texts by name, such as bos_token; `end_ids`: the token ids that end an answer; `context_length`:
+    None if the configuration does not state it.
     """
 
     chat_template: str | None
@@ -68,7 +68,7 @@ class BrowserPage:
 
 
 def page_files() -> list[Path]:
-    """The files of the page, as installed."""
+    """The installed files of the page."""
     own = [path for path in sorted((content_folder() / PAGE).iterdir()) if path.suffix in (".html", ".js", ".css")]
     return [*own, content_folder() / SHARED_STYLE]
 
@@ -83,7 +83,9 @@ def write_page(space: Path, page: BrowserPage, libraries: Path) -> None:
     fit into a browser.
 
     Args:
-        libraries: Their folder, see `vendor.fetch`.
+        space: The Space folder.
+        page: What the page is made from.
+        libraries: The folder of the libraries, see `vendor.fetch`.
 
     Raises:
         SourceError: compare.json is missing or invalid.
@@ -107,7 +109,7 @@ def write_page(space: Path, page: BrowserPage, libraries: Path) -> None:
 
 
 def remove_page(space: Path) -> None:
-    """Remove what `write_page` wrote, but for compare.json and README.md."""
+    """Remove what `write_page` wrote, except compare.json and README.md."""
     for path in page_files():
         if path.name != SHARED_STYLE:
             (space / path.name).unlink(missing_ok=True)
@@ -132,7 +134,7 @@ def browser_facts(space: Path, page: BrowserPage) -> dict[str, Any]:
             changes = {side: _place(space, entry, side, bytes_, page) for side, bytes_ in sides.items()}
             kept.append({**entry, **changes})
     if not kept:
-        raise SpaceImpossible("The Space has no precision that fits into a browser.")
+        raise SpaceImpossible("In no precision do both models fit into a browser.")
     tokenizer = page.model_folder / TOKENIZER
     section = {
         "hub": page.hub,
@@ -157,7 +159,7 @@ def browser_facts(space: Path, page: BrowserPage) -> dict[str, Any]:
 
 
 def _place(space: Path, entry: Mapping[str, Any], side: str, planned: int, page: BrowserPage) -> dict[str, Any]:
-    """Where a model's file is, with its size, and a version by which the browser keeps it."""
+    """Where a model's file is, with its size, and a version under which the browser caches it."""
     place = entry[side]
     file = space / place["path"] / entry["file"]
     if side == "pruned":
@@ -174,6 +176,8 @@ def place_pruned(space: Path, model_folder: Path, *, stored: bool, commit: str |
     """Store the pruned model's files in a browser Space, or let the page fetch them from the model's repository.
 
     Args:
+        space: The Space folder.
+        model_folder: The folder of the pruned model.
         stored: Whether to store them; a page cannot fetch from a private repository.
         commit: The model's commit on the Hub.
     """

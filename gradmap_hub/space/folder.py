@@ -1,4 +1,4 @@
-"""Rewrites a Space folder from one kind into another. compare.json and the original's exports stay."""
+"""Rewrites a Space folder from one kind into another; compare.json and the original's exports are kept."""
 
 from __future__ import annotations
 
@@ -24,10 +24,13 @@ def kind_of(folder: Path) -> Kind:
 
 
 def set_kind(folder: Path, kind: Kind, page: BrowserPage | None = None, reporter: Reporter | None = None) -> None:
-    """Rewrite a Space folder for a kind; a folder of the kind of Gradio's stays as it is.
+    """Rewrite a Space folder for a kind. A Gradio app that is of the kind already stays as it is.
 
     Args:
-        page: For a browser Space: what it is made from.
+        folder: The Space folder.
+        kind: The wanted kind.
+        page: What a browser Space is made from; required for that kind.
+        reporter: Receives the download of the page's libraries.
 
     Raises:
         BrowserRuntimeMissing: the libraries of the page cannot be fetched; the folder is unchanged.

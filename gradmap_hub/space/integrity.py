@@ -1,7 +1,7 @@
-"""Whether a Space folder contains only the app that is installed here.
+"""Checks that a Space folder contains no code except the installed app.
 
-A folder may come from somebody else, in an archive beside a model. Its app is run with the rights of the user, and
-published under the user's account.
+A folder may come from somebody else, such as in an archive with a model. Its app would run with the user's rights, and
+would be published under the user's account.
 """
 
 from __future__ import annotations
@@ -14,18 +14,20 @@ from gradmap_hub.space.plan import ORIGINAL_FOLDER
 from gradmap_hub.space.vendor import VENDOR, is_library
 from gradmap_hub.space.zerogpu import ZERO_REQUIREMENTS
 
-# What app and page consist of; and what else is in their folder and is only read.
+# Suffixes of the files of app and page; and of data files beside them, which are only read.
 _CODE, _DATA = (".py", ".css", ".html", ".js"), (".json", ".md", ".txt")
-# Folders of models' files, and what in them a browser or Python could run.
+# Folders of model files, and suffixes of files that a browser or Python could run.
 _MODELS = (ORIGINAL_FOLDER, PRUNED_FOLDER)
 _RUNNABLE = (".py", ".so", ".pyd", ".html", ".htm", ".js", ".mjs", ".css", ".wasm", ".svg", ".xhtml", ".xml")
 
 
 def foreign_code(folder: Path) -> str | None:
-    """The first entry of a Space folder that could be run and is not of the installed app or page; None without one.
+    """The name of the first entry of a Space folder that could be run and is not part of the installed app or page;
+    None if there is none.
 
-    Every module, page and style sheet must equal the installed one byte for byte, every library its pin, and every line
-    of requirements.txt one of the installed requirements. Another folder could shadow a package.
+    Every module, page and style sheet must equal the installed one byte for byte, every library must match its pinned
+    sha256, and every line of requirements.txt must be one of the installed requirements. Other folders are refused,
+    because they could shadow a package.
     """
     installed = {path.name: path for path in (*_installed(), *STANDALONE) if path.suffix in _CODE}
     requirements = [path for path in content_folder().iterdir() if path.name.startswith("requirements-")]
@@ -33,7 +35,7 @@ def foreign_code(folder: Path) -> str | None:
     for path in sorted(folder.iterdir()):
         if path.is_symlink() or (path.is_dir() and path.name not in (*_MODELS, VENDOR, "__pycache__")):
             return path.name
-        if not path.is_dir() and not path.is_file():  # a pipe, which would be read for ever
+        if not path.is_dir() and not path.is_file():  # a pipe; reading it might never end
             return path.name
         if path.is_dir() and (found := _foreign_below(path)) is not None:
             return found
@@ -48,7 +50,7 @@ def foreign_code(folder: Path) -> str | None:
 
 
 def _foreign_below(folder: Path) -> str | None:
-    """The first entry of a folder of libraries that is not one of them, or of models' files that could be run."""
+    """The first file in the folder of libraries that is not one of them, or in a model folder that could be run."""
     for path in sorted(folder.rglob("*")) if folder.name != "__pycache__" else ():
         ours = path.is_file() and not path.is_symlink()
         if folder.name == VENDOR:
@@ -65,8 +67,8 @@ def _installed() -> list[Path]:
 
 
 def foreign_entry(folder: Path) -> str | None:
-    """The first entry of a folder that would stay beside the app if it were written there, and could be run with it;
-    None if there is none."""
+    """The first entry of `folder` that writing the app there would not replace and that could be run with it; None if
+    there is none."""
     content = {path.name for path in (*_installed(), *STANDALONE)} | {REQUIREMENTS}
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         known = path.name in content or path.suffix in _DATA or path.name.startswith(".git")

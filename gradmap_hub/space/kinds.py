@@ -19,7 +19,7 @@ Kind = Literal["gradio", "browser", "zero"]
 
 @dataclass(frozen=True)
 class BrowserPlan:
-    """The precisions in which both models fit into a browser, the best at the front; `problem`: why there are none."""
+    """The precisions in which both models fit into a browser, best first; `problem`: why there is none, else empty."""
 
     precisions: tuple[str, ...]
     problem: str = ""
@@ -27,14 +27,14 @@ class BrowserPlan:
 
 @dataclass(frozen=True)
 class Kinds:
-    """The kinds to try, in order, and a sentence why; none if no Space can be made."""
+    """The kinds of Space to try, in order, and the reason; no kinds if no Space can be made."""
 
     order: tuple[Kind, ...]
     reason: str
 
 
 def plan_browser(space: SpacePlan) -> BrowserPlan:
-    """What of a planned Space can run in a browser: int8 and int4, and float32 only without them."""
+    """The precisions of a planned Space that fit into a browser: int8 and int4, or float32 if neither does."""
     if space.runtime == "transformers" or not space.precisions:
         cause = space.reason.removeprefix("no Space: ").partition("; the Space runs")[0].partition(", so the Space")[0]
         return BrowserPlan((), f"a browser needs ONNX files of both models: {cause}")
@@ -52,7 +52,7 @@ def plan_browser(space: SpacePlan) -> BrowserPlan:
 
 
 def choose_kinds(wanted: str, space: SpacePlan, *, paid: bool, owner: str) -> Kinds:
-    """The kinds of Space to try.
+    """Choose the kinds of Space to try.
 
     Args:
         wanted: A kind, or "auto".

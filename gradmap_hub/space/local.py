@@ -40,7 +40,11 @@ def running_space(
 ) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """Start the app and wait until it answers. Yields its URL and its process, and terminates the process at the end.
 
-    `port` 0: a free one.
+    Args:
+        folder: The Space folder.
+        variables: The Space variables.
+        host: Address to bind to.
+        port: Port to bind to; 0 takes any free one.
 
     Raises:
         MissingExtra: gradio is not installed.

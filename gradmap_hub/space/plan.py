@@ -1,4 +1,4 @@
-"""The plan of a comparison Space: its precisions, whether they fit the hardware, and where the original comes from.
+"""Plans a comparison Space: its precisions, whether they fit the hardware, and where the original's files come from.
 
 Computed from a record and from file sizes, before anything is exported or uploaded. Both models always run in the same
 precision, and one precision is loaded at a time.
@@ -52,12 +52,12 @@ class SpacePlan:
     """What the Space runs.
 
     Attributes:
-        original: Source of the original: "hub", its own ONNX files; "space", an export stored in the Space;
-            "transformers", no ONNX: both models run in transformers, from their repositories.
+        original: Source of the original: "hub", the ONNX files in its own repository; "space", an export stored in the
+            Space; "transformers", no ONNX files: both models run in transformers, from their repositories.
         reason: A sentence for the user.
-        precisions: Precisions of both models, the one to load first at the front. Empty: nothing fits, so no Space.
-        stored: The precisions of which the Space stores an export of the original.
-        pairs: Bytes of both models' files by precision, as far as they are known or bounded from below.
+        precisions: Precisions of both models; the Space loads the first one at start. Empty: nothing fits, so no Space.
+        stored: The precisions in which the Space stores an export of the original.
+        pairs: Bytes of both models' files by precision; exact sizes, or lower bounds.
     """
 
     original: OriginalSource
@@ -92,9 +92,11 @@ def plan_space(
     """Decide what the Space runs and where the original's files come from.
 
     Args:
+        base: The original and its terms.
         precisions: Precisions of the pruned model's ONNX files (`Format.precision`); empty without ONNX.
         float32: Bytes of both models' weights in float32; a lower bound.
         sizes: Bytes of both models' files by precision, where known.
+        hardware: The hardware of the Space.
     """
     names = [row.precision for row in in_space()]
     pairs = {name: _at_least(name, float32) for name in names} | dict(sizes or {})
@@ -174,7 +176,8 @@ def _at_least(name: str, float32: BeforeAfter) -> BeforeAfter:
 
 
 def _too_large(pair: BeforeAfter, runtime: Literal["onnx", "transformers"], hardware: Hardware, used: int) -> str:
-    """The reason why the models do not fit; empty if they fit. `used`: bytes of disk used by other precisions."""
+    """The reason why the models do not fit `hardware`, or an empty string. `used`: bytes of disk that other precisions
+    use."""
     memory = memory_needed(pair, runtime)
     if memory > hardware.memory:
         return f"needs about {memory / 1e9:.1f} GB of memory, and {hardware.name} has {hardware.memory / 1e9:.0f} GB"
@@ -191,7 +194,7 @@ def precisions_of(record: RunRecord) -> list[str]:
 
 
 def graph_of(record: RunRecord, precision: str) -> tuple[int, Artifact | None]:
-    """Bytes of the pruned model's files in a precision, graph and external data, and the graph's artifact."""
+    """Bytes of the pruned model's files in a precision (graph and external data), and the artifact of the graph."""
     path = graph_path(of_precision(precision))
     entries = [entry for entry in record.artifacts if entry.path in (path, f"{path}_data")]
     graph = next((entry for entry in entries if entry.path == path), None)
@@ -199,14 +202,14 @@ def graph_of(record: RunRecord, precision: str) -> tuple[int, Artifact | None]:
 
 
 def plan_of(record: RunRecord, base: Base | None = None) -> SpacePlan:
-    """The Space of a finished run, from the sizes of its files; the original's are scaled by the number of parameters.
-    `base`: terms of the original, if not the record's."""
+    """Plan the Space of a finished run from the sizes of its files; the original's are estimated by the ratio of
+    parameters. `base`: the terms of the original, by default the recorded ones."""
     float32 = BeforeAfter(4 * record.parameters.before, 4 * record.parameters.after)
     return plan_space(base or record.base, precisions_of(record), float32, pairs_of(record))
 
 
 def pairs_of(record: RunRecord) -> dict[str, BeforeAfter]:
-    """Bytes of both models' files by precision; the original's are scaled by the number of parameters."""
+    """Bytes of both models' files by precision; the original's are estimated by the ratio of parameters."""
     share = record.parameters.before / max(record.parameters.after, 1)
     found = {name: graph_of(record, name)[0] for name in precisions_of(record)}
     return {name: BeforeAfter(round(pruned * share), pruned) for name, pruned in found.items()}

@@ -1,5 +1,5 @@
-"""Serves the browser Space on this machine: the installed page, and the files of a model folder and of its Space folder
-where they lie. Nothing is copied."""
+"""Serves the static (in-browser) Space locally: the page shipped with this package, plus files read in place from the
+model folder and its Space folder. Nothing is copied."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ _LOOPBACK = ("127.0.0.1", "localhost", "[::1]", "::1")
 
 
 def local_files(space: Path, page: BrowserPage, libraries: Path) -> tuple[dict[str, Path], dict[str, Any]]:
-    """What a browser Space of `space` would hold: files by path in the Space, and the content of compare.json with both
-    models in the Space.
+    """What a browser Space with both models stored in it would contain: local files by their path in the Space, and the
+    content of compare.json.
 
     Raises:
         SpaceImpossible: no precision fits into a browser.
@@ -63,8 +63,8 @@ def build_app(
     host: str | None,
     custom_headers: Mapping[str, str] = HEADERS,
 ) -> Starlette:
-    """The files as a site, with the headers of a static Space. `host`: the loopback address; None allows other names in
-    the Host header."""
+    """A web app that serves `files` by path, and `facts` as compare.json, with the headers of a static Space. `host`:
+    the loopback address that is served; None accepts any Host header."""
     headers = {**custom_headers, "cache-control": "no-cache"}
 
     def file(request: Request) -> Response:
@@ -75,7 +75,7 @@ def build_app(
             return Response("Not found", 404, headers)
         return FileResponse(files[name], headers=headers, media_type=_TYPES.get(files[name].suffix))
 
-    # A page of another site could otherwise read the models, by a name that it lets point to this machine.
+    # Otherwise a page of another site could read the models by DNS rebinding.
     allowed = [*_LOOPBACK, host] if host else ["*"]
     return Starlette(
         routes=[Route("/{path:path}", file)], middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=allowed)]
@@ -92,10 +92,11 @@ def serve_page(
     reporter: Reporter,
     ready: Callable[[str], None] = print,
 ) -> None:
-    """Serve until SIGINT or SIGTERM. Prints the address as the first line on stdout.
+    """Serve the page until SIGINT or SIGTERM. `ready` is called with the URL; by default it prints it on stdout.
 
     Raises:
-        BrowserRuntimeMissing, SpaceImpossible, SourceError
+        BrowserRuntimeMissing: see `vendor.fetch`.
+        SpaceImpossible, SourceError: see `local_files`.
         OSError: the port is in use.
     """
     files, facts = local_files(space, page, fetch(reporter))

@@ -1,4 +1,4 @@
-"""The libraries of the browser Space: ONNX Runtime Web and Hugging Face's tokenizer and template engine.
+"""Fetches the libraries of the browser Space: ONNX Runtime Web, and Hugging Face's tokenizers and Jinja for JavaScript.
 
 They come from the npm registry, pinned by the sha512 of each package and the sha256 of each file, and stay in the
 user's cache. The Space holds copies, so that its page loads no program from another host.
@@ -30,7 +30,7 @@ _BLOCK = 1 << 20
 
 @dataclass(frozen=True)
 class Library:
-    """A file of a package. `path`: in the package; `name`: in the Space."""
+    """A file of an npm package. `path`: in the package; `name`: in the Space."""
 
     path: str
     name: str
@@ -50,7 +50,7 @@ class Package:
 
     @property
     def archive(self) -> str:
-        """Its address below that of the registry."""
+        """The path of its archive in the registry."""
         return f"{self.name}/-/{self.name.rpartition('/')[2]}-{self.version}.tgz"
 
 
@@ -91,12 +91,12 @@ PACKAGES = (
     ),
 )  # fmt: skip
 LIBRARIES = {library.name: library for package in PACKAGES for library in package.files}
-# The program of ONNX Runtime for each way to compute; the page shows its size before it loads it.
+# The WebAssembly file of ONNX Runtime for each backend; the page shows its size before the download.
 RUNTIMES = {"wasm": LIBRARIES["ort.wasm.wasm"], "webgpu": LIBRARIES["ort.webgpu.wasm"]}
 
 
 def registry() -> str:
-    """The npm registry: npm's own setting, else the public one."""
+    """The URL of the npm registry: npm's own setting, else the public one."""
     setting = os.environ.get("npm_config_registry") or os.environ.get("NPM_CONFIG_REGISTRY")  # noqa: SIM112 - npm's
     return (setting or REGISTRY).rstrip("/")
 
@@ -108,7 +108,7 @@ def cache_folder() -> Path:
 
 
 def is_library(path: Path) -> bool:
-    """Whether a file has name and content of one of the libraries."""
+    """Whether a file has the name and the content of one of the libraries."""
     library = LIBRARIES.get(path.name)
     return library is not None and path.stat().st_size == library.bytes and sha256_of(path) == library.sha256
 
@@ -123,7 +123,7 @@ def fetched() -> bool:
 
 
 def fetch(reporter: Reporter | None = None) -> Path:
-    """The folder of the libraries, after the download of missing ones.
+    """Download missing libraries into the cache; returns their folder.
 
     Raises:
         BrowserRuntimeMissing: the registry cannot be reached, or returned something else.
@@ -178,7 +178,7 @@ def _download(package: Package, reporter: Reporter) -> bytes:
 
 
 def _shown(address: str) -> str:
-    """An address without a user name and password of a private registry."""
+    """The address without the user name and password of a private registry."""
     scheme, sign, rest = address.partition("://")
     host, slash, path = rest.partition("/")
     return scheme + sign + host.rpartition("@")[2] + slash + path
@@ -197,6 +197,6 @@ def _extract(archive: bytes, package: Package, library: Library, target: Path) -
 def _missing(package: Package, problem: str) -> BrowserRuntimeMissing:
     return BrowserRuntimeMissing(
         f"The browser Space needs {package.name} {package.version}: {problem}.",
-        hint="Name a mirror of the npm registry in npm_config_registry, or choose another Space: --space gradio, or "
-        "--space none.",
+        hint="Set npm_config_registry to a mirror of the npm registry, or choose another kind of Space: --space gradio "
+        "or --space none.",
     )

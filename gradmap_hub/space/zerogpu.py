@@ -1,5 +1,4 @@
-"""Rewrites a Space folder for ZeroGPU and back. A free account may host a ZeroGPU Space where a CPU Space needs a paid
-plan.
+"""Rewrites a Space folder for ZeroGPU and back. A free account may host a ZeroGPU Space; a CPU Space needs a paid plan.
 
 The app is the same and computes on the machine's CPU. ZeroGPU requires another Python version, a supported torch and a
 function that requests the GPU (spaces/zero_gpu.py).
@@ -32,7 +31,7 @@ def is_zero(hardware: str | None) -> bool:
 
 
 def is_for_zero(folder: Path) -> bool:
-    """Whether a Space folder is written for ZeroGPU."""
+    """Whether the app in a Space folder is written for ZeroGPU."""
     found = _HARDWARE.search((folder / CARD).read_text(encoding="utf-8"))
     return found is not None and ZERO_GPU in found[0]
 

@@ -315,7 +315,7 @@ def test_a_space_without_the_text_has_float32_alone(quantised: Pushed, world: An
         assert done.code == 0, done.err
         facts = json.loads((Path(done.json["space_folder"]) / "compare.json").read_text())
         assert [entry["name"] for entry in facts["precisions"]] == expected, done.err
-        assert ("Without quantised files" in done.err) == (expected == ["float32"])
+        assert ("gets no quantised files" in done.err) == (expected == ["float32"])
 
 
 def test_dry_run(world: Any, plain: Pushed, tmp_path: Path) -> None:

@@ -225,7 +225,9 @@ def test_what_comes_after_never_takes_it_back(
         outcome = "survived"
     elif route == "collections":
         lost = name in ("reset-after", "truncate") and result.collection is not None
-        assert lost or (result.collection is None and result.collection_reason and "The collection: " in told)
+        assert lost or (
+            result.collection is None and result.collection_reason and "The collection was not updated: " in told
+        )
     else:
         assert result.space_state is not None and result.space_state.stage == ""
         assert "its state could not be read" in told

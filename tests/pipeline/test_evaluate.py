@@ -475,7 +475,7 @@ def test_what_cannot_be_measured_is_refused(world: SimpleNamespace, tmp_path: Pa
     for kind, said, make in cases:
         with pytest.raises(kind, match=said):
             evaluate_folder(world.folder, make())
-    with pytest.raises(SourceError, match="was not made by gradmap-hub"):
+    with pytest.raises(SourceError, match="is not a finished folder of gradmap-hub"):
         evaluate_folder(world.original, plain)
 
 

@@ -64,7 +64,7 @@ DAMAGE: dict[str, Callable[[Path], None]] = {
 @pytest.mark.parametrize("name", DAMAGE)
 def test_a_folder_that_nobody_could_use_is_refused(name: str, folder: Path) -> None:
     DAMAGE[name](folder)
-    with pytest.raises(VerificationError, match=r"cannot be used .* Nothing was uploaded\.$") as caught:
+    with pytest.raises(VerificationError, match=r"cannot be opened .* Nothing was uploaded\.$") as caught:
         check_opens(folder)
     assert "\n" not in caught.value.message and len(caught.value.message) < 500
 

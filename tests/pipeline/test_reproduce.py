@@ -242,7 +242,7 @@ def test_local_original(tiny_folder: Path, text_file: Path, tmp_path: Path, monk
     )
     prune(str(tiny_folder), tmp_path / "first", config)
     assert RunRecord.read(tmp_path / "first").base.weights_sha256
-    with pytest.raises(UsageError, match="say where it is, as MODEL"):
+    with pytest.raises(UsageError, match="give its path as MODEL"):
         again(tmp_path / "first", {"calibration": (str(text_file),)})
     found = again(tmp_path / "first", {"calibration": (str(text_file),)}, model=str(tiny_folder))
     # "auto" is recorded as the value it had.
