@@ -18,7 +18,7 @@ from compare import Precision
 from prompting import TEXT_FILES, ModelError, TextCodec, first_line, read_json
 from tokenizer_worker import failure
 
-# Weights too large for one file lie beside the graph.
+# Suffix of the file next to the graph with weights that are too large for one file.
 _DATA = "_data"
 
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")

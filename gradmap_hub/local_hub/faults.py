@@ -58,7 +58,7 @@ ROUTES = (
     "static",
 )
 
-#: Matches every route; requests are counted over all routes.
+#: Matches every route; ``skip`` and ``times`` count the requests of all routes together.
 ANY = "*"
 
 Kind = Literal["status", "reset-before", "reset-after", "slow", "truncate"]
@@ -128,7 +128,7 @@ class Faults:
     def add(self, fault: Fault) -> None:
         """Arm a fault. If several match a request, the one added first fires.
 
-        For ``skip``, a request that another fault hits counts as let through.
+        A request on which another fault fires counts towards ``skip``.
         """
         with self._lock:
             self._armed.append(_Armed(fault, fault.skip, fault.times))

@@ -11,11 +11,11 @@ from .errors import HubError
 from .names import RepoType
 
 REGULAR_LIMIT = 10 * 1024 * 1024
-#: Characters of a pattern: those of the longest path.
+#: Limit in characters of a pattern: that of a path.
 _PATTERN_LIMIT = 4096
-#: Patterns of a .gitignore, which are tried on each file and each of its folders. Common collections have about 200.
+#: Limit of patterns in a .gitignore, each matched against every file and folder. Common templates have about 200.
 _IGNORE_LIMIT = 1000
-#: Patterns of a .gitattributes, which has a line for each LFS file that no other line covers.
+#: Limit of patterns in a .gitattributes, which gets a line for each LFS file that no other line covers.
 _ATTRIBUTES_LIMIT = 10_000
 _CLASS = re.compile(r"\[([!^]?)(\]?(?:\[:[a-z]+:\]|[^\]])*)\]")
 _NOTHING = re.compile(r"(?!)")
