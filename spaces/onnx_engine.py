@@ -45,7 +45,7 @@ def cpu_count() -> int:
 
 
 def find_graph(folder: Path, path: str, name: str) -> Path:
-    """The graph in the folder `path`, in onnx/ (a model repository) or beside the tokenizer (an export)."""
+    """The graph in the folder `path`, in onnx/ (a model repository) or next to the tokenizer (an export)."""
     for candidate in (folder / path, folder / "onnx", folder):
         if (candidate / name).is_file():
             return candidate / name

@@ -188,6 +188,7 @@ class Accounts:
             return token
 
     def identify(self, token: str) -> Identity | None:
+        """The user of a token; None if the token is unknown."""
         accounts = self._read()
         row = accounts["tokens"].get(token)
         if row is None:
@@ -219,7 +220,7 @@ class Signer:
         self.name = hashlib.sha256(b"name" + self._key).hexdigest()[:16]
 
     def sign(self, purpose: str, key: RepoKey, sha256: str, seconds: float, **fields: str | int) -> str:
-        """Return a query string that permits ``purpose`` on one object for ``seconds``."""
+        """Return a query string, with ``fields``, that permits ``purpose`` on one object for ``seconds``."""
         signed = {**{name: str(value) for name, value in fields.items()}, "expires": f"{time.time() + seconds:.3f}"}
         return urlencode({**signed, "signature": self._signature(purpose, key, sha256, signed)})
 

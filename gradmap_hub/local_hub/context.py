@@ -117,6 +117,11 @@ class Call:
         return self.identity
 
     def key(self) -> RepoKey:
+        """The repository in the request path.
+
+        Raises:
+            RepoNotFound: the name is invalid.
+        """
         name = self.param("name").removesuffix(".git") if "/info/lfs/" in self.http.url.path else self.param("name")
         return requested_key(self.param("namespace"), name, self.repo_type)
 
@@ -221,7 +226,7 @@ def streaming_endpoint(
 
 
 def objects_in(payload: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
-    """The array of objects under this key of a body.
+    """The array of objects that a JSON body has under the key ``name``.
 
     Raises:
         HubError: 400, the value is not an array of objects.

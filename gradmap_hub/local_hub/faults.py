@@ -76,13 +76,13 @@ class Fault:
             request takes effect, "reset-after" afterwards (a commit lands, its response is lost). "slow" spreads
             the response body over ``seconds`` (a response without a body is delayed). "truncate" announces the
             whole body, sends half of it and closes the connection.
-        status: for "status".
+        status: the HTTP status, 400 to 599, for "status".
         retry_after: the ``Retry-After`` header, for "status".
         rate_limit: the ``RateLimit`` header, for "status", such as ``'"api";r=0;t=1'``.
         message: ``X-Error-Message`` and the JSON body, for "status"; by default the status phrase.
         times: the number of requests to fail.
         skip: the number of requests to let through first.
-        seconds: for "slow".
+        seconds: the duration of the response, for "slow".
         then: a callback that runs before the request takes effect ("reset-after": afterwards), for example to kill
             the client. It blocks the server.
 

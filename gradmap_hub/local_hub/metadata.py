@@ -232,7 +232,7 @@ def _parameters(tensor: object) -> tuple[str, int]:
     dtype, shape = (tensor.get("dtype"), tensor.get("shape")) if isinstance(tensor, dict) else (None, None)
     if not isinstance(dtype, str) or not isinstance(shape, list) or not all(type(size) is int for size in shape):
         raise ValueError("A tensor needs a dtype and a shape")
-    # Each size on its own first: products of large numbers take long, and a size of zero hides the others.
+    # Each size is checked first: products of large numbers take long, and a size of zero hides the others.
     if len(shape) > _RANK_LIMIT or any(not 0 <= size < _PARAMETER_LIMIT for size in shape):
         raise ValueError("A shape that no file has")
     count = math.prod(shape)

@@ -274,7 +274,7 @@ class LocalHub:
         return self._hub.accounts.add_user(name, role, orgs, scopes)
 
     def set_gated(self, repo_id: str, mode: Gated, repo_type: str = "model") -> None:
-        """Set the gated mode of a repository; False removes the gate.
+        """Set the gated mode of a repository, "auto" or "manual" as on the Hub; False removes the gate.
 
         Raises:
             ValueError: an unknown mode.
@@ -379,7 +379,7 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _lock(path: Path) -> IO[bytes]:
-    """Raises RuntimeError: another hub runs on this folder."""
+    """Lock the file and return it. Raises RuntimeError: another hub runs on this folder."""
     try:
         return lock(path)
     except BlockingIOError:

@@ -21,7 +21,7 @@ _WHITE_SPACE = r"[\x20\x0A\x0D\x09]{1,32}"
 
 
 class ConstraintError(GradmapError):
-    """A constraint is invalid, unsupported, or becomes too complex while the answer is generated."""
+    """A constraint that is invalid or not supported, or too complex for the answer so far."""
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,7 @@ class Generation:
 
     @property
     def resumable(self) -> bool:
-        """Whether the prefill may begin with the keys and values of another text: not if its logits are wanted."""
+        """Whether the prefill may reuse the keys and values of another text: not if the prompt has to be scored."""
         scores_prompt = self._scoring is not None and self._scoring.prompt
         return self._steps is not None and not self._read and not scores_prompt
 

@@ -249,7 +249,7 @@ class LimitedRenderer:
         """
         turns = [dict(turn) for turn in messages]
         task = json.dumps([template, turns, dict(tokens), dict(variables or {})])
-        if os.getpid() != self._process:  # a fork, such as one of ZeroGPU: its parent goes on with lock and worker
+        if os.getpid() != self._process:  # a fork, as on ZeroGPU: the parent keeps lock and worker
             if self._finalizer is not None:
                 self._finalizer.detach()
             self.__init__()
@@ -412,7 +412,7 @@ class TextCodec:
     def _ids(self, text: str, *, add_special_tokens: bool) -> list[int]:
         try:
             text.encode("utf-8")
-        except UnicodeEncodeError:  # half of a surrogate pair, such as of a byte that is no UTF-8
+        except UnicodeEncodeError:  # a lone surrogate, such as from a byte that is not UTF-8
             raise ModelError("This prompt is not valid Unicode text.") from None
         try:
             # A batch of one: unlike `encode`, it releases the GIL, so a server answers other requests meanwhile.

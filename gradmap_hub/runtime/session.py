@@ -118,6 +118,11 @@ class Session:
         return self._session.io_binding()
 
     def run(self, binding: ort.IOBinding) -> None:
+        """Run the graph once.
+
+        Raises:
+            GradmapError: ONNX Runtime failed.
+        """
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:  # onnxruntime's own exceptions have no common base class

@@ -124,7 +124,7 @@ class TextModel:
         return self._encoded(encode)
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Return the text of token ids, special tokens included."""
+        """Return the text of token ids, including special tokens."""
         return self._codec.tokenizer.decode(list(token_ids), skip_special_tokens=False)
 
     def token_bytes(self, token: int) -> bytes:

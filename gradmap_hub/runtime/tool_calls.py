@@ -72,7 +72,7 @@ class CallParser:
         return "" if self.calls and self._skip.fullmatch(rest) else rest
 
     def _enter(self, said: list[str]) -> bool:
-        """Pass text on up to a mark; return whether there is one."""
+        """Pass on the text before the first mark; return whether there is a mark."""
         text = self._text
         places = [place for mark in self._marks if (place := text.find(mark)) >= 0]
         stripped = text.lstrip()
@@ -132,12 +132,12 @@ class CallParser:
 
 
 def _words(text: str) -> list[str]:
-    """Return the parts of what surrounds calls, without white space and brackets."""
+    """Split the text around calls at white space and brackets."""
     return [word for word in re.split(r"[\s\[\]{}]+", text) if word]
 
 
 def _read(value: Any) -> FoundCall | None:
-    """Return the call that a JSON value is."""
+    """Return the call that a JSON value describes; None if it describes none."""
     if isinstance(value, dict) and isinstance(value.get("function"), dict):
         value = value["function"]
     if not isinstance(value, dict):

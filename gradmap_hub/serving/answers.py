@@ -81,7 +81,7 @@ class Shape:
         return self._response(choices)
 
     def usage(self) -> responses.Usage:
-        """Return the number of tokens; a prompt counts once, however many choices it has."""
+        """Return the token counts; the tokens of a prompt are counted once, however many choices it has."""
         finished = [self._finished[index] for index in range(len(self._works))]
         prompt = sum(each.prompt_tokens for each in finished[:: self._per_prompt])
         completion = sum(each.completion_tokens for each in finished)
@@ -94,6 +94,7 @@ class Shape:
         )
 
     def chunk(self, choices: list[Any], extra: Mapping[str, Any]) -> BaseModel:
+        """Return the event with these choices; `extra`: further fields, such as usage."""
         return self.event(**self._fields(self.object), choices=choices, **extra)
 
     def _deltas(self, piece: Piece) -> list[Any]:

@@ -67,6 +67,7 @@ class Metrics:
         first_token_seconds: float | None,
         tokens_per_second: float | None,
     ) -> None:
+        """Record a generation that ended. None: not measured, as it ended too early."""
         self._generations.labels(outcome).inc()
         self._prompt.inc(prompt_tokens)
         self._cached.inc(cached_tokens)
@@ -77,4 +78,5 @@ class Metrics:
             self._speed.observe(tokens_per_second)
 
     def text(self) -> bytes:
+        """Return all metrics in the text format of Prometheus."""
         return generate_latest(self._registry)

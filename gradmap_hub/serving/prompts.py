@@ -67,7 +67,7 @@ def check_choices(asked: ChatRequest | CompletionRequest, most: int) -> int:
     if count > most:
         raise ApiError(
             400,
-            f"The request asks for {count} choices; this server takes at most {most} at a time. Send fewer.",
+            f"The request asks for {count} choices; this server takes at most {most} at a time. Ask for fewer.",
             param="n" if each > 1 else "prompt",
             code="invalid_value",
         )

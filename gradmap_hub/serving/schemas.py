@@ -159,7 +159,7 @@ class _Generation(Strict):
 
     @property
     def limit(self) -> int | None:
-        """Maximum number of output tokens; None: limited by the context only."""
+        """The maximum number of output tokens that the request sets; None: it sets none."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
 

@@ -79,7 +79,7 @@ class Server:
         """Start the threads and return once the server answers requests. A server can start only once.
 
         Raises:
-            GradmapError: the server cannot listen on the address, or did not start in time.
+            GradmapError: the server cannot listen on the address, or did not start within 30 seconds.
         """
         listener = _listen(self._settings.host, self._settings.port)
         config = uvicorn.Config(
@@ -105,7 +105,9 @@ class Server:
         while not server.started:
             if not thread.is_alive() or time.monotonic() > deadline:
                 self.stop()
-                raise GradmapError("The HTTP server did not start. See the log.")
+                raise GradmapError(
+                    f"The HTTP server failed or took more than {_START_SECONDS:g} s to start. See the log."
+                )
             time.sleep(0.005)
 
     def drain(self, seconds: float, at_once: threading.Event | None = None) -> bool:

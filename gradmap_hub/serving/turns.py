@@ -10,7 +10,7 @@ from typing import Any
 from gradmap_hub.serving.problems import ApiError
 from gradmap_hub.serving.schemas import Message, ToolCall
 
-# A template that writes the role of a message as it is writes those of tools too.
+# A template that inserts the role of a message unchanged supports the role `tool` too.
 _WRITES_ROLES = re.compile(r"\{\{[^{}]*\brole\b")
 
 

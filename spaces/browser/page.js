@@ -76,7 +76,7 @@ function updateRound(answers) {
 
 // The panel that loads the models
 
-/** The downloads of what is chosen, {part: {name, file}}. */
+/** The files to download for the current choice, {part: {name, file}}. */
 function parts() {
   const found = {};
   for (const side of choice.sides) {
@@ -117,7 +117,7 @@ async function offerModels() {
   }
   panel.replaceChildren(
     h("h2", {}, both ? "Run both models in this browser" : "Run the pruned model in this browser"),
-    h("p", {}, both ? "" : `${onlyPruned()} `, "No prompt and no answer leaves this device."),
+    h("p", {}, both ? "" : `${onlyPruned()} `, "Prompts and answers stay on this device."),
     h("p", { class: "facts" }, downloadWords(files, there)),
     buttons,
   );
