@@ -44,7 +44,7 @@ SECONDS_BETWEEN_LOOKS = 0.2
 SECONDS_BETWEEN_UPDATES = 0.15
 # Everything that runs the models shares this queue, one run at a time.
 LANE = "models"
-# Visitors and API calls; further ones are asked to try again later.
+# Limit of waiting visitors and API calls; further ones are asked to try again later.
 MOST_WAITING = 20
 # Gradio keeps the state of this many sessions, each with a copy of the page configuration.
 MOST_SESSIONS = 256
@@ -330,7 +330,7 @@ class Page:
 
 
 def live(role: str, label: str) -> str:
-    """JavaScript that makes an element a live region. Its wrapper gets the role, since that stays in the page."""
+    """JavaScript that makes an element a live region. Its wrapper, which stays in the page, gets the role."""
     urgency = "assertive" if role == "alert" else "polite"
     attributes = {"role": role, "aria-live": urgency, "aria-label": label}
     return "".join(

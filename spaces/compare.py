@@ -14,7 +14,7 @@ from generation import Generation, Model, Settings, begin
 SCHEMA_VERSION = 2
 # A ratio over one or two steps is mostly noise.
 FEWEST_STEPS_FOR_A_RATIO = 4
-# Of any number: beyond all counts of bytes and tokens.
+# Limit of any number in compare.json: beyond all counts of bytes and tokens.
 LARGEST = 10**18
 
 
@@ -113,7 +113,7 @@ class Facts:
 def _text(content: dict[str, Any], key: str) -> str:
     value = content[key]
     if not isinstance(value, str) or any("\ud800" <= letter <= "\udfff" for letter in value):
-        raise FactsError(f"compare.json has no text at `{key}`, but {_shown(value)}.")
+        raise FactsError(f"compare.json: `{key}` must be a string; got {_shown(value)}.")
     return value
 
 
@@ -124,26 +124,26 @@ def _optional(content: dict[str, Any], key: str) -> str | None:
 def _whole(content: dict[str, Any], key: str) -> int:
     value = content[key]
     if type(value) is not int or not 0 <= value <= LARGEST:
-        raise FactsError(f"compare.json has no whole number at `{key}`, but {_shown(value)}.")
+        raise FactsError(f"compare.json: `{key}` must be an integer, 0 or more; got {_shown(value)}.")
     return value
 
 
 def _above_0(content: dict[str, Any], key: str) -> float:
     value = content[key]
     if type(value) not in (int, float) or not 0 < value <= LARGEST:
-        raise FactsError(f"compare.json has no number above 0 at `{key}`, but {_shown(value)}.")
+        raise FactsError(f"compare.json: `{key}` must be a number above 0; got {_shown(value)}.")
     return float(value)
 
 
 def _list(content: dict[str, Any], key: str) -> list[Any]:
     value = content.get(key, [])
     if not isinstance(value, list):
-        raise FactsError(f"compare.json has no list at `{key}`, but {_shown(value)}.")
+        raise FactsError(f"compare.json: `{key}` must be a list; got {_shown(value)}.")
     return value
 
 
 def _shown(value: object) -> str:
-    """A value, short and printable."""
+    """A value for a message, or only its type if it is long or composite."""
     simple = isinstance(value, str | float | bool) or (type(value) is int and abs(value) <= LARGEST)
     return ascii(value) if simple and len(ascii(value)) <= 60 else f"a {type(value).__name__}"
 
@@ -154,11 +154,11 @@ def _source(content: dict[str, Any]) -> Source:
 
 def _stored(content: dict[str, Any]) -> Stored:
     if content["stored"] not in ("space", "hub"):
-        raise FactsError(f"compare.json has an unknown value of `stored`: {_shown(content['stored'])}.")
+        raise FactsError(f"compare.json: `stored` must be space or hub; got {_shown(content['stored'])}.")
     cost = content.get("quality")
     path = _optional(content, "path") or ""
     if "\\" in path or path.startswith("/") or ".." in path.split("/"):
-        raise FactsError(f"compare.json names another folder: {_shown(path)}.")
+        raise FactsError(f"compare.json: `path` must stay within its folder; got {_shown(path)}.")
     return Stored(
         where=content["stored"],
         path=path,
@@ -182,7 +182,7 @@ def _file(entry: dict[str, Any], runtime: str) -> str:
             "Write the Space again with `gradmap-hub space FOLDER`."
         )
     if "/" in file or "\\" in file or file.startswith("."):
-        raise FactsError(f"compare.json names a file in another folder: {_shown(file)}.")
+        raise FactsError(f"compare.json: `file` must be a file name without a folder; got {_shown(file)}.")
     return file
 
 
@@ -210,6 +210,11 @@ def _measured(row: dict[str, Any], key: str) -> float | None:
 
 
 def read_facts(file: Path) -> Facts:
+    """Read and check compare.json.
+
+    Raises:
+        FactsError: the file is missing or invalid; the message names the key.
+    """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         version = content["schema_version"]
@@ -218,7 +223,7 @@ def read_facts(file: Path) -> Facts:
                 f"compare.json has schema version {_shown(version)}; this page reads version {SCHEMA_VERSION}."
             )
         if content["runtime"] not in ("onnx", "transformers"):
-            raise FactsError(f"compare.json has an unknown value of `runtime`: {_shown(content['runtime'])}.")
+            raise FactsError(f"compare.json: `runtime` must be onnx or transformers; got {_shown(content['runtime'])}.")
         pairs = {
             key: Pair(_whole(content[key], "original"), _whole(content[key], "pruned"))
             for key in ("layers", "parameters", "bytes")

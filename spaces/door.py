@@ -1,7 +1,7 @@
-"""What is refused before Gradio reads it: files, large requests, and other names of this machine.
+"""Refuses requests before Gradio reads them: file uploads, large bodies, and other names of this machine.
 
-The app takes texts of a few kB. Gradio has routes for files nevertheless, which take any size from any page in the
-browser of somebody who runs the app.
+The app accepts prompts of a few kB. Gradio still has upload routes, which accept files of any size from any web page
+that is open in the browser of a person who runs the app.
 """
 
 from __future__ import annotations
@@ -12,27 +12,28 @@ from starlette.exceptions import HTTPException
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-# Bytes of a request. A prompt of 4,000 characters takes up to 48 kB in JSON, and the page sends its state with it.
+# Limit in bytes of a request. A prompt of 4,000 characters takes up to 48 kB in JSON, and the page adds its state.
 MOST_BYTES = 1_000_000
-# Ends of the paths of routes that take files.
+# Path endings of the routes that accept files.
 _FILES = ("/upload", "/process_recording")
 # The names of this machine in a browser, for an app that listens on it alone.
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "[::1]"})
 
 
 class TooLarge(HTTPException):
-    """A request goes on beyond MOST_BYTES. Of Starlette's type, which its routes pass on as it is."""
+    """A request body exceeds MOST_BYTES. Starlette's routes pass on its own exception type unchanged."""
 
     def __init__(self) -> None:
         super().__init__(413, f"A request has at most {MOST_BYTES:,} bytes.")
 
 
 class Door:
-    """ASGI middleware.
+    """ASGI middleware that refuses file uploads, bodies above MOST_BYTES and unknown hosts.
 
     Args:
-        hosts: Names in the Host header that are answered; None: all. Another name on the loopback address is that of a
-            page whose author lets it point here (DNS rebinding), and reads the answers.
+        app: The application behind it.
+        hosts: Accepted names in the Host header; None: all. On the loopback address, any other name is a sign of DNS
+            rebinding: the host name of a web page resolves to this machine, so that the page can read the responses.
     """
 
     def __init__(self, app: ASGIApp, hosts: frozenset[str] | None = None) -> None:
@@ -66,7 +67,7 @@ class Door:
         try:
             await self._app(scope, counted, noted)
         except TooLarge:
-            if not begun:  # an app that is none of Starlette's routes
+            if not begun:  # the app is not one of Starlette's routes
                 await _too_large()(scope, receive, send)
 
     def _refusal(self, scope: Scope, headers: dict[bytes, str]) -> Any:

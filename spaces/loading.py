@@ -53,7 +53,7 @@ def first_precision(facts: Facts) -> str:
 
 
 def from_environment(source: Source, stored: Stored, role: str) -> tuple[Source, Stored]:
-    """Apply ORIGINAL_MODEL or PRUNED_MODEL, a local folder or a repository, and the matching _REVISION."""
+    """Apply {role}_MODEL, a local folder or a repository, and {role}_REVISION; `role`: ORIGINAL or PRUNED."""
     model = os.environ.get(f"{role}_MODEL", "").strip() or source.repo_id
     revision = os.environ.get(f"{role}_REVISION", "").strip() or None
     if model == source.repo_id:
@@ -124,8 +124,8 @@ def _give_memory_back() -> None:
 
 
 class Loader:
-    """Holds both models in one precision at a time; the memory is planned for that. Only the current run may request
-    another precision."""
+    """Holds both models in one precision at a time, to limit the memory. Only the current run may request another
+    precision."""
 
     def __init__(self, facts: Facts | None, app_folder: Path, problem: str | None = None) -> None:
         self._facts = facts
@@ -178,7 +178,7 @@ class Loader:
                 self._models = self._load(self._facts)
         except ModelError as error:
             self._problem = str(error)
-        except BaseException as error:  # the page must show an error in any case; a panic of a library is no Exception
+        except BaseException as error:  # the page must show every error; a panic in a library is not an Exception
             self._problem = f"The models could not be loaded: {type(error).__name__}: {first_line(error)}"
         finally:
             self._doing = ""

@@ -18,7 +18,7 @@ from compare import Precision
 from prompting import TEXT_FILES, ModelError, TextCodec, first_line, read_json
 from tokenizer_worker import failure
 
-# Weights too large for one file lie beside the graph.
+# Suffix of the file next to the graph with weights that are too large for one file.
 _DATA = "_data"
 
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
@@ -45,7 +45,7 @@ def cpu_count() -> int:
 
 
 def find_graph(folder: Path, path: str, name: str) -> Path:
-    """The graph in the folder `path`, in onnx/ (a model repository) or beside the tokenizer (an export)."""
+    """The graph in the folder `path`, in onnx/ (a model repository) or next to the tokenizer (an export)."""
     for candidate in (folder / path, folder / "onnx", folder):
         if (candidate / name).is_file():
             return candidate / name

@@ -51,7 +51,7 @@ def without_unit(before: str, after: str) -> tuple[str, str]:
 
 
 def change(original: float, pruned: float) -> str:
-    """The signed difference in percent."""
+    """The signed difference in percent; empty if `original` is 0."""
     if original == 0:
         return ""
     percent = (pruned / original - 1) * 100
@@ -127,7 +127,7 @@ def tiles(facts: Facts) -> str:
 
 
 def ranges(indices: Sequence[int]) -> str:
-    """14, 15, 16, 20 as "14-16, 20"."""
+    """Indices as ranges: 14, 15, 16, 20 become "14-16, 20"."""
     groups: list[list[int]] = []
     for index in sorted(set(indices)):
         if groups and index == groups[-1][-1] + 1:

@@ -11,7 +11,7 @@ import spaces
 
 @spaces.GPU  # pyright: ignore[reportAttributeAccessIssue]
 def reserved() -> str:
-    """The name of the GPU."""
+    """Return the name of the GPU."""
     import torch
 
     return torch.cuda.get_device_name()

@@ -1,7 +1,7 @@
-"""An embedded Hugging Face Hub for rehearsals, air-gapped machines and tests.
+"""The embedded Hub: a local stand-in for the Hugging Face Hub, for rehearsals, air-gapped machines and tests.
 
-It serves one client: the real ``huggingface_hub``. Nothing here imports the rest of ``gradmap_hub``, so it
-starts without torch or transformers.
+It implements the parts of the Hub's HTTP API that the real client ``huggingface_hub`` uses here. Of the rest of
+``gradmap_hub``, it imports only ``files``, so it starts without torch or transformers.
 
 >>> from pathlib import Path
 >>> from gradmap_hub.local_hub import LocalHub
@@ -10,7 +10,7 @@ starts without torch or transformers.
 ...     HfApi(endpoint=hub.url, token=token).create_repo("ada/tiny")
 
 Set ``HF_ENDPOINT`` to ``hub.url`` before ``huggingface_hub`` is imported. ``endpoint=`` alone is not
-enough in 0.36.2: commit addresses are parsed against the global endpoint, so ``create_commit`` (and all
+enough in 0.36.2: commit URLs are parsed against the global endpoint, so ``create_commit`` (and all
 uploads) raise ``ValueError`` after the commit has landed. In a process that has already imported it, replace
 both ``huggingface_hub.constants.ENDPOINT`` and ``huggingface_hub.file_download.HUGGINGFACE_CO_URL_TEMPLATE``:
 with only the first, downloads go to huggingface.co and take the token with them.

@@ -55,7 +55,7 @@ class TokenScope:
             or not all(isinstance(permission, str) for permission in permissions)
         ):
             kinds = ", ".join(_ENTITIES)
-            raise ValueError(f"A scope needs an entity (type: {kinds}; and name) and permissions, got {row!r}")
+            raise ValueError(f"A scope needs an entity with a type ({kinds}) and a name, and permissions, got {row!r}")
         return TokenScope(entity["type"], entity["name"], frozenset(permissions))
 
     def to_json(self) -> dict[str, Any]:
@@ -63,7 +63,7 @@ class TokenScope:
         return {"entity": entity, "permissions": sorted(self.permissions)}
 
     def covers(self, namespace: str, key: RepoKey | None) -> bool:
-        """Whether the scope applies to this repository, or (``key`` is None) to the whole namespace."""
+        """Whether the scope applies to this repository, or, if ``key`` is None, to the whole namespace."""
         if self.entity_type in ("user", "org"):
             return self.entity_name == namespace
         return key is not None and (self.entity_type, self.entity_name) == (key.type, key.id)
@@ -124,7 +124,7 @@ def can_see(identity: Identity | None, key: RepoKey, state: RepoState) -> bool:
 
 def can_open(identity: Identity | None, key: RepoKey, state: RepoState, path: str, *, is_lfs: bool) -> bool:
     """Whether a caller who can see the repository may read this file. `is_lfs`: whether it is stored as LFS."""
-    # A commit names LFS content by its hash alone, so the name of an LFS file says nothing about what is in it.
+    # A commit names LFS content by its hash alone: any LFS file could be committed under one of these names.
     if state.gated is False or (path in UNGATED_FILES and not is_lfs):
         return True
     return identity is not None and (identity.can_read(key) or identity.name in state.granted)
@@ -188,6 +188,7 @@ class Accounts:
             return token
 
     def identify(self, token: str) -> Identity | None:
+        """The user of a token; None if the token is unknown."""
         accounts = self._read()
         row = accounts["tokens"].get(token)
         if row is None:
@@ -219,7 +220,7 @@ class Signer:
         self.name = hashlib.sha256(b"name" + self._key).hexdigest()[:16]
 
     def sign(self, purpose: str, key: RepoKey, sha256: str, seconds: float, **fields: str | int) -> str:
-        """Return a query string that permits ``purpose`` on one object for ``seconds``."""
+        """Return a query string, with ``fields``, that permits ``purpose`` on one object for ``seconds``."""
         signed = {**{name: str(value) for name, value in fields.items()}, "expires": f"{time.time() + seconds:.3f}"}
         return urlencode({**signed, "signature": self._signature(purpose, key, sha256, signed)})
 

@@ -17,7 +17,7 @@ from .names import RepoType, parse_repo_id
 # Two searches, since one pattern from the first line to the last takes quadratic time on many line breaks.
 _OPENING = re.compile(r"\s*---[\r\n]")
 _CLOSING = re.compile(r"[\r\n]---(?:[\r\n]|\Z)")
-#: Characters. Parsing takes about a second for these; the cards that this project writes have less than 10,000.
+#: Limit in characters, which take about a second to parse; cards of this project have fewer than 10,000.
 _FRONT_MATTER_LIMIT = 256 * 1024
 
 _LICENSE_IDS = """

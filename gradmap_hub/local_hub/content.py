@@ -64,6 +64,8 @@ def stored_response(
 ) -> Response:
     """The content of a file, or the requested range of it.
 
+    ``attachment`` makes browsers save a text file instead of showing it; ``extra`` are further headers.
+
     Raises:
         HubError: 416, the range lies outside the file.
     """

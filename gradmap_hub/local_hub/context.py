@@ -21,17 +21,17 @@ from .names import RepoKey, RepoType, check_path, requested_key
 from .shelf import Shelf
 from .store import RepoState, Store
 
-#: free: with a verified e-mail and older than 30 days, young: not yet; pro (of users) and team (of organisations) are
-#: paid.
+#: The plan of an account. free: unpaid, with a verified e-mail address and older than 30 days; young: unpaid, and not
+#: yet both; pro (users) and team (organisations): paid.
 Plan = Literal["young", "free", "pro", "team"]
 _BODY_LIMIT = 64 * 1024 * 1024
-#: Characters of an error in a header; messages repeat names that clients sent, and clients refuse long header lines.
+#: Limit in characters of a message in a header: messages repeat names from requests, and clients reject long headers.
 _MESSAGE_LIMIT = 1000
 
 
 @dataclass(frozen=True)
 class Hub:
-    """The parts of a running hub."""
+    """The parts and settings of a running hub; :class:`LocalHub` explains the settings."""
 
     store: Store
     accounts: Accounts
@@ -117,6 +117,11 @@ class Call:
         return self.identity
 
     def key(self) -> RepoKey:
+        """The repository in the request path.
+
+        Raises:
+            RepoNotFound: the name is invalid.
+        """
         name = self.param("name").removesuffix(".git") if "/info/lfs/" in self.http.url.path else self.param("name")
         return requested_key(self.param("namespace"), name, self.repo_type)
 
@@ -175,7 +180,10 @@ Endpoint = Callable[[HttpRequest], Awaitable[Response]]
 def endpoint(
     hub: Hub, handler: Handler, repo_type: RepoType = "model", signed: bool = False, own_tokens: bool = False
 ) -> Endpoint:
-    """Wrap a handler that takes the whole body and runs in a worker thread, where it may block on the disk."""
+    """Wrap a handler that takes the whole body and runs in a worker thread, where it may block on the disk.
+
+    ``signed`` and ``own_tokens`` are as in :func:`streaming_endpoint`.
+    """
 
     async def with_body(call: Call) -> Response:
         body = bytearray()
@@ -202,7 +210,7 @@ def streaming_endpoint(
             try:
                 identity = None if signed or own_tokens else await run_in_threadpool(_identify, hub, http)
                 if signed and "authorization" in http.headers:
-                    raise HubError(400, "Only one auth mechanism allowed: the address is signed, and there is a token")
+                    raise HubError(400, "Only one auth mechanism allowed: the URL is signed, and there is a token")
                 return await handler(Call(hub, http, identity, repo_type))
             except HubError:
                 # The client sees a response in the middle of an upload as a broken connection: read the rest first.
@@ -218,7 +226,7 @@ def streaming_endpoint(
 
 
 def objects_in(payload: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
-    """The array of objects under this key of a body.
+    """The array of objects that a JSON body has under the key ``name``.
 
     Raises:
         HubError: 400, the value is not an array of objects.

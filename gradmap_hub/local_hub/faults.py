@@ -58,7 +58,7 @@ ROUTES = (
     "static",
 )
 
-#: Matches every route; requests are counted over all routes.
+#: Matches every route; ``skip`` and ``times`` count the requests of all routes together.
 ANY = "*"
 
 Kind = Literal["status", "reset-before", "reset-after", "slow", "truncate"]
@@ -76,13 +76,13 @@ class Fault:
             request takes effect, "reset-after" afterwards (a commit lands, its response is lost). "slow" spreads
             the response body over ``seconds`` (a response without a body is delayed). "truncate" announces the
             whole body, sends half of it and closes the connection.
-        status: for "status".
+        status: the HTTP status, 400 to 599, for "status".
         retry_after: the ``Retry-After`` header, for "status".
         rate_limit: the ``RateLimit`` header, for "status", such as ``'"api";r=0;t=1'``.
         message: ``X-Error-Message`` and the JSON body, for "status"; by default the status phrase.
         times: the number of requests to fail.
         skip: the number of requests to let through first.
-        seconds: for "slow".
+        seconds: the duration of the response, for "slow".
         then: a callback that runs before the request takes effect ("reset-after": afterwards), for example to kill
             the client. It blocks the server.
 
@@ -128,7 +128,7 @@ class Faults:
     def add(self, fault: Fault) -> None:
         """Arm a fault. If several match a request, the one added first fires.
 
-        For ``skip``, a request that another fault hits counts as let through.
+        A request on which another fault fires counts towards ``skip``.
         """
         with self._lock:
             self._armed.append(_Armed(fault, fault.skip, fault.times))

@@ -15,13 +15,13 @@ from .objects import Commit, Objects
 from .store import RepoState, Store
 
 _ADAPTER_FILES = {"adapter_config.json"}
-#: Bytes of a safetensors header. Shards of the largest published models have less than 2 MB.
+#: Limit in bytes of a safetensors header. Shards of the largest published models have headers of less than 2 MB.
 _HEADER_LIMIT = 8 * 1024 * 1024
-#: Bytes of a config.json; a longer one is ignored.
+#: Limit in bytes of a config.json; a longer one is ignored.
 _CONFIG_LIMIT = 1024 * 1024
-#: Dimensions of a tensor: NumPy's own limit.
+#: Limit of dimensions of a tensor, as in NumPy.
 _RANK_LIMIT = 64
-#: Elements of a tensor: safetensors counts them in 64 bits.
+#: Limit of elements of a tensor: safetensors counts them in 64 bits.
 _PARAMETER_LIMIT = 2**63
 
 
@@ -119,7 +119,7 @@ def tree_rows(files: Mapping[str, Entry]) -> dict[str, dict[str, Any]]:
 
 
 def expanded(row: Mapping[str, Any], commit: Commit) -> dict[str, Any]:
-    """A tree row with the fields that ``expand=True`` adds."""
+    """A tree row with the fields that ``expand=True`` adds; ``commit``: the last one that changed it."""
     extra: dict[str, Any] = {"lastCommit": {"id": commit.id, "title": commit.title, "date": commit.date}}
     if row["type"] == "file":
         # This hub does not scan files.
@@ -232,7 +232,7 @@ def _parameters(tensor: object) -> tuple[str, int]:
     dtype, shape = (tensor.get("dtype"), tensor.get("shape")) if isinstance(tensor, dict) else (None, None)
     if not isinstance(dtype, str) or not isinstance(shape, list) or not all(type(size) is int for size in shape):
         raise ValueError("A tensor needs a dtype and a shape")
-    # Each size on its own first: products of large numbers take long, and a size of zero hides the others.
+    # Each size is checked first: products of large numbers take long, and a size of zero hides the others.
     if len(shape) > _RANK_LIMIT or any(not 0 <= size < _PARAMETER_LIMIT for size in shape):
         raise ValueError("A shape that no file has")
     count = math.prod(shape)

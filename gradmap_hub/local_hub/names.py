@@ -53,7 +53,11 @@ def parse_repo_id(repo_id: str, repo_type: str = "model") -> RepoKey:
 
 
 def repo_key(namespace: str, name: str, repo_type: str = "model") -> RepoKey:
-    """Validate the parts of a repository id."""
+    """Validate the parts of a repository id.
+
+    Raises:
+        InvalidName: a part is invalid, or the repository type is unknown.
+    """
     checked: RepoType
     if repo_type == "model":
         checked = "model"

@@ -11,11 +11,11 @@ from .errors import HubError
 from .names import RepoType
 
 REGULAR_LIMIT = 10 * 1024 * 1024
-#: Characters of a pattern: those of the longest path.
+#: Limit in characters of a pattern: that of a path.
 _PATTERN_LIMIT = 4096
-#: Patterns of a .gitignore, which are tried on each file and each of its folders. Common collections have about 200.
+#: Limit of patterns in a .gitignore, each matched against every file and folder. Common templates have about 200.
 _IGNORE_LIMIT = 1000
-#: Patterns of a .gitattributes, which has a line for each LFS file that no other line covers.
+#: Limit of patterns in a .gitattributes, which gets a line for each LFS file that no other line covers.
 _ATTRIBUTES_LIMIT = 10_000
 _CLASS = re.compile(r"\[([!^]?)(\]?(?:\[:[a-z]+:\]|[^\]])*)\]")
 _NOTHING = re.compile(r"(?!)")
@@ -55,26 +55,26 @@ def default_attributes(repo_type: RepoType) -> str:
 class _Glob:
     """A git wildmatch pattern for whole paths. A match takes time linear in the path, whatever the pattern.
 
-    The places in the pattern that a path may have reached are the bits of one number, and each character of the path
-    moves all of them. There is no backtracking: in a regular expression, a few dozen stars can take forever.
+    The set of positions in the pattern that a path may have reached is a bit mask, which each character of the path
+    advances at once. There is no backtracking: in a regular expression, a few dozen stars can take forever.
     """
 
     def __init__(self, pattern: str) -> None:
-        # Masks of the places ...
-        self._literals: dict[str, int] = {}  # that this character takes one further
+        # Masks of the positions ...
+        self._literals: dict[str, int] = {}  # that this character advances by one
         self._classes: dict[re.Pattern[str], int] = {}  # likewise, for "[a-z]"
-        self._one = 0  # that any character but a slash takes one further: "?"
-        self._stars = 0  # that any character but a slash keeps, or that are passed over: "*"
-        self._folders = 0  # that whole folders keep, or that are passed over, with the next place: "**/"
-        self._inside = 0  # the next place: within the name of such a folder
-        self._any = 0  # that any character takes one further: a last "/**"
+        self._one = 0  # that any character but a slash advances by one: "?"
+        self._stars = 0  # that any character but a slash keeps, or that are skipped: "*"
+        self._folders = 0  # that whole folders keep, or that are skipped with the next position: "**/"
+        self._inside = 0  # the position after it: within the name of such a folder
+        self._any = 0  # that any character advances by one: a final "/**"
         self._rest = 0  # the end after it, which any character keeps
         last_bracket = pattern.rfind("]")  # without one, each "[" would search for it
         place = at = 0
         while at < len(pattern):
             bit = 1 << place
             if pattern.startswith("**/", at) and (at == 0 or pattern[at - 1] == "/"):
-                while pattern.startswith("**/", at):  # many are as one
+                while pattern.startswith("**/", at):  # several are equivalent to one
                     at += 3
                 self._folders |= bit
                 self._inside |= bit << 1
@@ -84,7 +84,7 @@ class _Glob:
                 self._any, self._rest = bit << 1, bit << 2
                 place, at = place + 2, at + 3
             elif pattern[at] == "*":
-                while pattern.startswith("*", at):  # many are as one
+                while pattern.startswith("*", at):  # several are equivalent to one
                     at += 1
                 self._stars |= bit
                 place += 1
@@ -125,7 +125,7 @@ class _Glob:
         return bool(places & self._end)
 
     def _passed(self, places: int) -> int:
-        """``places`` with those reached from them without a character. A star may follow folders, never the reverse."""
+        """``places`` and those reached from them without a character: a star can follow "**/", but not the reverse."""
         places |= (places & self._folders) << 2
         return places | (places & self._stars) << 1
 

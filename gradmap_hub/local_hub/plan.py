@@ -27,12 +27,12 @@ SPACE_HARDWARE = (
     "h100x8",
 )
 
-#: What the real Hub answered in July 2026.
+#: The real Hub's message, as of July 2026.
 _NEEDS_PRO = (
     "Static Spaces are free for everyone, but hosting Gradio and Docker Spaces on free cpu-basic requires a PRO"
     " subscription. Subscribe at https://huggingface.co/pro"
 )
-#: A free account may host this many Gradio Spaces on ZeroGPU, once it is older than 30 days.
+#: The number of Gradio Spaces on ZeroGPU that a free account may host, once it is older than 30 days.
 _FREE_ZERO_GPU_SPACES = 2
 _ZERO_GPU = "zero-a10g"
 

@@ -46,15 +46,15 @@ class LocalHub:
         host: the address to listen on; must be a loopback address unless ``allow_remote`` is set.
         port: 0 picks a free port.
         paid_plan: if False, creating a Gradio or Docker Space fails with 402, as for a free account.
-        plans: the plans of users and organisations that differ: "young" (a free account that may not use ZeroGPU yet),
-            "free", "pro" or "team".
+        plans: the plan of each user and organisation to which ``paid_plan`` does not apply: "young" (a free account
+            that may not use ZeroGPU yet), "free", "pro" or "team".
         log_file: mirror :attr:`requests` to this JSON Lines file.
         allow_remote: allow connections from other machines. There is no TLS: tokens are sent in clear text.
         multipart_bytes: LFS files above this size are uploaded in parts of this size, if the client supports it.
         cdn_port: a second port for LFS downloads, like the Hub's CDN: it takes signed URLs and refuses requests with
             a token. 0 picks a free port; None serves everything from the main port.
         cdn_seconds: the lifetime of a signed URL.
-        xet: offer Xet uploads beside LFS. If False, clients from 1.x on need HF_HUB_DISABLE_XET=1, because they
+        xet: offer Xet uploads in addition to LFS. If False, clients from 1.x on need HF_HUB_DISABLE_XET=1, because they
             assume Xet.
 
     Raises:
@@ -154,7 +154,7 @@ class LocalHub:
 
         Raises:
             OSError: a port is in use.
-            RuntimeError: another hub uses the same directory, or the server did not start.
+            RuntimeError: another hub uses the same directory, or the server did not start within 30 seconds.
         """
         if self._thread is not None:
             return
@@ -193,9 +193,12 @@ class LocalHub:
         thread.start()
         deadline = time.monotonic() + _START_SECONDS
         while not server.started:
-            if not thread.is_alive() or time.monotonic() > deadline:
+            exited = not thread.is_alive()
+            if exited or time.monotonic() > deadline:
                 self.stop()
-                raise RuntimeError("The hub did not start")
+                if exited:
+                    raise RuntimeError("The embedded Hub's server thread exited while starting.")
+                raise RuntimeError(f"The embedded Hub did not answer within {_START_SECONDS} s.")
             time.sleep(0.005)
 
     def stop(self) -> None:
@@ -271,7 +274,7 @@ class LocalHub:
         return self._hub.accounts.add_user(name, role, orgs, scopes)
 
     def set_gated(self, repo_id: str, mode: Gated, repo_type: str = "model") -> None:
-        """Set the gated mode of a repository; False removes the gate.
+        """Set the gated mode of a repository, "auto" or "manual" as on the Hub; False removes the gate.
 
         Raises:
             ValueError: an unknown mode.
@@ -376,7 +379,7 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _lock(path: Path) -> IO[bytes]:
-    """Raises RuntimeError: another hub runs on this folder."""
+    """Lock the file and return it. Raises RuntimeError: another hub runs on this folder."""
     try:
         return lock(path)
     except BlockingIOError:

@@ -159,7 +159,7 @@ class Store:
         self.temporary = root / "tmp"
         self._locks: dict[RepoKey, threading.RLock] = {}
         self._locks_guard = threading.Lock()
-        # Older versions left files for everybody to read; nobody else reaches them in these folders.
+        # Older versions wrote files that all users can read; the mode of these folders keeps others out.
         for folder in (self.temporary, root / "repos", root / "xorbs"):
             make_folder(folder)
             folder.chmod(0o700)

@@ -1,4 +1,4 @@
-"""Text generation from a published folder on ONNX Runtime, without torch.
+"""Text generation from a model folder or a Hub repository, on ONNX Runtime and without torch.
 
 from gradmap_hub import runtime
 

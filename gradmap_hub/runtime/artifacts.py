@@ -15,7 +15,8 @@ _MEMORY_FACTOR = 2.0
 
 @dataclass(frozen=True)
 class Artifact:
-    """One ONNX graph. `path`: relative to the folder, with forward slashes; `bytes`: graph plus external data."""
+    """One ONNX graph. `name`: as in `--artifact`, such as "int8" or "fp32"; `path`: relative to the model folder, with
+    forward slashes; `bytes`: size of the graph and its external data."""
 
     name: str
     path: str
@@ -23,7 +24,10 @@ class Artifact:
 
 
 def available_artifacts(sizes: Mapping[str, int]) -> list[Artifact]:
-    """Return the known graphs among files {path: bytes}, either in onnx/ (as published) or next to the tokenizer."""
+    """Return the known graphs among `sizes`, {path in the model folder: bytes}, the preferred one first.
+
+    Each is looked up in onnx/ (as published), then next to the tokenizer.
+    """
     found = []
     for row in preferred():
         if row.limits is None:  # not an ONNX graph
@@ -38,7 +42,7 @@ def available_artifacts(sizes: Mapping[str, int]) -> list[Artifact]:
 
 
 def _names(artifact: Artifact) -> list[str]:
-    """The file names of a graph: that of its path, and the others that its format may have."""
+    """The file name in the path of a graph, and the other file names of its format."""
     rows = [row for row in FORMATS.values() if row.artifact == artifact.name]
     return [PurePosixPath(artifact.path).name, *(name for row in rows for name in graph_names(row))]
 
@@ -48,22 +52,26 @@ def choose_artifact(
 ) -> Artifact:
     """Return the requested artifact, or with "auto" the best one for this machine.
 
-    `wanted`: "auto", an artifact name, a file name or a path; `memory`: free bytes, default: measured.
+    Args:
+        found: the artifacts of the model, as `available_artifacts` returns them.
+        wanted: "auto", an artifact name, a file name or a path.
+        cuda: choose for a GPU, whose memory is not checked, instead of the CPU.
+        memory: free bytes for "auto"; None: as measured by `free_memory`.
 
     Raises:
-        SourceError: the folder has no ONNX graph, or none fits into memory.
+        SourceError: there is no ONNX graph, or none fits into memory.
         UsageError: the requested artifact does not exist.
     """
     if not found:
         raise SourceError(
-            "This folder has no ONNX model.", hint="Create one with `gradmap-hub export FOLDER --to onnx,int8`."
+            "The model has no ONNX file.", hint="Create one with `gradmap-hub export FOLDER --to onnx,int8`."
         )
     names = ", ".join(artifact.name for artifact in found)
     if wanted != "auto":
         for artifact in found:
             if wanted in (artifact.name, artifact.path) or PurePosixPath(wanted).name in _names(artifact):
                 return artifact
-        raise UsageError(f"This folder has no artifact {wanted!r}. Choose one of: {names}.")
+        raise UsageError(f"The model has no artifact {wanted!r}. Choose one of: {names}.")
     ranks = {row.artifact: row.on_cuda if cuda else row.on_cpu for row in FORMATS.values()}
     ranked = sorted(
         (artifact for artifact in found if ranks[artifact.name] is not None), key=lambda entry: ranks[entry.name] or 0
@@ -79,12 +87,12 @@ def choose_artifact(
 
 
 def memory_needed(artifact: Artifact) -> float:
-    """Return the bytes that a session of an artifact needs, about."""
+    """Return roughly how many bytes of memory a session of an artifact needs."""
     return artifact.bytes * _MEMORY_FACTOR
 
 
 def free_memory() -> int | None:
-    """Return the bytes this process may still allocate, within its cgroup limit; None if they are unknown."""
+    """Return the bytes this process may still allocate, within its cgroup limit; None if unknown (not on Linux)."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         values = dict(line.split(":", 1) for line in lines)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # importing it needs ONNX Runtime; `load` reports when it is 
     from gradmap_hub.runtime.session import Session
     from gradmap_hub.runtime.text_model import TextModel
 
-# Prompt tokens per round beside generations that write: they wait for it between two tokens.
+# Prompt tokens prefilled per round while other generations decode: they wait for the prefill between two tokens.
 PREFILL_BESIDE = 64
 _LEAST = 16  # fewer tokens take nearly as long
 
@@ -26,9 +26,15 @@ class Batch:
 
     Each yields the same tokens as on its own. Not thread-safe.
 
-    `prefix_cache`: bytes for the keys and values of texts that have ended, which prompts with the same beginning start
-    from, as they do from those of running texts; None: every prompt is computed. `in_turn`: prompts are read one after
-    the other, with at most so many tokens per round that the others go on writing; otherwise all at the same time.
+    Args:
+        model: creates the generations.
+        session: the loaded graph of the model.
+        rows: maximum number of generations at the same time.
+        prefix_cache: bytes for the keys and values of finished texts. A prompt that begins like one of them, or like a
+            running text, reuses what they have in common. 0: running texts only; None: every prompt is prefilled in
+            full.
+        in_turn: limit the prompt tokens per round, so that other generations continue to decode; otherwise every
+            prompt takes a prefill step in each round.
     """
 
     def __init__(
@@ -42,7 +48,7 @@ class Batch:
 
     @property
     def prefix_bytes(self) -> int:
-        """Bytes of keys and values of texts that have ended."""
+        """Size in bytes of the stored keys and values of finished texts."""
         return 0 if self._prefixes is None else self._prefixes.bytes
 
     def start(self, prompt_ids: Sequence[int], **options: Any) -> Generation:
@@ -58,9 +64,10 @@ class Batch:
         return self._model.start(prompt_ids, room=room, keep=keep, **options)
 
     def step(self, answers: Sequence[Generation]) -> list[str | Exception]:
-        """Run one step of each generation: prefill steps one by one, decode steps in one run of the graph.
+        """Run one step of each generation: prefill steps one by one, decode steps in one run if the graph supports it.
 
-        Returns for each the text that became final, or the exception it raised; an exception affects no other.
+        Returns, in the same order, the text of each that became final, or the exception it raised; an exception affects
+        no other generation.
         """
         found: dict[Generation, str | Exception] = {}
         readers = [answer for answer in answers if answer.reading]
@@ -91,7 +98,7 @@ class Batch:
         if self._in_turn:
             left = generating.PREFILL_TOKENS if len(readers) == len(answers) else PREFILL_BESIDE
             self._rounds += 1
-            # The shortest first, as it is soon done; the oldest in every second round, so that it comes to an end.
+            # The shortest first, because it is done soon; in every second round the oldest, so that it gets done too.
             if self._rounds % 2:
                 ready.sort(key=lambda answer: answer.unread)
         for place, answer in enumerate(ready):
@@ -103,8 +110,8 @@ class Batch:
             left -= before - answer.unread
 
     def _waits(self, answer: Generation, answers: Sequence[Generation]) -> bool:
-        """Let a prompt begin where other texts have come to; return whether an earlier one is still reading what both
-        begin with, so that it pays to wait."""
+        """Start a prompt with the longest prefix that a running or finished text has computed. Return True to wait
+        instead, because an earlier generation is still prefilling a common prefix."""
         if self._prefixes is None or not answer.resumable:
             return False
         tokens = answer.prompt[:-2]  # see `Generation.advance`

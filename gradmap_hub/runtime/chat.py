@@ -1,4 +1,4 @@
-"""Chat prompts of a tokenizer of transformers, rendered with the limits of time and memory that the runtime has."""
+"""Chat prompts of a transformers tokenizer, rendered within the limits of `LimitedRenderer`."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ _RENDER = LimitedRenderer()  # its process starts with the first prompt
 
 
 def chat_text(tokenizer: Any, messages: Sequence[Mapping[str, str]], *, answer: bool = True) -> str:
-    """Messages ({"role", "content"}) in the chat template of a tokenizer, as its `apply_chat_template` writes them,
-    which has no limits.
+    """Render messages ({"role", "content"}) with a tokenizer's chat template.
+
+    The result is that of its `apply_chat_template`, which has no limits of time and memory.
 
     Args:
-        answer: End where the model's answer begins.
+        tokenizer: of transformers.
+        messages: the conversation.
+        answer: whether the text ends where the model's answer begins (`add_generation_prompt`).
 
     Raises:
         PromptError: the tokenizer has no default template, or the template fails or exceeds a limit.

@@ -1,5 +1,7 @@
-"""Constrains an answer to JSON, a pattern, a grammar or calls of tools: which tokens may come next, by the library
-llguidance (the extra `json`)."""
+"""Constrains an answer to a JSON schema, a regular expression, a grammar or tool calls.
+
+The library llguidance (extra `json`) computes which tokens may come next.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +16,12 @@ from tokenizers import Tokenizer
 from gradmap_hub.errors import GradmapError, MissingExtra
 from gradmap_hub.runtime.tool_formats import ToolFormat, grammar_of
 
-# Any white space is JSON, but a model may write nothing else for ever.
+# JSON allows any amount of white space, which a model may generate for ever.
 _WHITE_SPACE = r"[\x20\x0A\x0D\x09]{1,32}"
 
 
 class ConstraintError(GradmapError):
-    """A schema that cannot be used, or is too complex for the tokens so far."""
+    """A constraint that is invalid or not supported, or too complex for the answer so far."""
 
 
 @dataclass(frozen=True)
@@ -31,15 +33,19 @@ class Regex:
 
 @dataclass(frozen=True)
 class Grammar:
-    """The answer is of a context-free grammar: llguidance's variant of Lark, or llama.cpp's GBNF."""
+    """The answer follows a context-free grammar: llama.cpp's GBNF (if it contains "::="), or llguidance's Lark."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Calls:
-    """The answer calls functions. `functions`: name to the JSON schema of the arguments; `parallel`: there may be
-    several calls; `answer`: the JSON schema of an answer without calls, None: there must be one."""
+    """The answer calls functions.
+
+    `row`: how the model writes calls; `functions`: function name to the JSON schema of its arguments; `parallel`:
+    whether several calls are allowed; `answer`: the JSON schema of an answer without calls; None: the answer must have
+    a call.
+    """
 
     row: ToolFormat
     functions: Mapping[str, Mapping[str, Any]]
@@ -52,16 +58,16 @@ Wanted = Mapping[str, Any] | Regex | Grammar | Calls
 
 
 class Constraint:
-    """The state of one answer."""
+    """The constraint of one answer, in its state after the tokens so far."""
 
     def __init__(self, matcher: Any) -> None:
         self._matcher = matcher
 
     def allowed(self, size: int) -> np.ndarray:
-        """Return which of the first `size` token ids may come next: (size,) bool, at least one of them.
+        """Return which of the first `size` token ids may come next: (size,) bool, at least one True.
 
         Raises:
-            ConstraintError: the schema is too complex.
+            ConstraintError: the constraint is too complex, or no token of the model can continue the answer.
         """
         packed = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         self._check()
@@ -71,17 +77,17 @@ class Constraint:
         return allowed
 
     def accept(self, token: int) -> None:
-        """Append a token, one of those allowed.
+        """Append a token, which must be one of those allowed.
 
         Raises:
-            ConstraintError: the schema is too complex.
+            ConstraintError: the constraint is too complex.
         """
         self._matcher.consume_token(token)
         self._check()
 
     @property
     def finished(self) -> bool:
-        """Whether nothing may follow."""
+        """Whether the answer is complete, so that no token may follow."""
         return self._matcher.is_stopped()
 
     def copy(self) -> Constraint:
@@ -93,9 +99,9 @@ class Constraint:
 
 
 class Constraints:
-    """Makes the constraints of one model. Building it takes up to a second, for the trie of all tokens.
+    """Makes the constraints of one model. Building it takes up to a second, for a trie of all tokens.
 
-    `vocabulary`: the number of logits; `ends`: the ids that end an answer.
+    `tokenizer`: of the model; `vocabulary`: number of logits; `ends`: token ids that end an answer.
 
     Raises:
         MissingExtra: llguidance is not installed.
@@ -124,22 +130,22 @@ class Constraints:
         }
 
     def of(self, wanted: Wanted) -> Constraint:
-        """Return a constraint of one answer.
+        """Return a constraint for one answer. `wanted`: a JSON schema, `Regex`, `Grammar` or `Calls`.
 
         Raises:
-            ConstraintError: what is wanted is invalid, or has what llguidance does not support.
+            ConstraintError: `wanted` is invalid, or llguidance does not support it.
         """
         try:
             named, grammar = self._grammar(wanted)
         except ValueError as error:  # of llguidance's Python code, such as for GBNF
-            raise ConstraintError(f"What the answer must be cannot be used: {_line(str(error))}") from error
+            raise ConstraintError(f"The requested form of the answer cannot be used: {_line(str(error))}") from error
         matcher = self._matcher(self._tokens, grammar, log_level=0)
         if matcher.is_error():
             raise ConstraintError(f"{named} cannot be used: {_line(matcher.get_error())}")
         return Constraint(matcher)
 
     def _grammar(self, wanted: Wanted) -> tuple[str, str]:
-        """Return what an error calls it, and the grammar as llguidance takes it."""
+        """Return the name of a constraint for error messages, and its grammar in llguidance's format."""
         options: Any = {"whitespace_pattern": _WHITE_SPACE}
         if isinstance(wanted, Regex):
             return "The pattern", self._matcher.grammar_from_regex(wanted.pattern)

@@ -8,7 +8,8 @@ from gradmap_hub.runtime.prompting import ModelError
 def cut_after(rendered: str, content: str) -> str:
     """Return a rendered chat up to the end of its last message, as transformers' `continue_final_message` does.
 
-    A template may strip messages; the white space at the end of `content` stays only if the template keeps it.
+    `content`: the last message. A template may strip messages; white space at the end of `content` stays only if the
+    template keeps it.
 
     Raises:
         ModelError: the template does not write this message, or the message is empty.

@@ -25,7 +25,10 @@ FinishReason = Literal["stop", "length", "cancelled"]
 
 
 def losses_of(steps: Steps, token_ids: Sequence[int]) -> np.ndarray:
-    """Return the negative log-likelihood in nats of all tokens but the first: (tokens - 1,) float64."""
+    """Return the negative log-likelihood in nats of all tokens but the first: (tokens - 1,) float64.
+
+    `steps`: with an empty KV cache, which the tokens fill.
+    """
     found: list[np.ndarray] = []
     for start in range(0, len(token_ids), PREFILL_TOKENS):
         part = list(token_ids[start : start + PREFILL_TOKENS])
@@ -35,7 +38,12 @@ def losses_of(steps: Steps, token_ids: Sequence[int]) -> np.ndarray:
 
 
 class Generation:
-    """A running generation. Iterate over it for its text, or call `advance` yourself.
+    """A running generation, made by `TextModel.start`. Iterate over it for its text, or call `advance` yourself.
+
+    `text`: the final text so far; `token_ids`: the output so far, without an end token; `finish_reason`: None until the
+    end, then "stop" (end token, stop string or complete constraint), "length" or "cancelled"; `first_token_seconds`:
+    time spent in steps of this generation until its first token; `cached_tokens`: prompt tokens whose keys and values
+    were reused from another text.
 
     Not thread-safe: only one thread at a time may advance the generations of a model.
     """
@@ -115,7 +123,7 @@ class Generation:
 
     @property
     def resumable(self) -> bool:
-        """Whether the prefill may begin with the keys and values of another text: not if its logits are wanted."""
+        """Whether the prefill may reuse the keys and values of another text: not if the prompt has to be scored."""
         scores_prompt = self._scoring is not None and self._scoring.prompt
         return self._steps is not None and not self._read and not scores_prompt
 
@@ -130,7 +138,7 @@ class Generation:
         return self._read
 
     def resume(self, parts: Sequence[KeysValues]) -> None:
-        """Begin the prefill with the keys and values of the first tokens, all but the last two at most."""
+        """Begin the prefill after the keys and values of the first tokens; at least two tokens must remain."""
         assert self._steps is not None
         self._steps.fill(parts)
         self._read = self.cached_tokens = self._steps.length
@@ -143,8 +151,8 @@ class Generation:
         began = time.perf_counter()
         if self.reading:
             count = min(most, PREFILL_TOKENS)
-            # Not a single token at the end: in int8, kernels for one token round more than those for several, and an
-            # answer must not depend on how its prompt was divided.
+            # Never a single token at the end: int8 kernels for one token round differently from those for several, and
+            # an answer must not depend on how its prompt was divided.
             if self.unread == count + 1:
                 count += 1 if count < 3 else -1
             part = self._prompt[self._read : self._read + count]
@@ -165,15 +173,17 @@ class Generation:
         return self.take(logits[-1], began)
 
     def _score_prompt(self, logits: np.ndarray, top: int) -> None:
-        """Score the tokens of the prompt that follow the ones of a step, given its logits (tokens, vocabulary)."""
+        """Score the prompt tokens that follow those of a prefill step, given its logits (tokens, vocabulary)."""
         if not self._read:
             self._unreleased.append(TokenScore(self._prompt[0], None))
         following = self._prompt[self._read + 1 : self._read + 1 + len(logits)]
         self._unreleased += scores(logits[: len(following)], following, top)
 
     def take_scores(self) -> list[TokenScore]:
-        """Return the scores of the tokens whose text became final since the last call: those of the prompt all at once,
-        an end token's too, none of a stop string's, as its text is not part of the answer.
+        """Return the scores of the tokens whose text became final since the last call.
+
+        The scores of the prompt are returned all at once. An end token has a score; tokens of a stop string have none,
+        because their text is not part of the answer.
         """
         taken, self._scored = self._scored, []
         return taken

@@ -27,11 +27,15 @@ def load(
     context: int | None = None,
     revision: str | None = None,
 ) -> TextModel:
-    """Load a published folder or a Hub repository (by id) for text generation on ONNX Runtime.
+    """Load a model folder or a Hub repository for text generation on ONNX Runtime.
 
-    `artifact`: "auto", "int8", "fp32", ... (see artifacts.py); `provider`: "auto", "cpu" or "cuda"; `threads`: threads
-    per step, default: all CPUs available to this process; `context`: limit of prompt plus output tokens, default: 4096
-    or the model's limit if lower; `revision`: of a Hub repository.
+    Args:
+        model: folder, or id of a Hub repository.
+        artifact: "auto", an artifact name such as "int8" or "fp32", a file name or a path.
+        provider: "auto" (CUDA if available), "cpu" or "cuda".
+        threads: threads per step; default: all CPUs available to this process.
+        context: limit of prompt plus output tokens; default: 4096. The model's own limit applies if it is lower.
+        revision: branch, tag or commit of a Hub repository.
 
     Raises:
         MissingExtra: ONNX Runtime, or its CUDA build, is not installed.

@@ -5,8 +5,8 @@ one buffer (rows, heads, capacity, head size) with one row per text. The rows in
 step covers them all, whatever their lengths. A step reads every weight once instead of once per text, and each text
 gets the same logits as on its own.
 
-The operating system commits memory on first write, so a row costs only what its text has filled. NumPy's own large
-arrays ask for pages of 2 MB, with which a short text takes nearly the memory of a full one; these are of 4 KB.
+The operating system commits memory on first write, so a row costs only what its text has filled. NumPy requests pages
+of 2 MB for large arrays, with which a short text would take nearly the memory of a full one; these buffers use 4 KB.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class RowPool:
         row.length = tokens_of(parts)
 
     def _release(self, index: int) -> None:
-        """Give the memory of a free row back to the operating system, where it takes single pages."""
+        """Return the memory of a free row to the operating system, where single pages can be returned."""
         if not hasattr(mmap, "MADV_DONTNEED"):
             return
         for name, memory in self._memory.items():
@@ -148,7 +148,7 @@ class Row:
 
 
 def _reserve(size: int) -> mmap.mmap:
-    """Return so many zero bytes, each of which takes memory only once it is written."""
+    """Return `size` zero bytes, which take memory only once they are written."""
     if not hasattr(mmap, "MAP_PRIVATE"):  # Windows
         return mmap.mmap(-1, size)
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

@@ -1,8 +1,9 @@
-"""Keys and values of texts that have ended, for prompts that begin in the same way.
+"""Keys and values of finished texts, for prompts with the same prefix.
 
-A conversation's next turn and a shared system prompt need no prefill for what an earlier text computed. Texts are kept
-in blocks of BLOCK tokens, each found by its tokens and the block before it, so what two texts have in common is stored
-once. Over the budget, the block that was least recently used goes first; a block is never older than one after it.
+The next turn of a conversation, or a shared system prompt, needs no prefill for what an earlier text has computed.
+Texts are stored in blocks of BLOCK tokens, each looked up by its tokens and the block before it, so a common prefix is
+stored once. Beyond the budget, the least recently used block is evicted; a block is never evicted before those that
+follow it.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ import numpy as np
 if TYPE_CHECKING:
     from gradmap_hub.runtime.session import Steps
 
-# Tokens per block. The tail of a text that fills no block is computed again.
+# Tokens per block. The tail of a text that does not fill a block is computed again.
 BLOCK = 32
-# Keys and values of some tokens: (heads, tokens, head size) of every cache tensor.
+# Keys and values of consecutive tokens: an array (heads, tokens, head size) for each cache tensor of the graph.
 KeysValues = Sequence[np.ndarray]
 
 
@@ -35,7 +36,7 @@ class _Block:
 
 
 def common_prefix(first: np.ndarray, second: np.ndarray) -> int:
-    """Return with how many equal tokens two texts begin."""
+    """Return the number of tokens in the common prefix of two texts, each (tokens,)."""
     count = min(len(first), len(second))
     different = np.flatnonzero(first[:count] != second[:count])
     return int(different[0]) if len(different) else count
@@ -51,12 +52,12 @@ def write_into(cache: np.ndarray, parts: Sequence[np.ndarray]) -> None:
 
 
 def tokens_of(parts: Sequence[KeysValues]) -> int:
-    """Return how many tokens parts have together."""
+    """Return the total number of tokens in `parts`."""
     return sum(part[0].shape[1] for part in parts)
 
 
 class PrefixCache:
-    """At most `budget` bytes of keys and values; 0 keeps nothing. Not thread-safe, but for `bytes`."""
+    """At most `budget` bytes of keys and values; 0 stores nothing. Not thread-safe, except for reading `bytes`."""
 
     def __init__(self, budget: int) -> None:
         self._budget = budget
@@ -66,13 +67,13 @@ class PrefixCache:
         self.bytes = 0
 
     def find(self, tokens: np.ndarray) -> list[KeysValues]:
-        """Return the blocks of the longest known beginning of a text: BLOCK tokens each."""
+        """Return the blocks of the longest stored prefix of a text, BLOCK tokens each; empty if there is none."""
         found = self._chain(tokens)
         self._used(found)
         return [block.tensors for block in found]
 
     def store(self, tokens: np.ndarray, steps: Steps) -> None:
-        """Keep a copy of the keys and values of a text, those of a last part shorter than a block excepted."""
+        """Store a copy of the keys and values of a text from its cache `steps`, except those of an incomplete block."""
         if not self._budget:
             return
         there = self._chain(tokens)
@@ -82,7 +83,7 @@ class PrefixCache:
             return
         parts = steps.kept(len(there) * BLOCK, count * BLOCK)
         size = sum(part.nbytes for part in parts) // (count - len(there))
-        # What does not fit at all would only drive out everything else.
+        # Blocks beyond the budget are not stored: they would only evict everything else.
         room = self._budget // size - len(there)
         chain = list(there)
         for number in range(len(there), min(count, len(there) + room)):
@@ -99,7 +100,10 @@ class PrefixCache:
         self._used(chain)
 
     def _spare(self, size: int) -> list[np.ndarray] | None:
-        """Make room for a block; return the memory of one that goes. `store` has made its own the newest ones."""
+        """Evict blocks until `size` bytes fit; return the arrays of the last one, to be reused, or None.
+
+        The blocks of the text that is being stored are the most recently used, so they are not evicted.
+        """
         spare = None
         while self.bytes + size > self._budget:
             _, oldest = self._blocks.popitem(last=False)

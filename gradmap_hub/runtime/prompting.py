@@ -26,7 +26,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-# Files read from a model folder besides graph or weights; the last ones are optional.
+# Files read from a model folder besides graph or weights; several are optional.
 TEXT_FILES = (
     "config.json",
     "tokenizer.json",
@@ -40,7 +40,7 @@ SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token
 _LLAMA = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 _END = "<|endoftext|>"
 _GPT2 = {"bos_token": _END, "eos_token": _END, "unk_token": _END}
-# The special tokens of the tokenizer classes in transformers 4.57, which hold where the files of a model state none.
+# The default special tokens of the tokenizer classes in transformers 4.57, used if the files of a model name none.
 CLASS_TOKENS: dict[str, dict[str, str]] = {
     "LlamaTokenizer": _LLAMA,
     "BloomTokenizer": _LLAMA | {"pad_token": "<pad>"},
@@ -51,7 +51,7 @@ CLASS_TOKENS: dict[str, dict[str, str]] = {
     "CodeGenTokenizer": _GPT2,
     "Qwen2Tokenizer": {"eos_token": _END, "unk_token": _END, "pad_token": _END},
 }
-# The class of each model type (config.json), where no file names one.
+# The tokenizer class of each model type (config.json), used if no file names one.
 TYPE_CLASSES: dict[str, str] = {
     **dict.fromkeys(("arcee", "deepseek_v3", "llama", "ministral", "mistral", "mixtral", "phi3"), "LlamaTokenizer"),
     **dict.fromkeys(("gemma", "gemma2", "gemma3_text"), "GemmaTokenizer"),
@@ -64,14 +64,14 @@ TYPE_CLASSES: dict[str, str] = {
     "bloom": "BloomTokenizer",
     "phi": "CodeGenTokenizer",
 }
-# Characters of a foreign error that are shown.
+# Characters shown of an error from a library or a template.
 _MOST_SHOWN = 200
 
-# CPU seconds in which a chat template renders a prompt: it takes milliseconds for a long conversation.
+# Limit in CPU seconds for rendering a prompt, which takes milliseconds for a long conversation.
 RENDER_SECONDS = 5
-# Bytes of address space for that; the process takes 0.2 GB, and a conversation a few times its own size.
+# Limit in bytes of address space; the process takes 0.2 GB, and a conversation a few times its own size.
 RENDER_MEMORY = 1 << 30
-# Characters of a prompt: more than a context of a million tokens holds.
+# Limit in characters of a rendered prompt: more than a context of a million tokens holds.
 _MOST_RENDERED = 4_000_000
 # Wall-clock seconds per CPU second of rendering, on a machine that decoding keeps busy.
 _SLOWDOWN = 4
@@ -101,13 +101,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def first_line(error: BaseException | str) -> str:
-    """What an exception of a library or a template says, or words, as one short line without control characters."""
+    """The first line of a text or of an exception's message (or its type), shortened, without control characters."""
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
     return "".join(character if character.isprintable() else " " for character in line[:_MOST_SHOWN])
 
 
 def is_tokenizer_failure(error: BaseException) -> bool:
-    """Whether the tokenizers library raised this: a plain Exception, or a panic of its Rust code, which is not one."""
+    """Whether the tokenizers library raised this: a plain Exception, or a PanicException, which is a BaseException."""
     return type(error) is Exception or type(error).__name__ == "PanicException"
 
 
@@ -119,8 +119,8 @@ def special_token(value: object) -> str | None:
 
 
 def special_tokens(folder: Path, tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
-    """The special tokens by name, as transformers finds them: from tokenizer_config.json; from special_tokens_map.json,
-    which wins, if the former lists no added_tokens_decoder; else those of the tokenizer's class."""
+    """The special tokens by name, as transformers finds them: tokenizer_config.json overrides the defaults of the
+    tokenizer's class, and special_tokens_map.json overrides both unless the first file has an added_tokens_decoder."""
     config = read_json(folder / "config.json")
     named = tokenizer_config.get("tokenizer_class") or config.get("tokenizer_class")
     named = named or TYPE_CLASSES.get(str(config.get("model_type")))
@@ -133,7 +133,7 @@ def special_tokens(folder: Path, tokenizer_config: Mapping[str, Any]) -> dict[st
 
 
 def end_ids(folder: Path, tokenizer: Tokenizer, tokens: Mapping[str, str]) -> frozenset[int]:
-    """The ids that end an answer: those that `generate` uses, else the tokenizer's own end token."""
+    """The ids that end an answer: eos_token_id of generation_config.json, else of config.json, else the eos_token."""
     for name in ("generation_config.json", "config.json"):
         value = read_json(folder / name).get("eos_token_id")
         ids = value if isinstance(value, list) else [] if value is None else [value]
@@ -146,7 +146,7 @@ def end_ids(folder: Path, tokenizer: Tokenizer, tokens: Mapping[str, str]) -> fr
 
 
 def chat_template_of(folder: Path, tokenizer_config: Mapping[str, Any]) -> str | None:
-    """The chat template, from its file, or tokenizer_config.json: a text, or a list or a mapping of named ones."""
+    """The (default) chat template, from chat_template.jinja, else from tokenizer_config.json; None if there is none."""
     file = folder / "chat_template.jinja"
     if file.is_file():
         try:
@@ -224,9 +224,9 @@ def render_chat(
 class LimitedRenderer:
     """Renders as `render_chat` does, in a process with limits of time and memory. Threads take turns.
 
-    A template is a program from somebody else: one message can make it loop for ever, or build a text that fills the
-    memory. Neither can be stopped within a process. It starts with the first call, and again after it was ended at a
-    limit; it ends with this object, or with the process that started it.
+    A template is an untrusted program: one message can make it loop for ever, or build a text that fills the memory.
+    Neither can be stopped from within the process. The process starts with the first call, and again after it was ended
+    at a limit; it ends with this object, or with the process that started it.
     """
 
     def __init__(self) -> None:
@@ -245,11 +245,11 @@ class LimitedRenderer:
         """The prompt of messages ({"role", "content"}), up to the start of the answer.
 
         Raises:
-            ModelError: the template fails, or takes more time or memory than a prompt needs.
+            ModelError: the template fails, or exceeds a limit of time, memory or length.
         """
         turns = [dict(turn) for turn in messages]
         task = json.dumps([template, turns, dict(tokens), dict(variables or {})])
-        if os.getpid() != self._process:  # a fork, such as one of ZeroGPU: its parent goes on with lock and worker
+        if os.getpid() != self._process:  # a fork, as on ZeroGPU: the parent keeps lock and worker
             if self._finalizer is not None:
                 self._finalizer.detach()
             self.__init__()
@@ -324,7 +324,7 @@ def _limit_memory() -> None:
 
 
 def _limit_time(seconds: int) -> None:
-    """Let the system end this process after `seconds` of CPU time, even if nobody waits for it; 0 takes that back."""
+    """Let the system end this process after `seconds` of CPU time, even if nobody waits for it; 0 removes the limit."""
     if hasattr(signal, "setitimer"):  # not on Windows
         signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
 
@@ -353,7 +353,7 @@ def _render_tasks() -> None:
 
 @dataclass(frozen=True)
 class TextCodec:
-    """Encodes and decodes text for one model. `ends`: the ids that end an answer."""
+    """Encodes and decodes text for one model. `tokens`: special tokens by name; `ends`: the ids that end an answer."""
 
     tokenizer: Tokenizer
     chat_template: str | None
@@ -412,10 +412,10 @@ class TextCodec:
     def _ids(self, text: str, *, add_special_tokens: bool) -> list[int]:
         try:
             text.encode("utf-8")
-        except UnicodeEncodeError:  # half of a surrogate pair, such as of a byte that is no UTF-8
+        except UnicodeEncodeError:  # a lone surrogate, such as from a byte that is not UTF-8
             raise ModelError("This prompt is not valid Unicode text.") from None
         try:
-            # A batch of one: unlike `encode`, it lets go of the interpreter meanwhile, so a server answers others.
+            # A batch of one: unlike `encode`, it releases the GIL, so a server answers other requests meanwhile.
             ids = self.tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids
         except BaseException as error:
             if not is_tokenizer_failure(error):
@@ -426,7 +426,7 @@ class TextCodec:
         return ids
 
     def stream(self) -> Callable[[int], str]:
-        """A function that takes ids one by one and returns the text that each completes."""
+        """Return a function that takes ids one by one and returns the text that each completes."""
         stream = DecodeStream(skip_special_tokens=True)
 
         def next_piece(token: int) -> str:

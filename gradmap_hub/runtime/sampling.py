@@ -16,14 +16,19 @@ from gradmap_hub.errors import UsageError
 class Sampling:
     """Sampling parameters, applied in the order below, as in transformers' `generate` and the OpenAI API.
 
-    `repetition_penalty` (1 = off) divides the positive and multiplies the negative logits of tokens in the prompt and
-    the output so far; of the logit of a token that the output has c times, c times `frequency_penalty` is subtracted,
-    and once `presence_penalty` if c > 0; `logit_bias` (by token id) is added; `temperature` 0 is greedy (top-1);
-    `top_k` (0 = off), `top_p` (1 = off) and `min_p` (a share of the top-1 probability, 0 = off) limit the candidates.
-    `seed`: None draws a random one.
+    - `repetition_penalty` (0.01 to 100; 1: off) divides the positive and multiplies the negative logits of tokens in
+      the prompt and the output so far.
+    - From the logit of each token in the output, `frequency_penalty` times the number of its occurrences is subtracted,
+      and `presence_penalty` once (both -2 to 2; 0: off).
+    - `logit_bias` (token id to a number from -100 to 100) is added to the logits.
+    - `temperature` (0 to 100) divides the logits; 0 is greedy decoding (top-1).
+    - `top_k` (0: off), `top_p` (0 to 1; 1: off) and `min_p` (a share of the top-1 probability, 0 to 1; 0: off) limit
+      the candidates.
+
+    `seed` (0 to 2**64 - 1) makes the output reproducible; None draws a random one.
 
     Raises:
-        UsageError: a value outside its range.
+        UsageError: a value is outside its range.
     """
 
     temperature: float = 0.0
@@ -53,7 +58,7 @@ class Sampling:
             raise UsageError(f"seed must be between 0 and 2**64 - 1; got {self.seed}.")
 
 
-# How many of the most probable tokens top_p sorts at first.
+# Most probable tokens that top_p sorts at first; more only if their probability is too small.
 _NUCLEUS = 128
 
 
@@ -86,7 +91,7 @@ class Sampler:
         tokens to choose from, whatever penalties and biases say; None: all.
 
         Raises:
-            UsageError: `logit_bias` has a token id that the vocabulary does not have.
+            UsageError: `logit_bias` has a token id beyond the vocabulary.
         """
         if self._adjusts:
             logits = self._adjusted(logits)

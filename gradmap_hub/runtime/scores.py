@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# As in the OpenAI API: of a token so unlikely that its probability rounds to 0.
+# The lowest log-probability, as in the OpenAI API: that of a token whose probability rounds to 0.
 LEAST = -9999.0
 
 
@@ -22,8 +22,8 @@ class Scoring:
 
 @dataclass(frozen=True)
 class TokenScore:
-    """A token and its log-probability in nats, None for the first of a prompt. `top`: the most probable tokens at this
-    position with theirs, most probable first."""
+    """A token and its log-probability in nats, None for the first token of a prompt. `top`: (token id, log-probability)
+    of the most probable tokens at this position, most probable first."""
 
     token: int
     logprob: float | None
@@ -31,7 +31,7 @@ class TokenScore:
 
 
 def score(logits: np.ndarray, token: int, top: int) -> TokenScore:
-    """Return the score of a token given its logits (vocabulary,), and the `top` most probable tokens, ties by id."""
+    """Return the score of a token given the logits (vocabulary,) of its position; `top`: how many tokens to list."""
     values = logits.astype(np.float64)
     values -= values.max()
     values -= np.log(np.exp(values).sum())

@@ -37,8 +37,8 @@ class Steps(Protocol):
         ...
 
     def kept(self, start: int, stop: int) -> KeysValues:
-        """Return the keys and values of these tokens: (heads, tokens, head size) of every cache tensor. They are valid
-        until the next step. Only if the session is `readable`."""
+        """Return the keys and values of tokens `start` to `stop` (exclusive): (heads, tokens, head size) for each cache
+        tensor, valid until the next step. Only if the session is `readable`."""
         ...
 
     def fill(self, parts: Sequence[KeysValues]) -> None:
@@ -51,8 +51,8 @@ class Steps(Protocol):
 
 
 class Session:
-    """A loaded graph. `provider`: the execution provider it runs on. `head_size`: of keys and values, used if the graph
-    leaves this dimension dynamic.
+    """A loaded graph. `provider`: ONNX Runtime execution provider; `threads`: threads per step; `head_size`: of keys
+    and values, used if the graph leaves this dimension dynamic.
 
     Raises:
         SourceError: the file cannot be loaded, or is not a text generation graph with a KV cache.
@@ -111,13 +111,18 @@ class Session:
 
     @property
     def readable(self) -> bool:
-        """Whether keys and values can be read and written from here: on a CPU."""
+        """Whether `Steps.kept` and `Steps.fill` work: on a CPU only."""
         return self.device == "cpu"
 
     def binding(self) -> ort.IOBinding:
         return self._session.io_binding()
 
     def run(self, binding: ort.IOBinding) -> None:
+        """Run the graph once.
+
+        Raises:
+            GradmapError: ONNX Runtime failed.
+        """
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:  # onnxruntime's own exceptions have no common base class
@@ -137,7 +142,7 @@ class Session:
         """Return the shape of a cache tensor: (rows, heads, tokens, head size).
 
         Raises:
-            SourceError: the graph declares another shape.
+            SourceError: the graph declares a shape without a fixed number of heads, or not of four dimensions.
         """
         shape, _ = self.past[name]
         # A graph may fix every dimension except the tokens.

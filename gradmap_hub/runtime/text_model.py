@@ -35,7 +35,13 @@ class PromptError(GradmapError):
 
 
 class TextModel:
-    """A loaded model: text in, `Generation` out. The weights are loaded once; a generation adds only its KV cache."""
+    """A loaded model, made by `load`: text in, `Generation` out. A generation adds only its KV cache.
+
+    `name`: of the folder, or the repository id; `artifact`: path of the ONNX graph in the model folder; `provider`:
+    ONNX Runtime execution provider; `context_length`: limit of prompt plus output tokens; `vocabulary`: number of token
+    ids; `threads`: threads per step; `tool_format`: how the model writes tool calls; None: it does not, or in an
+    unsupported format; `call_tokens`: the special tokens (id to text) that are part of calls.
+    """
 
     def __init__(
         self,
@@ -58,10 +64,8 @@ class TextModel:
         self._codec = codec
         self._tool_codec = replace(codec, chat_template=tool_template or codec.chat_template)
         added = codec.tokenizer.get_added_tokens_decoder()
-        # How the model writes calls of tools; None if its chat template has no tools, or another format.
         self.tool_format = format_of(self._tool_codec.chat_template or "", [each.content for each in added.values()])
         written = "" if self.tool_format is None else self.tool_format.written
-        # The special tokens that are a part of calls, with their texts.
         self.call_tokens = {
             token: each.content for token, each in added.items() if each.special and each.content in written
         }
@@ -120,7 +124,7 @@ class TextModel:
         return self._encoded(encode)
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Return the text of token ids, special tokens included."""
+        """Return the text of token ids, including special tokens."""
         return self._codec.tokenizer.decode(list(token_ids), skip_special_tokens=False)
 
     def token_bytes(self, token: int) -> bytes:
@@ -128,15 +132,15 @@ class TextModel:
         return self._token_bytes(token)
 
     def is_special(self, token: int) -> bool:
-        """Whether the text of an answer leaves this token out."""
+        """Whether this is a special token, which the text of an answer leaves out."""
         return token in self._token_bytes.special
 
     def constrain(self, wanted: Wanted) -> Constraint:
-        """Return a constraint of one answer, such as to a JSON schema; the first call takes up to a second.
+        """Return a constraint for one answer, such as a JSON schema; the first call takes up to a second.
 
         Raises:
             MissingExtra: llguidance is not installed.
-            ConstraintError: what is wanted or the tokenizer cannot be used.
+            ConstraintError: `wanted` is invalid, or llguidance does not support it or the tokenizer.
         """
         return self._constraints.of(wanted)
 
@@ -174,12 +178,19 @@ class TextModel:
     ) -> Generation:
         """Create a generation of at most `max_tokens` tokens, fewer if the context ends first. Computes nothing yet.
 
-        `max_tokens` 0 only reads the prompt, to score it; `ignore_end`: do not stop at end tokens, for benchmarks;
-        `min_tokens`: before that many, neither an end token nor a stop string ends the answer; `scoring`: what
-        `take_scores` returns; `echo`: text that the answer begins with; `constraint`: which tokens the answer
-        may have; `room`: returns an empty KV cache for a number of tokens, default: a cache of its own; `keep`: is
-        called at the end with the tokens in the cache and the cache; `shown`: texts of special tokens that the answer
-        shows, which leaves them out otherwise.
+        Args:
+            prompt_ids: token ids of the prompt.
+            max_tokens: limit of the output; 0 only prefills the prompt, to score it.
+            sampling: default: greedy.
+            stop: strings that end the answer, which does not include them.
+            ignore_end: do not stop at end tokens, for benchmarks.
+            min_tokens: before this many tokens, neither an end token nor a stop string ends the answer.
+            scoring: what `Generation.take_scores` returns; None: nothing.
+            echo: text that the answer begins with.
+            constraint: which tokens the answer may have.
+            room: returns an empty KV cache for a number of tokens; default: a cache of its own.
+            keep: called at the end with the prompt tokens in the cache and the cache.
+            shown: id to text of special tokens that the answer shows; others are left out.
 
         Raises:
             PromptError: the prompt is empty, leaves no room in the context, or contains an invalid token id; or
@@ -187,7 +198,9 @@ class TextModel:
         """
         count = len(prompt_ids)
         if not count or max_tokens < 0:
-            raise PromptError("There is nothing to generate: give a prompt and a number of tokens.")
+            raise PromptError(
+                f"Give at least 1 prompt token and max_tokens of at least 0; got {count} and {max_tokens}."
+            )
         strange = next((token for token in prompt_ids if not 0 <= token < self.vocabulary), None)
         if strange is not None:
             raise PromptError(f"{strange} is not a token id of this model; valid ids are 0 to {self.vocabulary - 1}.")

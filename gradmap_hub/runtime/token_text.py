@@ -50,5 +50,5 @@ class TokenBytes:
 
 
 def _kinds(decoder: Mapping[str, Any]) -> set[str]:
-    """Return the types of a decoder and of those that it is a sequence of."""
+    """Return the type of a decoder, and those of its parts if it is a sequence of decoders."""
     return {str(decoder.get("type"))}.union(*(_kinds(part) for part in decoder.get("decoders", ())))

@@ -1,4 +1,4 @@
-"""Finds calls of tools in what a model writes, piece by piece."""
+"""Finds tool calls in the text of an answer, which arrives in pieces."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ _MOST_HEAD = 200
 
 @dataclass(frozen=True)
 class FoundCall:
-    """A call of a tool in an answer; `arguments`: a JSON object."""
+    """A tool call in an answer; `arguments`: a JSON object, as a string."""
 
     name: str
     arguments: str
 
 
 class CallParser:
-    """Separates calls of tools from the other text of one answer, which arrives in pieces.
+    """Separates tool calls from the other text of one answer, which arrives in pieces.
 
-    What may become a call is withheld until it is complete. A call of an unknown function stays text, as does what is
-    left unfinished.
+    Text that may be part of a call is withheld until the call is complete. A call of an unknown function, or one that
+    is never completed, stays text. `calls`: number of calls so far.
 
     Args:
         row: how the model writes calls.
         names: the functions that may be called.
-        parallel: whether calls after the first one are kept.
+        parallel: whether calls after the first one are returned.
     """
 
     def __init__(self, row: ToolFormat, names: Collection[str], *, parallel: bool = True) -> None:
@@ -51,12 +51,12 @@ class CallParser:
         self._skip = re.compile("(?:" + "|".join((*map(re.escape, self._around), r"[\s\[\],;]")) + ")*")
         self._text = ""
         self._inside = False
-        self._begun = False  # something other than white space has come
+        self._begun = False  # something other than white space has arrived
         self._tried = 0  # characters in which no object has ended
         self.calls = 0
 
     def add(self, piece: str) -> tuple[str, list[FoundCall]]:
-        """Add a piece; return the text that is no part of a call, and the calls that became complete."""
+        """Add a piece; return the text that is not part of a call, and the calls that became complete."""
         self._text += piece
         said: list[str] = []
         calls: list[FoundCall] = []
@@ -67,12 +67,12 @@ class CallParser:
         return "".join(said), kept
 
     def rest(self) -> str:
-        """Return what was withheld; called after the last piece."""
+        """Return the withheld text; called after the last piece."""
         rest, self._text = self._text, ""
         return "" if self.calls and self._skip.fullmatch(rest) else rest
 
     def _enter(self, said: list[str]) -> bool:
-        """Pass text on up to a mark; return whether there is one."""
+        """Pass on the text before the first mark; return whether there is a mark."""
         text = self._text
         places = [place for mark in self._marks if (place := text.find(mark)) >= 0]
         stripped = text.lstrip()
@@ -118,26 +118,26 @@ class CallParser:
             return True
         if not left or any(mark.startswith(left) for mark in self._around) or self._may_be_head(left):
             return False
-        # After calls, what stood around them is theirs; otherwise it was text.
+        # After a call, the marks and separators around it are dropped; without one, they are text.
         return self._leave(said, start + 1, shown=not (self.calls or calls))
 
     def _may_be_head(self, left: str) -> bool:
         return self._head is not None and len(left) < _MOST_HEAD and "{" not in left
 
     def _leave(self, said: list[str], count: int, *, shown: bool = True) -> bool:
-        """Go on with text that is no call; of what comes before `count` only the last character, if not `shown`."""
+        """Treat the first `count` characters as text, not as a call; if not `shown`, drop all of them but the last."""
         said.append(self._text[:count] if shown else "")
         self._text, self._inside, self._tried = self._text[count if shown else count - 1 :], False, 0
         return True
 
 
 def _words(text: str) -> list[str]:
-    """Return the parts of what surrounds calls, without white space and brackets."""
+    """Split the text around calls at white space and brackets."""
     return [word for word in re.split(r"[\s\[\]{}]+", text) if word]
 
 
 def _read(value: Any) -> FoundCall | None:
-    """Return the call that a JSON value is."""
+    """Return the call that a JSON value describes; None if it describes none."""
     if isinstance(value, dict) and isinstance(value.get("function"), dict):
         value = value["function"]
     if not isinstance(value, dict):

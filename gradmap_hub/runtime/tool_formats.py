@@ -1,7 +1,7 @@
-"""How models write calls of tools: a table of the families' formats, and the grammar of each for llguidance.
+"""How models write tool calls: a table of the formats of model families, and the grammar of each for llguidance.
 
-The chat template shows tools to a model; what the model writes to call one depends on its family. A row is found by
-texts that the template or the special tokens have.
+The chat template shows the tools to a model; how the model writes a call depends on its family. The format is
+recognised by strings in the chat template and the special tokens.
 """
 
 # ruff: noqa: RUF001 - DeepSeek's tokens have characters that look like others
@@ -16,17 +16,17 @@ from typing import Any
 
 NAME, ARGUMENTS = "NAME", "ARGUMENTS"
 _CALL = '{"name": "NAME", "arguments": ARGUMENTS}'
-# Calls in one answer that may be required: a small model would go on with them for ever.
+# Limit of calls in a constrained answer: a small model would write calls for ever.
 _MOST_CALLS = 8
 
 
 @dataclass(frozen=True)
 class ToolFormat:
-    """How one family writes calls: `before`, one or more of `call` with `between`, `after`.
+    """How one family writes calls: `before`, then one or more `call` separated by `between`, then `after`.
 
-    `shown_by`: texts that the chat template or the special tokens of such a model all have; `call`: has NAME and
-    ARGUMENTS, a JSON object; `marks`: the texts that calls begin with; none: they begin the answer; `id_length`: of the
-    ids of calls, if the family prescribes it.
+    `shown_by`: strings that all occur in the chat template or the special tokens of such a model; `call`: contains the
+    placeholders NAME and ARGUMENTS (a JSON object); `marks`: strings that calls begin with; without any, calls are the
+    beginning of the answer; `id_length`: number of characters of call ids, if the family prescribes it.
     """
 
     name: str
@@ -50,11 +50,11 @@ class ToolFormat:
 
     @property
     def written(self) -> str:
-        """All texts of the format."""
+        """All strings of the format, concatenated."""
         return "".join((*self.marks, self.before, self.call, self.between, self.after))
 
 
-# The first row whose texts are all there is taken; the last one fits every template with tools.
+# The first format whose `shown_by` strings all occur is taken; the last one fits every template with tools.
 FORMATS: tuple[ToolFormat, ...] = (
     ToolFormat(
         "deepseek-v3", ("<｜tool▁calls▁begin｜>", "```json"), "<｜tool▁calls▁begin｜>",
@@ -86,14 +86,14 @@ FORMATS: tuple[ToolFormat, ...] = (
     ),
     ToolFormat("json", (), "", _CALL, "\n", "", ()),
 )  # fmt: skip
-# Formats whose arguments are no JSON: parsing them as text would be a guess.
+# Unsupported formats: their arguments are not JSON, and parsing them would be a guess.
 _OTHERS = {"<function=": "Qwen3-Coder's", "<arg_key>": "GLM's", "<|tool_call_start|>": "LFM2's"}
 _TOOLS = re.compile(r"\btools\b")
 
 
 def tool_template_of(template: str | None, tokenizer_config: Mapping[str, Any]) -> str | None:
-    """Return the chat template for conversations with tools: one of that name in tokenizer_config.json, else the usual
-    one, as transformers does."""
+    """Return the chat template for conversations with tools, as transformers does: the one named `tool_use` in
+    tokenizer_config.json, else `template`."""
     named = tokenizer_config.get("chat_template")
     if isinstance(named, list):
         named = {each.get("name"): each.get("template") for each in named if isinstance(each, Mapping)}
@@ -102,7 +102,7 @@ def tool_template_of(template: str | None, tokenizer_config: Mapping[str, Any]) 
 
 
 def format_of(template: str, special: Sequence[str]) -> ToolFormat | None:
-    """Return the format of a model's calls; None if its chat template has no tools, or its format is not supported."""
+    """Return the format of a model's calls; None if its chat template lacks tools, or the format is not supported."""
     if not _TOOLS.search(template) or any(mark in template for mark in _OTHERS):
         return None
     shown = "\n".join((template, *special))
@@ -121,11 +121,12 @@ def grammar_of(
     """Return a grammar, in llguidance's variant of Lark, of calls as a model writes them.
 
     Args:
-        functions: the JSON schema of the arguments of each function that may be called.
-        special: the ids of special tokens, which a grammar does not name by their text.
-        parallel: whether there may be several calls.
-        answer: the JSON schema of an answer without calls; None: there must be one.
-        options: of the JSON, such as its white space.
+        row: the format of the calls.
+        functions: name to the JSON schema of the arguments, for each function that may be called.
+        special: text to id of the special tokens, which a grammar names by their ids.
+        parallel: whether several calls are allowed, at most 8.
+        answer: the JSON schema of an answer without calls; None: the answer must have a call.
+        options: llguidance's options for JSON, such as the white space.
     """
     begin, end = row.call.split(ARGUMENTS)
     between = " ".join((_terminals(row.between, special), "call")).strip()
@@ -146,7 +147,7 @@ def grammar_of(
 
 
 def _terminals(text: str, special: Mapping[str, int]) -> str:
-    """Return a text as terminals of a grammar."""
+    """Return a string as terminals of a grammar: special tokens by id, the rest quoted."""
     if not text:
         return ""
     longest = sorted((token for token in special if token), key=len, reverse=True)

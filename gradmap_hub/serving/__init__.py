@@ -6,10 +6,10 @@
     responses.py  responses, as pydantic models                            leaf
     scheduler.py  one decode thread, slots and a bounded queue; no asyncio, no HTTP
     delivery.py   connects a request to its generation: ordered text, time limit, disconnect
-    answers.py    the shapes of responses
-    turns.py      the messages of a chat, as chat templates take them
+    answers.py    builds responses, whole or as server-sent events
+    turns.py      converts the messages of a chat for the chat template
     prompts.py    converts a validated request to token ids and sampling parameters
-    preparing.py  the thread that does so
+    preparing.py  the thread for this conversion
     metrics.py    the metrics of /metrics
     gate.py       middleware: host, key, overload and shutdown checks; metrics and access log
     openapi.py    /openapi.json

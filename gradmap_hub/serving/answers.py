@@ -1,4 +1,4 @@
-"""The shapes of responses: chat and text completions, whole or as events."""
+"""Builds the responses to chat and completion requests, whole or as server-sent events."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class Shape:
 
     Args:
         model: the name in the response.
-        engine: for the texts of tokens.
+        engine: decodes the tokens of log-probabilities.
         works: the input of each choice.
-        per_prompt: how many choices there are of every prompt.
+        per_prompt: number of choices per prompt.
     """
 
     prefix: str
@@ -50,11 +50,11 @@ class Shape:
         return self._works[0].scoring is not None
 
     def heads(self) -> list[list[Any]]:
-        """Return the choices of the events before any text, one of each event."""
+        """Return the events before any text, each as the list of its choices."""
         return []
 
     def events_of(self, piece: Piece) -> list[list[Any]]:
-        """Return the choices of the events for a piece, one list for each event."""
+        """Return the events for a piece, each as the list of its choices."""
         if piece.finished is not None:
             self._finished[piece.index] = piece.finished
         return [[delta] for delta in self._deltas(piece)]
@@ -66,7 +66,7 @@ class Shape:
             self._finished[piece.index] = piece.finished
 
     def whole(self) -> BaseModel:
-        """Return the whole response, of the pieces that were added."""
+        """Return the whole response, built from the pieces that were added."""
         choices = [
             self._choice(
                 Piece(
@@ -81,7 +81,7 @@ class Shape:
         return self._response(choices)
 
     def usage(self) -> responses.Usage:
-        """Return the number of tokens; a prompt counts once, however many choices it has."""
+        """Return the token counts; the tokens of a prompt are counted once, however many choices it has."""
         finished = [self._finished[index] for index in range(len(self._works))]
         prompt = sum(each.prompt_tokens for each in finished[:: self._per_prompt])
         completion = sum(each.completion_tokens for each in finished)
@@ -94,14 +94,15 @@ class Shape:
         )
 
     def chunk(self, choices: list[Any], extra: Mapping[str, Any]) -> BaseModel:
+        """Return the event with these choices; `extra`: further fields, such as usage."""
         return self.event(**self._fields(self.object), choices=choices, **extra)
 
     def _deltas(self, piece: Piece) -> list[Any]:
-        """Return a choice for each event of a piece."""
+        """Return the choice of each event for a piece."""
         raise NotImplementedError
 
     def _choice(self, piece: Piece) -> Any:
-        """Return a choice of the whole response."""
+        """Return a choice of the whole response, given all its text as one piece."""
         raise NotImplementedError
 
     def _response(self, choices: list[Any]) -> BaseModel:
@@ -111,7 +112,7 @@ class Shape:
         return {"id": self._id, "object": kind, "created": self._created, "model": self._model}
 
     def _text(self, token: int) -> str:
-        """Return the text of a token; as the OpenAI API writes it if it is a part of a character."""
+        """Return the text of a token; if it is a part of a character, its bytes as the OpenAI API writes them."""
         data = self._engine.token_bytes(token)
         try:
             return data.decode()
@@ -163,7 +164,7 @@ class Chat(Shape):
         return responses.ChunkChoice(index=index, delta=delta, logprobs=self._logprobs(scores), finish_reason=None)
 
     def _reason(self, piece: Piece) -> responses.Reason:
-        """Return why a choice ended; a call that the request has named is no reason, as in the OpenAI API."""
+        """Return the finish reason: "tool_calls" for "stop" after a call, unless the request named the function."""
         assert piece.finished is not None
         parser, use = self._parsers[piece.index], self._works[piece.index].tools
         called = parser is not None and parser.calls and use is not None and use.named is None
@@ -226,7 +227,7 @@ class Completion(Shape):
     def __init__(self, model: str, engine: Engine, works: Sequence[Work], *, per_prompt: int) -> None:
         super().__init__(model, engine, works, per_prompt=per_prompt)
         self._offsets = [_Offset() for _ in works]
-        # How many tokens of the prompt are still to come in the scores of each choice.
+        # Number of prompt tokens, for each choice, whose scores are still to be delivered.
         self._echoed = [len(work.prompt) if work.scoring and work.scoring.prompt else 0 for work in works]
 
     def _deltas(self, piece: Piece) -> list[responses.TextChoice]:

@@ -36,7 +36,7 @@ from gradmap_hub.serving.scheduler import Busy, Scheduler, Stopped
 from gradmap_hub.serving.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from gradmap_hub.serving.settings import BODY_SECONDS, MAX_OTHER_NAMES, MAX_PROMPT_IDS, MAX_VALUES, Settings
 
-# Paths of the OpenAI API that clients try.
+# Paths of the OpenAI API that clients try, with the error message.
 _ELSEWHERE = {
     "/v1/embeddings": "This server has no embeddings: it serves a model that generates text.",
 }
@@ -151,10 +151,10 @@ class _Routes:
         self._other_names: set[str] = set()
 
     def called(self, other: str) -> None:
-        """Note if a request is for another model: clients have names such as gpt-4o built in.
+        """Log a warning if a request names another model: clients have names such as gpt-4o built in.
 
         Raises:
-            ApiError: 404, if such requests are to be refused.
+            ApiError: 404, the request names another model and `Settings.strict_model` is set.
         """
         if other == self.name:
             return
@@ -208,7 +208,7 @@ class _Generate:
     def __init__(self, routes: _Routes, kind: type[ChatRequest] | type[CompletionRequest]) -> None:
         self._routes = routes
         self._kind = kind
-        # Token ids take less time than other values.
+        # Token ids take less time to parse than other values.
         self._most = MAX_VALUES + (0 if kind is ChatRequest else MAX_PROMPT_IDS)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -292,7 +292,7 @@ _Asked = TypeVar("_Asked", TokenizeRequest, DetokenizeRequest)
 
 
 class _Convert(Generic[_Asked]):
-    """POST route that only needs the tokenizer. It takes a place in the scheduler, which bounds how many wait."""
+    """POST route that only needs the tokenizer. It takes a place in the scheduler, which limits how many wait."""
 
     def __init__(
         self, routes: _Routes, kind: type[_Asked], convert: Callable[[Engine, _Asked], BaseModel], most: int

@@ -47,7 +47,7 @@ class Delivery:
     Args:
         scheduler: admits the jobs.
         metrics: records the outcomes.
-        receive: of the request; the body is already read, so only the disconnect is left to receive.
+        receive: the ASGI callable of the request; its body is already read, so only the disconnect can follow.
         seconds: time limit of the whole request, from now.
         count: number of jobs.
 
@@ -65,7 +65,7 @@ class Delivery:
         self._deadline = time.monotonic() + seconds
         self._changed = asyncio.Event()
         self._gone = False
-        self._outcome: Outcome = "cancelled"  # of jobs that have neither finished nor failed by themselves
+        self._outcome: Outcome = "cancelled"  # of jobs that have neither finished nor failed
         self._count = count
         self._jobs: list[Job] = []
 
@@ -108,8 +108,10 @@ class Delivery:
     async def prepare(self, prepared: Future[list[Work]]) -> list[Work]:
         """Wait for the input of every job, then until the first generation has a slot and starts; return the input.
 
+        `prepared`: the future of the preparer.
+
         Raises:
-            ApiError: it is the error of `prepared`, the time limit passed, or a generation could not start.
+            ApiError: `prepared` failed with it, the time limit passed, or a generation could not start.
             Disconnected: the client disconnected.
         """
         making = asyncio.wrap_future(prepared)
@@ -175,7 +177,7 @@ class Delivery:
         raise internal()
 
     async def _wait(self) -> None:
-        """Wait until the state of the job changes.
+        """Wait until the state of a job changes.
 
         Raises:
             ApiError: 504, the time limit passed.

@@ -1,4 +1,4 @@
-"""What the server needs of a model; `gradmap_hub.runtime.TextModel` has it."""
+"""The interface of a model that the server needs; `gradmap_hub.runtime.TextModel` implements it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What form a request demands of the answer: JSON, a pattern, one of some texts, or a grammar."""
+"""Constraints on the answer in a request: a JSON schema, a regular expression, a choice of strings or a grammar."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Texts = Annotated[list[_Text], Field(fail_fast=True, min_length=1, max_length=MA
 
 
 class NamedSchema(Strict):
-    """A JSON schema. Answers keep to it whether `strict` is set or not."""
+    """A JSON schema. Answers follow it whether or not `strict` is set."""
 
     name: Annotated[str, Field(max_length=64)]
     description: str | None = None
@@ -28,21 +28,21 @@ class NamedSchema(Strict):
 
 
 class ResponseFormat(Strict):
-    """What the answer must be: any text, a JSON object, or JSON of a schema."""
+    """The form of the answer: any text, a JSON object, or JSON that follows a schema."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: NamedSchema | None = None
 
     @property
     def schema_of_answer(self) -> dict[str, Any] | None:
-        """The JSON schema that the answer must have; None: it may be any text."""
+        """The JSON schema that the answer must follow; None: it may be any text."""
         if self.type == "text":
             return None
         return {"type": "object"} if self.json_schema is None else self.json_schema.schema_
 
 
 class StructuredOutputs(Strict):
-    """One of these, as in vLLM. `grammar`: llguidance's variant of Lark, or llama.cpp's GBNF."""
+    """At most one of these constraints, as in vLLM. `grammar`: llguidance's variant of Lark, or llama.cpp's GBNF."""
 
     json_: dict[str, Any] | None = Field(default=None, alias="json")
     regex: Pattern | None = None
@@ -52,7 +52,7 @@ class StructuredOutputs(Strict):
 
 
 class Formed(Protocol):
-    """The fields of a request that say which form the answer has."""
+    """The fields of a request that constrain the answer."""
 
     @property
     def response_format(self) -> ResponseFormat | None: ...
@@ -69,10 +69,10 @@ class Formed(Protocol):
 
 
 def form_of(asked: Formed) -> tuple[str, Wanted | None]:
-    """Return the parameter that says what the answer must be, and what it says; None: it may be any text.
+    """Return the name of the parameter that constrains the answer, and the constraint; None: it may be any text.
 
     Raises:
-        ApiError: 400, several parameters say it, or response_format does not say it.
+        ApiError: 400, several parameters constrain the answer, or response_format lacks its json_schema.
     """
     found: dict[str, Wanted] = {}
     if asked.response_format is not None:
@@ -90,7 +90,7 @@ def form_of(asked: Formed) -> tuple[str, Wanted | None]:
             found[param] = _wanted(param, value)
     if len(found) > 1:
         first, second, *_ = found
-        said = f"{first} and {second} exclude each other: both say what the answer must be."
+        said = f"{first} and {second} exclude each other: both constrain the answer."
         raise ApiError(400, said, param=second, code="invalid_value")
     return next(iter(found.items()), ("response_format", None))
 

@@ -31,13 +31,13 @@ class Metrics:
             lambda: scheduler.waiting
         )
         self._requests = Counter("gradmap_requests", "HTTP requests answered", ["route", "status"], registry=registry)
-        self._refused = Counter("gradmap_refused", "Requests refused, body unread", ["reason"], registry=registry)
+        self._refused = Counter("gradmap_refused", "Requests refused with unread body", ["reason"], registry=registry)
         self._generations = Counter("gradmap_generations", "Generations ended", ["outcome"], registry=registry)
         self._prompt = Counter("gradmap_prompt_tokens", "Prompt tokens of all generations", registry=registry)
         self._cached = Counter(
             "gradmap_prompt_tokens_cached", "Prompt tokens that needed no prefill", registry=registry
         )
-        Gauge("gradmap_prefix_cache_bytes", "Memory of the beginnings of prompts", registry=registry).set_function(
+        Gauge("gradmap_prefix_cache_bytes", "Size of the prefix cache", registry=registry).set_function(
             lambda: scheduler.prefix_bytes
         )
         self._completion = Counter("gradmap_completion_tokens", "Tokens generated", registry=registry)
@@ -67,6 +67,7 @@ class Metrics:
         first_token_seconds: float | None,
         tokens_per_second: float | None,
     ) -> None:
+        """Record a generation that ended. None: not measured, as it ended too early."""
         self._generations.labels(outcome).inc()
         self._prompt.inc(prompt_tokens)
         self._cached.inc(cached_tokens)
@@ -77,4 +78,5 @@ class Metrics:
             self._speed.observe(tokens_per_second)
 
     def text(self) -> bytes:
+        """Return all metrics in the text format of Prometheus."""
         return generate_latest(self._registry)

@@ -1,4 +1,4 @@
-"""Tokenises prompts on one thread, apart from the event loop and the decode thread: the shortest first."""
+"""Tokenises prompts, the shortest first, on a thread separate from the event loop and the decode thread."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Preparer:
         self._thread.start()
 
     def stop(self) -> None:
-        """Cancel what has not begun. A task that runs is left to end by itself, or with the process. Idempotent."""
+        """Cancel the tasks that have not begun. A running task ends when done, or with the process. Idempotent."""
         with self._changed:
             self._stopping = True
             for *_, future in self._queue:
@@ -51,7 +51,11 @@ class Preparer:
         return began is not None and time.monotonic() - began > STUCK_SECONDS
 
     def submit(self, characters: int, make: Callable[[], Made]) -> Future[Made]:
-        """Run `make` on the thread. Cancelling the future has an effect only before it begins."""
+        """Run `make` on the thread; return the future of its result, cancelled if the preparer has stopped.
+
+        `characters`: length of the prompt, by which tasks are ordered. Cancelling the future has an effect only before
+        `make` begins.
+        """
         future: Future[Made] = Future()
         with self._changed:
             if self._stopping:

@@ -14,8 +14,8 @@ SERVER = "server_error"
 class ApiError(Exception):
     """An error response.
 
-    `status`: HTTP status; `message`: for the author of the request; `kind`: the type of the OpenAI API; `param`: the
-    invalid field, such as `messages[0].content`; `code`: machine-readable; `headers`: of the response.
+    `status`: HTTP status; `message`: for the author of the request; `kind`: the error type of the OpenAI API; `param`:
+    the invalid field, such as `messages[0].content`; `code`: machine-readable; `headers`: of the response.
     """
 
     def __init__(
@@ -62,6 +62,7 @@ def stopping() -> ApiError:
 
 
 def too_slow(seconds: float) -> ApiError:
+    """Return the 504 for a request that exceeds the time limit of `seconds`."""
     return ApiError(
         504,
         f"The response was not finished within {seconds:g} s. Request fewer tokens or retry later.",
@@ -71,6 +72,7 @@ def too_slow(seconds: float) -> ApiError:
 
 
 def unknown_model(asked: str, served: str) -> ApiError:
+    """Return the 404 for a request that names another model than the served one."""
     shown = asked if len(asked) <= 100 else asked[:97] + "..."
     return ApiError(
         404,

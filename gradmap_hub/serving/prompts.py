@@ -67,7 +67,7 @@ def check_choices(asked: ChatRequest | CompletionRequest, most: int) -> int:
     if count > most:
         raise ApiError(
             400,
-            f"The request asks for {count} choices; this server takes at most {most} at a time. Send fewer.",
+            f"The request asks for {count} choices; this server takes at most {most} at a time. Ask for fewer.",
             param="n" if each > 1 else "prompt",
             code="invalid_value",
         )
@@ -75,7 +75,7 @@ def check_choices(asked: ChatRequest | CompletionRequest, most: int) -> int:
 
 
 def _least_output(asked: ChatRequest | CompletionRequest) -> int:
-    """Return for how many tokens of output there must be room: none if only the prompt is asked for."""
+    """Return for how many output tokens the context must have room: 0 if only the prompt is requested, else 1."""
     return 0 if asked.limit == 0 else 1
 
 
@@ -142,7 +142,7 @@ def works_for(engine: Engine, asked: ChatRequest | CompletionRequest) -> list[Wo
 def _constraint(
     engine: Engine, asked: ChatRequest | CompletionRequest, use: ToolUse | None
 ) -> tuple[str, Constraint | None]:
-    """Return the parameter that constrains the answer, and the constraint."""
+    """Return the name of the parameter that constrains the answer, and the constraint; None: there is none."""
     param, wanted = form_of(asked)
     calls = None if use is None else use.calls(wanted if isinstance(wanted, Mapping) else None)
     if calls is not None:
@@ -152,17 +152,17 @@ def _constraint(
     try:
         return param, engine.constrain(wanted)
     except MissingExtra as error:
-        said = f"This server cannot write an answer of a given form. On its machine: {error.hint}"
+        said = f"This server cannot constrain answers. On its machine: {error.hint}"
         raise ApiError(400, said, param=param, code="unsupported_parameter") from error
     except GradmapError as error:
         raise ApiError(400, error.message, param=param, code="invalid_value") from error
 
 
 def _check_ids(ids: Sequence[int], vocabulary: int, param: str) -> None:
-    """Check the tokens of a prompt here, and not one generation after another in the engine.
+    """Check the tokens of a prompt once, not for each of its generations in the engine.
 
     Raises:
-        ApiError: 400, there are none, or one is unknown.
+        ApiError: 400, the prompt has no tokens, or an unknown token id.
     """
     if not ids:
         raise ApiError(400, "The prompt has no tokens. Send a non-empty one.", param=param, code="invalid_value")
@@ -179,7 +179,7 @@ def _check_scores(works: Sequence[Work], scoring: Scoring, param: str) -> None:
     """Bound the memory of a response.
 
     Raises:
-        ApiError: 400, too many log-probabilities may be in it.
+        ApiError: 400, the response may have more than MAX_SCORES log-probabilities.
     """
     tokens = sum(work.max_tokens + (len(work.prompt) if scoring.prompt else 0) for work in works)
     if tokens * (1 + scoring.top) > MAX_SCORES:
@@ -197,7 +197,7 @@ def _scoring(asked: ChatRequest | CompletionRequest) -> Scoring | None:
 
 
 def tokenized(engine: Engine, asked: TokenizeRequest) -> Tokenized:
-    """Answer a request for tokens; a prompt may be longer than the context.
+    """Return the tokens of a prompt or a chat, which may be longer than the context.
 
     Raises:
         ApiError: 400, the tokenizer or the chat template rejects it.
@@ -213,7 +213,7 @@ def tokenized(engine: Engine, asked: TokenizeRequest) -> Tokenized:
 
 
 def detokenized(engine: Engine, asked: DetokenizeRequest) -> Detokenized:
-    """Answer a request for the text of tokens.
+    """Return the text of tokens.
 
     Raises:
         ApiError: 400, a token id is unknown.
@@ -247,7 +247,7 @@ def _given_prompts(asked: CompletionRequest) -> list[str | list[int]]:
 
 
 def _completion_prompt(engine: Engine, asked: CompletionRequest, prompt: str | list[int]) -> tuple[list[int], str]:
-    """Return the token ids of a prompt, and the text that its answers begin with."""
+    """Return the token ids of a prompt, and the text that its answers begin with (the prompt if echo is set)."""
     if isinstance(prompt, list):
         return prompt, engine.decode(prompt) if asked.echo else ""
     return _text_ids(engine, prompt), prompt if asked.echo else ""

@@ -20,8 +20,8 @@ class PatientProtocol(H11Protocol):
     """One connection, closed if the client stalls for `HEAD_SECONDS` or `STALL_SECONDS`.
 
     If there are more than `most` connections, one that waits for its client is closed for the new one: first those that
-    never sent a whole request, the oldest first. A server that runs out of files could accept nobody, and would log
-    every attempt.
+    never sent a whole request, the oldest first. A server that runs out of file descriptors cannot accept
+    connections, and logs every attempt.
     """
 
     _head_timer: asyncio.TimerHandle | None = None

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict
 
 
 class PromptDetails(BaseModel):
-    """`cached_tokens`: those of the prompt that needed no prefill."""
+    """`cached_tokens`: number of prompt tokens that needed no prefill."""
 
     cached_tokens: int
 
@@ -26,7 +26,7 @@ Reason = Literal["stop", "length", "tool_calls"]
 
 
 class CalledFunction(BaseModel):
-    """`arguments`: JSON, as a text."""
+    """`arguments`: JSON, as a string."""
 
     name: str
     arguments: str
@@ -39,7 +39,7 @@ class ToolCall(BaseModel):
 
 
 class ToolCallDelta(ToolCall):
-    """A whole call: `index` is its place in the message."""
+    """A whole call; `index`: its position among the calls of the message."""
 
     index: int
 
@@ -111,7 +111,7 @@ class ChatChunk(BaseModel):
 
 
 class TextLogprobs(BaseModel):
-    """Of each token: its text, its natural log-probability, those of the most probable tokens, where it begins."""
+    """For each token: text, natural log-probability, those of the most probable tokens, offset in characters."""
 
     tokens: list[str]
     token_logprobs: list[float | None]

@@ -1,4 +1,4 @@
-"""The shape of answers of the Responses API: whole, or as events with names and numbers."""
+"""Builds the responses of the Responses API: whole, or as named and numbered events."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Event = dict[str, Any]
 
 
 class Responses:
-    """Builds the response to one request: feed it the pieces, which gives the events, then read `whole`."""
+    """Builds the response to one request: `add` takes pieces and yields events; `whole` returns the response."""
 
     def __init__(self, model: str, asked: ResponsesRequest, work: Work) -> None:
         self._asked = asked
@@ -38,7 +38,7 @@ class Responses:
             yield self._event(kind, response=self.whole())
 
     def add(self, piece: Piece) -> Iterator[Event]:
-        """Yield the events of a piece, which is a part of `whole` then."""
+        """Add a piece to the response and yield its events, all of which the caller must consume."""
         text, calls = piece.text, []
         if self._parser is not None:
             text, calls = self._parser.add(piece.text)

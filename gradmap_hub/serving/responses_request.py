@@ -1,4 +1,4 @@
-"""POST /v1/responses: the Responses API in its text part, as a chat."""
+"""POST /v1/responses: the text part of the Responses API, converted to a chat request."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class OutputText(Strict):
 
 
 class ResponsesRequest(Strict):
-    """POST /v1/responses. Tools, their choice and sampling parameters are checked as those of a chat."""
+    """POST /v1/responses. Tools, tool_choice and sampling parameters are checked as in a chat request."""
 
     model: str
     input: Input
@@ -154,7 +154,7 @@ _NAMES = {"messages": "input", "max_tokens": "max_output_tokens", "response_form
 
 
 def renamed(error: ApiError) -> ApiError:
-    """Return an error of a chat request with the parameter as the Responses API calls it."""
+    """Return the error of a chat request with the name that its parameter has in the Responses API."""
     param = error.param
     if param is None:
         return error

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("gradmap_hub.serving")
 
-CONTEXTS_KEPT = 2  # of beginnings of prompts, by default
+CONTEXTS_KEPT = 2  # default size of the prefix cache, in full contexts
 _FIRST_GUESS_SECONDS = 2.0  # assumed duration of a generation before the first one ends
 _SMOOTHING = 0.2  # weight of the latest generation in the mean duration
 _MAX_RETRY_SECONDS = 60  # clients such as openai-python ignore a longer Retry-After
@@ -48,9 +48,9 @@ class Stopped(Exception):
 class Work:
     """The input of one generation. `prompt`: token ids; `max_tokens`: limit of the output; `stop`: stop strings;
     `scoring`: which log-probabilities to deliver; `echo`: text that the answer begins with; `ignore_end`: end tokens do
-    not end the output; `min_tokens`: only `max_tokens` ends it before; `constraint`: which tokens it may have;
-    `constrained_by`: the parameter of the request that says so; `shown`: special tokens that the text shows;
-    `tools`: which the answer may call."""
+    not end the output; `min_tokens`: before this many tokens, only `max_tokens` ends the output; `constraint`: which
+    tokens the output may have; `constrained_by`: the request parameter that sets the constraint; `shown`: id to text of
+    special tokens that the answer shows; `tools`: which the answer may call."""
 
     prompt: Sequence[int]
     max_tokens: int
@@ -144,7 +144,7 @@ class Scheduler:
         engine: the model; its batch is used by the decode thread only.
         slots: maximum number of concurrent generations.
         queue: maximum number of further jobs that wait for a slot.
-        prefix_cache: bytes for the beginnings of prompts; None: CONTEXTS_KEPT times those of a whole context.
+        prefix_cache: size of the prefix cache in bytes; None: enough for CONTEXTS_KEPT full contexts.
     """
 
     def __init__(self, engine: Engine, *, slots: int, queue: int, prefix_cache: int | None = None) -> None:
@@ -187,12 +187,12 @@ class Scheduler:
 
     @property
     def prefix_bytes(self) -> int:
-        """Bytes of the beginnings of prompts that are kept."""
+        """Bytes in use by the prefix cache."""
         return self._batch.prefix_bytes
 
     @property
     def capacity(self) -> int:
-        """How many jobs may be admitted at the same time."""
+        """Maximum number of admitted jobs: slots plus queue."""
         return self._capacity
 
     def retry_seconds(self) -> int:
@@ -210,10 +210,10 @@ class Scheduler:
         return self.admit_all(wake, 1)[0]
 
     def admit_all(self, wake: Callable[[], None], count: int) -> list[Job]:
-        """Admit so many jobs that belong together, or none of them; otherwise as `admit`.
+        """Admit `count` jobs of one request, or none of them; otherwise as `admit`.
 
         Raises:
-            Busy: slots and queue do not have so many free places.
+            Busy: slots and queue have fewer than `count` free places.
             Stopped: the scheduler has stopped.
         """
         with self._changed:

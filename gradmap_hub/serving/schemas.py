@@ -74,7 +74,7 @@ Nothing = Annotated[list[Any], Field(max_length=0)] | None
 Choices = Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None
 Top = Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None
 Penalty = Annotated[float, Field(ge=-2, le=2)] | None
-# JSON has no other keys than texts.
+# JSON keys are always strings.
 BiasedToken = Annotated[str, Field(pattern="^(0|[1-9][0-9]{0,9})$")]
 Biases = Annotated[dict[BiasedToken, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MAX_BIASES)] | None
 MaxTokens = Annotated[int, Field(ge=1, le=_MAX_TOKENS)] | None
@@ -86,7 +86,7 @@ class CalledFunction(Strict):
 
 
 class ToolCall(Strict):
-    """A call that the assistant has made. `arguments` is JSON in a text, as the OpenAI API has it."""
+    """A call that the assistant has made. `arguments` is JSON in a string, as in the OpenAI API."""
 
     id: str | None = None
     type: Literal["function"] = "function"
@@ -94,7 +94,7 @@ class ToolCall(Strict):
 
 
 class Message(Strict):
-    """One turn of a conversation. Only an assistant's may have no content; tool_call_id and name are of a tool's."""
+    """One message. Only the assistant's may lack content; tool_call_id and name belong to the role `tool`."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content | None = None
@@ -112,7 +112,7 @@ class Message(Strict):
 
     @property
     def size(self) -> int:
-        """How many characters it has."""
+        """Number of characters of the text and the tool calls."""
         calls = self.tool_calls or ()
         return len(self.text) + sum(len(call.function.name) + len(call.function.arguments) for call in calls)
 
@@ -132,9 +132,9 @@ class _Generation(Strict):
     max_tokens: MaxTokens = Field(None, description="Maximum tokens to generate; also limited by the context.")
     max_completion_tokens: MaxTokens = Field(None, description="Overrides max_tokens.")
     min_tokens: Annotated[int, Field(ge=0, le=_MAX_TOKENS)] | None = Field(
-        None, description="Extension. Neither the end of the text nor a stop string ends the output before."
+        None, description="Extension. Before this many tokens, neither an end token nor a stop string ends the output."
     )
-    ignore_eos: bool | None = Field(None, description="Extension. The end of the text does not end the output.")
+    ignore_eos: bool | None = Field(None, description="Extension. End tokens do not end the output.")
     temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(None, description="Default 1; 0 is greedy.")
     top_p: Annotated[float, Field(ge=0, le=1)] | None = Field(None, description="Default 1 (off).")
     top_k: Annotated[int, Field(ge=0, le=_MAX_TOKENS)] | None = Field(None, description="Extension. Default 0 (off).")
@@ -148,18 +148,18 @@ class _Generation(Strict):
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = Field(None, description="Extension, as in vLLM.")
-    guided_json: dict[str, Any] | None = Field(None, description="Extension. The answer has this JSON schema.")
+    guided_json: dict[str, Any] | None = Field(None, description="Extension. The answer follows this JSON schema.")
     guided_regex: Pattern | None = Field(None, description="Extension. The answer matches this pattern.")
-    guided_choice: Texts | None = Field(None, description="Extension. The answer is one of these texts.")
-    guided_grammar: GrammarText | None = Field(None, description="Extension. Lark, or GBNF of llama.cpp.")
-    presence_penalty: Penalty = Field(None, description="Subtracted from the logits of tokens in the output.")
-    frequency_penalty: Penalty = Field(None, description="The same, times how often the output has the token.")
-    logit_bias: Biases = Field(None, description="Token id to what is added to its logit.")
-    n: Choices = Field(None, description="Choices per prompt, default 1; with a seed, the next one for each.")
+    guided_choice: Texts | None = Field(None, description="Extension. The answer is one of these strings.")
+    guided_grammar: GrammarText | None = Field(None, description="Extension. llguidance's Lark, or llama.cpp's GBNF.")
+    presence_penalty: Penalty = Field(None, description="Subtracted once from the logit of each token in the output.")
+    frequency_penalty: Penalty = Field(None, description="Subtracted once per occurrence in the output.")
+    logit_bias: Biases = Field(None, description="Token id to a number that is added to its logit.")
+    n: Choices = Field(None, description="Choices per prompt, default 1. With a seed, each uses the next one.")
 
     @property
     def limit(self) -> int | None:
-        """How many tokens the output may have at most, if that is asked for."""
+        """The maximum number of output tokens that the request sets; None: it sets none."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
 
@@ -192,26 +192,26 @@ class CompletionRequest(_Generation):
     echo: bool | None = Field(None, description="Begin the text with the prompt.")
     add_generation_prompt: None = None
     continue_final_message: None = None
-    logprobs: Top = Field(None, description="Return the log-probability of each token, and of so many likely ones.")
+    logprobs: Top = Field(None, description="Return the log-probabilities of each token and the N most probable ones.")
     suffix: Literal[""] | None = None
     best_of: Choices = Field(None, description="Must equal n: every choice is returned.")
 
 
 class TokenizeRequest(Strict):
-    """POST /tokenize: the tokens of a prompt or of the messages of a chat, as vLLM's."""
+    """POST /tokenize: the tokens of a prompt or of the messages of a chat, as in vLLM."""
 
     model: str | None = None
     prompt: str | None = None
     messages: Messages | None = None
-    tools: Tools = Field(None, description="Of messages. Functions that the model may call.")
-    add_special_tokens: bool | None = Field(None, description="Of a prompt. Default true: as in a completion.")
-    add_generation_prompt: bool | None = Field(None, description="Of messages. Default true: begin a new answer.")
-    continue_final_message: bool | None = Field(None, description="Of messages. Continue the last message.")
+    tools: Tools = Field(None, description="With messages only. Functions that the model may call.")
+    add_special_tokens: bool | None = Field(None, description="With prompt only. Default true: as in a completion.")
+    add_generation_prompt: bool | None = Field(None, description="With messages only. Default true: begin an answer.")
+    continue_final_message: bool | None = Field(None, description="With messages only. Continue the last message.")
     return_token_strs: Literal[False] | None = None
 
 
 class DetokenizeRequest(Strict):
-    """POST /detokenize: the text of tokens, as vLLM's."""
+    """POST /detokenize: the text of tokens, as in vLLM."""
 
     model: str | None = None
     tokens: Annotated[list[TokenId], Field(fail_fast=True, max_length=MAX_PROMPT_IDS)]
@@ -235,12 +235,12 @@ Asked = TypeVar("Asked", bound=Strict)
 
 
 def parse(kind: type[Asked], body: bytes, *, most: int) -> Asked:
-    """Parse and validate a request body. Runs on the event loop, so it is bounded: `most` is a number of JSON values.
+    """Parse and validate a request body. `most`: limit of JSON values in it, because this runs on the event loop.
 
     Raises:
         ApiError: 400; names the invalid parameter.
     """
-    # Every value but the first of a list or object follows a comma. Commas within texts do not count.
+    # Every value but the first of a list or object follows a comma. Commas within strings do not count.
     if body.count(b",") > most and _TEXTS.sub(b"", body).count(b",") > most:
         raise ApiError(400, f"The body has more than {most} JSON values.", code="invalid_value")
     try:
@@ -261,7 +261,7 @@ def parse(kind: type[Asked], body: bytes, *, most: int) -> Asked:
 
 
 def _check_tokenize(asked: TokenizeRequest) -> None:
-    """Check what several fields decide together.
+    """Check the fields that depend on each other.
 
     Raises:
         ApiError: 400; names the invalid parameter.
@@ -276,7 +276,7 @@ def _check_tokenize(asked: TokenizeRequest) -> None:
     )  # fmt: skip
     for name, value in others.items():
         if value is not None:
-            raise ApiError(400, f"{name} does not go with {given}.", param=name, code="unsupported_parameter")
+            raise ApiError(400, f"{name} cannot be combined with {given}.", param=name, code="unsupported_parameter")
     if asked.messages is not None:
         _check_ends(asked)
         _check_turns(asked.messages)
@@ -293,7 +293,7 @@ def _check_tools(asked: ChatRequest) -> None:
     if must_call(asked.tool_choice):
         for name, value in (("min_tokens", asked.min_tokens), ("ignore_eos", asked.ignore_eos)):
             if value:
-                said = f"{name} does not go with a tool_choice that demands a call, which says where the answer ends."
+                said = f"{name} cannot be combined with a tool_choice that demands a call: it ends the answer."
                 raise ApiError(400, said, param=name, code="unsupported_parameter")
 
 
@@ -303,15 +303,15 @@ def _check_form(asked: _Generation) -> None:
         return
     for name, value in (("min_tokens", asked.min_tokens), ("ignore_eos", asked.ignore_eos)):
         if value:
-            said = f"{name} does not go with {param}, which says where the answer ends."
+            said = f"{name} cannot be combined with {param}, which determines where the answer ends."
             raise ApiError(400, said, param=name, code="unsupported_parameter")
     if isinstance(asked, ChatRequest) and asked.tools and asked.tool_choice != "none" and not isinstance(wanted, dict):
-        said = f"{param} does not go with tools: an answer that is no call can be constrained to a JSON schema only."
+        said = f"{param} cannot be combined with tools: an answer without calls can only follow a JSON schema."
         raise ApiError(400, said, param=param, code="unsupported_parameter")
 
 
 def _check_generation(asked: _Generation) -> None:
-    """Check what several fields decide together.
+    """Check the fields that depend on each other.
 
     Raises:
         ApiError: 400; names the invalid parameter.
@@ -322,7 +322,9 @@ def _check_generation(asked: _Generation) -> None:
         raise ApiError(400, "top_logprobs needs logprobs: true.", param="top_logprobs", code="invalid_value")
     _check_form(asked)
     if asked.limit is not None and (asked.min_tokens or 0) > asked.limit:
-        raise ApiError(400, "min_tokens must not exceed max_tokens.", param="min_tokens", code="invalid_value")
+        field = "max_tokens" if asked.max_completion_tokens is None else "max_completion_tokens"
+        said = f"min_tokens ({asked.min_tokens}) must not exceed {field} ({asked.limit})."
+        raise ApiError(400, said, param="min_tokens", code="invalid_value")
     if isinstance(asked, CompletionRequest) and asked.limit == 0 and not asked.echo:
         raise ApiError(400, "max_tokens must be at least 1, or 0 with echo.", param="max_tokens", code="invalid_value")
     if isinstance(asked, ChatRequest):
@@ -335,25 +337,26 @@ def _check_generation(asked: _Generation) -> None:
 
 
 def _check_turns(turns: Sequence[Message]) -> None:
-    """Check what depends on the role.
+    """Check the fields of messages that depend on the role.
 
     Raises:
-        ApiError: 400, a turn without content that is no assistant's, or tool calls that are not.
+        ApiError: 400, a message that is not an assistant's lacks content, or has tool calls.
     """
     for place, turn in enumerate(turns):
         if turn.role == "assistant":
             continue
         if turn.content is None:
             param = f"messages[{place}].content"
-            said = f"Missing required parameter: {param}. Only an assistant's may be null."
+            said = f"Missing required parameter: {param}. Only an assistant message may lack it."
             raise ApiError(400, said, param=param, code="missing_required_parameter")
         if turn.tool_calls:
             param = f"messages[{place}].tool_calls"
-            raise ApiError(400, f"{param}: only an assistant calls tools.", param=param, code="invalid_value")
+            said = f"{param}: only an assistant message may have tool calls."
+            raise ApiError(400, said, param=param, code="invalid_value")
 
 
 def _problem(error: ValidationError) -> ApiError:
-    """Convert the first validation error to a message of one line."""
+    """Convert the first validation error to an API error with a message of one line."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     places = [place for place in first["loc"] if not (isinstance(place, str) and place.startswith(_TAG))]
     if places[:1] == ["logit_bias"]:  # its keys are the client's own text

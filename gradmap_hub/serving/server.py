@@ -79,7 +79,7 @@ class Server:
         """Start the threads and return once the server answers requests. A server can start only once.
 
         Raises:
-            GradmapError: the server cannot listen on the address, or did not start in time.
+            GradmapError: the server cannot listen on the address, or did not start within 30 seconds.
         """
         listener = _listen(self._settings.host, self._settings.port)
         config = uvicorn.Config(
@@ -105,7 +105,9 @@ class Server:
         while not server.started:
             if not thread.is_alive() or time.monotonic() > deadline:
                 self.stop()
-                raise GradmapError("The HTTP server did not start. See the log.")
+                raise GradmapError(
+                    f"The HTTP server failed or took more than {_START_SECONDS:g} s to start. See the log."
+                )
             time.sleep(0.005)
 
     def drain(self, seconds: float, at_once: threading.Event | None = None) -> bool:
@@ -181,7 +183,7 @@ class Server:
 
 
 class _Sparse(logging.Filter):
-    """Lets a few records per minute pass: when the files of the process run out, asyncio logs every failed accept."""
+    """Lets 10 records per minute pass: without free file descriptors, asyncio logs every failed accept."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -196,14 +198,14 @@ class _Sparse(logging.Filter):
 
 
 def _most_connections(settings: Settings) -> int:
-    """How many connections may be open: enough for every place in slots and queue, if the system allows that."""
+    """Return how many connections may be open: enough for all slots and the queue, if the system allows that."""
     wanted = max(MAX_CONNECTIONS, 4 * (settings.slots + settings.queue))
     try:
         import resource
     except ImportError:  # Windows, which has no such limit
         return wanted
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    # The other half is for what is accepted before others are closed, and for the files of the process.
+    # The other half is for connections accepted before others are closed, and for the files of the process.
     return wanted if files == resource.RLIM_INFINITY else min(wanted, max(1, files // 2))
 
 

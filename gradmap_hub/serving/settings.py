@@ -11,9 +11,9 @@ MAX_MESSAGES = 1024  # per chat request
 MAX_TOOL_CALLS = 128  # per message
 MAX_PATTERN = 4096  # characters of a regular expression
 MAX_GRAMMAR = 65_536  # characters
-MAX_CHOICES_OF_TEXT = 1024  # texts of which the answer must be one
+MAX_CHOICES_OF_TEXT = 1024  # strings of which the answer must be one
 MAX_TOOLS = 128  # per request, as in the OpenAI API
-MAX_OTHER_NAMES = 10  # of models that are not here, each with a warning in the log
+MAX_OTHER_NAMES = 10  # unknown model names in requests that get a warning in the log
 MAX_STOPS = 16  # the OpenAI API has 4; tasks of lm-evaluation-harness such as humaneval have more
 MAX_STOP_CHARACTERS = 512
 MAX_TOP_LOGPROBS = 20  # as in the OpenAI API for chats; it has 5 for completions
@@ -21,15 +21,15 @@ MAX_SCORES = 300_000  # log-probabilities of one request, each some hundred byte
 MAX_BIASES = 1024  # tokens in logit_bias; each costs time in every step
 MAX_CHOICES = 128  # per prompt, as in the OpenAI API; all choices of a request must fit into slots and queue
 MAX_PROMPTS = 1024  # per request
-# JSON values of a request body, beyond those of prompts in token ids. The event loop parses, at most 0.05 s for both; a
-# thousand messages of some parts have fewer than 10,000.
+# JSON values of a request body, not counting prompts in token ids. The event loop parses both, in at most 0.05 s; a
+# thousand messages of a few parts each have fewer than 10,000.
 MAX_VALUES = 20_000
 MAX_PROMPT_IDS = 2**18  # of all prompts of a request
 MAX_CONNECTIONS = 512  # or four per place in slots and queue; at most half of what the system lets a process open
 # A longer prompt is refused before it is tokenised, which takes a second for a megabyte. English has 4 to 5 characters
 # per token, deeply indented code about 10.
 CHARACTERS_PER_TOKEN = 32
-STUCK_SECONDS = 30.0  # of one prompt; the longest takes about one in the tokeniser, a chat template at its limit 20
+STUCK_SECONDS = 30.0  # to prepare a prompt; the longest takes about 1 s to tokenise, a chat template at its limit 20 s
 BODY_SECONDS = 30.0  # for a request body to arrive
 HEAD_SECONDS = 30.0  # for the head of a request to arrive
 STALL_SECONDS = 30.0  # for a client to read from a blocked response
@@ -47,7 +47,7 @@ class Settings:
         timeout: seconds per request, queueing included.
         drain: seconds to finish running and waiting requests at shutdown.
         max_body: maximum size of a request body, in bytes.
-        prefix_cache: bytes for the beginnings of prompts that later ones may share; None: two contexts; 0: none.
+        prefix_cache: bytes for prefixes of prompts that later prompts may share; None: two full contexts; 0: none.
         name: the model id; None: the name of the engine.
         strict_model: refuse requests for another model id instead of answering them.
         api_key: the bearer token that clients must send; None: no authentication.

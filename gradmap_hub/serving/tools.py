@@ -1,4 +1,4 @@
-"""Tools in a request: which there are, and which the model may or must call."""
+"""The tools of a request, and which of them the model may or must call."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gradmap_hub.runtime.tool_formats import ToolFormat
 from gradmap_hub.serving.problems import ApiError
 from gradmap_hub.serving.settings import MAX_TOOLS
 
-_LARGEST = 2**53 - 1  # of integers that every reader of JSON keeps
+_LARGEST = 2**53 - 1  # largest integer that every JSON parser reads exactly
 _BOUNDS = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "enum", "const"}
 _NOTHING: Mapping[str, Any] = {"type": "object", "properties": {}}
 
@@ -25,7 +25,7 @@ class Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True, allow_inf_nan=False)
 
 
-# The grammar of a call and the prompt have the name as it is.
+# The grammar of a call and the prompt contain the name unescaped.
 FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 
 
@@ -73,20 +73,20 @@ ToolChoice = Annotated[
 
 
 def must_call(choice: str | NamedChoice | None) -> bool:
-    """Whether every answer has a call."""
+    """Whether every answer must have a call."""
     return choice == "required" or isinstance(choice, NamedChoice)
 
 
 def check_choice(tools: Sequence[Tool], choice: str | NamedChoice | None) -> None:
-    """Check what tools and tool_choice say together.
+    """Check that tools and tool_choice are consistent.
 
     Raises:
-        ApiError: 400, two functions have one name, or the one to be called is not there.
+        ApiError: 400, two functions have the same name, or tool_choice demands a function that tools lacks.
     """
     names = [tool.function.name for tool in tools]
     double = next((name for name in names if names.count(name) > 1), None)
     if double is not None:
-        raise ApiError(400, f"tools: two functions are called {double}.", param="tools", code="invalid_value")
+        raise ApiError(400, f"tools: two functions have the name {double}.", param="tools", code="invalid_value")
     if must_call(choice) and not tools:
         raise ApiError(400, "tool_choice needs tools.", param="tool_choice", code="invalid_value")
     if isinstance(choice, NamedChoice) and choice.function.name not in names:
@@ -95,8 +95,8 @@ def check_choice(tools: Sequence[Tool], choice: str | NamedChoice | None) -> Non
 
 
 def _tight(schema: Mapping[str, Any], *, top: bool = True) -> dict[str, Any]:
-    """Return a schema without what a small model would go on with for ever: arguments that the function does not have,
-    and integers of more digits than readers of JSON keep."""
+    """Return a schema that excludes what a small model would continue for ever: arguments that the function does not
+    have, and integers of more digits than JSON parsers read exactly."""
     found = dict(schema)
     if top and "properties" in found and not found.keys() & {"patternProperties", "unevaluatedProperties"}:
         found.setdefault("additionalProperties", False)
@@ -114,7 +114,11 @@ def _tight(schema: Mapping[str, Any], *, top: bool = True) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class ToolUse:
-    """How the answers to a request call tools. `named`: the request names the function that they must call."""
+    """How the answers to a request call tools.
+
+    `row`: how the model writes calls; `must`: whether an answer must have a call; `named`: the only function that may
+    be called, if the request names one; `parallel`: whether several calls are allowed.
+    """
 
     row: ToolFormat
     tools: Sequence[Tool]
@@ -126,15 +130,15 @@ class ToolUse:
     def of(
         cls, row: ToolFormat | None, tools: Sequence[Tool], choice: str | NamedChoice | None, parallel: bool | None
     ) -> ToolUse | None:
-        """Return None if no tool may be called.
+        """Return the use of tools that a request asks for; None: no tool may be called.
 
         Raises:
-            ApiError: 400, the model has no tools.
+            ApiError: 400, the model does not support tools.
         """
         if not tools or choice == "none":
             return None
         if row is None:
-            said = "The chat template of this model has no tools, or calls in a format that this server does not read."
+            said = "The model's chat template does not support tools, or its format of calls is not supported."
             raise ApiError(400, said, param="tools", code="unsupported_parameter")
         named = choice.function.name if isinstance(choice, NamedChoice) else None
         return cls(row, tools, must_call(choice), named, parallel is not False)
@@ -144,8 +148,8 @@ class ToolUse:
         return CallParser(self.row, {tool.function.name for tool in self.tools}, parallel=self.parallel)
 
     def calls(self, answer: Mapping[str, Any] | None) -> Calls | None:
-        """Return what the answer is constrained to; None if it may be any text. `answer`: the JSON schema of one
-        without calls."""
+        """Return the constraint of the answer; None if it may be any text. `answer`: the JSON schema of an
+        answer without calls."""
         if not self.must and answer is None:
             return None
         functions = [tool.function for tool in self.tools if self.named in (None, tool.function.name)]

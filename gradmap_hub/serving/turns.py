@@ -1,4 +1,4 @@
-"""Converts the messages of a request to those that a chat template takes."""
+"""Converts the messages of a request for the chat template."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any
 from gradmap_hub.serving.problems import ApiError
 from gradmap_hub.serving.schemas import Message, ToolCall
 
-# A template that writes the role of a message as it is writes those of tools too.
+# A template that inserts the role of a message unchanged supports the role `tool` too.
 _WRITES_ROLES = re.compile(r"\{\{[^{}]*\brole\b")
 
 
 def turns_for(template: str, messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Return the messages for a chat template. A template that has no tool calls gets them as text, in JSON.
+    """Return the messages for a chat template. If it does not support tool calls, they are JSON in the content.
 
     Raises:
-        ApiError: 400, the template would leave the result of a tool out.
+        ApiError: 400, the template does not support tool results.
     """
     turns: list[dict[str, Any]] = []
     for place, message in enumerate(messages):
@@ -28,7 +28,7 @@ def turns_for(template: str, messages: Sequence[Message]) -> list[dict[str, Any]
         if role == "tool":
             if "tool" not in template and not _WRITES_ROLES.search(template):
                 param = f"messages[{place}].role"
-                said = f"{param}: the chat template of this model has no results of tools."
+                said = f"{param}: the chat template of this model does not support tool results."
                 raise ApiError(400, said, param=param, code="unsupported_value")
             named = {"tool_call_id": message.tool_call_id, "name": message.name}
             turn |= {name: value for name, value in named.items() if value is not None}

@@ -1,16 +1,16 @@
 // What this device can hold and compute on.
 
 const GIGABYTE = 1e9;
-// The share of a device's memory that the files of both models may have: the browser holds them about twice while it
-// loads them, and needs room for itself.
+// The share of a device's memory that the files of both models may take: the browser holds them about twice while it
+// loads them, and needs memory for itself.
 const SHARE = 1 / 4;
-// Where the browser does not tell: most phones have this, most computers twice as much or more.
+// Gigabytes assumed if the browser does not report its memory; most phones and computers have this much or more.
 const ASSUMED_PHONE = 4;
 const ASSUMED_COMPUTER = 8;
 
 const isPhone = () => navigator.userAgentData?.mobile ?? /Android|iPhone|iPad|Mobile/.test(navigator.userAgent);
 
-/** Bytes that the files of all loaded models may have together; at most `most`. */
+/** Bytes that the files of all loaded models may take together; at most `most`. */
 export function roomFor(most, gigabytes = navigator.deviceMemory) {
   const memory = gigabytes ?? (isPhone() ? ASSUMED_PHONE : ASSUMED_COMPUTER);
   return Math.min(most, memory * SHARE * GIGABYTE);

@@ -46,7 +46,7 @@ function checked(facts) {
     local(path);
     number(bytes, "browser");
   }
-  if (!Array.isArray(prompting.end_ids)) throw new Problem("compare.json has no list at browser.text.end_ids.");
+  if (!Array.isArray(prompting.end_ids)) throw new Problem("compare.json: browser.text.end_ids must be a list.");
   if (!facts.precisions.some(({ name }) => name === facts.precision)) {
     throw new Problem(`compare.json starts with the precision ${facts.precision}, which it does not list.`);
   }
@@ -55,18 +55,18 @@ function checked(facts) {
 
 function number(value, where) {
   if (typeof value !== "number" || !Number.isFinite(value) || value < 0) {
-    throw new Problem(`compare.json has no number at ${where}.`);
+    throw new Problem(`compare.json: ${where} must be a number, 0 or more.`);
   }
 }
 
 function text(value, where) {
-  if (typeof value !== "string") throw new Problem(`compare.json has no text at ${where}.`);
+  if (typeof value !== "string") throw new Problem(`compare.json: ${where} must be a string.`);
 }
 
 /** A path below this page. */
 function local(path) {
   if (typeof path !== "string" || !/^[\w.-]+(\/[\w.-]+)*$/.test(path) || path.split("/").includes("..")) {
-    throw new Problem(`compare.json names another folder: ${JSON.stringify(path)?.slice(0, 60)}.`);
+    throw new Problem(`compare.json: a path must stay within its folder; got ${JSON.stringify(path)?.slice(0, 60)}.`);
   }
 }
 

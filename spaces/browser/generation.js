@@ -2,7 +2,7 @@
 
 import { Problem } from "./download.js";
 
-// Of a token, relative to the likeliest.
+// The least weight of a token that can be sampled, relative to the top-1 token.
 const LEAST_WEIGHT = 1e-8;
 
 /** A small generator of numbers in [0, 1) with a seed (mulberry32). */
@@ -24,7 +24,7 @@ export function choose(logits, { temperature, topP }, random) {
   if (temperature <= 0) return best;
   const weights = Float64Array.from(logits, (value) => Math.exp((value - logits[best]) / temperature));
   const total = weights.reduce((sum, weight) => sum + weight, 0);
-  // Sorting a whole vocabulary would take longer than the model; what is left out has no chance worth the name.
+  // Sorting a whole vocabulary would take longer than the model; the tokens left out have a negligible probability.
   const order = [];
   for (let index = 0; index < weights.length; index += 1) if (weights[index] > LEAST_WEIGHT) order.push(index);
   order.sort((a, b) => weights[b] - weights[a] || a - b);
@@ -88,7 +88,7 @@ export class Generation {
     this.decoder.dispose();
   }
 
-  /** What the page shows of it. */
+  /** What the page shows of this generation. */
   get answer() {
     return { text: this.text, tokens: this.ids.length, seconds: this.seconds, finish: this.finish };
   }

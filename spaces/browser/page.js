@@ -1,4 +1,4 @@
-// The page: what the visitor does, and what the worker tells.
+// The page: handles the visitor's input and the messages of the worker.
 
 import { findGpu, offer, roomFor, threadCount } from "./device.js";
 import { Problem, forget, kept } from "./download.js";
@@ -14,7 +14,7 @@ const BACKENDS = { webgpu: "WebGPU", wasm: "CPU" };
 
 const at = (id) => document.getElementById(id);
 
-/** What the visitor is offered and has chosen; `room`: bytes that the files of both models may have together. */
+/** What the visitor is offered and has chosen; `room`: bytes that the files of both models may take together. */
 const choice = { precision: "", sides: SIDES, backend: "wasm", webgpu: false, room: 0 };
 let facts = null;
 let worker = null;
@@ -76,7 +76,7 @@ function updateRound(answers) {
 
 // The panel that loads the models
 
-/** The downloads of what is chosen, {part: {name, file}}. */
+/** The files to download for the current choice, {part: {name, file}}. */
 function parts() {
   const found = {};
   for (const side of choice.sides) {
@@ -117,7 +117,7 @@ async function offerModels() {
   }
   panel.replaceChildren(
     h("h2", {}, both ? "Run both models in this browser" : "Run the pruned model in this browser"),
-    h("p", {}, both ? "" : `${onlyPruned()} `, "No prompt and no answer leaves this device."),
+    h("p", {}, both ? "" : `${onlyPruned()} `, "Prompts and answers stay on this device."),
     h("p", { class: "facts" }, downloadWords(files, there)),
     buttons,
   );
@@ -133,7 +133,7 @@ function downloadWords(files, there) {
 function onlyPruned() {
   const smallest = facts.precisions.map(({ original, pruned }) => original.bytes + pruned.bytes);
   return (
-    `Both models together have ${size(Math.min(...smallest))}, and this device can hold about ${size(choice.room)}, ` +
+    `Both models together take ${size(Math.min(...smallest))}, and this device can hold about ${size(choice.room)}, ` +
     "so only the pruned one is offered."
   );
 }
@@ -141,7 +141,7 @@ function onlyPruned() {
 function tooLarge() {
   const smallest = Math.min(...facts.precisions.map(({ pruned }) => pruned.bytes));
   return (
-    `Even the pruned model alone has ${size(smallest)}, and this device can hold about ${size(choice.room)}. ` +
+    `Even the pruned model alone takes ${size(smallest)}, and this device can hold about ${size(choice.room)}. ` +
     "A computer with more memory can run it here."
   );
 }

@@ -6,7 +6,7 @@ const TIMES = "\u00d7";
 const NONE_YET = "\u2013";
 const FEWEST_STEPS_FOR_A_RATIO = 4;
 
-/** An element: h("p", {class: "note"}, "text", child). Attributes that are null are left out. */
+/** Create an element: h("p", {class: "note"}, "text", child). Attributes that are null are left out. */
 export function h(name, attributes = {}, ...children) {
   const element = document.createElement(name);
   for (const [key, value] of Object.entries(attributes)) {
@@ -112,7 +112,7 @@ export function tiles(facts) {
   return [h("dl", { class: "tiles" }, parts), layersOf(facts)];
 }
 
-/** 14, 15, 16, 20 as "14-16, 20". */
+/** Indices as ranges: 14, 15, 16, 20 become "14-16, 20". */
 function ranges(indices) {
   const groups = [];
   for (const index of [...new Set(indices)].sort((a, b) => a - b)) {
@@ -209,7 +209,7 @@ export function card(title, tag, state, answer = null, numbers = true) {
 }
 
 /** The decode speed of the pruned model relative to the original: the median over pairs of steps that both took, without
-    the first, which processes the prompt. Pairs, because who goes first is drawn by lot. null if there are too few. */
+    the first, which processes the prompt. Pairs, because the order within a round is random. null if there are too few. */
 export function speedRatio({ original, pruned }) {
   const steps = Math.max(0, Math.min(original.seconds.length, pruned.seconds.length) - 1);
   if (steps < FEWEST_STEPS_FOR_A_RATIO) return null;
@@ -306,7 +306,7 @@ export function method(facts) {
     ),
     p(
       "With temperature 0, each model always picks its top-1 token. No repetition penalty is applied. Each model uses ",
-      "its own chat template, if it has one. No prompt and no answer leaves this device.",
+      "its own chat template, if it has one. Prompts and answers stay on this device.",
     ),
     facts.license ? p(`Licence of the original: ${facts.license}.`) : "",
   );

@@ -9,7 +9,7 @@ import { TextCodec } from "./text.js";
 const SECONDS_BETWEEN_STEPS_SHOWN = 0.1;
 const LONGEST_DRAWING = 0.1;
 
-// One runtime and one pair of models; the page starts another worker for others.
+// One runtime and one pair of models; for other models, the page starts another worker.
 const models = new Map();
 const downloads = new AbortController();
 let stopped = false;
@@ -82,8 +82,8 @@ async function run({ prompt, settings }) {
   const order = [...generations.values()];
   let shown = performance.now();
   while ([...generations.values()].some(({ finish }) => finish === null)) {
-    // The place in a round has a price: after a pause, or after one's own step with the weights still in the cache. By
-    // lot, as any rhythm could meet that of the pauses.
+    // The position in a round affects the time: a step follows a pause, or the model's own last step, with its weights
+    // still in the cache. The order is random, because a fixed pattern could coincide with that of the pauses.
     if (Math.random() < 0.5) order.reverse();
     for (const generation of order) {
       await breathe();

@@ -52,7 +52,7 @@ def from_cdn(call: Call) -> Response:
     if size is None:
         raise HubError(404, "Object not found")
     entry = Entry(oid, size, oid)
-    # After a redirect to another host, a browser says that the page is from "null"; the address is signed anyway.
+    # After a redirect to another host, a browser sends "Origin: null". The URL is signed, so any origin may read it.
     extra = {"Access-Control-Allow-Origin": "*"}
     return stored_response(call.http, query.get("filename", oid), entry, objects.file(entry), extra=extra)
 

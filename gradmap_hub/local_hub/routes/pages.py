@@ -1,7 +1,7 @@
 """Plain HTML pages for browsers. No scripts, no forms, everything escaped.
 
-The rules of the API apply. A browser sends no token, so it sees what is public: loopback is no boundary between the
-users of a machine.
+The permissions of the API apply. A browser sends no token, so it sees only what is public: other users of this machine
+can connect to a loopback address too.
 """
 
 import html

@@ -13,7 +13,7 @@ from ..gate import STATIC_PREFIX
 from ..metadata import read_card
 from ..routing import RouteMaker
 
-# The system's table may name others, or none.
+# The table of the system (mimetypes) may have other types for these, or none.
 _TYPES = {".js": "text/javascript", ".mjs": "text/javascript", ".wasm": "application/wasm", ".css": "text/css"}
 
 
@@ -28,7 +28,7 @@ def routes(hub: Hub) -> list[Route]:
 
 
 def with_slash(call: Call) -> Response:
-    """The addresses in a page are relative to its folder."""
+    """Redirect to the URL with a trailing slash: links in a page are relative to its folder."""
     return RedirectResponse(f"{call.http.url.path}/", 307)
 
 
@@ -37,7 +37,7 @@ def site(call: Call) -> Response:
 
     Raises:
         RepoNotFound: the Space is not visible, or not static.
-        EntryNotFound: it has no such file.
+        EntryNotFound: the Space has no such file.
     """
     key = call.key()
     state = call.visible(key)

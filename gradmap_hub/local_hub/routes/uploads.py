@@ -75,7 +75,7 @@ def preupload(call: Call) -> Response:
 async def commit(call: Call) -> Response:
     key = call.key()
     user = await run_in_threadpool(_committer, call, key)
-    # A body may take long to arrive, while the repository is deleted and another one takes its name.
+    # While the body arrives, the repository may be deleted and another one may take its name.
     repository = (await run_in_threadpool(call.hub.store.state, key)).internal_id
     header: dict[str, Any] | None = None
     changes: list[Change] = []
