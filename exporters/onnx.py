@@ -15,7 +15,7 @@ from typing import Any
 
 from gradmap_hub.errors import MissingExtra, VerificationError
 from gradmap_hub.exporters import environment
-from gradmap_hub.exporters.processes import WorkerFailed, call
+from gradmap_hub.exporters.processes import WorkerFailed, call, worker_environment
 from gradmap_hub.files import usual_mode
 from gradmap_hub.formats import FORMATS, ONNX
 from gradmap_hub.models.architectures import ARCHITECTURES
@@ -91,7 +91,7 @@ def export_onnx(source: Path, destination: Path) -> list[Path]:
     shutil.rmtree(partial, ignore_errors=True)
     worker = [environment.python(), "-m", "gradmap_hub.exporters.onnx_worker", str(source), str(partial)]
     try:
-        done = subprocess.run(worker, capture_output=True, text=True)
+        done = subprocess.run(worker, capture_output=True, text=True, env=worker_environment())
     except BaseException:  # Ctrl-C: the worker has ended; remove its partial output
         shutil.rmtree(partial, ignore_errors=True)
         raise

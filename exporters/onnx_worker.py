@@ -8,6 +8,8 @@ import warnings
 
 def main(source: str, destination: str) -> None:
     warnings.filterwarnings("ignore")
+    # Where another package installed scikit-learn, transformers imports it (2 s) for a heuristic not used here.
+    sys.modules["sklearn"] = None  # pyright: ignore[reportArgumentType]
     from optimum.exporters.onnx import main_export
 
     main_export(

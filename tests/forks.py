@@ -1,8 +1,9 @@
 """Runs Python modules in forks of a process that has imported everything already.
 
 Importing torch and transformers costs more than most commands compute on a tiny model. A fork is still a process of its
-own, with its own arguments, environment, folder and standard streams; it only skips the imports. What is read from the
-environment while modules are imported (HF_ENDPOINT, HF_HOME, HF_HUB_OFFLINE) is that of the first process.
+own, with its own arguments, environment, folder and standard streams; it only skips the imports. Of what modules read
+from the environment while they are imported, HF_ENDPOINT and HF_HOME are replaced by the fork's; all else (such as
+HF_HUB_OFFLINE) is that of the first process.
 
 A request is one line of JSON with the three standard streams as descriptors; the answer is the exit status, and whether
 torch was imported, as one line of JSON. Linux only.
@@ -50,6 +51,9 @@ PRELOADED = {
     # Not onnxruntime: its import starts a thread, which a fork would be without.
     "export": (*_TORCH, "onnx", "onnx_ir", "optimum.exporters.onnx.model_configs"),
 }
+
+# What the first process has in the environment in place of the forks' own: strings that occur nowhere else.
+PLACEHOLDERS = {"HF_ENDPOINT": "http://hub-of-the-fork.invalid", "HF_HOME": "/home-of-the-fork/hf"}
 
 # A stand-in for the interpreter, `STAND_IN -m MODULE`: what starts a process by an interpreter's path starts a fork.
 _STAND_IN = """#!{python} -IS
@@ -153,6 +157,11 @@ def _serve(listener: socket.socket, kind: str) -> None:
 
 
 def _preload(names: Sequence[str]) -> None:
+    if "torch" in names:
+        from transformers.utils import import_utils
+
+        # For a heuristic of assisted generation, transformers would spend half of this on scikit-learn.
+        import_utils._sklearn_available = False  # pyright: ignore[reportPrivateUsage]
     for name in names:
         package = name.removesuffix(".*")
         module = importlib.import_module(package)
@@ -179,6 +188,9 @@ def _become(request: dict[str, Any], streams: Sequence[int], tell: int) -> NoRet
     for number, descriptor in enumerate(streams):
         os.dup2(descriptor, number)
         os.close(descriptor)
+    for name, placeholder in PLACEHOLDERS.items():
+        if os.environ.get(name) == placeholder:
+            _replace(placeholder, request["environment"][name])
     os.environ.clear()
     os.environ.update(request["environment"])
     os.chdir(request["folder"])
@@ -200,6 +212,17 @@ def _become(request: dict[str, Any], streams: Sequence[int], tell: int) -> NoRet
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status if isinstance(status, int) else int(status is not None))
+
+
+def _replace(placeholder: str, value: str) -> None:
+    """Put `value` in place of `placeholder` in every constant of the modules that read the environment, and in the
+    client that huggingface_hub makes while it is imported."""
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] in ("huggingface_hub", "transformers", "accelerate", "gradmap_hub"):
+            for holder in (module, getattr(module, "api", None)):
+                for key, found in list(vars(holder).items() if hasattr(holder, "__dict__") else ()):
+                    if isinstance(found, str) and placeholder in found:
+                        setattr(holder, key, found.replace(placeholder, value))
 
 
 def _wait(pid: int, client: socket.socket, told: int) -> NoReturn:

@@ -308,4 +308,6 @@ def median_interval(values: Sequence[float], draws: int = 2000) -> tuple[float, 
 
 
 if __name__ == "__main__":
+    # Where another package installed scikit-learn, transformers imports it (2 s) for a heuristic not used here.
+    sys.modules["sklearn"] = None  # pyright: ignore[reportArgumentType]
     _answer_once(Path(sys.argv[1]), sys.argv[2], sys.argv[3], *map(int, sys.argv[4:]))

@@ -268,9 +268,7 @@ def _check_tensors(header: GgufHeader, family: _Family, config: Mapping[str, Any
         names |= {f"blk.{layer}.{name}": f"model.layers.{layer}.{ours}" for name, ours in family.layer.items()}
     missing = [name for name in names if name not in header.tensors]
     if missing:
-        raise header.broken(
-            f"the tensor {missing[0]} is missing, one of {len(missing):,} missing out of {len(names):,}"
-        )
+        raise header.broken(f"the tensor {missing[0]} is missing ({len(missing):,} of {len(names):,} tensors are)")
     for name, tensor in header.tensors.items():
         if name == FACTORS and family.permuted:  # checked on its own
             continue

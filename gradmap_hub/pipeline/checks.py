@@ -53,8 +53,9 @@ class Targets:
         )  # fmt: skip
         found = found if space is None else found.with_space(space)
         if found.space_reason and found.wanted != "auto":
+            reason = found.space_reason.removeprefix("no Space: ")
             raise SpaceImpossible(
-                f"--space {found.wanted}: {found.space_reason}.", hint="Use --space auto or --space none."
+                f"--space {found.wanted} is not possible: {reason}.", hint="Use --space auto or --space none."
             )
         return found
 

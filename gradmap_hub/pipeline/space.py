@@ -305,7 +305,7 @@ def build_space(
         else plan_of(record, terms_of(record, source))
     )
     if not plan.precisions:
-        raise SpaceImpossible(f"{plan.reason}.")
+        raise SpaceImpossible(f"{plan.reason[:1].upper()}{plan.reason[1:]}.")
     rows = None
     if _quantised(plan):
         try:
@@ -322,5 +322,5 @@ def build_space(
         original, stages, record, plan, destination, record.target, rows, kind="gradio" if local else kind, page=page
     )
     if not made.precisions:
-        raise SpaceImpossible(f"{made.reason}.", hint="Give a text file with --text.")
+        raise SpaceImpossible(f"{made.reason[:1].upper()}{made.reason[1:]}.", hint="Give a text file with --text.")
     return destination

@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from forks import Forks
+from forks import PLACEHOLDERS, Forks
 
 from gradmap_hub.local_hub import LocalHub, Request
 
+# Of all worlds, by kind: to import everything takes longer than most commands here.
+FORKS: dict[str, Forks] = {}
 WORDS = "the a river stone light moves under over small green old house wind water bird sings and walks long road"
 # Loaded by every interpreter before anything else: the client sleeps 23 s between retries, and disks do not fill up
 # on demand.
@@ -70,7 +72,6 @@ class Cli:
         self.patches = home / "patches"
         self.patches.mkdir(parents=True, exist_ok=True)
         (self.patches / "sitecustomize.py").write_text(SITECUSTOMIZE)
-        self._forks: dict[str, Forks] = {}
 
     def environment(self, token: str | None, extra: Mapping[str, str]) -> dict[str, str]:
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
@@ -111,10 +112,10 @@ class Cli:
         is returned says whether it did. What the client reads while it is imported needs a process of its own."""
         if sys.platform == "linux" and not any(name.startswith("HF_") for name in extra):
             kind = "light" if light else "full"
-            if kind not in self._forks:
-                self._forks[kind] = Forks(kind, self.environment(None, {}))
+            if kind not in FORKS:
+                FORKS[kind] = Forks(kind, self.environment(None, PLACEHOLDERS))
             environment = self.environment(self.token if token is None else token or None, extra)
-            code, out, err, torch, used, seconds = self._forks[kind].run(
+            code, out, err, torch, used, seconds = FORKS[kind].run(
                 "gradmap_hub", [*map(str, arguments)], environment, cwd or self.home, 180
             )
             return Done(code, out, err, seconds, torch, used)
@@ -127,10 +128,6 @@ class Cli:
             process.wait()
             raise
         return Done(process.returncode, out, err, time.monotonic() - began)
-
-    def stop(self) -> None:
-        for forks in self._forks.values():
-            forks.stop()
 
     def run_until(self, line: str, number: int, *arguments: str | Path, **extra: str) -> Done:
         """Send a signal as soon as a line on stderr contains `line`."""
@@ -217,7 +214,7 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def start_world(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., World]]:
     """Builds a Hub of its own; they are stopped at the end of the session."""
-    running: list[LocalHub | Cli] = []
+    running: list[LocalHub] = []
 
     def start(**settings: Any) -> World:
         root = tmp_path_factory.mktemp("world")
@@ -227,12 +224,13 @@ def start_world(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         token = hub.add_user("ada", orgs=["club"])
         hub.seed("acme/tiny", assets / "base")
         cli = Cli(hub.url, token, root / "home", assets / "text.txt")
-        running.append(cli)
         return World(hub, cli, assets / "base", assets / "text.txt", root)
 
     yield start
-    for one in running:
-        one.stop()
+    for hub in running:
+        hub.stop()
+    while FORKS:
+        FORKS.popitem()[1].stop()
 
 
 @pytest.fixture(scope="module")

@@ -309,7 +309,7 @@ def test_hub_command_says_where_it_is_and_stops(
     assert out == "" and "Traceback" not in err
 
 
-@pytest.mark.long
+@pytest.mark.slow  # of tests/hub, the last requests of a push are refused too
 @pytest.mark.skipif(has_5(), reason="no Space: it has transformers 4.57, and this original is for 5")
 def test_space_refused_keeps_the_model(start_world: Any, tmp_path: Path) -> None:
     from huggingface_hub import HfApi

@@ -269,13 +269,8 @@ def test_the_original_is_quantised_as_the_pruned_model_is(quantised: Pushed, tmp
     assert len(done.stdout.splitlines()) == 4, done.stderr
 
 
-@pytest.mark.parametrize(
-    ("which", "precision"),
-    [
-        ("full", "float32"),
-        pytest.param("quantised", "int8", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow  # the Spaces of the fixtures run as well
+@pytest.mark.parametrize(("which", "precision"), [("full", "float32"), ("quantised", "int8")])
 def test_compare_runs_the_space_as_published(which: str, precision: str, request: pytest.FixtureRequest) -> None:
     """Without a Hub and without another export."""
     import urllib.request

@@ -84,6 +84,7 @@ def check_folder(folder: Path, run: Callable[..., Any], ids: np.ndarray, head_si
             assert found[dtype] == expected[name], dtype
 
 
+@pytest.mark.slow  # tests/spaces/test_static.py runs one in Chromium
 def test_a_folder_runs_by_every_dtype_name(
     shop: Callable[..., SimpleNamespace], tokenizer: Any, tmp_path: Path, transformers_js: Callable[..., Any]
 ) -> None:

@@ -142,7 +142,7 @@ def test_neither(server: LocalHub, ada: Side, folder: Path, space: Path) -> None
     without_plan(server, times=2)
     result = publish(ada, folder)
     assert result.space is None and result.model.uploaded
-    assert "none of: gradio, zero (status 402)" in result.space_reason and "--no-space" in result.space_reason
+    assert "any of: gradio, zero (status 402)" in result.space_reason and "--no-space" in result.space_reason
     assert not ada.api.repo_exists(SPACE, repo_type="space")
     assert local_bytes(space) == before
 

@@ -200,6 +200,6 @@ def test_there_and_back(hub_of: Callable[..., Any], tmp_path: Path) -> None:
 def test_asked_for_and_impossible(hub_of: Callable[..., Any], tmp_path: Path) -> None:
     hub, server = hub_of("pro")
     folder = small(tmp_path, int8=False)
-    with pytest.raises(SpaceImpossible, match="--space browser: no Space: a browser needs ONNX files"):
+    with pytest.raises(SpaceImpossible, match="--space browser is not possible: a browser needs ONNX files"):
         publish(hub, folder, space="browser")
     assert {entry.method for entry in server.requests} == {"GET"}

@@ -636,7 +636,7 @@ def test_the_other_transformers_reads_the_same_models(
         ("qwen3_5", "recurrent state"),
         ("qwen4_exp", "recurrent state"),
         ("kimi_linear", "recurrent state"),
-        ("glm_moe_dsa", "by an index"),
+        ("glm_moe_dsa", "with an indexer"),
     ],
 )
 def test_hybrids_are_refused_by_name(kind: str, reason: str) -> None:
@@ -751,10 +751,8 @@ def folder_of(name: str, folder: Path, tokenizer: Any) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    "case",
-    ["qwen2_moe", "opt (norm behind)", *(pytest.param(case, marks=pytest.mark.slow) for case in ("gpt2", "gemma2"))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["qwen2_moe", "opt (norm behind)", "gpt2", "gemma2"])
 def test_prune_and_what_it_records(case: str, tokenizer: Any, text_file: Path, tmp_path: Path) -> None:
     from gradmap_hub.pipeline.prune import prune
     from gradmap_hub.record import RunRecord

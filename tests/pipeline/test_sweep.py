@@ -153,8 +153,8 @@ def test_the_overall_ratio_is_over_all_rows(config: SweepConfig) -> None:
     assert point.uncorrected == pytest.approx((first * second) ** 0.5, rel=1e-9)
 
 
-@pytest.mark.long  # ten sweeps
-def test_each_is_computed_once(config: SweepConfig, other_text: Path, text_of: Callable[..., str]) -> None:
+@pytest.mark.long  # four sweeps
+def test_each_is_computed_once(config: SweepConfig) -> None:
     first, watch = swept(config)
     shared = [f"Fetching {Path(config.model).name}", "Scoring layers", "Measuring the original"]
     text = "Reading calibration text"  # is read each time
@@ -167,6 +167,12 @@ def test_each_is_computed_once(config: SweepConfig, other_text: Path, text_of: C
     assert [point.ratios for point in more.points] == [[0.2], [0.4], [0.6]] and more.points[:2] == first.points
     fewer, watch = swept(config, ratios=(0.6,))
     assert watch.computed == [text] and fewer.points == more.points[2:]
+
+
+@pytest.mark.slow  # five sweeps
+def test_what_changes_is_computed_again(config: SweepConfig, other_text: Path, text_of: Callable[..., str]) -> None:
+    text = "Reading calibration text"
+    swept(config)
     # other measurements do not choose or correct anew
     timed, watch = swept(config, speed=True)
     assert watch.computed == [text, f"{ONE}Timing against the original", f"{TWO}Timing against the original"]
@@ -182,10 +188,8 @@ def test_each_is_computed_once(config: SweepConfig, other_text: Path, text_of: C
     assert watch.computed[1:3] == ["Scoring layers", "Measuring the original"] and len(watch.computed) == 11
 
 
-@pytest.mark.parametrize(
-    "stop_at",
-    [f"{TWO}Compensating the drift", pytest.param(f"{TWO}Measuring perplexity", marks=pytest.mark.slow)],
-)
+@pytest.mark.slow  # test_each_is_computed_once goes on after a whole sweep; tests/test_stage_cache.py after part of one
+@pytest.mark.parametrize("stop_at", [f"{TWO}Compensating the drift", f"{TWO}Measuring perplexity"])
 def test_an_interruption_leaves_what_is_finished(stop_at: str, config: SweepConfig, tmp_path: Path) -> None:
     whole, everything = swept(config, output=tmp_path / "in-one-go")
     assert config.output is not None

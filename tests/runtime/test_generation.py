@@ -106,7 +106,7 @@ def test_an_answer_ends_where_the_context_does(published: Path) -> None:
     with pytest.raises(runtime.PromptError, match="32 tokens long") as caught:
         small.start([5] * 32, max_tokens=1)
     assert (caught.value.tokens, caught.value.limit) == (32, 31)
-    with pytest.raises(runtime.PromptError, match="nothing"):
+    with pytest.raises(runtime.PromptError, match="at least 1 prompt token"):
         small.start([], max_tokens=1)
     for strange in (-1, small.vocabulary):
         with pytest.raises(runtime.PromptError, match="not a token id"):

@@ -60,8 +60,8 @@ def test_a_template_does_not_fill_the_memory(name: str, render: LimitedRenderer)
 
 
 def test_a_template_without_end_is_stopped(render: LimitedRenderer, monkeypatch: pytest.MonkeyPatch) -> None:
+    render(HONEST, MESSAGES, TOKENS)  # starts the process, which may take longer than the watch waits below
     monkeypatch.setattr(prompting, "_SLOWDOWN", 0.05)  # the watch ends it before its own timer does
-    render(HONEST, MESSAGES, TOKENS)
     began = time.monotonic()
     with pytest.raises(ModelError, match="more than 5 seconds"):
         render(ENDLESS, MESSAGES, TOKENS)

@@ -133,7 +133,7 @@ def keep(page: Any, name: str) -> None:
     page.screenshot(path=SCREENSHOTS / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.png", full_page=True)
 
 
-@pytest.mark.parametrize("visit", [(1280, "light"), (390, "dark")], indirect=True)
+@pytest.mark.parametrize("visit", [(1280, "light"), pytest.param((390, "dark"), marks=pytest.mark.slow)], indirect=True)
 def test_both_cards_finish(visit: Visit) -> None:
     visit.compare("What is the capital of France?")
     states = visit.wait_until_finished()
@@ -196,9 +196,8 @@ def test_a_blind_vote_hides_and_then_reveals(visit: Visit) -> None:
     assert {visit.page.inner_text(f"#{side} h2") for side in ("left", "right")} == {"tiny", "tiny-pruned"}
 
 
-@pytest.mark.parametrize(
-    "visit", [(1280, "light"), pytest.param((390, "light"), marks=pytest.mark.slow)], indirect=True
-)
+@pytest.mark.slow  # tests/spaces/test_app.py sets it without a browser
+@pytest.mark.parametrize("visit", [(1280, "light"), (390, "light")], indirect=True)
 def test_the_precision_is_a_setting_of_both(visit: Visit, running: Any) -> None:
     visit.open_settings()
     choices = visit.page.get_by_role("radio")
