@@ -179,8 +179,9 @@ def exports_in_forks() -> Iterator[None]:
         return
     from forks import Forks, use_for_exports
 
-    offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    forks = Forks("export", {**os.environ, **offline})
+    from gradmap_hub.exporters.processes import worker_environment
+
+    forks = Forks("export", worker_environment())
     os.environ["TEST_EXPORTS"] = str(forks.python)
     use_for_exports(str(forks.python))
     yield

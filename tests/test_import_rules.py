@@ -231,4 +231,6 @@ def test_help_takes_less_than_a_second() -> None:
         after = os.times()
         spent.append(after.children_user + after.children_system - before.children_user - before.children_system)
         assert done.returncode == 0 and "push" in done.stdout
+        if spent[-1] < 1:
+            break
     assert min(spent) < 1

@@ -12,7 +12,7 @@ import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -358,6 +358,7 @@ def _finalize(value: Any) -> str:
     raise TypeError(f"The card template prints a {type(value).__name__}; it needs a filter.")
 
 
+@cache  # compiling the template takes longer than filling it in
 def _environment() -> Environment:
     installed = Path(__file__).parents[1] / "model_cards"
     folder = installed if installed.is_dir() else Path(__file__).parents[2] / "model_cards"

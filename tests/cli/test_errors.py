@@ -194,8 +194,8 @@ def _truncated(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-5000])
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("damage", [pytest.param(_garbage, marks=pytest.mark.slow), _truncated])
+@pytest.mark.slow  # tests/models damage them too
+@pytest.mark.parametrize("damage", [_garbage, _truncated])
 def test_damaged_weights(world: Any, fails: Any, variant: Any, tmp_path: Path, sums: Sums, damage: Any) -> None:
     folder = variant(change=damage)
     content = sums(folder)

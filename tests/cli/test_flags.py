@@ -100,6 +100,7 @@ def test_update(world: Any, small: Path, smaller: Path, tmp_path: Path, sums: Su
     assert again.json["model"] == second.json["model"]
 
 
+@pytest.mark.slow  # tests/hub/test_publish.py opens pull requests
 def test_create_pr(world: Any, small: Path, tmp_path: Path) -> None:
     world.hub.seed("acme/theirs", world.base)
     proposed = world.cli.run("publish", small, "--to", "acme/theirs", "--create-pr", "--json")
@@ -140,6 +141,7 @@ def test_licences(world: Any, small: Path, unlicensed: Path, variant: Any, tmp_p
     assert licence == "other (Our own, LICENSE), stated with --license"
 
 
+@pytest.mark.slow  # tests/hub/test_after.py adds to one
 def test_collection(world: Any, small: Path) -> None:
     done = world.cli.run("publish", small, "--to", "club/collected", "--collection", "club/Small ones", "--json")
     assert done.code == 0, done.err

@@ -339,7 +339,8 @@ def test_a_builder_that_fails_says_so_and_leaves_nothing(
     assert not list((tmp_path / "out").iterdir()) and not list((tmp_path / "work").rglob("*.partial"))
 
 
-@pytest.mark.parametrize("sign", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGKILL])
 def test_an_interrupted_export_leaves_nothing_that_looks_whole(
     shop: Shop, tmp_path: Path, sign: signal.Signals
 ) -> None:

@@ -197,8 +197,8 @@ FSDP = {
 }  # fmt: skip
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("how", [pytest.param({}, id="DDP"), pytest.param(FSDP, id="FSDP2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [pytest.param({}, id="DDP"), pytest.param(FSDP, id="FSDP2")])
 def test_two_processes_reach_the_loss_of_one(world: Any, tmp_path: Path, how: dict[str, str]) -> None:
     """Over gloo, each with half of the sequences of a step, and with FSDP also half of each weight."""
     (tmp_path / "both").mkdir()
