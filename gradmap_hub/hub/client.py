@@ -200,7 +200,8 @@ class Hub:
         return folder
 
     def tensor_dtypes(self, repo_id: str, commit: str, name: str) -> dict[str, str]:
-        """{tensor: dtype} of a safetensors file that is not in the cache, see `read_dtypes`; empty if offline.
+        """{tensor: dtype, such as "BF16"} from the header of a safetensors file, which is not downloaded. Empty if not
+        known: offline, the file is already in the cache, or its header is invalid (see `read_dtypes`).
 
         Raises:
             As `fetch`.

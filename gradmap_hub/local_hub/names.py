@@ -100,14 +100,16 @@ def check_path(path: str) -> str:
     """
     # Backslashes and drive letters are dangerous on Windows machines that download the file.
     if not path or len(path) > 4096 or "\\" in path or any(ord(char) < 32 or ord(char) == 127 for char in path):
-        raise InvalidName(f"Invalid path {path!r}")
+        raise InvalidName(f"Invalid path {path!r}: 1 to 4096 characters, no backslashes and no control characters")
     for part in path.split("/"):
         # Half of a surrogate pair has no bytes; replaced, it is as long as any other character.
         size = len(part.encode("utf-8", "replace"))
         if part in ("", ".", "..") or part.casefold() == ".git" or size > 255 or _SURROGATE.search(part):
-            raise InvalidName(f"Invalid path {path!r}")
+            raise InvalidName(
+                f"Invalid path {path!r}: each part must be 1 to 255 bytes of valid Unicode and not '.', '..' or '.git'"
+            )
     if re.match(r"[A-Za-z]:", path):
-        raise InvalidName(f"Invalid path {path!r}")
+        raise InvalidName(f"Invalid path {path!r}: it begins with a drive letter")
     return path
 
 

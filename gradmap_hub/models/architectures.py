@@ -31,14 +31,15 @@ class Condition:
 class Experts:
     """A mixture of experts within a layer.
 
-    `block`: the module whose output (the first, if it is a tuple) is added to the residual stream. `outputs`: patterns
-    of the parameters that write this output, with the axis of the residual stream in each. They cover all routed and
-    shared experts, because the output is linear in all of them together. `|` separates the names in transformers 4.57
-    and 5.
+    `block`: path of the module whose output (the first, if it is a tuple) is added to the residual stream. `outputs`:
+    fnmatch patterns of the parameters that write this output, with the axis of the residual stream in each. They cover
+    all routed and shared experts, because the output is linear in all of them together. In `block` and in the patterns,
+    `|` separates the names in transformers 4.57 and 5.
 
-    `stored`: transformers 5 holds all experts in one tensor, where checkpoints and 4.57 have one per expert. Maps the
-    name of such a tensor within the layer to the names in the checkpoint: `*` is the number of the expert, and several
-    tensors of one expert are concatenated along the outputs.
+    `stored`: transformers 5 fuses the weights of all experts into one tensor; checkpoints and 4.57 have separate
+    tensors for each expert. Pairs of a fused tensor's name within the layer and the names of its parts in the
+    checkpoint: `*` stands for the index of the expert; several parts (gate and up) are concatenated along the output
+    dimension.
     """
 
     block: str

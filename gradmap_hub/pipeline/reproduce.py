@@ -312,7 +312,7 @@ def _offered(
         )
     path = Path(source).expanduser()
     if sum_of(path) not in {sha256 for values in sums.values() for sha256 in values}:
-        raise _changed(path)
+        raise _changed(path, "Leave out that text, or leave out --from to make a different model.")
     return path
 
 
@@ -335,18 +335,19 @@ def _locate(
                 return path
             changed = changed or path
     if changed is not None:
-        raise _changed(changed)
+        raise _changed(
+            changed,
+            f"Put the recorded text (sha256 {sha256}) in its place, or give its path with --{option} FILE if the "
+            "command has it.",
+        )
     raise CalibrationError(
         f"The text {name} of the record is neither next to the record nor in this folder.",
         hint=f"Copy it there, or give its path with --{option} FILE if the command has it; its sha256 is {sha256}.",
     )
 
 
-def _changed(path: Path) -> CalibrationError:
-    return CalibrationError(
-        f"{path} is not the recorded text: its sha256 differs.",
-        hint="Give the unchanged text with --calibration FILE, or leave out --from to make a different model.",
-    )
+def _changed(path: Path, hint: str) -> CalibrationError:
+    return CalibrationError(f"{path} is not the recorded text: its sha256 differs.", hint=hint)
 
 
 def _remarks(record: RunRecord) -> list[str]:

@@ -200,12 +200,13 @@ def evaluation_record(
     pruned: Sequence[Sequence[float]],
     compensated: Sequence[Sequence[float]],
 ) -> EvaluationRecord:
-    """Perplexities and intervals from losses.
+    """Perplexities, and the interval of the ratio result / original, from losses.
 
     Args:
         original: Per text, the mean NLL of each sequence in nats per token, for the original.
-        pruned: The same for the pruned model before compensation.
-        compensated: The same for the result.
+        pruned: The same for the pruned model before compensation and healing; where a finished folder is healed, for
+            the folder before that.
+        compensated: The same for the final model, after compensation and healing if any.
     """
     from gradmap_hub.evaluation.metrics import perplexity, ratio_interval
 

@@ -52,11 +52,12 @@ def build_app(engine: Engine, settings: Settings, scheduler: Scheduler, preparer
     """Build the ASGI application.
 
     Args:
-        engine: the model; the application calls only its `encode` methods, on the preparer's thread.
+        engine: the model; the application itself only encodes and decodes text with it, on the preparer's thread, and
+            the scheduler generates.
         settings: limits and keys.
         scheduler: a scheduler of the same engine.
         preparer: runs tokenisation.
-        door: the server closes it at shutdown.
+        door: whether new requests are accepted, and how many are in progress; the server closes it at shutdown.
     """
     name = settings.name or engine.name
     metrics = Metrics(engine, scheduler, model=name, slots=settings.slots)
