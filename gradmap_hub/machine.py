@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -19,6 +20,16 @@ _VERSIONED = (
     "onnxruntime-genai",
     "numpy",
 )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a server that binds to `host`, a name or an address, is reached from this machine alone."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def cpu_count() -> int:

@@ -217,12 +217,14 @@ def _become(request: dict[str, Any], streams: Sequence[int], tell: int) -> NoRet
 def _replace(placeholder: str, value: str) -> None:
     """Put `value` in place of `placeholder` in every constant of the modules that read the environment, and in the
     client that huggingface_hub makes while it is imported."""
-    for name, module in list(sys.modules.items()):
-        if name.partition(".")[0] in ("huggingface_hub", "transformers", "accelerate", "gradmap_hub"):
-            for holder in (module, getattr(module, "api", None)):
-                for key, found in list(vars(holder).items() if hasattr(holder, "__dict__") else ()):
-                    if isinstance(found, str) and placeholder in found:
-                        setattr(holder, key, found.replace(placeholder, value))
+    packages = ("huggingface_hub", "transformers", "accelerate", "gradmap_hub")
+    holders: list[Any] = [module for name, module in sys.modules.items() if name.partition(".")[0] in packages]
+    if "huggingface_hub.hf_api" in sys.modules:
+        holders.append(sys.modules["huggingface_hub.hf_api"].api)
+    for holder in holders:
+        for key, found in list(vars(holder).items()):
+            if isinstance(found, str) and placeholder in found:
+                setattr(holder, key, found.replace(placeholder, value))
 
 
 def _wait(pid: int, client: socket.socket, told: int) -> NoReturn:

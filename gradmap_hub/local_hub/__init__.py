@@ -1,7 +1,7 @@
 """The embedded Hub: a local stand-in for the Hugging Face Hub, for rehearsals, air-gapped machines and tests.
 
 It implements the parts of the Hub's HTTP API that the real client ``huggingface_hub`` uses here. Of the rest of
-``gradmap_hub``, it imports only ``files``, so it starts without torch or transformers.
+``gradmap_hub``, it imports only ``files`` and ``machine``, so it starts without torch or transformers.
 
 >>> from pathlib import Path
 >>> from gradmap_hub.local_hub import LocalHub

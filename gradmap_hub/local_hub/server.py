@@ -1,6 +1,5 @@
 """The hub as a server: start, stop, set up."""
 
-import ipaddress
 import os
 import signal
 import socket
@@ -15,6 +14,7 @@ from typing import IO, Any, Literal, Self
 import uvicorn
 
 from gradmap_hub.files import lock
+from gradmap_hub.machine import is_loopback
 
 from .app import build_app
 from .auth import Accounts, Role, Signer
@@ -79,7 +79,7 @@ class LocalHub:
     ) -> None:
         if multipart_bytes < 1:
             raise ValueError(f"multipart_bytes must be positive, got {multipart_bytes}")
-        if not allow_remote and not _is_loopback(host):
+        if not allow_remote and not is_loopback(host):
             raise ValueError(f"{host!r} can be reached from other machines; pass allow_remote=True to allow that")
         self.root = Path(root)
         # It contains private repositories: no access for other users of the machine.
@@ -350,15 +350,6 @@ class LocalHub:
         if self._lock_file is not None:
             self._lock_file.close()
             self._lock_file = None
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import ipaddress
 from dataclasses import dataclass, field
 
 from gradmap_hub.errors import UsageError
+from gradmap_hub.machine import is_loopback
 
 MAX_MESSAGES = 1024  # per chat request
 MAX_TOOL_CALLS = 128  # per message
@@ -88,9 +88,4 @@ class Settings:
     @property
     def loopback(self) -> bool:
         """Whether only this machine can connect."""
-        if self.host == "localhost":
-            return True
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return False
+        return is_loopback(self.host)

@@ -3,7 +3,6 @@ model folder and its Space folder. Nothing is copied."""
 
 from __future__ import annotations
 
-import ipaddress
 import socket
 import webbrowser
 from collections.abc import Callable, Mapping
@@ -20,6 +19,7 @@ from starlette.routing import Route
 
 from gradmap_hub.comparison import COMPARE
 from gradmap_hub.formats import graph_path, of_precision
+from gradmap_hub.machine import is_loopback
 from gradmap_hub.progress import Reporter
 from gradmap_hub.space.browser import (
     HEADERS,
@@ -100,7 +100,7 @@ def serve_page(
         OSError: the port is in use.
     """
     files, facts = local_files(space, page, fetch(reporter))
-    loopback = _is_loopback(host)
+    loopback = is_loopback(host)
     listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     name = f"[{host}]" if ":" in host else host
     url = f"http://{name}:{listener.getsockname()[1]}"
@@ -116,12 +116,3 @@ def serve_page(
         server.run([listener])
     except KeyboardInterrupt:  # uvicorn raises the signal again once it has stopped
         return
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

@@ -194,8 +194,8 @@ def _truncated(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-5000])
 
 
-@pytest.mark.slow  # tests/models damage them too
-@pytest.mark.parametrize("damage", [_garbage, _truncated])
+@pytest.mark.long
+@pytest.mark.parametrize("damage", [pytest.param(_garbage, marks=pytest.mark.slow), _truncated])
 def test_damaged_weights(world: Any, fails: Any, variant: Any, tmp_path: Path, sums: Sums, damage: Any) -> None:
     folder = variant(change=damage)
     content = sums(folder)
@@ -309,7 +309,7 @@ def test_hub_command_says_where_it_is_and_stops(
     assert out == "" and "Traceback" not in err
 
 
-@pytest.mark.slow  # of tests/hub, the last requests of a push are refused too
+@pytest.mark.slow  # tests/hub/test_after.py refuses one too
 @pytest.mark.skipif(has_5(), reason="no Space: it has transformers 4.57, and this original is for 5")
 def test_space_refused_keeps_the_model(start_world: Any, tmp_path: Path) -> None:
     from huggingface_hub import HfApi

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.real
 PROMPTS = ("The capital of France is", "Once upon a time there was a", "A list of three fruits: ")
 
 
-# The whole push, on an eighth of the demo's text. It heals on a sample alone: what the original writes itself takes a
+# The whole push, on a sixteenth of the demo's text. It heals on a sample alone: what the original writes itself takes a
 # minute, however little it is.
 LESS_TEXT = ("--samples", "8", "--seq-len", "64", "--eval-rows", "6", "--heal-text")
 ON_LESS_TEXT = """
